@@ -118,7 +118,7 @@ impl Finding {
     }
 }
 
-/// Figures on their way to become [`Results`].
+/// Figures that are being collected for [`Results`].
 pub(crate) struct Sheet {
     /// The benchmark's name on the command line.
     pub(crate) bench: &'static str,

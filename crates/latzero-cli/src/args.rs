@@ -29,7 +29,7 @@ Server:
   doctor      Diagnose why the server cannot start, and how to fix it
   config      Show the settings and where each one comes from
   kick        Close an app's connections
-  trust       Trust a TLS server from now on
+  trust       Trust the certificate of a TLS server
 
 Calls and events:
   call        Call a trigger and print the answer
@@ -107,7 +107,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Start the server
-    // `-h` is the host here, as it always was; `--help` is the help.
+    // `-h` is the host for this command; only `--help` prints the help.
     #[command(disable_help_flag = true, mut_arg("host", |arg| arg.short('h')), after_help = "\
 Examples:
   latzero start
@@ -167,16 +167,16 @@ Examples:
 
 Exit code 5 if the app has no such connection.")]
     Kick(KickArgs),
-    /// Trust the TLS server at a host from now on, once you have seen its pin
+    /// Trust the certificate of a TLS server, known by its pin
     #[command(after_help = "\
 Examples:
-  latzero trust db.example               shows the pin of the server there, and asks
-  latzero trust db.example --pin PIN     trusts it if that is its pin
+  latzero trust db.example               show the server's pin and ask
+  latzero trust db.example --pin PIN     trust it without asking if this is its pin
   latzero trust --replace db.example     after its certificate was replaced on purpose
 
-Compare the pin with `latzero status` on the server's machine. Every command that connects to that
-host then uses TLS, and refuses any other server there. The file is
-~/.config/latzero/known_hosts.")]
+The pin is the fingerprint of the certificate; `latzero status` on the server's machine shows it.
+From then on every command that connects to this host uses TLS, and refuses a server with another
+certificate. Pins are kept in ~/.config/latzero/known_hosts.")]
     Trust(TrustArgs),
     /// Back up the database and the persistent blocks
     #[command(
@@ -223,15 +223,15 @@ Examples:
   latzero call jobs/run '{}' --park --no-wait      return at once; see `latzero answers`
 
 The part before the first / is the pool, unless --pool names it; with neither, it is `default`.
-An answer of raw bytes is printed as it is, unless stdout is a terminal; with --json it is
-{\"hex\":\"…\"}.
+An answer of raw bytes is written to stdout unchanged, unless stdout is a terminal; with --json it
+is printed as {\"hex\":\"…\"}.
 With --stream, items are lines on stdout. The final answer is a line on stderr if it is not null;
 without items it is printed as usual. With --json each line is {\"item\":…}, {\"progress\":…}
 or {\"end\":…}.
 With --park the pool is created if necessary, and the call survives a restart of the server and the
-end of this command: Ctrl-C leaves it parked. Unless --app is given it uses a unique AppID, so that
-no other command receives its answer.
-Exit code 5 if the answer is an error, 6 if there is no answer in time.")]
+end of this command: Ctrl-C leaves it parked. Unless --app is given, this command uses a unique
+AppID, so that no other command receives the answer.
+Exit code 5 if the answer is an error, 6 if no answer arrives in time.")]
     Call(CallArgs),
     /// Print the answers to parked calls
     #[command(after_help = "\
@@ -240,7 +240,7 @@ Examples:
   latzero answers --app shop --pool orders --wait 1h --count 1     wait for one
 
 One JSON line per answer: id, pool, and data or error. Without --pool, the app joins every pool that
-has answers for it. An answer that was printed is not kept.
+has answers for it. The server deletes an answer once it has been printed.
 Exit code 6 if --wait was given and too few answers arrived.")]
     Answers(AnswersArgs),
     /// Send an event to the apps that handle it
@@ -255,7 +255,7 @@ The part before the first / is the pool, unless --pool names it; with neither, i
     #[command(after_help = "\
 Examples:
   latzero serve alpha/upper -- tr a-z A-Z              run `tr` for each call
-  latzero serve sum avg --pool alpha -- ./math.sh      $LATZERO_TRIGGER says which
+  latzero serve sum avg --pool alpha -- ./math.sh      $LATZERO_TRIGGER is sum or avg
   latzero serve alpha/infer --lines -- ./model.py      one process for all calls
   latzero serve alpha/tail --stream -- tail -n 5 log   each line is an item of the answer
 
@@ -271,8 +271,8 @@ happens when this command ends, even by SIGKILL.
 Environment: LATZERO_TRIGGER, LATZERO_POOL, LATZERO_CALLER (AppID), LATZERO_CALLER_INSTANCE,
 LATZERO_HEADERS (a JSON object), LATZERO_DEADLINE (Unix time in ms), LATZERO_ATTEMPT, LATZERO_ID.
 LATZERO_ variables with TOKEN, KEY, SECRET or PASS in their names are not passed on.
-The server does not remember this handler unless --app is given. Ctrl-C takes no new calls, waits
-up to 5 seconds for the running ones, and ends.")]
+The server does not remember this handler unless --app is given. After Ctrl-C it takes no new calls,
+waits up to 5 seconds for the running ones, and exits.")]
     Serve(ServeArgs),
     /// Print events as they arrive
     #[command(after_help = "\
@@ -280,8 +280,8 @@ Examples:
   latzero on alpha/saved
   latzero on alpha/saved --count 1 | jq .data     wait for one
 
-One JSON line per event: trigger, pool, from, data, and lost, if events before it were lost. If
-events were lost and none follows, a line says {\"trigger\":…,\"lost\":N}.")]
+One JSON line per event: trigger, pool, from and data, and lost (how many) if events before it were
+dropped. If no event follows the dropped ones, the line {\"trigger\":…,\"lost\":N} reports them.")]
     On(OnArgs),
     /// List the apps that the server knows, and forget offline ones
     #[command(
@@ -307,8 +307,8 @@ Examples:
   latzero parked purge --dead              delete the dead calls
 
 A call is waiting (for a handler), paused (its last attempt failed), running, dead (every attempt
-failed), or answered (its answer waits for the caller). An administrator sees all calls, the owner
-of a pool those in the pool, and an app its own.")]
+failed), or answered (the caller has not fetched the answer yet). An administrator sees all calls,
+the owner of a pool sees the calls in it, and an app sees its own.")]
     Parked(ParkedArgs),
     /// List, create, inspect and remove pools
     #[command(
@@ -331,7 +331,7 @@ Examples:
   latzero watch alpha
   latzero watch alpha --count 1 --json
 
-Apps that come and go, triggers that are added and removed, and changes of blocks.")]
+It prints apps that join and leave, triggers that are added and removed, and changes to blocks.")]
     Watch(WatchArgs),
     /// Show counters, response times, errors and resource usage
     Stats(ServerArgs),
@@ -367,7 +367,7 @@ To compare with other systems, see `cargo xtask bench`.")]
     /// Diagnose why the server cannot start, and how to fix it
     #[command(after_help = "\
 It changes nothing. It takes the options of `start`: pass the same ones.
-Exit code 4 if something keeps the server from starting or from running well.")]
+Exit code 4 if it finds a problem.")]
     Doctor(SettingsArgs),
     /// Show the settings and where each one comes from
     #[command(after_help = "\
@@ -382,19 +382,22 @@ Flags override environment variables, which override files, which override the d
     #[command(after_help = "\
 Examples:
   latzero keys new vault                               all keys, in ~/.config/latzero/keys/vault
-  latzero keys export vault --role read --to reader    only what a reader needs
-  latzero keys check vault
+  latzero pools create vault --encrypted               a pool that uses them
+  latzero keys export vault --role read --to reader    only the keys that a reader needs
+  latzero keys rotate vault --remove-reader            new keys, which former readers do not have
 
-These commands do not contact a server. Key files are private (mode 0600), and keys are never
-printed. Encrypted pools are not implemented yet.")]
+Key files are private (mode 0600), and keys are never printed or sent to the server. Only `rotate`
+contacts a server.")]
     Keys(crate::commands::keys::KeysArgs),
     /// Create and show the key of an app
     #[command(after_help = "\
 Examples:
   latzero app key new worker     in ~/.config/latzero/apps/worker
   latzero app key show worker    its public key
+  latzero serve --app worker alpha/resize -- ./resize    connects with the key
 
-The server does not check app keys yet.")]
+The first connection with the key reserves the AppID: after that the server accepts the AppID only
+with this key.")]
     App(crate::commands::keys::AppArgs),
     /// Print a completion script for a shell
     #[command(after_help = "\
@@ -426,16 +429,16 @@ pub(crate) struct SettingsArgs {
     /// Use TLS on the TCP port
     #[arg(long)]
     tls: bool,
-    /// Certificate for TLS, in PEM form [default: one that the server makes]
+    /// TLS certificate and chain, in PEM format [default: self-signed]
     #[arg(long, value_name = "FILE")]
     tls_cert: Option<String>,
-    /// Private key of the certificate
+    /// Private key of the certificate, in PEM format
     #[arg(long, value_name = "FILE")]
     tls_key: Option<String>,
-    /// Authorities whose certificates clients must show [default: none are asked for]
+    /// Require client certificates that are signed by one of these CAs, in PEM format
     #[arg(long, value_name = "FILE")]
     tls_client_ca: Option<String>,
-    /// Listen beyond loopback although nothing that travels there is encrypted
+    /// Allow listening on other addresses than loopback without TLS: traffic is not encrypted
     #[arg(long)]
     insecure: bool,
     /// error, warn, info, debug or trace [default: info]
@@ -507,7 +510,7 @@ pub(crate) struct StartArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct StopArgs {
-    /// How long to wait until it has stopped
+    /// How long to wait for the server to stop
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse::duration)]
     pub(crate) timeout: Duration,
     #[command(flatten)]
@@ -544,13 +547,13 @@ pub(crate) enum ServiceCommand {
 
 #[derive(Args, Debug)]
 pub(crate) struct TrustArgs {
-    /// The host, and its port if that is not 45227
+    /// The host; the default port is 45227
     #[arg(value_name = "HOST[:PORT]")]
     pub(crate) host: String,
-    /// Do not ask: trust it if it has this pin
+    /// Trust the server without asking if it has this pin
     #[arg(long, value_name = "PIN")]
     pub(crate) pin: Option<latzero::known_hosts::Pin>,
-    /// Replace what was trusted there before
+    /// Replace the pin that was trusted before
     #[arg(long)]
     pub(crate) replace: bool,
 }
@@ -639,7 +642,7 @@ impl PayloadArgs {
     }
 }
 
-/// When a command that prints as things happen is done.
+/// When a command that prints events as they happen ends.
 #[derive(Args, Debug)]
 pub(crate) struct CountArgs {
     /// Stop after this many
@@ -665,10 +668,10 @@ pub(crate) struct CallArgs {
     /// How long to wait for the answer, connecting included [default: 30s]
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     pub(crate) timeout: Option<Duration>,
-    /// If no handler can take it now, keep it on the server's disk until one can
+    /// If no handler can take the call now, keep it on the server's disk until one can
     #[arg(long, conflicts_with = "stream")]
     pub(crate) park: bool,
-    /// How long it may wait and run in total, at most 30d [default: 24h]
+    /// How long a parked call may wait and run in total, at most 30d [default: 24h]
     #[arg(
         long,
         value_name = "DURATION",
@@ -677,25 +680,25 @@ pub(crate) struct CallArgs {
         conflicts_with = "timeout"
     )]
     pub(crate) ttl: Option<Duration>,
-    /// Park it in any case and return once it is on disk; `latzero answers` prints the answer
+    /// Always park, and return once the call is on disk; `latzero answers` prints the answer
     #[arg(long, requires = "park")]
     pub(crate) no_wait: bool,
-    /// If its handler dies, give the call to another one: it may run more than once
+    /// If the handler dies, give the call to another one: it may run more than once
     #[arg(long)]
     pub(crate) redeliver: bool,
-    /// The most handlers that the call is given to; after that it fails [default: 5]
+    /// How many times the call may be delivered before it fails [default: 5]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) attempts: Option<u32>,
-    /// A second call with the same key gets the first one's answer, and the handler runs once
+    /// Calls with the same key run once; repeats get the first call's answer
     #[arg(long, value_name = "KEY")]
     pub(crate) idempotency_key: Option<String>,
-    /// The call's id, under which `latzero answers` lists it
+    /// The id of the call in the output of `latzero answers`
     #[arg(long, value_name = "ID")]
     pub(crate) id: Option<String>,
     /// Print the items of a streamed answer as they arrive, one line each; progress on stderr
     #[arg(long)]
     pub(crate) stream: bool,
-    /// Print a string without quotes, and bytes as they are; on a terminal nothing is escaped then
+    /// Print strings without quotes and bytes unchanged; nothing is escaped, even on a terminal
     #[arg(long, conflicts_with = "json")]
     pub(crate) raw: bool,
     #[command(flatten)]
@@ -707,7 +710,7 @@ pub(crate) struct AnswersArgs {
     /// Calls in this pool; may be repeated [default: every pool]
     #[arg(long)]
     pub(crate) pool: Vec<String>,
-    /// How long to wait for answers that are not there yet
+    /// How long to wait for answers that have not arrived yet
     #[arg(long, value_name = "DURATION", value_parser = parse::long_duration)]
     pub(crate) wait: Option<Duration>,
     #[command(flatten)]
@@ -734,9 +737,9 @@ pub(crate) struct EmitArgs {
 /// How the items of a streamed answer are separated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Framing {
-    /// Each line is one
+    /// Each line is an item
     Lines,
-    /// Its length in four bytes, most significant first, and then the item
+    /// Each item follows its length, four bytes with the most significant first
     Length,
 }
 
@@ -747,7 +750,7 @@ pub(crate) enum OutputKind {
     Auto,
     /// JSON; anything else is an error
     Json,
-    /// Text, also if it looks like JSON
+    /// Text, even if it looks like JSON
     Text,
     /// Raw bytes
     Bytes,
@@ -830,10 +833,10 @@ pub(crate) struct ForgetArgs {
     /// The AppID
     #[arg(value_name = "APP", required_unless_present = "offline")]
     pub(crate) forgotten: Option<String>,
-    /// Every app that is offline
+    /// Forget every offline app
     #[arg(long, conflicts_with = "forgotten")]
     pub(crate) offline: bool,
-    /// Only those that have been offline for longer than this
+    /// Only apps that have been offline for longer than this
     #[arg(
         long,
         value_name = "DURATION",
@@ -854,7 +857,7 @@ pub(crate) struct DataDir {
 }
 
 impl DataDir {
-    /// The directory that is meant.
+    /// The directory that the flag, the variable or the default names.
     pub(crate) fn path(&self) -> PathBuf {
         let reach = ServerArgs {
             data_dir: self.data_dir.clone(),
@@ -1021,7 +1024,7 @@ pub(crate) struct ParkedListArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct ParkedShowArgs {
-    /// Its number, as `latzero parked ls` prints it
+    /// The number of the call, as `latzero parked ls` prints it
     pub(crate) number: u64,
     #[command(flatten)]
     pub(crate) reach: ServerArgs,
@@ -1076,13 +1079,13 @@ pub(crate) struct PoolCreateArgs {
     /// Keep it on disk: it survives a restart of the server
     #[arg(long)]
     pub(crate) durable: bool,
-    /// Make it an encrypted pool, of the keys that `latzero keys new` made; it is always durable
+    /// Encrypt the pool with the keys that `latzero keys new` created; it is always durable
     #[arg(long)]
     pub(crate) encrypted: bool,
-    /// As --encrypted, but the bytes of blocks stay plain, and the keys decide who gets them
+    /// Like --encrypted, but blocks are not encrypted; the keys decide who can open them
     #[arg(long)]
     pub(crate) gated: bool,
-    /// Who may do what, like join=alice,bob; may be repeated
+    /// Which apps may join, or serve triggers, like join=alice,bob; may be repeated
     #[arg(long, value_name = "RIGHT=APP,…", value_parser = parse::pair)]
     pub(crate) policy: Vec<(String, String)>,
     /// A property that every app can see; may be repeated
@@ -1112,7 +1115,7 @@ pub(crate) struct WatchArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct PingArgs {
-    /// How many times
+    /// Number of requests
     #[arg(
         short,
         long,
@@ -1130,7 +1133,7 @@ pub(crate) struct PingArgs {
 pub(crate) enum BenchKind {
     /// Calls, each with its answer
     Call,
-    /// Events, each with the server's count of the handlers it was sent to
+    /// Events; the server answers each with the number of handlers it was sent to
     Emit,
 }
 
@@ -1139,7 +1142,7 @@ pub(crate) struct BenchArgs {
     /// What to measure
     #[arg(value_enum)]
     pub(crate) measured: BenchKind,
-    /// How many in total
+    /// Number of calls or events in total
     #[arg(
         long,
         value_name = "N",
@@ -1147,7 +1150,7 @@ pub(crate) struct BenchArgs {
         value_parser = clap::value_parser!(u64).range(1..=1_000_000_000)
     )]
     pub(crate) calls: u64,
-    /// How many at a time
+    /// Number of calls or events in flight at a time
     #[arg(
         long,
         value_name = "W",
@@ -1158,7 +1161,7 @@ pub(crate) struct BenchArgs {
     /// Size of each payload
     #[arg(long, value_name = "BYTES", default_value = "64", value_parser = parse::size)]
     pub(crate) size: usize,
-    /// A trigger of another app, instead of a handler in this program
+    /// Use this trigger instead of a handler in this program
     #[arg(long, value_name = "[POOL/]TRIGGER")]
     pub(crate) to: Option<String>,
     #[command(flatten)]
@@ -1208,7 +1211,7 @@ pub(crate) enum BlockCommand {
     Info(BlockOne),
     /// Create a block
     Create(BlockCreateArgs),
-    /// Print a block's bytes: as they are, or as hex on a terminal
+    /// Print a block's bytes: unchanged, or as hex on a terminal
     Read(BlockReadArgs),
     /// Write bytes into a block, as one version
     Write(BlockWriteArgs),
@@ -1224,11 +1227,11 @@ Examples:
 
 The command and the programs that it starts write the block under the lock: the LatZero client finds
 the lock in LATZERO_LOCKS. LATZERO_BLOCK and LATZERO_FENCE name the block and the lock's fence.
-The lock is held until the command ends. Signals are passed on to it; if this program is killed
-with SIGKILL, the command is killed too. If the lock is lost, the command is ended, with SIGTERM and
-after 5 s with SIGKILL.
-The exit code is the command's, or 128 and the signal's number; 5 if the lock was not obtained in
-time or was lost, 2 if there is no such command.")]
+The lock is held until the command ends. Signals are passed on to the command; if this program is
+killed with SIGKILL, the command is killed too. If the lock is lost, the command gets SIGTERM, and
+SIGKILL after 5 s.
+The exit code is the command's, or 128 plus the signal's number; 5 if the lock was lost or not
+obtained in time, 2 if there is no such command.")]
     Lock(BlockLockArgs),
     /// Change the size of a block; it gets a new generation
     Resize(BlockResizeArgs),
@@ -1242,8 +1245,8 @@ Examples:
   latzero block dump alpha/frame frame.npy
   latzero block dump alpha/frame - | sha256sum
 
-A regular file is replaced at once, when it is complete; its mode is kept, and links to it are
-followed. Devices and pipes are written to.")]
+A regular file is replaced atomically once the whole block is written; it keeps its mode, and
+symbolic links are followed. Devices and pipes are written to directly.")]
     Dump(BlockFileArgs),
     /// Replace a block's content with a file's; the block is created if necessary
     #[command(after_help = "\
@@ -1251,7 +1254,7 @@ Examples:
   latzero block load alpha/frame frame.npy
   latzero block load alpha/frame part.bin --offset 4096     write a part
 
-The block gets the size of the file, unless --offset is given. A .npy file brings its layout.")]
+The block gets the size of the file, unless --offset is given. A .npy file sets the layout too.")]
     Load(BlockLoadArgs),
 }
 
@@ -1286,13 +1289,13 @@ pub(crate) struct BlockOne {
 /// How a block is created.
 #[derive(Args, Debug)]
 pub(crate) struct BlockKind {
-    /// Keep it in a file of the server's data directory, so that it survives every process
+    /// Keep the block in a file in the server's data directory, so that it survives restarts
     #[arg(long)]
     pub(crate) persistent: bool,
-    /// Write in place, without snapshots; writers and readers must use the lock
+    /// Write in place, without snapshots: writers and readers must hold the lock
     #[arg(long, conflicts_with = "slots")]
     pub(crate) raw: bool,
-    /// Number of slots, so how many versions fit at a time
+    /// Number of slots: how many versions the block holds at a time
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=4))]
     pub(crate) slots: Option<u32>,
     /// Only these apps may read; may be repeated
@@ -1307,16 +1310,16 @@ pub(crate) struct BlockKind {
 pub(crate) struct BlockCreateArgs {
     #[command(flatten)]
     pub(crate) at: BlockAt,
-    /// Its size, like 4096, 64KiB or 1GiB; not needed with --shape
+    /// The size, like 4096, 64KiB or 1GiB; not needed with --shape
     #[arg(value_parser = parse::block_size, required_unless_present = "shape")]
     pub(crate) size: Option<u64>,
-    /// The type of its numbers, in numpy's notation: <f4, |u1, <i8 …
+    /// The type of the elements, in numpy's notation: <f4, |u1, <i8 …
     #[arg(long, value_name = "DTYPE", requires = "shape")]
     pub(crate) dtype: Option<String>,
     /// The length of each dimension, like 1080,1920
     #[arg(long, value_name = "N,…", value_delimiter = ',', requires = "dtype")]
     pub(crate) shape: Vec<u64>,
-    /// Use the existing block, if there is one
+    /// Use the block if it already exists
     #[arg(long)]
     pub(crate) or_attach: bool,
     #[command(flatten)]
@@ -1325,7 +1328,7 @@ pub(crate) struct BlockCreateArgs {
     pub(crate) reach: ServerArgs,
 }
 
-/// Where in a block.
+/// A position in a block.
 #[derive(Args, Debug)]
 pub(crate) struct OffsetArgs {
     /// The first byte
@@ -1339,7 +1342,7 @@ pub(crate) struct BlockReadArgs {
     pub(crate) at: BlockAt,
     #[command(flatten)]
     pub(crate) from: OffsetArgs,
-    /// How many bytes [default: to the end]
+    /// Number of bytes [default: to the end]
     #[arg(long, value_parser = parse::block_size)]
     pub(crate) length: Option<u64>,
     #[command(flatten)]
@@ -1363,7 +1366,7 @@ pub(crate) struct BlockWriteArgs {
     pub(crate) data: String,
     #[command(flatten)]
     pub(crate) from: OffsetArgs,
-    /// Only if the block has this version
+    /// Write only if the block has this version
     #[arg(long, value_name = "VERSION")]
     pub(crate) if_version: Option<u64>,
     #[command(flatten)]
@@ -1376,9 +1379,9 @@ pub(crate) struct BlockWriteArgs {
 pub(crate) struct BlockCasArgs {
     #[command(flatten)]
     pub(crate) at: BlockAt,
-    /// The bytes that must be there: text, or @FILE
+    /// The bytes that must be in the block: text, or @FILE
     pub(crate) expected: String,
-    /// The bytes that replace them, of the same length
+    /// The new bytes, of the same length: text, or @FILE
     #[arg(value_name = "DATA")]
     pub(crate) data: String,
     #[command(flatten)]
@@ -1401,7 +1404,7 @@ pub(crate) struct BlockWatchArgs {
 pub(crate) struct BlockLockArgs {
     #[command(flatten)]
     pub(crate) at: BlockAt,
-    /// Share the lock with other readers; the command cannot write then
+    /// Share the lock with other readers; the command cannot write
     #[arg(long)]
     pub(crate) shared: bool,
     /// How long to wait for the lock

@@ -1,11 +1,10 @@
 //! Where the server is, and a connection to it.
 //!
-//! Flags win over the environment, and that over the defaults. The first of these that is set
-//! counts: a flag, `LATZERO_URL`, `LATZERO_SOCKET`, `LATZERO_DATA_DIR`, `LATZERO_HOST` and
-//! `LATZERO_PORT`, `~/.latzero`, and then 127.0.0.1:45227. A variable with a bad value is refused,
-//! also where another one counts. A directory stands for the server that runs on it: its Unix
-//! socket by the rule of [`latzero_server::address`], else wherever the lock file says that it
-//! listens.
+//! Flags override the environment, which overrides the defaults. The first of these that is set is
+//! used: a flag, `LATZERO_URL`, `LATZERO_SOCKET`, `LATZERO_DATA_DIR`, `LATZERO_HOST` and
+//! `LATZERO_PORT`, `~/.latzero`, and then 127.0.0.1:45227. A variable with an invalid value is
+//! refused, even if another one is used. A directory means the server that uses it: its Unix socket
+//! by the rule of [`latzero_server::address`], else the addresses in the lock file.
 
 use std::ffi::OsString;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
@@ -32,10 +31,10 @@ pub(crate) const PORT_DEFAULT: u16 = 45227;
 /// How long connecting may take.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long requests may take that read or write whole files on the server's side.
+/// How long requests may take that make the server read or write whole files.
 const FILE_REQUEST_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
-/// Which server, and as whom.
+/// The server, and the AppID to use.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Connection")]
 pub(crate) struct ServerArgs {
@@ -61,21 +60,21 @@ pub(crate) struct ServerArgs {
     /// The AppID to connect as [default: cli-UID; for `serve` the program's name]
     #[arg(long, value_name = "ID")]
     pub(crate) app: Option<String>,
-    /// The key file of the app [default: ~/.config/latzero/apps/APPID, where it is there]
+    /// The key file of the app [default: ~/.config/latzero/apps/APPID, if it exists]
     #[arg(long, value_name = "FILE")]
     pub(crate) app_key: Option<PathBuf>,
-    /// The key file of the pool [default: ~/.config/latzero/keys/POOL, where it is there]
+    /// The key file of the pool [default: ~/.config/latzero/keys/POOL, if it exists]
     #[arg(long, value_name = "FILE")]
     pub(crate) keys: Option<PathBuf>,
 }
 
-/// One place where the server may be.
+/// A possible address of the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Address {
     Url(String),
     Socket(PathBuf),
     Tcp(String, u16),
-    /// A TLS port, as a lock file says.
+    /// A TLS port, from a lock file.
     Tls(String, u16),
 }
 
@@ -93,8 +92,8 @@ impl std::fmt::Display for Address {
 }
 
 impl Address {
-    /// The AppID to use there: `cli-UID` is for the Unix socket alone, where the server knows who
-    /// comes.
+    /// The AppID to use there: `cli-UID` is only for the Unix socket, where the server knows the
+    /// user.
     fn app_id(&self, app_id: &str) -> String {
         match (self, app_id.strip_prefix("cli-")) {
             (Address::Tcp(..) | Address::Tls(..), Some(user)) => format!("tcp-cli-{user}"),
@@ -107,8 +106,8 @@ impl Address {
             Address::Url(url) => url.clone(),
             Address::Socket(path) => format!("latzero://{app_id}?socket={}", escape(path)),
             Address::Tls(host, port) => format!("{}?tls", tcp_url(app_id, host, *port)),
-            // Whoever is trusted there speaks TLS. A file that can't be read is no reason to speak
-            // in the clear: the client says then what is wrong with it.
+            // A trusted server uses TLS. If the file cannot be read, TLS is used too, and the
+            // client reports what is wrong with the file.
             Address::Tcp(host, port) => match known_hosts::find(host, *port) {
                 Ok(None) => tcp_url(app_id, host, *port),
                 Ok(Some(_)) | Err(_) => format!("{}?tls", tcp_url(app_id, host, *port)),
@@ -168,13 +167,13 @@ pub(crate) enum OnDisconnect {
 pub(crate) struct ConnectOptions {
     pub(crate) command: &'static str,
     pub(crate) loss: OnDisconnect,
-    /// Pools to join; what does not exist is created.
+    /// Pools to join; those that do not exist are created.
     pub(crate) pools: Vec<String>,
     /// The default AppID of the command, if `--app` is not given.
     pub(crate) app_id: Option<String>,
     /// Threads for handlers.
     pub(crate) handler_threads: Option<usize>,
-    /// How long the server may take for a request, where that differs from other commands.
+    /// How long the server may take for a request, if that differs from other commands.
     pub(crate) request_time: Option<Duration>,
     /// The deadline of the command, including connecting.
     pub(crate) deadline: Option<Instant>,
@@ -200,7 +199,7 @@ impl ConnectOptions {
         self
     }
 
-    /// For requests that take the server as long as its disk does.
+    /// For requests that wait for the server's disk.
     pub(crate) fn patient(mut self) -> ConnectOptions {
         self.request_time = Some(FILE_REQUEST_TIMEOUT);
         self
@@ -224,7 +223,7 @@ impl ConnectOptions {
 pub(crate) struct Connection {
     pub(crate) app: App,
     place: Address,
-    /// The admin token, for a connection that does not prove the right by itself.
+    /// The admin token, for a connection that does not have administrator rights by itself.
     token: Option<String>,
     /// Whether there is a token that this server must not see.
     is_token_withheld: bool,
@@ -244,7 +243,8 @@ impl Connection {
     /// As [`Connection::administer`], for the answer as another type.
     pub(crate) fn administer_as<R: FromPayload>(&self, request: &Value) -> Result<R, Failure> {
         let proved = match &self.token {
-            // Once is enough, and twice does no harm. Who set the token says where it goes.
+            // A second proof does no harm. The user who set the token decided which server gets the
+            // proof.
             Some(token) => self.app.prove_admin(token, true),
             None => Ok(()),
         };
@@ -252,7 +252,7 @@ impl Connection {
             .and_then(|()| self.app.request_as(request))
             .map_err(|error| {
                 let mut failure = Failure::from(error);
-                // It may be another server than the one that was meant.
+                // It may not be the server that the user meant.
                 failure
                     .details
                     .push(format!("asked the server at {}", self.place));
@@ -283,7 +283,7 @@ pub(crate) fn expand_home(path: &str) -> PathBuf {
 }
 
 impl ServerArgs {
-    /// The data directory that is meant, and whether anybody named it.
+    /// The data directory, and whether it was named explicitly.
     pub(crate) fn data_dir(&self) -> (PathBuf, Explicit) {
         let typed = self
             .data_dir
@@ -305,7 +305,7 @@ impl ServerArgs {
             return Ok(vec![Address::Socket(socket.clone())]);
         }
         let tcp = |host: Option<&str>, port: Option<u16>| {
-            // A server on every address of this machine is reached at the nearest of them.
+            // A server that listens on all addresses is reached over loopback.
             let host = match host {
                 None | Some("0.0.0.0" | "::" | "[::]") => HOST_DEFAULT,
                 Some(host) => host.trim_matches(['[', ']']),
@@ -320,7 +320,8 @@ impl ServerArgs {
             if let Some(url) = variable("LATZERO_URL") {
                 return Ok(vec![Address::Url(url)]);
             }
-            // The variable is a setting of the server too, which allows two words for a path.
+            // The variable is also a setting of the server, which allows two words instead of a
+            // path.
             let socket = variable("LATZERO_SOCKET").filter(|s| s != "auto" && s != "off");
             if let Some(socket) = socket {
                 return Ok(vec![Address::Socket(expand_home(&socket))]);
@@ -328,7 +329,7 @@ impl ServerArgs {
         }
         let (dir, named) = self.data_dir();
         let mut places = of_data_dir(&dir);
-        // Another server's port is no substitute for the directory that was named.
+        // If a directory was named, another server's port is not tried.
         if named == Explicit::Yes {
             return Ok(places);
         }
@@ -344,8 +345,8 @@ impl ServerArgs {
         Ok(places)
     }
 
-    /// What programs that this one starts find the same server by: the flags, as variables. A flag
-    /// wins over every variable, so the variables that would compete are emptied.
+    /// The flags as environment variables, with which programs that this one starts find the same
+    /// server. A flag overrides every variable, so conflicting variables are emptied.
     pub(crate) fn environment(&self) -> Vec<(&'static str, OsString)> {
         let named = [
             ("LATZERO_URL", self.url.clone().map(OsString::from)),
@@ -374,8 +375,7 @@ impl ServerArgs {
             .unwrap_or_else(|| format!("cli-{}", rustix::process::geteuid().as_raw()))
     }
 
-    /// An AppID that no other command has, and another one for each `key`: for what must find its
-    /// way back to one command.
+    /// A unique AppID for this command, or for each `key`, so that answers return to it.
     pub(crate) fn own_app_id(&self, key: Option<&str>) -> String {
         let number = match key {
             // FNV-1a, so equal keys give equal hashes in every process.
@@ -390,8 +390,8 @@ impl ServerArgs {
     /// Connects.
     ///
     /// # Errors
-    /// Exit 3 where no server answers, with every place that was tried; 6 where something accepts
-    /// the connection and then says nothing.
+    /// Exit 3 if no server answers, with every address that was tried; 6 if a server accepts the
+    /// connection but does not respond.
     pub(crate) fn connect(&self, options: &ConnectOptions) -> Result<Connection, Failure> {
         let app_id = match (&self.app, &options.app_id) {
             (None, Some(own)) => own.clone(),
@@ -443,16 +443,16 @@ impl ServerArgs {
         Err(self.not_running(&tried))
     }
 
-    /// A command leaves no registration behind, and does not change that of the app whose name it
-    /// uses, unless it keeps running under a given name.
+    /// A command leaves no registration behind and does not change an existing one, unless it keeps
+    /// running under a given AppID.
     fn is_transient(&self, options: &ConnectOptions) -> bool {
         let is_named = self.app.is_some() || self.url.is_some();
         options.loss == OnDisconnect::Ends || !is_named
     }
 
-    /// The admin token for a server, and whether there is one that is not proved to it. A token
-    /// that was set is proved to any server. That of the data directory is proved only on the Unix
-    /// socket, where the kernel says whose server it is.
+    /// The admin token for a server, and whether there is one that is withheld. A token in the
+    /// environment is proved to any server. That of the data directory is proved only over the Unix
+    /// socket, where the kernel identifies the server's user.
     fn token(&self, place: &Address) -> (Option<String>, bool) {
         if place.is_trusted() {
             return (None, false);
@@ -493,7 +493,7 @@ impl ServerArgs {
                 }
                 _ => Failure::new(Exit::NotRunning, "cannot connect to any of the addresses"),
             };
-            // A typing error is likelier than a server that is down.
+            // A typing error is more likely than a server that is down.
             if let Some((pid, addresses)) = running_on(&dir) {
                 failure.details.push(format!(
                     "the server of {shown_dir}, pid {pid}, listens at {}",
@@ -532,7 +532,8 @@ impl ServerArgs {
         ))
     }
 
-    /// Tells where nothing answers, which may be tried elsewhere, from everything else.
+    /// Distinguishes addresses where no server answers, after which others are tried, from other
+    /// errors.
     fn classify(&self, place: &Address, error: Error) -> Result<String, Failure> {
         let source = std::error::Error::source(&error).and_then(|e| e.downcast_ref::<io::Error>());
         let is_silent = |cause: &io::Error| {
@@ -581,7 +582,7 @@ impl ServerArgs {
         }
     }
 
-    /// Whether the server is named by something else than its data directory.
+    /// Whether the server is named by something other than its data directory.
     pub(crate) fn is_elsewhere(&self) -> bool {
         let is_typed = self.url.is_some()
             || self.host.is_some()
@@ -603,7 +604,7 @@ impl ServerArgs {
         is_typed || self.data_dir.is_none() && is_set()
     }
 
-    /// Whether the address itself names pools, so that a trigger without one means those.
+    /// Whether the address names pools, which are then used for a trigger without a pool.
     pub(crate) fn names_pools(&self) -> bool {
         let url = self.url.clone().or_else(|| match self.places() {
             Ok(places) => places.into_iter().find_map(|place| match place {
@@ -616,7 +617,7 @@ impl ServerArgs {
     }
 }
 
-/// Whether somebody named it.
+/// Whether a value was given explicitly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Explicit {
     Yes,
@@ -680,7 +681,7 @@ fn tcp_variables() -> Result<(Option<String>, Option<u16>), Failure> {
             }
         },
     };
-    // For a server, 0 is any port: it says nothing about where to find one.
+    // For a server, 0 means any port, so it does not say where the server listens.
     Ok((variable("LATZERO_HOST"), port.filter(|&port| port != 0)))
 }
 
@@ -691,10 +692,10 @@ fn running_on(dir: &Path) -> Option<(u32, Vec<String>)> {
     Some((holder.pid?, addresses.filter(|all| !all.is_empty())?))
 }
 
-/// The apps or pools of a server, every page of them.
+/// The apps or pools of a server, from all pages.
 ///
 /// # Errors
-/// What the server answers.
+/// The server's error.
 pub(crate) fn list(app: &App, request: &Value, kind: ListKind) -> Result<Vec<Value>, Error> {
     let field = match kind {
         ListKind::Apps => "apps",
@@ -707,7 +708,7 @@ pub(crate) fn list(app: &App, request: &Value, kind: ListKind) -> Result<Vec<Val
         if let Some(items) = page[field].as_array_mut() {
             all.append(items);
         }
-        // A page may be empty and yet not the last: it ends where enough was looked at.
+        // An empty page may not be the last: a page ends when enough was examined.
         match page["after"].take() {
             after @ Value::String(_) => request["after"] = after,
             _ => return Ok(all),

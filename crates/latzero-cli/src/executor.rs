@@ -27,7 +27,7 @@ pub(crate) fn block_on<F: Future>(future: F) -> F::Output {
     }
 }
 
-/// The slots whose future can go on.
+/// The slots whose future is ready to be polled.
 #[derive(Default)]
 struct Ready {
     slots: Mutex<Vec<usize>>,
@@ -52,8 +52,8 @@ impl Wake for SlotWaker {
     }
 }
 
-/// Runs the futures that `next` gives until it gives no more, `side_by_side` at a time, and hands
-/// each outcome to `done`.
+/// Runs the futures that `next` returns until it returns none, `side_by_side` at a time, and passes
+/// each result to `done`.
 pub(crate) fn run_many<F: Future>(
     side_by_side: usize,
     mut next: impl FnMut() -> Option<F>,
@@ -85,7 +85,8 @@ pub(crate) fn run_many<F: Future>(
         drop(queue);
         for slot in turn.drain(..) {
             let (place, waker) = &mut slots[slot];
-            // A future that is ready at once is replaced by the next one, which was not woken yet.
+            // A future that is ready at once is replaced by the next one, which has not been woken
+            // yet.
             while let Some(future) = place {
                 let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(waker))
                 else {

@@ -123,12 +123,12 @@ impl Failure {
         self
     }
 
-    /// A wrong argument that only a look at it shows.
+    /// An argument that clap accepted and that is wrong nevertheless.
     pub(crate) fn usage(error: impl fmt::Display) -> Failure {
         Failure::new(Exit::Usage, error)
     }
 
-    /// The library's messages end with what to do, behind a semicolon.
+    /// The library's messages say what to do after a semicolon.
     fn of_message(exit: Exit, message: &str) -> Failure {
         match message.split_once("; ") {
             Some((what, help)) => Failure::new(exit, what).with_help(help),
@@ -293,7 +293,8 @@ fn remedy(code: Code) -> String {
         Code::AppInUse => "stop the other instance, or connect as another app with --app",
         Code::NotMember => "name a pool that the app is in; `latzero pools` lists them",
         Code::Unauthenticated | Code::Forbidden => {
-            "connect over the Unix socket as the server's user, or use its admin token"
+            "connect over the Unix socket as the server's user, or over TLS with \
+             LATZERO_ADMIN_TOKEN set"
         }
         Code::Timeout => "allow more time with --timeout, or find out why the handler is slow",
         Code::Cancelled => "repeat the call if it should not have been cancelled",
@@ -314,7 +315,7 @@ fn remedy(code: Code) -> String {
             "check `latzero status`; the call may have run, so repeat it if that is safe"
         }
         Code::BadMessage => "fix what the message names",
-        // As the others here: a clause, not a sentence.
+        // Like the others here, without a capital and a full stop.
         other => {
             let text = other.remedy().trim_end_matches('.');
             // Not "appIDs".

@@ -1,4 +1,4 @@
-//! Starts programs that must not outlive this one, whatever ends it.
+//! Starts programs that must not outlive this one, however it ends.
 //!
 //! The kernel can end a process when its parent dies (prctl(2), `PR_SET_PDEATHSIG`), but the
 //! process itself has to ask for it, between fork and exec, where only unsafe code can run. So this
@@ -19,14 +19,14 @@ use rustix::process::{Pid, Signal, getppid, kill_process_group, set_parent_proce
 
 use crate::exit::Failure;
 
-/// The words, in place of a command, with which this program starts itself.
+/// The words that replace the command when this program starts itself.
 const EXEC: &str = "__exec";
 const SUPERVISE: &str = "__supervise";
 
-/// What shells and env(1) exit with where a program cannot be run.
+/// The exit code of shells and env(1) if a program cannot be run.
 const CANNOT_RUN: i32 = 126;
 
-/// A program that ends with this one.
+/// A command for a program that ends when this one does.
 pub(crate) fn command(program: &[OsString]) -> Command {
     let mut command = this_program(EXEC);
     command.arg(std::process::id().to_string()).args(program);
@@ -34,13 +34,13 @@ pub(crate) fn command(program: &[OsString]) -> Command {
 }
 
 fn this_program(word: &str) -> Command {
-    // The running program itself, also after its file was replaced.
+    // The running program itself, even if its file was replaced.
     let mut command = Command::new("/proc/self/exe");
     command.arg0("latzero").arg(word);
     command
 }
 
-/// Does what this program was started for by itself, if it was.
+/// Does the internal work if this program started itself.
 pub(crate) fn run_internal() -> Option<i32> {
     let mut args = std::env::args_os().skip(1);
     match args.next()?.to_str()? {
@@ -70,8 +70,8 @@ fn exec(mut args: impl Iterator<Item = OsString>) -> i32 {
     CANNOT_RUN
 }
 
-/// A process that ends the programs of this one, with all that they started in their process
-/// groups, once this one has ended without doing so.
+/// A process that ends the process groups of this program's children if this program ends without
+/// doing so.
 #[derive(Debug)]
 pub(crate) struct Supervisor {
     to: Mutex<ChildStdin>,
@@ -82,12 +82,12 @@ impl Supervisor {
     /// Starts it.
     ///
     /// # Errors
-    /// If the system starts no process.
+    /// If the process cannot be started.
     pub(crate) fn start() -> io::Result<Supervisor> {
         let mut child = this_program(SUPERVISE)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
-            // A Ctrl-C is not for it: it must outlive this program.
+            // It ignores Ctrl-C, because it must outlive this program.
             .process_group(0)
             .spawn()?;
         let to = child.stdin.take().expect("it was asked for");
@@ -97,12 +97,12 @@ impl Supervisor {
         })
     }
 
-    /// Names a process group that ends with this program.
+    /// Registers a process group that ends with this program.
     pub(crate) fn add(&self, group: Pid) {
         self.send(&format!("+{}\n", group.as_raw_nonzero()));
     }
 
-    /// Names one that has ended.
+    /// Removes one that has ended.
     pub(crate) fn remove(&self, group: Pid) {
         self.send(&format!("-{}\n", group.as_raw_nonzero()));
     }
@@ -114,7 +114,7 @@ impl Supervisor {
     }
 }
 
-/// Keeps the process groups that `input` names, and ends them when it is over.
+/// Keeps the process groups that `input` registers, and ends them at the end of `input`.
 fn supervise(input: impl io::BufRead) -> i32 {
     let mut groups = HashSet::new();
     for line in input.lines().map_while(Result::ok) {
@@ -133,10 +133,10 @@ fn supervise(input: impl io::BufRead) -> i32 {
     0
 }
 
-/// Refuses a program that cannot be started, before anything is done that it is needed for.
+/// Refuses a program that cannot be started, before anything else is done.
 ///
 /// # Errors
-/// Exit 2, with what was looked for and where.
+/// Exit 2, with what was looked for and where it was looked for.
 pub(crate) fn check(program: &OsStr) -> Result<(), Failure> {
     let refused = |why: String| {
         let text = format!("'{}' cannot be started: {why}", program.display());

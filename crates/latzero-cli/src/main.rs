@@ -1,9 +1,9 @@
 //! The program `latzero`: starts a server, talks to one, and makes any program a handler.
 //!
-//! It knows nothing that the server and the client do not: every command is a few calls into one of
-//! the two, and text for people. `args` defines the command line, `usage` explains mistakes in it,
-//! each file in `commands` is a command, `reach` finds the server, `launch` starts other programs,
-//! and `output` and `exit` report the result.
+//! It has no logic of its own beyond the server and the client: every command is a few calls into
+//! one of the two, and text for people. `args` defines the command line, `usage` explains mistakes
+//! in it, each file in `commands` is a command, `connect` finds the server, `launch` starts other
+//! programs, and `output` and `exit` report the result.
 
 mod args;
 mod commands;

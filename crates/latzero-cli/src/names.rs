@@ -1,4 +1,4 @@
-//! The nearest known name to one that nobody knows.
+//! Finds known names that resemble an unknown one.
 
 /// Below this similarity (0 to 1) a hint would mislead.
 const SIMILAR_MIN: f64 = 0.75;
@@ -9,7 +9,7 @@ const NAMES_MAX: usize = 3;
 /// Names longer than any valid one are compared by their beginning, so that the cost stays bounded.
 const CHARS_MAX: usize = 128;
 
-/// Those of `known` that look most like `name`, the nearest first.
+/// The names in `known` that resemble `name` most, the nearest first.
 pub(crate) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
     let name: String = name.chars().take(CHARS_MAX).collect();
     let mut found: Vec<(f64, &str)> = known

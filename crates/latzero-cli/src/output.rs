@@ -1,8 +1,8 @@
 //! What people and scripts see: tables and colours on a terminal, tab-separated lines or JSON
 //! elsewhere.
 //!
-//! Text that came from other programs is escaped before it reaches a terminal, which would obey
-//! some of it. Only [`Output::bytes`] and [`Output::raw_line`] print text as it is.
+//! Text from other programs is escaped before it reaches a terminal, so that control sequences in
+//! it have no effect. Only [`Output::bytes`] and [`Output::raw_line`] print text unchanged.
 //!
 //! Tables are drawn here, in forty lines: a table crate would bring borders, wrapping and a Unicode
 //! width table that the protocol's names, all ASCII, do not need.
@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::exit::{Exit, Failure};
 
-/// When to colour.
+/// When to use colours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Color {
     /// On a terminal, unless NO_COLOR is set or TERM is dumb
@@ -30,7 +30,7 @@ pub(crate) enum Color {
 /// How often progress is shown.
 const TICK: Duration = Duration::from_millis(250);
 
-/// What a word means; its colour shows it.
+/// What a word means, which its colour shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tone {
     Plain,
@@ -65,7 +65,7 @@ impl<T: Display> From<T> for Cell {
     }
 }
 
-/// Text in a tone.
+/// Creates text with a tone.
 pub(crate) fn toned(text: impl Display, tone: Tone) -> Cell {
     Cell(text.to_string(), tone)
 }
@@ -73,7 +73,7 @@ pub(crate) fn toned(text: impl Display, tone: Tone) -> Cell {
 /// How the output looks.
 #[derive(Debug)]
 pub(crate) struct Output {
-    /// Whether a script reads: JSON.
+    /// Whether to print JSON, for scripts.
     pub(crate) json: bool,
     /// Whether stdout is a terminal.
     pub(crate) is_terminal: bool,
@@ -88,7 +88,7 @@ impl Output {
         let is_terminal = io::stdout().is_terminal();
         let is_err_terminal = io::stderr().is_terminal();
         let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-        // A terminal that says nothing of itself, or that it can do nothing, gets plain lines.
+        // A terminal whose type is unknown or `dumb` gets plain lines.
         let is_capable = is_set("TERM") && std::env::var_os("TERM").is_some_and(|t| t != "dumb");
         let colors = |is_terminal| match color {
             Color::Auto => is_terminal && is_capable && !is_set("NO_COLOR"),
@@ -105,7 +105,7 @@ impl Output {
         }
     }
 
-    /// Whether a person reads.
+    /// Whether a person reads the output.
     pub(crate) fn is_for_people(&self) -> bool {
         self.is_terminal && !self.json
     }
@@ -123,7 +123,7 @@ impl Output {
         }
     }
 
-    /// One line on stdout, as it is.
+    /// One line on stdout, unchanged.
     pub(crate) fn raw_line(&self, line: impl Display) -> io::Result<()> {
         writeln!(io::stdout().lock(), "{line}")
     }
@@ -136,7 +136,7 @@ impl Output {
         }
     }
 
-    /// Bytes on stdout as they are.
+    /// Bytes on stdout, unchanged.
     pub(crate) fn bytes(&self, bytes: &[u8]) -> io::Result<()> {
         let mut out = io::stdout().lock();
         out.write_all(bytes)?;
@@ -151,8 +151,8 @@ impl Output {
         }
     }
 
-    /// JSON text as it came, its fields in their own order and its numbers with all their digits:
-    /// indented for people, on one line for scripts.
+    /// JSON text with its fields in their own order and its numbers with all their digits: indented
+    /// for people, on one line for scripts.
     pub(crate) fn json_text(&self, json: &str) -> io::Result<()> {
         match self.is_for_people() {
             true => self.json_out(&pretty(json)),
@@ -214,7 +214,7 @@ impl Output {
             let mut line = String::new();
             for (index, (cell, &widest)) in row.iter().zip(&widths).enumerate() {
                 line.push_str(&paint(&cell.0, cell.1, self.colors_out));
-                // Nothing trails the last column.
+                // No padding after the last column.
                 if index + 1 < row.len() {
                     let padding = widest - width(&cell.0) + 2;
                     line.extend(std::iter::repeat_n(' ', padding));
@@ -225,7 +225,7 @@ impl Output {
         Ok(())
     }
 
-    /// Names with their values, one each line.
+    /// Names with their values, one per line.
     pub(crate) fn facts(&self, facts: &[(&str, Cell)]) -> io::Result<()> {
         let rows: Vec<Vec<Cell>> = facts
             .iter()
@@ -244,7 +244,7 @@ impl Output {
         let _ = writeln!(io::stderr().lock(), "{text}");
     }
 
-    /// Progress on stderr, each over the last; nothing unless stderr is a terminal.
+    /// Progress on stderr, which replaces the last; nothing unless stderr is a terminal.
     pub(crate) fn progress(&self, text: impl Display) {
         if self.shows_progress() {
             let mut err = io::stderr().lock();
@@ -272,7 +272,7 @@ impl Output {
         let (working, ended) = channel();
         std::thread::scope(|scope| {
             let worker = scope.spawn(move || {
-                // Dropped at the work's end, however it ends.
+                // Dropped when the work ends, even if it panics.
                 let _working: std::sync::mpsc::Sender<()> = working;
                 work()
             });
@@ -304,7 +304,7 @@ impl Output {
         ))
     }
 
-    /// Says on stderr why the command failed.
+    /// Reports on stderr why the command failed.
     pub(crate) fn failure(&self, failure: &Failure) -> Exit {
         if failure.is_quiet {
             return failure.exit;
@@ -406,7 +406,7 @@ fn paint(text: impl Display, tone: Tone, colors: bool) -> String {
     }
 }
 
-/// A duration as people read it, with three digits that matter.
+/// A duration for people, with three significant digits.
 pub(crate) fn time(duration: Duration) -> String {
     let us = duration.as_secs_f64() * 1e6;
     match us {
@@ -435,7 +435,7 @@ fn since(ms: u64) -> String {
     }
 }
 
-/// How long something has lasted.
+/// How long something has been going on.
 pub(crate) fn uptime(ms: u64) -> String {
     let s = ms / 1000;
     match s {
@@ -446,7 +446,7 @@ pub(crate) fn uptime(ms: u64) -> String {
     }
 }
 
-/// Bytes as people read them.
+/// A number of bytes for people.
 pub(crate) fn bytes(n: u64) -> String {
     match n {
         0..1024 => format!("{n} B"),
@@ -469,9 +469,9 @@ pub(crate) fn count(n: u64, noun: &str) -> String {
     }
 }
 
-/// Whether a terminal obeys a character, or shows others in another order because of it: controls
-/// of both sets and DEL, line and paragraph separators, and the marks of bidirectional text
-/// (Unicode Standard Annex 9).
+/// Whether a character controls a terminal or changes the order in which others are shown: C0 and
+/// C1 controls and DEL, line and paragraph separators, and the marks of bidirectional text (Unicode
+/// Standard Annex 9).
 fn is_obeyed(c: char) -> bool {
     c.is_control()
         || matches!(
@@ -480,7 +480,7 @@ fn is_obeyed(c: char) -> bool {
         )
 }
 
-/// Text with nothing in it that a terminal obeys, but for the ends of lines and tabs.
+/// Text without control characters except line breaks and tabs.
 fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -493,14 +493,14 @@ fn escaped(text: &str) -> String {
     out
 }
 
-/// JSON text without control characters. They are valid only in strings, where an escape means the
-/// same; others are white space.
+/// JSON text without control characters. Inside strings an escape means the same; outside they are
+/// white space.
 fn escaped_json(json: &str) -> String {
     let mut out = String::with_capacity(json.len());
     for c in json.chars() {
         match c {
             '\n' | '\t' => out.push(c),
-            // Each of them is in the basic plane, so one escape is enough.
+            // Each of them is in the basic multilingual plane, so one escape is enough.
             c if is_obeyed(c) => out.push_str(&format!("\\u{:04x}", u32::from(c))),
             c => out.push(c),
         }

@@ -1,4 +1,4 @@
-//! Arguments that are more than text: durations, sizes, JSON, headers, and where a trigger is.
+//! Parses arguments: durations, sizes, payloads, headers, and the names of triggers.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -14,11 +14,11 @@ const DURATION_MAX: Duration = Duration::from_secs(24 * 3600);
 /// The longest time for which a call may be parked.
 const LONG_DURATION_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// The longest age, a century.
+/// The longest age: a century.
 const AGE_MAX: Duration = Duration::from_secs(36_525 * 24 * 3600);
 
-/// The most that is read of a file or of stdin for a payload, in bytes: more than any server takes
-/// by default.
+/// How much of a file or of stdin is read for a payload at most, in bytes: more than a server
+/// accepts by default.
 pub(crate) const INPUT_BYTES_MAX: u64 = 16 << 20;
 
 /// A duration with its unit, up to a day: `500ms`, `5s`, `2m`, `1h`.
@@ -31,7 +31,7 @@ pub(crate) fn long_duration(text: &str) -> Result<Duration, String> {
     duration_up_to(text, LONG_DURATION_MAX)
 }
 
-/// An age: a duration without an upper limit that anybody would reach.
+/// An age: a duration with a limit so high that nobody reaches it.
 pub(crate) fn age(text: &str) -> Result<Duration, String> {
     duration_up_to(text, AGE_MAX)
 }
@@ -132,10 +132,10 @@ pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// A trigger and the pool that it is in.
+/// A trigger and its pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Target {
-    /// The pool; none where nothing names one.
+    /// The pool, if one was named.
     pub(crate) pool: Option<String>,
     /// The trigger.
     pub(crate) trigger: String,
@@ -197,9 +197,9 @@ fn read(source: impl std::io::Read, name: &str) -> Result<String, Failure> {
     Ok(text)
 }
 
-/// How the text could be meant.
+/// A hint at what the text may have been meant to be.
 fn suggest_quoting(text: &str) -> String {
-    // What a shell leaves of {"x":42} without quotes.
+    // What is left of {"x":42} if it is not quoted in a shell.
     let looks_stripped = text.starts_with(['{', '[']);
     if looks_stripped {
         return "the shell removes double quotes; put the whole value in single quotes: '{\"x\":42}'"

@@ -1,4 +1,4 @@
-//! Mistakes in the command line, explained: as text, or as JSON where it was asked for.
+//! Explains mistakes in the command line, as text or, with `--json`, as JSON.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -10,10 +10,10 @@ use crate::args::Cli;
 use crate::exit::{Exit, Failure};
 use crate::output::{Color, Output};
 
-/// Lines of the help of `start` that are shown where `-h` may have been meant as help.
+/// Lines of the help of `start` that are shown if `-h` may have been meant as help.
 const HELP_LINES: usize = 12;
 
-/// Reads the command line; what to exit with where it cannot be run.
+/// Parses the command line; returns the exit code if there is nothing to run.
 pub(crate) fn parse() -> Result<Cli, ExitCode> {
     let args: Vec<OsString> = std::env::args_os().collect();
     let flags = GlobalFlags::of(&args);
@@ -49,7 +49,7 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
     Err(Exit::Usage.into())
 }
 
-/// The global flags, as far as they can be seen in a command line that is wrong.
+/// The global flags that can be found in an invalid command line.
 struct GlobalFlags {
     json: bool,
     color: Color,
@@ -82,7 +82,7 @@ impl GlobalFlags {
     }
 }
 
-/// The parts of a message of clap: what is wrong, and tips.
+/// The parts of an error message from clap: what is wrong, and tips.
 fn failure(error: &clap::Error) -> Failure {
     let text = error.render().to_string();
     let mut message = Vec::new();
@@ -97,7 +97,7 @@ fn failure(error: &clap::Error) -> Failure {
             (None, None) => message.push(line),
         }
     }
-    // Without arguments it prints the help, which is no message.
+    // Without arguments clap prints the help, not an error message.
     let message = match error.kind() {
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "a command is missing".to_owned(),
         _ => message.join(" "),
@@ -111,7 +111,7 @@ fn failure(error: &clap::Error) -> Failure {
     Failure::usage(message).with_help(help)
 }
 
-/// Whether `start` has `-h`, its host, without a value.
+/// Whether `-h`, the host of `start`, has no value.
 fn is_bare_host(args: &[OsString]) -> bool {
     let words: Vec<&str> = args.iter().skip(1).filter_map(|arg| arg.to_str()).collect();
     let command = words.iter().find(|word| !word.starts_with('-'));

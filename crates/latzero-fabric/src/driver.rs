@@ -21,7 +21,7 @@ use crate::registry::{Registry, View};
 use crate::rows::StoreChange;
 use crate::turn::Turn;
 
-/// How a connection came in.
+/// The transport of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transport {
     /// TCP.
@@ -32,12 +32,12 @@ pub enum Transport {
     BuiltIn,
 }
 
-/// What the core knows of the server that it is part of.
+/// What the core knows about its server.
 #[derive(Debug)]
 pub struct Context {
     /// The bounds.
     pub limits: Limits,
-    /// What clients make the server hold.
+    /// The accounts of what clients make the server hold.
     pub ledger: Ledger,
     /// The bounds of each outbox.
     pub outbox: Bounds,
@@ -45,9 +45,10 @@ pub struct Context {
     pub version: &'static str,
     /// The node's name.
     pub node: String,
-    /// Drawn at each start: proofs are bound to it.
+    /// A random id of this run of the server, which proofs are bound to.
     pub instance: [u8; 16],
-    /// What makes names that are no encrypted pool's look like one, the same over restarts.
+    /// A secret that survives restarts. It makes a name that is not an encrypted pool look like
+    /// one.
     pub secret: [u8; 32],
     /// Whether administrators may prove themselves over plain TCP.
     pub admin_over_plain_tcp: bool,
@@ -67,17 +68,17 @@ pub enum Report {
 /// Bytes to write into a block.
 #[derive(Debug, Clone, Copy)]
 pub struct BlockWrite<'a> {
-    /// Where they begin.
+    /// The offset of the first byte.
     pub offset: u64,
     /// The bytes.
     pub data: &'a [u8],
     /// The version that the block must have.
     pub if_version: Option<u64>,
-    /// The bytes that must be there now, as many as `data`.
+    /// The bytes that the block must have there now, as many as `data`.
     pub expected: Option<&'a [u8]>,
 }
 
-/// What became of a [`BlockWrite`].
+/// The result of a [`BlockWrite`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Written {
     /// The block's new version.
@@ -95,29 +96,29 @@ impl Written {
     }
 }
 
-/// Who hears that a row is on disk, or that it can't be stored.
+/// Who is notified that a row is on disk, or cannot be stored.
 pub enum Promise<'a, D: Driver> {
     /// The session of a connection, in the order of its promises
     /// ([`crate::Session::handle_stored`]).
     Session(&'a D::Peer),
-    /// The pool of the answer that the row holds ([`crate::Pool::answer_stored`]). A row that
-    /// can't be stored is given up: the pool stores it again.
+    /// The pool of the answer in the row ([`crate::Pool::answer_stored`]). A row that cannot be
+    /// stored is dropped, and the pool stores it again.
     Answer,
 }
 
-/// A connection's handle. Two handles are equal if they are of the same connection.
+/// A handle of a connection. Two handles are equal if they belong to the same connection.
 pub trait Peer<D: Driver>: Clone + Eq {
-    /// What the core keeps of the connection, for this caller alone and for a moment.
+    /// Locks what the core stores for the connection.
     fn link(&self) -> impl DerefMut<Target = Link<D>>;
 
-    /// Its own calls in flight.
+    /// The calls that it has in flight.
     fn in_flight(&self) -> &InFlight;
 }
 
-/// The environment of the core: access to registry and pools, bytes of blocks, rows to keep, and
-/// what only a server knows. Called while a pool or the registry is locked, so nothing here may
-/// wait, but for [`Driver::read_block`] and [`Driver::write_block`], which are called with nothing
-/// locked.
+/// The environment of the core: access to registry and pools, bytes of blocks, rows to store, and
+/// what only a server knows. It is called while a pool or the registry is locked, so nothing here
+/// may block, except [`Driver::read_block`] and [`Driver::write_block`], which are called without
+/// a lock.
 ///
 /// The server keeps pools behind mutexes and the simulator keeps them in a table. The core holds
 /// one of them at a time, and never the registry together with a pool.
@@ -129,16 +130,16 @@ pub trait Driver: Sized {
     /// A descriptor of a block's storage.
     type Fd;
 
-    /// What was decided and is still to be done.
+    /// The decisions that are still to be carried out.
     fn effects(&mut self) -> &mut Effects<Self>;
 
-    /// What the core knows of its server.
+    /// What the core knows about its server.
     fn context(&self) -> &Arc<Context>;
 
     /// Whether the server is shutting down and accepts no new calls.
     fn is_draining(&self) -> bool;
 
-    /// A handle of a new pool. Called while the registry is held.
+    /// A handle of a new pool. Called while the registry is locked.
     fn new_pool(pool: Pool<Self>) -> Self::Pool;
 
     /// Runs `f` with the registry.
@@ -147,7 +148,7 @@ pub trait Driver: Sized {
         f: impl FnOnce(&mut Registry<Self>, &mut Turn<'_, Self>) -> R,
     ) -> R;
 
-    /// Runs `f` with one pool, then arms its deadline and carries out what it asked for about
+    /// Runs `f` with one pool, then arms its deadline and starts the jobs that it requested for
     /// blocks.
     fn with_pool<R>(
         turn: &mut Turn<'_, Self>,
@@ -155,27 +156,26 @@ pub trait Driver: Sized {
         f: impl FnOnce(&mut Pool<Self>, &mut Turn<'_, Self>) -> R,
     ) -> R;
 
-    /// Runs `f` with the numbers that are given once.
+    /// Runs `f` with the numbers that are never reused.
     fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R;
 
-    /// Stores a row. With `promise`, that is kept once the row is on disk or can't be stored;
+    /// Stores a row. `promise` says who is notified once the row is on disk or cannot be stored;
     /// without it, the change is retried until it is on disk.
     fn store(&mut self, change: StoreChange, promise: Option<Promise<'_, Self>>);
 
     /// A descriptor of a block's storage with this access, if there is one.
     fn descriptor(&self, storage: StorageId, access: Access) -> Option<Self::Fd>;
 
-    /// A block's version, as far as it is known without waiting; at least `noted`, which a client
-    /// reported, if the block itself agrees.
+    /// A block's version as far as it is known without blocking. It is at least `noted`, which a
+    /// client reported, if the block's header confirms that.
     fn block_version(&mut self, storage: StorageId, noted: Option<u64>) -> u64;
 
-    /// Writes the fence of a block's lock where its writers look, and whether anybody holds it
-    /// alone.
+    /// Writes to a block's header the fence of its lock, and whether the exclusive lock is held.
     fn set_fence(&mut self, storage: StorageId, fence: u64, is_held: bool);
 
-    /// A copy of a block's bytes in a range that it has, of one version, which is returned. The
-    /// buffer goes back to [`Effects::buffers`]. An empty range only checks that the storage is
-    /// sound.
+    /// Copies a range within a block from one version; returns the bytes and that version. The
+    /// buffer is returned to [`Effects::buffers`]. An empty range only checks that the storage is
+    /// valid.
     ///
     /// # Errors
     /// `version_conflict`, `contended`, `storage`.
@@ -189,18 +189,18 @@ pub trait Driver: Sized {
     /// Writes bytes into a block.
     ///
     /// # Errors
-    /// `out_of_range`, `version_conflict`, `contended`, `storage`: nothing was written then.
+    /// `out_of_range`, `version_conflict`, `contended`, `storage`; nothing was written.
     fn write_block(
         &mut self,
         storage: StorageId,
         write: &BlockWrite<'_>,
     ) -> Result<Written, Refusal>;
 
-    /// Takes back the memory of a block that an earlier run made, whose descriptor came with the
-    /// message that is being handled; the block is in `pool` then ([`Pool::adopt_block`]).
+    /// Takes back the memory of a block of an earlier run, whose descriptor came with the current
+    /// message, and adds the block to `pool` ([`Pool::adopt_block`]).
     ///
     /// # Errors
-    /// `no_block`, `bad_message`, `block_exists`, and as [`Pool::adopt_block`].
+    /// `no_block`, `bad_message`, `block_exists`, and those of [`Pool::adopt_block`].
     fn reoffer(
         turn: &mut Turn<'_, Self>,
         pool: &Self::Pool,
@@ -208,34 +208,34 @@ pub trait Driver: Sized {
         block: &BlockId,
     ) -> Result<(), Refusal>;
 
-    /// The owner of the memory that is awaited back from an earlier run under that name; without a
-    /// block, of any in the pool.
+    /// The owner of a block of an earlier run whose memory clients may still offer; without a block
+    /// name, the owner of any such block in the pool.
     fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId>;
 
-    /// A report about the server, of what the asking client may see.
+    /// A report about the server, with what the requesting client may see.
     fn report(turn: &mut Turn<'_, Self>, what: Report, view: &View<'_>) -> String;
 
     /// Random bytes, good enough to be a nonce.
     fn nonce(&mut self) -> [u8; 32];
 
-    /// An id that nobody can guess; a run that is to be repeated draws it from `prng`.
+    /// An id that nobody can guess; reproducible runs take it from `prng`.
     fn fresh_id(&mut self, prng: &mut Prng) -> u64;
 
-    /// The server's own MAC for an exchange with an administrator, where `mac` is the right one of
-    /// the client. Takes the same time whatever the answer.
+    /// The server's own MAC for an exchange with an administrator, if the client's `mac` is
+    /// correct. Takes the same time in either case.
     fn admin_mac(&self, exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]>;
 
-    /// Whether the user of a connection may prove something now, or had too many proofs refused.
+    /// Whether the user of a connection may send a proof now; false if too many were refused.
     fn may_prove(&mut self, asker: &Self::Peer) -> bool;
 
     /// A proof of a connection's user was refused.
     fn note_refused(&mut self, asker: &Self::Peer);
 
-    /// Carries out a request of an administrator that is not the core's own; returns the reply's
-    /// JSON text, or nothing if it is slow and the driver itself replies to `asker` under `id`.
+    /// Carries out an administrator's request that concerns the driver; returns the reply's JSON
+    /// text, or nothing if it is slow and the driver itself replies to `asker` under `id`.
     ///
     /// # Errors
-    /// If it can't be done.
+    /// If the request fails.
     fn admin(
         &mut self,
         action: &AdminAction,
@@ -243,14 +243,13 @@ pub trait Driver: Sized {
         id: Option<&str>,
     ) -> Result<Option<String>, Refusal>;
 
-    /// Shows an observer what happens: the audit log of a server, the checker of the simulator.
+    /// Reports an observation, to the audit log of a server or the checker of the simulator.
     fn observe(&mut self, what: Observed<'_, Self>);
 }
 
-/// Something to be seen from outside.
+/// What an observer can see.
 pub enum Observed<'a, D: Driver> {
-    /// A message for a connection, and what happened to it: its whole frame if it was appended,
-    /// else nothing.
+    /// A message for a connection and what happened to it, with the whole frame if it was appended.
     Message(&'a D::Peer, Class, Sent, &'a [u8]),
     /// A connection will be closed.
     Closing(&'a D::Peer),

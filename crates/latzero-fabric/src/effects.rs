@@ -1,6 +1,6 @@
-//! What the core decided and the driver still has to do, and counters.
+//! The decisions that the driver still has to carry out, and counters.
 //!
-//! All of it happens after the pool or the registry is released, and none of it returns a result.
+//! The driver carries them out after the pool or the registry is released. They return no result.
 
 use latzero_protocol::{Code, PoolName};
 
@@ -11,12 +11,11 @@ use crate::now::Time;
 /// A call that ended.
 #[derive(Debug, Clone, Copy)]
 pub struct CallEnd {
-    /// When the call came.
+    /// When the call arrived.
     pub started: Time,
     /// When it ended.
     pub ended: Time,
-    /// The server's error code, where the server ended it with one; `None` if the handler
-    /// answered.
+    /// The error code if the server ended the call; `None` if the handler answered.
     pub code: Option<Code>,
     /// Whether the handler answered with an error.
     pub failed: bool,
@@ -34,7 +33,7 @@ pub enum Count {
     LateResponse,
     /// A response came from another instance than the one that was called.
     ForeignResponse,
-    /// An item or a report of a stream was passed on.
+    /// An item or a progress report of a stream was forwarded.
     Partial,
     /// A cancel or ack named no call in flight.
     StrayReference,
@@ -45,21 +44,20 @@ impl Count {
     pub const KINDS: usize = 6;
 }
 
-/// Something that the audit log tells.
+/// An entry of the audit log.
 #[derive(Debug, Clone)]
 pub struct Audit<'a> {
-    /// What happened, as one word.
+    /// The name of the event.
     pub event: &'static str,
-    /// The app, where the connection has said which it is.
+    /// The app, if the connection has named it.
     pub app: Option<&'a latzero_protocol::AppId>,
     /// Its instance.
     pub instance: Option<latzero_protocol::InstanceId>,
-    /// What else there is to say, as an object.
+    /// Further details, as a JSON object.
     pub detail: serde_json::Value,
 }
 
-/// What the driver does once the pool is released: in the order of the fields, each list in its own
-/// order.
+/// What the driver does once the pool is released: field by field, each list in order.
 pub struct Effects<D: Driver> {
     /// Connections with something to write, each once.
     pub touched: Vec<D::Peer>,
@@ -68,19 +66,19 @@ pub struct Effects<D: Driver> {
     /// Connections that have room for more calls again: their sessions continue
     /// ([`crate::Session::resume`]).
     pub resumed: Vec<D::Peer>,
-    /// What to do about blocks' storage.
+    /// Jobs for the storage of blocks.
     pub jobs: Vec<Job<D::Peer>>,
     /// How the number of a pool's blocks, parked calls and answers changed, for
     /// [`crate::Registry::count_held`].
     pub held: Vec<(PoolName, u32, i32)>,
-    /// [`crate::Pool::answer_delivered`] is to be called, by number, when everything appended for a
-    /// connection so far is written.
+    /// When everything that was appended for a connection so far is written,
+    /// [`crate::Pool::answer_delivered`] is to be called with these numbers.
     pub delivered: Vec<(D::Peer, u64)>,
-    /// More answers are kept for repeats than there may be.
+    /// More answers are stored for repeats than the limit allows.
     pub(crate) is_over_repeats: bool,
-    /// Bytes appended since the last write, about.
+    /// About how many bytes were appended since the last write.
     pub appended: usize,
-    /// What happened, in numbers.
+    /// Counters of what happened.
     pub tally: Counters,
     /// Buffers to reuse.
     pub buffers: Buffers,
@@ -103,7 +101,7 @@ impl<D: Driver> Default for Effects<D> {
     }
 }
 
-/// What happened since the driver took the numbers last.
+/// Counters since the driver last took them.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Calls that began.
@@ -116,21 +114,20 @@ pub struct Counters {
     pub counts: [u64; Count::KINDS],
 }
 
-/// Spare buffers that a loop keeps, the largest that it keeps, and all of them together.
+/// Limits on the spare buffers of a loop: their number, the size of one, and their total size.
 const SPARE_MAX: usize = 64;
 const SPARE_TOTAL_BYTES_MAX: usize = 4 * 1024 * 1024;
 const SPARE_BYTES_MAX: usize = 1024 * 1024;
 
-/// Larger buffers that a loop keeps, for frames that need them: fresh memory costs more than the
-/// copy into it.
+/// The number of large buffers that a loop keeps: fresh memory costs more than the copy into it.
 const LARGE_MAX: usize = 2;
 const LARGE_BYTES_MAX: usize = 32 * 1024 * 1024;
 
-/// Buffers that were used and will be used again.
+/// Buffers for reuse.
 #[derive(Debug, Default)]
 pub struct Buffers {
     spare: Vec<Vec<u8>>,
-    /// What the spare ones take.
+    /// The total size of the spare buffers in bytes.
     spare_bytes: usize,
     large: Vec<Vec<u8>>,
 }
@@ -147,7 +144,7 @@ impl Buffers {
         spare
     }
 
-    /// A large buffer, where one is kept.
+    /// A large buffer, if one is kept.
     #[must_use]
     pub fn take_large(&mut self) -> Option<Vec<u8>> {
         self.large.pop()

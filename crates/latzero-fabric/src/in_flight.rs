@@ -1,7 +1,7 @@
 //! How many calls of a connection are in flight, and whether new work waits until there are fewer.
 //!
-//! Both are one number, so that a call that ends on one loop and a connection that begins to wait
-//! on another cannot miss each other: whichever comes second sees the first.
+//! Both are one atomic number, so that a call that ends on one loop and a connection that begins to
+//! wait on another cannot miss each other: whichever is second sees the first.
 
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::Relaxed;
@@ -14,7 +14,7 @@ const WAITING: u32 = 1 << 31;
 pub struct InFlight(AtomicU32);
 
 impl InFlight {
-    /// How many there are.
+    /// The number of calls in flight.
     #[must_use]
     pub fn count(&self) -> u32 {
         self.0.load(Relaxed) & !WAITING
@@ -25,14 +25,14 @@ impl InFlight {
         self.0.fetch_add(1, Relaxed);
     }
 
-    /// Whether new work must wait since there are `max` already. [`InFlight::end`] says when it
-    /// need not any longer.
+    /// Whether new work must wait because there are `max` calls already. [`InFlight::end`] reports
+    /// when there is room again.
     pub(crate) fn must_wait(&self, max: u32) -> bool {
         let wait = |now: u32| (now & !WAITING >= max).then_some(now | WAITING);
         self.count() >= max && self.0.fetch_update(Relaxed, Relaxed, wait).is_ok()
     }
 
-    /// A call ended. Returns whether there is room now for new work that waits, which is said once.
+    /// A call ended. Returns, once, whether there is room now for new work that waits.
     pub(crate) fn end(&self, max: u32) -> bool {
         let before = self.0.fetch_sub(1, Relaxed);
         debug_assert_ne!(before & !WAITING, 0, "a call ends once, after it began");

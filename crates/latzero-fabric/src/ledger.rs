@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use crate::limits::Limits;
 use crate::now::Time;
 
-/// What is counted: bytes of memory first, then numbers of things.
+/// What is counted: first bytes of memory, then numbers of objects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Resource {
@@ -32,11 +32,11 @@ pub enum Resource {
     Repeats,
     /// Bytes of calls that may be given to another handler.
     Redelivery,
-    /// Bytes of what apps registered.
+    /// Bytes of registrations.
     Registrations,
     /// Bytes of calls in flight, and of requests that wait for a memory block.
     Calls,
-    /// Bytes of memory blocks that are memory, rather than files.
+    /// Bytes of memory blocks that are in memory rather than in files.
     SharedBlocks,
     /// Parked calls and waiting answers.
     ParkedCalls,
@@ -60,7 +60,7 @@ const BYTES: usize = 8;
 /// How many resources there are.
 const RESOURCES: usize = 15;
 
-/// The place of all memory together in an account.
+/// The index of the total memory in an account.
 const MEMORY: usize = RESOURCES;
 
 impl Resource {
@@ -107,7 +107,7 @@ impl Resource {
         }
     }
 
-    /// What people call it, and the setting that bounds it.
+    /// Its name for people, and the setting that bounds it.
     fn words(self) -> (&'static str, &'static str) {
         match self {
             Resource::Inbound => ("bytes of unfinished frames", "memory_max"),
@@ -129,8 +129,8 @@ impl Resource {
         }
     }
 
-    /// What a request is answered with that needs more than there is: what frees itself in time is
-    /// worth a repeat.
+    /// The error code if there is not enough: `overloaded` for resources that become free by
+    /// themselves, so that a retry may succeed.
     fn code(self) -> Code {
         match self {
             Resource::Registrations
@@ -145,7 +145,7 @@ impl Resource {
     }
 }
 
-/// Whose account it is.
+/// The owner of an account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Owner {
     Server,
@@ -165,11 +165,11 @@ impl Owner {
     }
 }
 
-/// The most of each resource, and of memory, that an account of a kind may hold.
+/// The most of each resource, and of total memory, that an account of one kind may hold.
 #[derive(Debug)]
 struct Bounds {
     owner: Owner,
-    /// It may have all there is.
+    /// The bounds of an account that may use everything.
     is_all: bool,
     max: [u64; RESOURCES + 1],
 }
@@ -183,7 +183,7 @@ struct Plan {
     connection: Arc<Bounds>,
 }
 
-/// What one owner holds.
+/// The resources that one owner holds.
 #[derive(Debug)]
 pub struct Account {
     /// No two accounts share it; the server's own is 0.
@@ -193,7 +193,7 @@ pub struct Account {
     used: [AtomicU64; RESOURCES + 1],
 }
 
-/// More was asked for than there is.
+/// The error if there is not enough of a resource.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Full {
     what: Resource,
@@ -205,7 +205,7 @@ pub struct Full {
 }
 
 impl Full {
-    /// Whether the server as a whole has no more, rather than one user, app or connection.
+    /// Whether the whole server has reached its limit, rather than one user, app or connection.
     #[must_use]
     pub fn is_of_server(&self) -> bool {
         self.owner == Owner::Server
@@ -266,7 +266,7 @@ impl Account {
         self.used[MEMORY].load(Relaxed)
     }
 
-    /// The account of the user that it is of, or the server's own.
+    /// The account of the user that it belongs to, or the server's own.
     #[must_use]
     pub fn user(self: &Arc<Self>) -> &Arc<Account> {
         let mut account = self;
@@ -277,7 +277,8 @@ impl Account {
         account
     }
 
-    /// The account of the app that it is of, or what has none: for what outlives a connection.
+    /// The account of the app that it belongs to, or itself if it has none: for what outlives a
+    /// connection.
     #[must_use]
     pub fn app(self: &Arc<Self>) -> &Arc<Account> {
         match (self.bounds.owner, &self.parent) {
@@ -292,13 +293,13 @@ impl Account {
         self.id
     }
 
-    /// Whether a user may hold a part of all there is only.
+    /// Whether its user may hold only a share of each resource.
     #[must_use]
     pub fn is_stranger(&self) -> bool {
         self.bounds.owner == Owner::User && !self.bounds.is_all
     }
 
-    /// Whether it is of that parent.
+    /// Whether its parent is `parent`.
     pub(crate) fn is_under(&self, parent: &Arc<Account>) -> bool {
         self.parent
             .as_ref()
@@ -308,14 +309,14 @@ impl Account {
     /// Reserves an amount of a resource.
     ///
     /// # Errors
-    /// If this account or one above it has no room; nothing is reserved then.
+    /// If this account or one above it has no room; nothing was reserved.
     pub fn reserve(self: &Arc<Self>, what: Resource, amount: u64) -> Result<Reservation, Full> {
         let mut hold = self.hold(what);
         hold.resize(amount)?;
         Ok(hold)
     }
 
-    /// A hold of nothing yet.
+    /// A reservation of nothing, which can grow.
     #[must_use]
     pub fn hold(self: &Arc<Self>, what: Resource) -> Reservation {
         Reservation {
@@ -357,8 +358,8 @@ impl Account {
         self.has_room_here(what, amount, |_| true)
     }
 
-    /// Whether its owner, and the stranger that it is of, may have so much more: what the server as
-    /// a whole has is not asked.
+    /// Whether its owner, and the untrusted user that it belongs to, may hold that much more. The
+    /// limit of the whole server is not checked.
     #[must_use]
     pub fn has_own_room(&self, what: Resource, amount: u64) -> bool {
         self.has_room_here(what, amount, |bounds| !bounds.is_all)
@@ -380,7 +381,7 @@ impl Account {
         true
     }
 
-    /// Why there is no room here for that much more.
+    /// The error for an account that has no room for that much more.
     fn lacks(&self, what: Resource, amount: u64) -> Option<Full> {
         let places = [what as usize, MEMORY];
         let places = &places[..1 + usize::from(what.is_memory())];
@@ -430,7 +431,7 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// Where it is held.
+    /// The account that holds it.
     pub(crate) fn account(&self) -> &Arc<Account> {
         &self.account
     }
@@ -448,10 +449,10 @@ impl Reservation {
         amount <= self.amount || self.account.has_room(self.what, amount - self.amount)
     }
 
-    /// Holds another amount instead.
+    /// Changes the amount.
     ///
     /// # Errors
-    /// If there is no room for the difference; the amount is as before then.
+    /// If there is no room for the difference; the amount is unchanged.
     #[inline]
     pub fn resize(&mut self, amount: u64) -> Result<(), Full> {
         if amount > self.amount {
@@ -468,7 +469,7 @@ impl Reservation {
         Ok(())
     }
 
-    /// Holds another amount instead, whether there is room or not: for what exists already.
+    /// Changes the amount even if there is no room: for what already exists.
     #[inline]
     pub fn force(&mut self, amount: u64) {
         match amount.checked_sub(self.amount) {
@@ -495,14 +496,14 @@ pub struct Ledger {
     accounts: AtomicU64,
 }
 
-/// A connection may hold this part of all memory, and at least room for two frames, one on the way
-/// in and one out.
+/// A connection may hold this part of all memory, and at least two frames: one that arrives and one
+/// that is sent.
 const CONNECTION_PART: u64 = 4;
 
-/// An untrusted user may hold this part of every resource: others have the rest.
+/// An untrusted user may hold this part of every resource; the rest is for others.
 const STRANGER_PART: u64 = 2;
 
-/// A user that holds less than this part of all outboxes is modest: 1/8.
+/// A user that holds less than 1/8 of all outboxes counts as modest.
 const MODEST_PART: u64 = 8;
 
 /// This part of memory is reserved for answers and errors of work in progress; new work is refused.
@@ -521,7 +522,7 @@ impl Ledger {
             Resource::Waits => limits.waits_max as u64,
             Resource::Attachments | Resource::Subscriptions => u64::MAX,
             Resource::ParkedCalls => limits.parked_max as u64,
-            // The built-in pools are there anyway.
+            // The built-in pools always exist.
             Resource::Pools => limits.pools_max as u64,
             Resource::BlockCount => limits.blocks_max as u64,
             Resource::Inbound | Resource::Redelivery | Resource::Calls | Resource::SharedBlocks => {
@@ -582,14 +583,13 @@ impl Ledger {
         &self.root
     }
 
-    /// The account of what an earlier run left: of which user it was is not known any more.
+    /// The account of state from an earlier run, whose users are no longer known.
     #[must_use]
     pub fn earlier(&self) -> &Arc<Account> {
         &self.earlier
     }
 
-    /// An account for a user. One that is trusted may hold all there is, an untrusted user a part
-    /// of it.
+    /// An account for a user. A trusted user may use everything, an untrusted one a share.
     #[must_use]
     pub fn user(&self, is_trusted: bool) -> Arc<Account> {
         let bounds = if is_trusted {
@@ -617,7 +617,7 @@ impl Ledger {
         Account::new(id, bounds, Some(parent))
     }
 
-    /// Whether there are more answers kept for repeats than there may be.
+    /// Whether more answers are stored for repeats than the limit allows.
     pub(crate) fn is_over_repeats(&self) -> bool {
         let what = Resource::Repeats;
         self.root.used(what) > self.root.bounds.max[what as usize]
@@ -638,22 +638,22 @@ impl Ledger {
         short(MEMORY) || short(Resource::Outbox as usize)
     }
 
-    /// Whether a user holds so little of what waits to be written that it is not the cause where
-    /// memory is short: its small messages pass while connections of others are closed.
+    /// Whether a user holds so few bytes that wait to be written that it does not cause a shortage
+    /// of memory: its small messages are sent while connections of others are closed.
     pub(crate) fn is_modest(&self, account: &Arc<Account>) -> bool {
         let max = self.root.bounds.max[Resource::Outbox as usize];
         account.user().used(Resource::Outbox) < max / MODEST_PART
     }
 
-    /// Whether connections must be closed to make room: what waits on the way in and out of them is
-    /// what memory is short of.
+    /// Whether connections must be closed to make room, because their incoming and outgoing bytes
+    /// use up the memory.
     #[must_use]
     pub fn is_over_limit(&self) -> bool {
         let on_way = self.root.used(Resource::Inbound) + self.root.used(Resource::Outbox);
         self.is_short() && on_way >= self.root.bounds.max[Resource::Outbox as usize] / 4
     }
 
-    /// What is held, by resource, with the bound on memory.
+    /// How much is held of each resource, with the bound on memory.
     #[must_use]
     pub fn to_json(&self) -> Value {
         let mut all = Map::new();
@@ -672,25 +672,25 @@ impl Ledger {
     }
 }
 
-/// What a connection holds on its way in and out.
+/// The incoming and outgoing bytes that a connection holds.
 #[derive(Debug, Clone, Copy)]
 pub struct Holding<K> {
     /// Which connection.
     pub key: K,
     /// How many bytes.
     pub bytes: u64,
-    /// When it last took or sent something.
+    /// When it last received or sent something.
     pub since: Time,
 }
 
-/// Less than this is not worth closing a connection for, in bytes.
+/// A connection that holds fewer bytes than this is not closed.
 const SHED_BYTES_MIN: u64 = 64 * 1024;
 
-/// A connection that moved within this time is not closed, in milliseconds: a large fresh answer is
-/// on its way.
+/// A connection that moved data within this time is not closed, in milliseconds, so that a large
+/// new answer can be sent.
 const SHED_AGE_MIN_MS: u64 = 1000;
 
-/// The connection to close where memory is short: the one that holds most, for longest.
+/// The connection to close when memory is short: the one that holds the most for the longest.
 pub fn victim<K>(now: Time, holdings: impl Iterator<Item = Holding<K>>) -> Option<K> {
     let age = |holding: &Holding<K>| now.since(holding.since).as_millis() as u64;
     holdings
@@ -699,7 +699,7 @@ pub fn victim<K>(now: Time, holdings: impl Iterator<Item = Holding<K>>) -> Optio
         .map(|holding| holding.key)
 }
 
-/// The accounts of users that hold something or have a connection. `K` is who they are.
+/// The accounts of users that hold something or have a connection. `K` identifies a user.
 #[derive(Debug)]
 pub struct Users<K> {
     accounts: HashMap<K, Weak<Account>>,
@@ -764,7 +764,7 @@ mod tests {
         let ledger = ledger();
         let (stranger, own) = (ledger.user(false), ledger.user(true));
         let mut held: Vec<Reservation> = Vec::new();
-        // However many names and connections it has.
+        // The number of its names and connections does not matter.
         let full = loop {
             let app = ledger.app(&stranger);
             match app.reserve(Resource::ParkedCalls, 1) {
@@ -819,7 +819,7 @@ mod tests {
         assert!(ledger.is_short(), "the outboxes are full");
         let full = user.reserve(Resource::Redelivery, 101).unwrap_err();
         assert!(Refusal::from(full).message.contains("limits.memory_max"));
-        // What exists already is counted, bound or not.
+        // What already exists is counted even beyond the bound.
         let mut forced = user.hold(Resource::Outbox);
         forced.force(300);
         assert_eq!(ledger.all().memory(), 1200);

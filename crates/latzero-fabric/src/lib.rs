@@ -1,4 +1,4 @@
-//! The core of LatZero: pools, sessions and the registry, as state machines that decide and never
+//! The core of LatZero: pools, sessions and the registry, as state machines that decide but never
 //! act.
 //!
 //! A [`Session`] turns the messages of one connection into decisions, the [`Registry`] knows every

@@ -14,13 +14,13 @@ const HOUR: u64 = 3_600_000;
 /// The memory of the machine that [`Limits::default`] is for.
 const MEMORY_ASSUMED: u64 = 16 * GIB;
 
-/// Most bytes that wait to be written to all connections together, where no setting says otherwise.
+/// Most bytes that wait to be written to all connections together, by default.
 const OUTBOX_TOTAL_BYTES_MAX: u64 = 256 * MIB;
 
 /// What a limit counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
-    /// Things.
+    /// Objects.
     Count,
     /// Bytes.
     Bytes,
@@ -59,13 +59,13 @@ pub enum Takes {
 pub struct Limit {
     /// The setting: `limits.max_frame`.
     pub setting: &'static str,
-    /// The default; 0 where it follows from something else, as the documentation says.
+    /// The default; 0 if it is derived from something else, as the documentation says.
     pub default: u64,
-    /// What it counts.
+    /// The unit of its value.
     pub unit: Unit,
-    /// The least value that it may be set to.
+    /// The lowest value that it may be set to.
     pub min: u64,
-    /// The greatest.
+    /// The highest value that it may be set to.
     pub max: u64,
     /// When a new value takes effect.
     pub takes: Takes,
@@ -104,11 +104,11 @@ macro_rules! limits {
         ];
 
         impl Limits {
-            /// Limits as they were set: one value for each line of [`LIMITS`], in its order. What
-            /// is 0 because it follows from something else is filled in by [`Limits::within`].
+            /// Limits as they were set: one value for each line of [`LIMITS`], in its order.
+            /// [`Limits::within`] replaces a 0 that stands for a derived value.
             ///
             /// # Panics
-            /// Where there are fewer values than limits.
+            /// If there are fewer values than limits.
             #[must_use]
             pub fn from_values(values: impl IntoIterator<Item = u64>) -> Limits {
                 let mut values = values.into_iter();
@@ -257,7 +257,7 @@ impl Limits {
         }
     }
 
-    /// Fills in what was left to follow from `memory`, the bytes that the server may use.
+    /// Fills in the limits that are derived from `memory`, the bytes that the server may use.
     #[must_use]
     pub fn within(mut self, memory: u64) -> Limits {
         let or = |set: u64, otherwise: u64| if set == 0 { otherwise } else { set };

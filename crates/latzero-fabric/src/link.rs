@@ -1,4 +1,4 @@
-//! The core's state of one connection: its outbox, and what is counted of it.
+//! The core's state of one connection: its outbox and its counters.
 
 use std::sync::Arc;
 
@@ -19,13 +19,13 @@ pub struct Notice<H> {
 
 /// One connection, as the core sees it.
 pub struct Link<D: Driver> {
-    /// What waits to be written.
+    /// The messages that wait to be written.
     pub outbox: Outbox<D::Fd, Notice<D::Pool>>,
     /// The account of the connection.
     account: Arc<Account>,
     /// Messages that wait while the socket accepts no data.
     held: Reservation,
-    /// When its socket last took something, or began to take nothing.
+    /// When its socket last accepted data, or stopped accepting it.
     progress: Time,
 }
 
@@ -65,9 +65,8 @@ impl<D: Driver> Link<D> {
         self.account = account;
     }
 
-    /// Whether a message of `length` bytes has room; `own` are those of them that no other outbox
-    /// holds. What is new work is refused where memory is short; what ends work may use the last of
-    /// it.
+    /// Whether there is room for a message of `length` bytes, of which no other outbox holds `own`.
+    /// New work is refused when memory is short; messages that end work may use the rest.
     #[inline]
     pub(crate) fn admit(
         &mut self,
@@ -81,8 +80,8 @@ impl<D: Driver> Link<D> {
             return sent;
         }
         if !self.outbox.is_blocked() && own < LARGE_BYTES {
-            // It is written in a moment, and counted where it can't be. A full account of one's own
-            // gets no new work; a full server is the doing of others.
+            // It is about to be written, and is counted if that fails. A client whose own account
+            // is full gets no new work; if the server is full, others have caused it.
             let has_room =
                 class == Class::Control || self.account.has_own_room(Resource::Outbox, own as u64);
             return match has_room {
@@ -129,13 +128,13 @@ impl<D: Driver> Link<D> {
         spare
     }
 
-    /// Takes nothing more, and drops what waits.
+    /// Accepts nothing more, and drops what waits.
     pub fn close(&mut self) {
         self.outbox.close();
         self.held.force(0);
     }
 
-    /// What it holds on its way out, and when it last moved.
+    /// How many outgoing bytes it holds, and when data last moved.
     #[must_use]
     pub fn holding(&self) -> (u64, Time) {
         (self.outbox.queued() as u64, self.progress)

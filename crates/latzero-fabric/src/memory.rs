@@ -1,5 +1,5 @@
-//! Memory blocks as the core and its driver speak of them: geometry, storage, jobs, and numbers
-//! that are given out once.
+//! Memory blocks, between the core and its driver: geometry, storage, jobs, and numbers that are
+//! never reused.
 
 use hashbrown::HashMap;
 use latzero_protocol::memory::Kind;
@@ -13,19 +13,19 @@ pub const HEADER_BYTES: u64 = 4096;
 /// Slots begin at multiples of this many bytes.
 pub const PAGE_BYTES: u64 = 4096;
 
-/// Slots that the file of a persistent block has besides: for the version that is on the disk for
-/// certain, and for the one that a flush is at.
+/// Spare slots in the file of a persistent block: one for the version that is known to be on disk,
+/// and one for the version that is being flushed.
 pub const SPARE_SLOTS: u32 = 2;
 
-/// How a block's bytes lie in its memory.
+/// The geometry of a block's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
-    /// Bytes of one version.
+    /// Size of one version in bytes.
     pub size: u64,
-    /// How many versions there is room for.
+    /// Number of slots: how many versions fit.
     pub slots: u32,
-    /// Slots besides: [`SPARE_SLOTS`] of a persistent block, none of a shared one or of a file that
-    /// an older server made.
+    /// Number of spare slots: [`SPARE_SLOTS`] for a persistent block, 0 for a shared one or a file
+    /// of an older server.
     pub spares: u32,
 }
 
@@ -44,13 +44,13 @@ impl Geometry {
         }
     }
 
-    /// From one slot's first byte to the next one's.
+    /// The distance from one slot to the next, in bytes.
     #[must_use]
     pub fn stride(self) -> u64 {
         self.size.div_ceil(PAGE_BYTES) * PAGE_BYTES
     }
 
-    /// Bytes of the whole, the header included; `None` if they can't be counted.
+    /// The total size in bytes, including the header; `None` if it overflows.
     #[must_use]
     pub fn total(self) -> Option<u64> {
         let stride = self.size.checked_next_multiple_of(PAGE_BYTES)?;
@@ -67,7 +67,7 @@ pub struct StorageId(pub u64);
 /// A new version of a block, for a subscriber. A newer one replaces it while it waits.
 #[derive(Debug, Clone, Copy)]
 pub struct VersionNotice<'a> {
-    /// The same for the same block: the pool's number and the block's place.
+    /// Identifies the block: the pool's number and the block's index.
     pub topic: (u32, u32),
     /// The pool.
     pub pool: &'a PoolName,
@@ -91,7 +91,7 @@ impl VersionNotice<'_> {
     }
 }
 
-/// Storage to make.
+/// Storage to create.
 #[derive(Debug, Clone)]
 pub struct Making {
     /// Its number.
@@ -106,17 +106,17 @@ pub struct Making {
     pub geometry: Geometry,
     /// The block's generation.
     pub generation: u64,
-    /// Where its first content comes from.
+    /// The source of its initial content.
     pub from: Option<StorageId>,
-    /// What the block is known by after a restart, as JSON text.
+    /// The record that restores the block after a restart, as JSON text.
     pub record: String,
 }
 
-/// Something about a block that the driver does once the pool is free, in the order in which it was
-/// asked for.
+/// A job for the storage of a block. The driver does the jobs once the pool is released, in the
+/// order in which they were requested.
 #[derive(Debug, Clone)]
 pub enum Job<P> {
-    /// Creates storage; the result goes to [`crate::Pool::storage_made`].
+    /// Creates storage; the result is passed to [`crate::Pool::storage_made`].
     Make {
         /// For this block.
         key: BlockKey,
@@ -130,30 +130,30 @@ pub enum Job<P> {
     Drop {
         /// Which.
         storage: StorageId,
-        /// Whether a newer generation took its place.
+        /// Whether a newer generation replaces it.
         is_superseded: bool,
     },
-    /// Flushes everything written so far to disk; the result goes to [`crate::Pool::flushed`].
+    /// Flushes everything written so far to disk; the result is passed to [`crate::Pool::flushed`].
     Flush {
         /// For this block.
         key: BlockKey,
         /// Which.
         storage: StorageId,
-        /// Whose request it is.
+        /// Who requested it.
         ticket: u64,
     },
 }
 
-/// Ended blocks whose last generation is remembered one by one.
+/// How many ended blocks have their last generation remembered individually.
 const ENDED_MAX: usize = 4096;
 
-/// Numbers that are given once: of parked calls, of storage, and of the generations of blocks.
+/// Numbers that are never reused: of parked calls, of storage, and of the generations of blocks.
 #[derive(Debug, Default)]
 pub struct Numbers {
     calls: u64,
     storages: u64,
-    /// The last generation of each block that ended, as many as [`ENDED_MAX`]; and what no ended
-    /// block was beyond of those that are not among them.
+    /// The last generation of up to [`ENDED_MAX`] ended blocks, and the greatest generation of all
+    /// others.
     ended: HashMap<(PoolName, BlockId), u64>,
     ended_floor: u64,
 }
@@ -165,7 +165,7 @@ impl Numbers {
         self.calls
     }
 
-    /// Counts on after `number`, which an earlier run gave.
+    /// Continues after `number`, which an earlier run used.
     pub fn count_on_after(&mut self, number: u64) {
         self.calls = self.calls.max(number);
     }
@@ -196,7 +196,7 @@ impl Numbers {
         *ended = generation.max(*ended);
     }
 
-    /// No block of an earlier run ended in a generation beyond this one.
+    /// Records the greatest generation of the ended blocks of earlier runs.
     pub fn set_ended_floor(&mut self, generation: u64) {
         self.ended_floor = self.ended_floor.max(generation);
     }

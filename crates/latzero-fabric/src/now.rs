@@ -5,7 +5,7 @@ use std::time::Duration;
 /// The earliest of some times that may be unset.
 #[inline]
 pub(crate) fn earliest<const N: usize>(times: [Option<Time>; N]) -> Option<Time> {
-    // Asked after every message, so without branches: `u64::MAX` is never a time.
+    // Called after every message, so it has no branches: `u64::MAX` is never a time.
     let times = times.map(|time| time.map_or(u64::MAX, |time| time.0));
     let first = times.into_iter().fold(u64::MAX, u64::min);
     (first < u64::MAX).then_some(Time(first))
@@ -23,7 +23,7 @@ impl Time {
         Time(self.0.saturating_add(ms.saturating_mul(1000)))
     }
 
-    /// How long ago `earlier` was; zero if it is still to come.
+    /// How long ago `earlier` was; zero if it is in the future.
     #[must_use]
     pub fn since(self, earlier: Time) -> Duration {
         Duration::from_micros(self.0.saturating_sub(earlier.0))
@@ -35,8 +35,8 @@ impl Time {
 pub struct Now {
     /// For deadlines and intervals: it only moves forward.
     pub monotonic: Time,
-    /// For people, and for what outlives the server: milliseconds since the Unix epoch. It may
-    /// jump.
+    /// For people, and for state that outlives the server: milliseconds since the Unix epoch. It
+    /// may jump.
     pub unix_ms: u64,
     /// For stored deadlines: as `unix_ms`, but without the jumps that the driver noticed.
     pub steady_ms: u64,

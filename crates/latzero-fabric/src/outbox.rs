@@ -23,10 +23,10 @@ pub enum Class {
     Reply,
     /// An emit: dropped and counted, and the receiver learns how many it lost.
     Emit,
-    /// A push to a watcher: as an emit.
+    /// A push to a watcher: treated like an emit.
     Event,
-    /// A message that must arrive (an error, a cancel, an end): it may use the headroom. Where that
-    /// is full too, the connection is closed.
+    /// A message that must arrive (an error, a cancel, an end): it may use the headroom. If that is
+    /// full too, the connection is closed.
     Control,
 }
 
@@ -41,16 +41,16 @@ pub enum Sent {
     Gone,
 }
 
-/// How much an outbox holds.
+/// The limits of an outbox.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
-    /// Bytes for all messages except control messages. An empty outbox takes one larger frame.
+    /// Bytes for all messages except control messages. An empty outbox accepts one larger frame.
     pub bytes_max: usize,
     /// Further bytes for control messages.
     pub headroom: usize,
 }
 
-/// A frame that several outboxes hold together, and its reservation. Cloning it copies nothing.
+/// A frame that several outboxes share, and its reservation. Cloning it copies no bytes.
 #[derive(Debug, Clone)]
 pub struct SharedBody(Arc<(Box<[u8]>, Reservation)>);
 
@@ -73,7 +73,7 @@ impl std::ops::Deref for SharedBody {
     }
 }
 
-/// A piece of bytes: owned by this outbox, or shared with others.
+/// A chunk of bytes: owned by this outbox, or shared with others.
 #[derive(Debug)]
 enum Chunk {
     Own(Vec<u8>),
@@ -89,14 +89,14 @@ impl Chunk {
     }
 }
 
-/// Bytes that wait to be written. `F` is a descriptor that travels with a message, `N` is who wants
-/// to know that a message was written.
+/// Bytes that wait to be written. `F` is a descriptor that is sent with a message, `N` is who is
+/// notified when a message was written.
 #[derive(Debug)]
 pub struct Outbox<F, N> {
     chunks: VecDeque<Chunk>,
     /// Bytes of all chunks.
     length: usize,
-    /// Those of them that no other outbox holds.
+    /// The bytes among them that no other outbox holds.
     own: usize,
     /// Bytes of the first chunk that are written already.
     head: usize,
@@ -106,18 +106,18 @@ pub struct Outbox<F, N> {
     /// Emits and events dropped since the last notice to the reader.
     lost: u64,
     lost_total: u64,
-    /// Nothing more is appended: the connection ends once what waits is written.
+    /// Nothing more is appended: the connection ends once everything is written.
     is_sealed: bool,
-    /// Nothing more is written either.
+    /// Nothing more is written.
     is_closed: bool,
-    /// The kernel took less than it was offered.
+    /// The kernel accepted less than it was offered.
     is_blocked: bool,
-    /// The place of the first unwritten byte, counted since the connection began.
+    /// The position of the first unwritten byte, counted since the connection began.
     start: u64,
     descriptors: VecDeque<Travelling<F>>,
     /// The newest versions of blocks that are not yet sent to the reader, by topic.
     changes: Vec<((u32, u32), String)>,
-    /// Who to notify once everything up to a place is written, in the order of the places.
+    /// Who to notify once everything up to a position is written, in the order of the positions.
     notices: VecDeque<(u64, N)>,
 }
 
@@ -169,8 +169,8 @@ impl<F> PendingWrite<F> {
         self.chunks.is_empty()
     }
 
-    /// What to write next: bytes up to those that further descriptors travel with, and the
-    /// descriptors that travel with the first of them.
+    /// What to write next: bytes up to the next ones that have descriptors, and the descriptors to
+    /// send with the first byte.
     #[must_use]
     pub fn next(&self) -> (&[u8], &[F]) {
         let Some(chunk) = self.chunks.front() else {
@@ -221,7 +221,7 @@ pub const SHARE_BYTES: usize = 4096;
 const CHUNK_BYTES: usize = 256 * 1024;
 
 impl<F, N> Outbox<F, N> {
-    /// Bytes that wait, those included that a writer has taken out.
+    /// The number of bytes that wait, including those that a writer has taken out.
     #[must_use]
     pub fn queued(&self) -> usize {
         self.length + self.writing
@@ -239,7 +239,7 @@ impl<F, N> Outbox<F, N> {
         self.descriptors.iter().map(|t| t.descriptors.len()).sum()
     }
 
-    /// Whether the kernel took less than it was offered.
+    /// Whether the kernel accepted less than it was offered.
     #[must_use]
     pub fn is_blocked(&self) -> bool {
         self.is_blocked
@@ -251,8 +251,8 @@ impl<F, N> Outbox<F, N> {
         self.lost_total
     }
 
-    /// Whether a message of `length` bytes has room: [`Sent::Queued`] where it has. Counts a loss
-    /// where it has none.
+    /// Whether there is room for a message of `length` bytes ([`Sent::Queued`]). If not, a loss is
+    /// counted.
     pub fn admit(&mut self, class: Class, length: usize, bounds: Bounds) -> Sent {
         if self.is_sealed {
             return Sent::Gone;
@@ -278,8 +278,8 @@ impl<F, N> Outbox<F, N> {
         Sent::Full
     }
 
-    /// Appends a message that was admitted, with the descriptors that travel with its first byte.
-    /// `spare` is a buffer to begin with if there is none. Returns the bytes of the message.
+    /// Appends a message that was admitted, with the descriptors to send with its first byte.
+    /// `spare` is used as the buffer if there is none. Returns the bytes of the message.
     pub fn append(
         &mut self,
         class: Class,
@@ -305,8 +305,7 @@ impl<F, N> Outbox<F, N> {
         &buf[before..]
     }
 
-    /// Appends a frame that other outboxes hold as well, and that was admitted.
-    /// Returns its bytes.
+    /// Appends a shared frame that was admitted. Returns its bytes.
     pub fn append_shared(&mut self, class: Class, frame: SharedBody) -> &[u8] {
         if matches!(class, Class::Emit | Class::Event) {
             self.append_lost();
@@ -316,8 +315,8 @@ impl<F, N> Outbox<F, N> {
         self.chunks.back().map_or(&[], Chunk::bytes)
     }
 
-    /// Says how many messages were lost, before the first message after the gap, so that the reader
-    /// knows where it is.
+    /// Reports how many messages were lost, before the first message after the gap, so that the
+    /// reader knows where the gap is.
     fn append_lost(&mut self) {
         if self.lost > 0 {
             let lost = std::mem::take(&mut self.lost);
@@ -340,8 +339,8 @@ impl<F, N> Outbox<F, N> {
         }
     }
 
-    /// Tells the reader of a change; a newer one of the same topic replaces it. True if the outbox
-    /// must be written for it.
+    /// Notifies the reader of a change; a newer one of the same topic replaces it. True if the
+    /// outbox must be written.
     pub fn note_change(&mut self, topic: (u32, u32), event: String) -> bool {
         if self.is_sealed {
             return false;
@@ -358,7 +357,7 @@ impl<F, N> Outbox<F, N> {
         }
     }
 
-    /// Notifies `who` when everything appended so far is written; returns it if that is so already.
+    /// Notifies `who` when everything appended so far is written; returns `who` if it already is.
     pub fn notify_when_written(&mut self, who: N) -> Option<N> {
         if self.is_closed {
             return None;
@@ -378,7 +377,7 @@ impl<F, N> Outbox<F, N> {
         self.notices.pop_front().map(|(_, who)| who)
     }
 
-    /// Takes out what waits; `None` if there is nothing, or another writer is at work.
+    /// Takes out what waits; `None` if there is nothing, or another writer is active.
     pub fn take(&mut self) -> Option<PendingWrite<F>> {
         if self.is_writing {
             return None;
@@ -404,8 +403,8 @@ impl<F, N> Outbox<F, N> {
         })
     }
 
-    /// Puts back what was not written. Returns a buffer to reuse. If there is room again for a
-    /// client that lost messages, it is notified now, because the next message may take long.
+    /// Puts back what was not written. Returns a buffer to reuse. If a client lost messages and has
+    /// room again, it is notified now, because the next message may be a long time away.
     pub fn put_back(&mut self, taken: PendingWrite<F>) -> Option<Vec<u8>> {
         self.is_writing = false;
         self.writing = 0;
@@ -419,7 +418,7 @@ impl<F, N> Outbox<F, N> {
             spare,
         } = taken;
         if self.is_closed {
-            // Its own loop closed it while another one was writing.
+            // The connection's loop closed it while another one was writing.
             return spare;
         }
         self.is_blocked = length > 0;
@@ -442,7 +441,7 @@ impl<F, N> Outbox<F, N> {
         spare
     }
 
-    /// Takes nothing more; what waits is still written.
+    /// Accepts nothing more; what waits is still written.
     pub fn seal(&mut self) {
         self.is_sealed = true;
     }

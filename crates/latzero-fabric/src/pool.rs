@@ -1,4 +1,5 @@
-//! One pool, as a state machine: who is in it, who serves what, and which calls are under way.
+//! One pool, as a state machine: its members, its triggers and their handlers, and its calls in
+//! progress.
 //!
 //! A pool decides; it never acts. Every method takes the time and an input, and returns in
 //! [`Effects`] what to send. Messages are appended while the pool is locked, so each client sees
@@ -48,7 +49,7 @@ pub use routing::Routed;
 pub(crate) use routing::id_in_use;
 use routing::not_member;
 
-/// Triggers of a pool, and handlers of each, that its description shows one by one.
+/// How many triggers of a pool, and handlers of each, its description lists.
 const TRIGGERS_SHOWN_MAX: usize = 1000;
 /// Leaves room on a page for the rest of the description.
 const TRIGGERS_SHOWN_BYTES_MAX: usize = crate::registry::PAGE_BYTES_MAX / 2;
@@ -57,7 +58,7 @@ const HANDLERS_SHOWN_MAX: usize = 20;
 /// The key of a member in its pool.
 pub type MemberKey = Key<MemberTag>;
 
-/// Marks keys of members. The member itself is generic over its connection; its key need not be.
+/// Marks keys of members. A member is generic over its connection; its key is not.
 #[derive(Debug)]
 pub enum MemberTag {}
 
@@ -70,7 +71,7 @@ const NOBODY: MemberKey = Key::new(u32::MAX, u32::MAX);
 #[derive(Debug, Clone, Copy)]
 enum Caller<'a> {
     Member(MemberKey),
-    /// The caller of a parked call, which may be gone.
+    /// The caller of a parked call, which may have disconnected.
     Absent(&'a AppId, InstanceId),
 }
 
@@ -126,11 +127,11 @@ struct Served {
     strategy: Strategy,
     doc: Option<String>,
     handlers: Vec<HandlerKey>,
-    /// Where the next round begins.
+    /// Where the next turn begins.
     turn: Cell<usize>,
 }
 
-/// Who joins a pool.
+/// An instance that joins a pool.
 #[derive(Debug, Clone)]
 pub struct Joining<D: Driver> {
     /// The connection.
@@ -145,12 +146,12 @@ pub struct Joining<D: Driver> {
     pub takes_descriptors: bool,
 }
 
-/// Why a call did not begin.
+/// Why a call was not started.
 #[derive(Debug)]
 pub enum CallError {
     /// It is refused.
     Refused(Refusal),
-    /// Its destination is not in this pool; the registry knows whether there is such an app at all.
+    /// Its destination is not in this pool; the registry knows whether the app exists.
     UnknownDestination,
 }
 
@@ -160,18 +161,18 @@ impl From<Refusal> for CallError {
     }
 }
 
-/// A pool in numbers.
+/// Counters of a pool.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PoolStats {
     /// Live members.
     pub members: usize,
     /// Triggers with at least one handler.
     pub triggers: usize,
-    /// Calls under way.
+    /// Calls in progress.
     pub calls_in_flight: usize,
-    /// Calls that began since the pool was made.
+    /// Calls since the pool was created.
     pub calls: u64,
-    /// Emits since the pool was made.
+    /// Emits since the pool was created.
     pub emits: u64,
     /// Blocks of memory.
     pub blocks: usize,
@@ -205,10 +206,10 @@ pub struct Pool<D: Driver> {
     blocks: Blocks,
     parked: ParkedCalls,
     repeats: Repeats,
-    /// Members that watch for changes of blocks.
+    /// Members that watch for changes to blocks.
     change_watchers: usize,
     closed: bool,
-    /// Whether its content may outlive the server: its rules do too, or it has none.
+    /// Whether its content may outlive the server: so does its policy, or it has none.
     outlives: bool,
     scratch: Vec<u8>,
 }
@@ -222,8 +223,7 @@ impl<D: Driver> std::fmt::Debug for Pool<D> {
 }
 
 impl<D: Driver> Pool<D> {
-    /// An empty pool. `number` is what the ids of its calls begin with; no two pools of a server
-    /// share one.
+    /// An empty pool. `number` is part of the ids of its calls; no two pools of a server share one.
     #[must_use]
     pub fn new(number: u32, name: PoolName, limits: Limits, mut prng: Prng) -> Self {
         let hash_seed = prng.next_u64();
@@ -250,25 +250,25 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Whether this is still a member.
+    /// Whether `member` is still a member.
     #[must_use]
     pub fn has_member(&self, member: MemberKey) -> bool {
         self.members.at(member).is_some()
     }
 
-    /// Whether anything in it may come due: it has members, or calls or answers that wait for some.
+    /// Whether it may have deadlines: it has members, or calls or answers that wait for some.
     #[must_use]
     pub fn is_due_to_wake(&self) -> bool {
         self.members.len() > 0 || self.parked.has_any()
     }
 
-    /// Sets whether its content may outlive the server. If its rules do not, calls and blocks must
-    /// not either: they would be open to everybody.
+    /// Sets whether its content may outlive the server. If its policy does not, calls and blocks
+    /// must not either: they would become accessible to everybody.
     pub fn set_outlives(&mut self, outlives: bool) {
         self.outlives = outlives;
     }
 
-    /// Refuses durable content if the pool's rules are not durable.
+    /// Refuses durable content if the pool's policy is not durable.
     fn check_outlives(&self, what: &str) -> Result<(), Refusal> {
         if self.outlives {
             return Ok(());
@@ -289,7 +289,7 @@ impl<D: Driver> Pool<D> {
         self.repeats.forget_oldest();
     }
 
-    /// The id of a call, as its handler gets it.
+    /// The id of a call, as its handler receives it.
     fn call_id(&self, key: Key<calls::Call>) -> CallId {
         CallId {
             epoch: self.epoch,
@@ -311,13 +311,13 @@ impl<D: Driver> Pool<D> {
         &self.name
     }
 
-    /// Its parked calls and answers, in numbers.
+    /// Counters of its parked calls and answers.
     #[must_use]
     pub fn parked_counts(&self) -> ParkedCounts {
         self.parked.counts()
     }
 
-    /// The pool in numbers.
+    /// Counters of the pool.
     #[must_use]
     pub fn stats(&self) -> PoolStats {
         PoolStats {
@@ -407,8 +407,8 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// Serves a trigger: calls that were parked for it are given to the new handler. Registering it
-    /// again changes its settings.
+    /// Adds a handler of a trigger, which gets calls that were parked for it. Registering the
+    /// trigger again changes its settings.
     pub fn serve(&mut self, key: MemberKey, spec: &TriggerSpec, turn: &mut Turn<'_, D>) {
         if self.member(key).is_none() {
             return;
@@ -459,7 +459,7 @@ impl<D: Driver> Pool<D> {
         self.dispatch_parked(spec.name.as_str(), turn);
     }
 
-    /// Stops serving a trigger. Calls in flight may still be answered.
+    /// Removes a handler of a trigger. Calls in flight may still be answered.
     pub fn unserve(&mut self, key: MemberKey, name: &TriggerName, turn: &mut Turn<'_, D>) {
         let Some(member) = self.member_mut(key) else {
             return;
@@ -484,8 +484,8 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// When the pool wants [`Pool::handle_timeout`] to be called at the latest. It may be early,
-    /// never late.
+    /// When [`Pool::handle_timeout`] must be called at the latest. It may be too early, but never
+    /// too late.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Time> {
         earliest([
@@ -579,7 +579,7 @@ impl<D: Driver> Pool<D> {
         names.into_iter().map(trigger).take_while(fits).collect()
     }
 
-    /// Checks what must hold between any two inputs; for the simulator and tests.
+    /// Checks the invariants, which hold between any two inputs; for the simulator and tests.
     ///
     /// # Panics
     /// If an invariant is broken.
@@ -609,7 +609,7 @@ impl<D: Driver> Pool<D> {
                 assert_eq!(served.handlers.iter().filter(|h| own(h)).count(), 1);
             }
         }
-        // No call without both its sides, but for parked ones: nothing reaches a non-member.
+        // Every call has both its sides, except parked calls: nothing reaches a non-member.
         let parked = self
             .calls
             .iter()
@@ -626,8 +626,8 @@ impl<D: Driver> Pool<D> {
         assert_eq!(handlers, self.handlers.len());
         for (key, handler) in self.handlers.iter() {
             let in_flight = self.calls.iter().filter(|(_, c)| c.handler == key).count();
-            // Not compared with the concurrency, which a registration may lower while calls are
-            // under way.
+            // Not compared with the concurrency, which a registration may lower while calls are in
+            // progress.
             assert_eq!(in_flight, handler.in_flight as usize);
         }
         self.calls.check();

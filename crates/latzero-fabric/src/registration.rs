@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::rows::AppRow;
 
-/// What an app asked for last.
+/// What an app last registered.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Registration {
     pub(crate) pools: Vec<PoolName>,
@@ -17,8 +17,8 @@ pub(crate) struct Registration {
     pub(crate) meta: Option<Value>,
 }
 
-/// A registration, read out of its texts when it is first needed: a server that starts with a
-/// hundred thousand apps need not read them all before it listens.
+/// A registration, parsed when it is first needed: a server that starts with a hundred thousand
+/// apps need not parse them all before it listens.
 #[derive(Debug, Clone)]
 pub(crate) enum Remembered {
     Read(Registration),
@@ -26,7 +26,7 @@ pub(crate) enum Remembered {
 }
 
 impl Remembered {
-    /// The registration, read once more where it was not read permanently.
+    /// The registration, parsed again if the parsed form was not kept.
     pub(crate) fn get(&self) -> std::borrow::Cow<'_, Registration> {
         match self {
             Remembered::Read(registration) => std::borrow::Cow::Borrowed(registration),
@@ -46,7 +46,7 @@ impl Remembered {
         (text + APP_BYTES) as u64
     }
 
-    /// The registration, read permanently.
+    /// The registration, parsed and kept.
     pub(crate) fn get_mut(&mut self) -> &mut Registration {
         if let Remembered::Text(row) = self {
             *self = Remembered::Read(Registration::read(row));
@@ -58,11 +58,11 @@ impl Remembered {
     }
 }
 
-/// What an app takes besides what it registered, in bytes.
+/// Bytes that an app takes in addition to its registration.
 const APP_BYTES: usize = 768;
 
-/// What each name of a registration takes besides its text, and each trigger of a live instance in
-/// a pool, and each pool.
+/// Bytes that each name of a registration takes in addition to its text, and each pool, and each
+/// trigger of a live instance in a pool.
 const NAME_BYTES: usize = 96;
 const SERVED_BYTES: u64 = 400;
 const MEMBER_BYTES: u64 = 512;
@@ -91,7 +91,7 @@ impl Registration {
             + meta
     }
 
-    /// In how many pools it serves how many triggers, as one sum.
+    /// The number of its handlers: the sum of its triggers over the pools that they are served in.
     pub(crate) fn served(&self) -> usize {
         let everywhere = self.triggers.iter().filter(|spec| spec.pools.is_none());
         let named = self.triggers.iter().filter_map(|spec| spec.pools.as_ref());
@@ -134,7 +134,7 @@ impl Registration {
         }
     }
 
-    /// What the app watches and subscribes to, as its row has it.
+    /// What the app watches and subscribes to, in the form of its row.
     pub(crate) fn watches_json(&self) -> String {
         let events: Vec<_> = self
             .watches
@@ -144,7 +144,7 @@ impl Registration {
         json!({"events": events, "blocks": self.subscriptions}).to_string()
     }
 
-    /// The row of an app that registered this.
+    /// The row of an app with this registration.
     pub(crate) fn row(&self, app_id: &AppId, registered: u64, last_seen: u64) -> AppRow {
         let triggers: Vec<Value> = self.triggers.iter().map(TriggerSpec::to_json).collect();
         AppRow {

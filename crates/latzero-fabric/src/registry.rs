@@ -1,10 +1,10 @@
 //! Every known app and every pool.
 //!
-//! The registry admits apps and remembers what each registered last, so that an app that comes back
-//! with its AppID alone has its pools, triggers and watches again. It knows pools by handle only:
-//! what happens inside one is the pool's, and the two are never held together. A pool's members are
-//! counted here before they join and after they left, so that a pool is never forgotten while an
-//! app is joining it.
+//! The registry admits apps and remembers what each last registered, so that an app that reconnects
+//! with only its AppID gets its pools, triggers and watches back. It knows pools only by handle,
+//! and the registry and a pool are never locked together. A pool's members are counted here before
+//! they join and after they have left, so that a pool is never forgotten while an app is joining
+//! it.
 
 mod admission;
 mod identity;
@@ -49,14 +49,14 @@ struct App<D: Driver> {
     registration: Remembered,
     /// Its memory, with that of its instances.
     held: Reservation,
-    /// The user that it is of.
+    /// The user that it belongs to.
     user: u64,
     instances: Vec<Instance<D>>,
-    /// When it was seen first and last, in milliseconds since the Unix epoch.
+    /// When it was first and last seen, in milliseconds since the Unix epoch.
     registered: u64,
     last_seen: u64,
-    /// Whether it outlives its last instance, and the server: the built-in app and tools that come
-    /// and go do not.
+    /// Whether it outlives its last instance, and the server: the built-in app and transient tools
+    /// do not.
     is_lasting: bool,
 }
 
@@ -92,7 +92,7 @@ pub struct Instance<D: Driver> {
     pub id: InstanceId,
     /// Its connection.
     pub peer: D::Peer,
-    /// The pools it is in, with its place in each.
+    /// The pools that it is in, with its membership in each.
     pub memberships: Vec<Membership<D>>,
     exclusive: bool,
     since: Time,
@@ -100,11 +100,11 @@ pub struct Instance<D: Driver> {
     is_known: bool,
 }
 
-/// An instance's place in one pool.
+/// An instance's membership in one pool.
 pub struct Membership<D: Driver> {
     /// The pool's name.
     pub name: PoolName,
-    /// The pool's number, which the ids of its calls begin with.
+    /// The pool's number, which is part of the ids of its calls.
     pub number: u32,
     /// The pool's handle.
     pub pool: D::Pool,
@@ -126,7 +126,7 @@ pub struct Grant {
 }
 
 impl Grant {
-    /// Whether a trigger may be served with it.
+    /// Whether a trigger may be served with these roles.
     fn serves(self, spec: &TriggerSpec) -> bool {
         match self.roles {
             Roles::Write => true,
@@ -149,7 +149,7 @@ impl<D: Driver> Membership<D> {
         self.may_serve && self.grant.is_none_or(|grant| grant.serves(spec))
     }
 
-    /// Whether the roles that were proved here are enough.
+    /// Whether the proved roles are sufficient.
     ///
     /// # Errors
     /// `forbidden`.
@@ -178,7 +178,7 @@ impl<D: Driver> Membership<D> {
         (suite == Some(Suite::Sealed)).then(|| self.name.clone())
     }
 
-    /// Whether a payload may travel here: in an encrypted pool nothing does that is not sealed.
+    /// Whether a payload may be sent here: in an encrypted pool it must be sealed.
     ///
     /// # Errors
     /// `bad_message`.
@@ -204,7 +204,7 @@ impl<D: Driver> Clone for Membership<D> {
     }
 }
 
-/// A pool to be joined.
+/// A pool to join.
 pub struct Entrance<D: Driver> {
     /// Its name.
     pub name: PoolName,
@@ -224,9 +224,9 @@ struct PoolEntry<D: Driver> {
     members: usize,
     /// Blocks, parked calls and stored answers in it; a pool with any stays.
     held: usize,
-    /// Stays without members: made on purpose rather than by being named.
+    /// Whether it stays without members, because it was created explicitly.
     kept: bool,
-    /// Outlives the server.
+    /// Whether it outlives the server.
     durable: bool,
     owner: Option<AppId>,
     policy: Policy,
@@ -235,7 +235,7 @@ struct PoolEntry<D: Driver> {
     created: u64,
     /// Its reservation, if a client created it.
     place: Option<Reservation>,
-    /// What makes it an encrypted pool.
+    /// Its descriptors, if it is an encrypted pool.
     sealed: Option<Sealed>,
 }
 
@@ -251,8 +251,8 @@ impl<D: Driver> PoolEntry<D> {
 
 /// The result of a handshake.
 pub enum Admitted<D: Driver> {
-    /// It was accepted, and the registration is on its way to the disk. Ask again once it is there,
-    /// and pass whether it was restored.
+    /// It was accepted, and the registration is being stored. Repeat the request once it is on
+    /// disk, and pass whether the registration was restored.
     Later {
         /// Whether what the app had is restored.
         rehydrated: bool,
@@ -261,7 +261,7 @@ pub enum Admitted<D: Driver> {
     Now(Box<Admission<D>>),
 }
 
-/// What a handshake was granted.
+/// What a handshake grants.
 pub struct Admission<D: Driver> {
     /// The new instance's id.
     pub instance: InstanceId,
@@ -275,16 +275,16 @@ pub struct Admission<D: Driver> {
     pub subscriptions: Vec<(PoolName, BlockId)>,
     /// Whether what the app had was restored.
     pub rehydrated: bool,
-    /// Instances that must go first.
+    /// Instances that must be removed first.
     pub displaced: Vec<Instance<D>>,
 }
 
-/// What the registry knows of an app that a pool does not.
+/// What the registry knows about an app that is not in a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Whereabouts {
     /// Never seen.
     Unknown,
-    /// Known, and in that pool when it lives, but no instance of it lives.
+    /// Known, and a member of that pool when it is online, but no instance is connected.
     Offline,
     /// Known, but not in that pool.
     Elsewhere,
@@ -295,7 +295,7 @@ pub struct Registry<D: Driver> {
     apps: BTreeMap<AppId, App<D>>,
     /// Apps without an instance: which one to forget for a new one.
     offline: Offline,
-    /// Whose AppIDs are, and how many of them have a key.
+    /// The owners of AppIDs, and how many AppIDs have a key.
     bindings: BTreeMap<AppId, Binding>,
     keys: usize,
     pools: BTreeMap<PoolName, PoolEntry<D>>,
@@ -310,7 +310,7 @@ pub struct Registry<D: Driver> {
 }
 
 impl<D: Driver> Registry<D> {
-    /// A registry with the pools `default` and `system`. `seed` is all the randomness there is.
+    /// A registry with the pools `default` and `system`. `seed` is its only randomness.
     #[must_use]
     pub fn new(unix_ms: u64, limits: Limits, seed: u64) -> Self {
         let mut registry = Registry {
@@ -333,8 +333,8 @@ impl<D: Driver> Registry<D> {
         registry
     }
 
-    /// Restores an app of an earlier run. `alive_until` is when that run ended, as far as known,
-    /// for apps that were online then. False if there is no room for it.
+    /// Restores an app of an earlier run. For apps that were online, `alive_until` is when that run
+    /// ended, as far as that is known. False if there is no room for it.
     pub fn restore_app(&mut self, row: AppRow, alive_until: u64, ledger: &Ledger) -> bool {
         if self.apps.len() >= self.limits.apps_max {
             return false;
@@ -361,7 +361,7 @@ impl<D: Driver> Registry<D> {
         true
     }
 
-    /// Bytes of what apps registered, and pools that clients made.
+    /// The bytes of registrations, and the number of pools that clients created.
     #[must_use]
     pub fn held(&self) -> (u64, u64) {
         let registered = self.apps.values().map(|app| app.held.amount()).sum();
@@ -389,7 +389,7 @@ impl<D: Driver> Registry<D> {
         account
     }
 
-    /// The account of an app for what an earlier run left of it.
+    /// The account of an app for its state from an earlier run.
     pub fn kept_account(&mut self, app: &AppId, turn: &mut Turn<'_, D>) -> Arc<Account> {
         let known = self.accounts.get(app).and_then(Weak::upgrade);
         known.unwrap_or_else(|| {
@@ -418,7 +418,7 @@ impl<D: Driver> Registry<D> {
         match self.apps.get(app_id) {
             None => Err(Refusal::new(
                 Code::NoApp,
-                format!("the server does not know an app '{app_id}'"),
+                format!("there is no app '{app_id}'"),
             )),
             Some(app) if !app.instances.is_empty() => Err(Refusal::new(
                 Code::AppInUse,
@@ -451,7 +451,8 @@ impl<D: Driver> Registry<D> {
         true
     }
 
-    /// Forgets an instance, but not what its app registered; returns the pools that it is still in.
+    /// Removes an instance, but not the registration of its app; returns the pools that it is still
+    /// in.
     pub fn depart(
         &mut self,
         app_id: &AppId,
@@ -490,7 +491,7 @@ impl<D: Driver> Registry<D> {
         }
     }
 
-    /// Removes instances of an app, for `kick`; the caller notifies them and takes them out of
+    /// Removes instances of an app, for `kick`; the caller notifies them and removes them from
     /// their pools.
     pub fn evict(
         &mut self,
@@ -514,8 +515,8 @@ impl<D: Driver> Registry<D> {
         gone
     }
 
-    /// Opens a pool for an instance that wants to join it, and remembers that its app is in it;
-    /// returns whether a reply waits for the disk.
+    /// Opens a pool for an instance that joins it, and records that its app is in it; returns
+    /// whether the reply waits for the disk.
     ///
     /// # Errors
     /// `quota`, `forbidden`.
@@ -563,7 +564,7 @@ impl<D: Driver> Registry<D> {
         Ok((entrance, is_promised))
     }
 
-    /// Changes an app's registration; returns whether anything changed that must be stored.
+    /// Changes an app's registration; returns whether there is a change to store.
     fn remember(
         &mut self,
         app_id: &AppId,
@@ -584,8 +585,8 @@ impl<D: Driver> Registry<D> {
         is_changed && app.store(app_id, promise, turn)
     }
 
-    /// As [`Registry::remember`], of what the app watches and subscribes to: that part of its row
-    /// alone is written.
+    /// Like [`Registry::remember`], for what the app watches and subscribes to: only that part of
+    /// its row is written.
     fn remember_watches(
         &mut self,
         app_id: &AppId,
@@ -610,8 +611,8 @@ impl<D: Driver> Registry<D> {
         app.is_lasting
     }
 
-    /// Forgets that an app is in a pool: it left on purpose. Returns whether a reply waits for the
-    /// disk.
+    /// Removes a pool that an app has left from its registration. Returns whether the reply waits
+    /// for the disk.
     pub fn forget_pool(
         &mut self,
         app_id: &AppId,
@@ -626,7 +627,7 @@ impl<D: Driver> Registry<D> {
         if let Some(instance) = app.instances.iter_mut().find(|i| i.id == instance) {
             instance.memberships.retain(|m| m.name != *name);
         }
-        // Another instance may still be there; what comes back is what the app as a whole had.
+        // Another instance may still be in the pool: the registration belongs to the whole app.
         if app
             .instances
             .iter()
@@ -639,10 +640,10 @@ impl<D: Driver> Registry<D> {
         })
     }
 
-    /// Remembers the triggers that an app serves now; returns whether a reply waits for the disk.
+    /// Records the triggers that an app now serves; returns whether the reply waits for the disk.
     ///
     /// # Errors
-    /// `quota`, `forbidden`: nothing changed then.
+    /// `quota`, `forbidden`; nothing was changed.
     pub fn remember_triggers(
         &mut self,
         app_id: &AppId,
@@ -677,7 +678,7 @@ impl<D: Driver> Registry<D> {
         }))
     }
 
-    /// Forgets triggers that an app serves no longer; returns whether a reply waits for the disk.
+    /// Removes triggers that an app no longer serves; returns whether the reply waits for the disk.
     pub fn forget_triggers(
         &mut self,
         app_id: &AppId,
@@ -690,7 +691,7 @@ impl<D: Driver> Registry<D> {
         })
     }
 
-    /// Remembers what an app watches in a pool; `None` forgets it. Returns whether a reply waits
+    /// Records what an app watches in a pool; `None` removes it. Returns whether the reply waits
     /// for the disk.
     pub fn remember_watch(
         &mut self,
@@ -708,7 +709,7 @@ impl<D: Driver> Registry<D> {
         })
     }
 
-    /// Remembers or forgets that an app subscribed to a block's changes.
+    /// Records that an app subscribed to a block's changes, or removes that.
     pub fn remember_subscription(
         &mut self,
         app_id: &AppId,
@@ -731,7 +732,7 @@ impl<D: Driver> Registry<D> {
         });
     }
 
-    /// Where an app is that a pool does not know.
+    /// What is known about an app that is not in a pool.
     #[must_use]
     pub fn whereabouts(&self, app_id: &str, pool: &PoolName) -> Whereabouts {
         match self.apps.get(app_id) {
@@ -756,9 +757,9 @@ impl<D: Driver> Registry<D> {
         self.pools.iter().map(|(name, entry)| (name, &entry.pool))
     }
 
-    /// The handle of one pool, or of all, and whether an app owns it. None if there is no such
-    /// pool: whether it exists is not public. An encrypted pool exists for connections that proved
-    /// it, and is owned by those that proved the role write.
+    /// The handle of one pool, or of all, and whether an app owns it. Nothing if there is no such
+    /// pool, or it is hidden. An encrypted pool is visible to connections that proved it, and owned
+    /// by those that proved the role write.
     pub(crate) fn owned(&self, name: Option<&PoolName>, view: &View<'_>) -> Vec<(D::Pool, bool)> {
         let one = name.map(|name| self.pools.get(name));
         let all = name.is_none().then(|| self.pools.values());
@@ -775,7 +776,7 @@ impl<D: Driver> Registry<D> {
             .collect()
     }
 
-    /// Checks what must hold between any two inputs; for the simulator and tests.
+    /// Checks the invariants, which hold between any two inputs; for the simulator and tests.
     ///
     /// # Panics
     /// If an invariant is broken.

@@ -1,4 +1,4 @@
-//! Durable state: the rows that the core writes, and reads back at a start.
+//! Durable state: the rows that the core writes, and reads back at startup.
 //!
 //! The core emits changes ([`StoreChange`]) and says which reply waits for one. A store writes the
 //! changes in the order in which they were emitted, and reports when they are on disk. Texts in
@@ -7,36 +7,36 @@
 
 use latzero_protocol::{AppId, PoolName};
 
-/// Something to remember, or to forget. Changes are in force in the order in which they were made.
+/// A change to the stored rows. Changes apply in the order in which they were made.
 #[derive(Debug, Clone, PartialEq)]
 pub enum StoreChange {
-    /// What an app registered.
+    /// An app's registration.
     App(Box<AppRow>),
-    /// What an app watches and subscribes to, where nothing else of its row changed.
+    /// What an app watches and subscribes to, if nothing else of its row changed.
     Watches(AppId, String),
     /// When an app was last connected; 0 while it is connected.
     Seen(AppId, u64),
-    /// An app is forgotten.
+    /// An app was forgotten.
     ForgetApp(AppId),
-    /// Whose an AppID is.
+    /// The owner of an AppID.
     Binding(Box<BindingRow>),
-    /// An AppID has no owner any more.
+    /// An AppID no longer has an owner.
     ForgetBinding(AppId),
     /// A pool that stays.
     Pool(Box<PoolRow>),
     /// The descriptor of one epoch of an encrypted pool.
     Descriptor(PoolName, u32, Vec<u8>),
-    /// A pool is gone.
+    /// A pool was removed.
     ForgetPool(PoolName),
     /// A call that waits for its handler.
     Call(Box<CallRow>),
-    /// A waiting call was given to a handler: the number of its attempt.
+    /// A waiting call was delivered: the number of the attempt.
     Attempt(u64, u32),
-    /// A waiting call ended, and its caller knows.
+    /// A waiting call ended, and its caller was notified.
     EndCall(u64),
     /// The answer of a waiting call, stored for its caller; the call itself ended.
     Answer(Box<AnswerRow>),
-    /// An answer that its caller has.
+    /// An answer was delivered to its caller.
     EndAnswer(u64),
 }
 
@@ -51,11 +51,11 @@ pub struct AppRow {
     pub triggers: String,
     /// What it watches and subscribes to.
     pub watches: String,
-    /// What it tells about itself.
+    /// Its metadata.
     pub meta: Option<String>,
-    /// When it was seen first.
+    /// When it was first seen.
     pub registered: u64,
-    /// When it was seen last; 0 if it lived when this was written.
+    /// When it was last seen; 0 if it was connected when this was written.
     pub last_seen: u64,
 }
 
@@ -64,11 +64,11 @@ pub struct AppRow {
 pub struct BindingRow {
     /// The AppID.
     pub app_id: AppId,
-    /// The user of this machine whose it is, while the app is remembered.
+    /// The user of this machine that owns it while the app is remembered.
     pub uid: Option<u32>,
     /// The key that it must prove.
     pub key: Option<[u8; 32]>,
-    /// Since when.
+    /// Since when it is owned.
     pub since: u64,
 }
 
@@ -77,15 +77,15 @@ pub struct BindingRow {
 pub struct PoolRow {
     /// Its name.
     pub name: PoolName,
-    /// Who made it.
+    /// The app that created it.
     pub owner: Option<AppId>,
-    /// Who may do what in it.
+    /// Its policy.
     pub policy: String,
-    /// Its owner's metadata.
+    /// Its properties.
     pub properties: Option<String>,
-    /// When it was made.
+    /// When it was created.
     pub created: u64,
-    /// Whether it outlives the server; else its name alone does, for a moment.
+    /// Whether it outlives the server; if not, only its name is reserved for some time.
     pub is_durable: bool,
     /// The descriptor of its current epoch, if it is encrypted.
     pub descriptor: Option<Vec<u8>>,
@@ -106,19 +106,19 @@ pub struct CallRow {
     pub caller: AppId,
     /// The caller's id of the call; empty if it wants no answer.
     pub id: String,
-    /// What else the call says, as one object.
+    /// The other fields of the call, as one object.
     pub envelope: String,
-    /// Its payload where it is raw bytes.
+    /// Its payload, if that is raw bytes.
     pub attachment: Option<Vec<u8>>,
-    /// By what repeats of it are known.
+    /// The key by which repeats of it are recognised.
     pub idempotency_key: Option<String>,
     /// When its time to live ends.
     pub expires: u64,
-    /// How often it was given to a handler.
+    /// How many times it was delivered.
     pub attempt: u32,
     /// When it was parked.
     pub parked: u64,
-    /// Set where every attempt failed; it expires so long after.
+    /// Set if every attempt failed.
     pub death: Option<Death>,
 }
 
@@ -151,11 +151,11 @@ pub struct AnswerRow {
     pub caller: AppId,
     /// The caller's id of the call.
     pub id: String,
-    /// By what repeats of the call are known.
+    /// The key by which repeats of the call are recognised.
     pub idempotency_key: Option<String>,
     /// The answer: the length of its JSON text in four bytes (little-endian), the text, and its raw
     /// bytes.
     pub frame: Vec<u8>,
-    /// When it is given up.
+    /// When it expires.
     pub expires: u64,
 }

@@ -58,22 +58,22 @@ struct Ready {
     triggers: Vec<TriggerSpec>,
 }
 
-/// What the server offers and knows of a connection when it comes in.
+/// What the server knows about a new connection, and its limits.
 #[derive(Debug, Clone)]
 pub struct Terms {
     /// The account of its user.
     pub user: Arc<Account>,
-    /// How it came in.
+    /// Its transport.
     pub transport: Transport,
-    /// Whether it is of the server's own user, or the machine's administrator.
+    /// Whether its user is the server's own user, or the machine's administrator.
     pub is_own: bool,
-    /// What binds proofs to it.
+    /// The channel binding for proofs.
     pub binding: ChannelBinding,
     /// Whether it comes from this machine.
     pub is_loopback: bool,
     /// The user of this machine, if the kernel reports it.
     pub uid: Option<u32>,
-    /// Whether it may do what administrators may.
+    /// Whether it has administrator rights.
     pub is_admin: bool,
     /// Largest payload of a frame before the handshake, in bytes.
     pub max_frame_before_handshake: usize,
@@ -92,12 +92,12 @@ pub struct Session<D: Driver> {
     awaited: VecDeque<Awaited<D>>,
     /// New work that waits for room.
     held: DeferredFrames,
-    /// It was displaced while it joined: nothing more of it is run.
+    /// It was displaced while it joined: its further messages are not handled.
     is_over: bool,
 }
 
 impl<D: Driver> Session<D> {
-    /// A connection that has said nothing yet.
+    /// A connection that has sent nothing yet.
     pub fn new(peer: D::Peer, terms: Terms) -> Self {
         let who = Who {
             uid: terms.uid,
@@ -119,8 +119,8 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// The TLS handshake has ended, before anything was said: what binds proofs from now on, and
-    /// the AppIDs that the client's certificate names, if it had to show one.
+    /// The TLS handshake has ended, before any message: sets the channel binding for proofs, and
+    /// the AppIDs that the client's certificate names, if one was required.
     pub fn secured(&mut self, binding: ChannelBinding, certified: Option<Vec<AppId>>) {
         self.terms.binding = binding;
         self.who.certified = certified;
@@ -164,7 +164,7 @@ impl<D: Driver> Session<D> {
         self.run(frame, None, turn)
     }
 
-    /// Handles one frame, which may have waited since it came.
+    /// Handles one frame, which may have waited since it arrived.
     fn run(&mut self, frame: Frame<'_>, came: Option<Time>, turn: &mut Turn<'_, D>) -> Flow {
         if self.is_over {
             return Flow::Close;
@@ -194,7 +194,7 @@ impl<D: Driver> Session<D> {
                 return self.flow();
             }
         };
-        // What is sent in answer names no request of the sender's; a failed one gets an `error`
+        // A response names no request of the sender; if it fails, the sender gets an `error`
         // message.
         let id = id.as_deref();
         if self.ready.is_some()
@@ -237,7 +237,7 @@ impl<D: Driver> Session<D> {
                 Flow::Continue
             }
             Ok(Request::Cancel(call)) => {
-                // Its id is the call's, whose own end answers it.
+                // Its id is that of the call, which is answered when the call ends.
                 let found = self.cancel_held(&call.id, turn);
                 self.each_membership(&call, found, turn, crate::Pool::cancel);
                 Flow::Continue
@@ -256,7 +256,7 @@ impl<D: Driver> Session<D> {
                 }
                 Flow::Continue
             }
-            // It has no effect but its reply, which nobody would get.
+            // Its only effect is its reply, which nobody would get.
             Ok(request) if id.is_none() && request.is_question() => Flow::Continue,
             Ok(request) => {
                 match self.request(id, request, turn) {
@@ -281,14 +281,14 @@ impl<D: Driver> Session<D> {
                         Flow::Close
                     }
                     (_, false) => self.not_ready(id, turn),
-                    // The call that it answers must not wait for a better one until its time ends.
+                    // The call that it answers must not wait for another answer until it expires.
                     (Some("response"), true) => {
                         let of = envelope.in_reply_to.and_then(Raw::as_str);
                         self.fail_answer(of.as_deref(), &refusal, turn);
                         self.refuse(None, &refusal, turn);
                         Flow::Continue
                     }
-                    // Their id is a call's, which is not over because they are wrong.
+                    // Their id is that of a call, which does not end because they are invalid.
                     (Some("cancel" | "ack"), true) => {
                         self.refuse(None, &refusal, turn);
                         Flow::Continue
@@ -314,13 +314,13 @@ impl<D: Driver> Session<D> {
                 self.fail_answer(whose.in_reply_to.as_deref(), &refusal, turn);
                 self.refuse(None, &refusal, turn);
             }
-            // Their id is a call's.
+            // Their id is that of a call.
             Some("cancel" | "ack") => self.refuse(None, &refusal, turn),
             _ => self.refuse(whose.id.as_deref(), &refusal, turn),
         }
     }
 
-    /// A handler's answer is invalid: tells its caller.
+    /// A handler's answer is invalid: reports that to the caller.
     fn fail_answer(&mut self, call: Option<&str>, why: &Refusal, turn: &mut Turn<'_, D>) {
         let Some(call) = call else { return };
         let message = format!("the handler's answer is invalid: {}", why.message);
@@ -333,7 +333,7 @@ impl<D: Driver> Session<D> {
             headers: None,
             body: Body::None,
         };
-        // A call of another handler is not ended, and the error has been sent.
+        // A call that belongs to another handler does not end, and the error has been sent.
         let _ = self.respond(&response, turn);
     }
 
@@ -344,8 +344,8 @@ impl<D: Driver> Session<D> {
         Flow::Continue
     }
 
-    /// Answers bytes that are no frame. The driver continues behind them where
-    /// [`FrameError::skips`] says where that is, and the session continues.
+    /// Answers bytes that are not a frame. If [`FrameError::skips`] says where the next frame
+    /// begins, the driver and the session continue there.
     pub fn reject_frame(&mut self, error: FrameError, turn: &mut Turn<'_, D>) -> Flow {
         if self.ready.is_none() || error.skips().is_none() {
             return self.reject(&error.into(), turn);
@@ -355,13 +355,13 @@ impl<D: Driver> Session<D> {
         Flow::Continue
     }
 
-    /// Answers what is no message at all; nothing more is read from the connection.
+    /// Answers bytes that are not a message; nothing more is read from the connection.
     pub fn reject(&mut self, refusal: &Refusal, turn: &mut Turn<'_, D>) -> Flow {
         self.refuse(None, refusal, turn);
         Flow::Close
     }
 
-    /// The connection has ended: its calls end, and its app is remembered.
+    /// The connection has ended: ends its calls, and remembers its app.
     pub fn closed(&mut self, turn: &mut Turn<'_, D>) {
         self.drop_held();
         let Some(ready) = self.ready.take() else {
@@ -389,8 +389,8 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// The membership that a message is about, as [`Self::membership`] has it. A pool that was
-    /// removed does not count as one of several.
+    /// The membership that a message refers to, by the rule of [`Self::membership`]. Removed pools
+    /// are not counted.
     #[inline]
     fn current_membership(
         &mut self,
@@ -403,7 +403,7 @@ impl<D: Driver> Session<D> {
         self.membership(pool)
     }
 
-    /// The membership that a message is about: the pool it names, else the only one, else
+    /// The membership that a message refers to: the pool that it names, else the only one, else
     /// `default`.
     fn membership(&self, pool: Option<&str>) -> Result<&Membership<D>, Refusal> {
         let name = match (pool, &self.memberships[..]) {
@@ -453,13 +453,9 @@ impl<D: Driver> Session<D> {
                 let whereabouts =
                     turn.with_registry(|registry, _| registry.whereabouts(app, &m.name));
                 let refusal = match whereabouts {
-                    Whereabouts::Unknown => Refusal::new(
-                        Code::NoApp,
-                        format!(
-                            "the server does not know an app \
-                            '{app}'"
-                        ),
-                    ),
+                    Whereabouts::Unknown => {
+                        Refusal::new(Code::NoApp, format!("there is no app '{app}'"))
+                    }
                     Whereabouts::Elsewhere if instance.is_some() => Refusal::new(
                         Code::Offline,
                         format!("app '{app}' has no such instance in pool '{}'", m.name),
@@ -484,15 +480,14 @@ impl<D: Driver> Session<D> {
         let Some((id, m)) =
             id.and_then(|id| Some((id, self.memberships.iter().find(|m| m.number == id.pool)?)))
         else {
-            // The answer to a ping, which has done its work by arriving, or to a call of a pool
-            // that was left.
+            // The answer to a ping, which needs no handling, or to a call in a pool that was left.
             if id.is_some() {
                 turn.count(Count::LateResponse);
             }
             return Ok(());
         };
         m.check_roles(Roles::Write)?;
-        // What failed is sealed in its error object.
+        // The sealed error is in the error object.
         if response.status != Status::Error {
             m.check_body(response.body)?;
         }
@@ -573,7 +568,7 @@ impl<D: Driver> Session<D> {
         Ok(format!("{{\"delivered\":{delivered}}}"))
     }
 
-    /// A call is named by its id alone: each pool of the caller is asked whether it is there.
+    /// Only an id names a call, so it is looked up in each pool of the caller.
     fn each_membership(
         &self,
         call: &CallRef<'_>,
@@ -730,8 +725,8 @@ fn expired_here() -> Refusal {
     Refusal::new(Code::Timeout, message).with_ran(Ran::No)
 }
 
-/// Ends a membership in its pool, then in the registry. One that was already ended is left alone,
-/// so that it is counted once.
+/// Ends a membership in its pool, then in the registry. A membership that has already ended is
+/// skipped, so that it is counted once.
 fn leave<D: Driver>(m: &Membership<D>, turn: &mut Turn<'_, D>) {
     if turn.with_pool(&m.pool, |pool, turn| pool.leave(m.member, turn)) {
         turn.with_registry(|registry, _| registry.member_left(&m.name, m.number));

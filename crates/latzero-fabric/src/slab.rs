@@ -67,9 +67,8 @@ struct Slot<T> {
     value: Option<T>,
 }
 
-/// Values in places that are found by key in constant time and walked in the order of their places.
-/// The keys of a table are of kind `K`: of the values themselves, or of a marker where the values
-/// are generic.
+/// Values in slots, which are found by key in constant time and iterated in the order of the slots.
+/// The keys of a table have the type `K`: the type of the values, or a marker if that is generic.
 pub(crate) struct Slab<T, K = T> {
     places: Vec<Slot<T>>,
     free: Vec<u32>,
@@ -147,7 +146,7 @@ impl<T, K> Slab<T, K> {
         }
     }
 
-    /// The value in a place, whatever its generation.
+    /// The value in a slot, whatever its generation.
     #[inline]
     pub(crate) fn in_slot(&self, slot: u32) -> Option<(Key<K>, &T)> {
         let place = self.places.get(slot as usize)?;
@@ -158,7 +157,7 @@ impl<T, K> Slab<T, K> {
         (0..self.places.len() as u32).filter_map(|slot| self.in_slot(slot))
     }
 
-    /// The first value from `slot` on, so that a walk can continue while values are removed.
+    /// The first value from `slot` on, so that an iteration can continue while values are removed.
     pub(crate) fn from(&self, slot: u32) -> Option<(Key<K>, &T)> {
         (slot..self.places.len() as u32).find_map(|slot| self.in_slot(slot))
     }

@@ -13,7 +13,7 @@ use crate::pool::Pool;
 use crate::registry::Registry;
 use crate::rows::{AnswerRow, StoreChange};
 
-/// One step of the core: something happened at a moment, and decisions follow from it.
+/// One step of the core: an input at a point in time, and the decisions that follow from it.
 pub struct Turn<'a, D: Driver> {
     /// When it happened.
     pub now: Now,
@@ -72,8 +72,7 @@ impl<D: Driver> Turn<'_, D> {
         result
     }
 
-    /// Forgets the oldest answers that are kept for repeats, in whatever pool they are, until there
-    /// is room.
+    /// Drops the oldest answers that are stored for repeats, in any pool, until there is room.
     fn forget_repeats(&mut self) {
         while self.driver.context().ledger.is_over_repeats() {
             let pools = self.with_registry(|registry, _| {
@@ -90,7 +89,7 @@ impl<D: Driver> Turn<'_, D> {
             if oldest.is_empty() {
                 return;
             }
-            // Some at once: finding them costs a look into every pool.
+            // Several at once, because finding them takes a look into every pool.
             oldest.sort_by_key(|(at, _)| *at);
             for (_, pool) in oldest.iter().take(8) {
                 D::with_pool(self, pool, |pool, _| pool.forget_oldest_repeat());
@@ -120,7 +119,7 @@ impl<D: Driver> Turn<'_, D> {
         })
     }
 
-    /// As [`Turn::send`], with descriptors that travel with the frame's first byte.
+    /// Like [`Turn::send`], with descriptors that are sent with the frame's first byte.
     pub fn send_descriptors(
         &mut self,
         to: &D::Peer,
@@ -134,7 +133,7 @@ impl<D: Driver> Turn<'_, D> {
         })
     }
 
-    /// Appends a frame that is held once for all its receivers.
+    /// Appends a frame that is stored once for all its receivers.
     pub(crate) fn send_shared(&mut self, to: &D::Peer, class: Class, frame: &SharedBody) -> Sent {
         self.append(to, class, (frame.len(), 0), |outbox, _| {
             outbox.append_shared(class, frame.clone())
@@ -182,8 +181,8 @@ impl<D: Driver> Turn<'_, D> {
         self.driver.effects().closing.push(peer.clone());
     }
 
-    /// Tells `to` of a block's new version. A newer one replaces it until it is written; the last
-    /// one is never lost.
+    /// Notifies `to` of a block's new version. A newer one replaces it until it is written; the
+    /// last one is never lost.
     pub(crate) fn block_changed(
         &mut self,
         to: &D::Peer,
@@ -247,7 +246,7 @@ impl<D: Driver> Turn<'_, D> {
             .store(StoreChange::Answer(row), Some(Promise::Answer));
     }
 
-    /// Requests a call of [`Pool::answer_delivered`] when what was appended for `to` last is
+    /// Requests a call of [`Pool::answer_delivered`] when what was last appended for `to` is
     /// written.
     pub(crate) fn note_delivered(&mut self, to: &D::Peer, number: u64) {
         self.driver.effects().delivered.push((to.clone(), number));

@@ -1,7 +1,7 @@
 //! Writes messages directly into a send buffer.
 //!
-//! Nothing is built first and serialised later: the routing fields are appended around the bytes of
-//! the body, which are copied once and never parsed.
+//! Messages are not built first and serialised later: the routing fields are appended around the
+//! bytes of the body, which are copied once and never parsed.
 
 use base64::Engine as _;
 
@@ -25,7 +25,7 @@ pub enum Attachments {
 pub fn append_str(out: &mut Vec<u8>, text: &str) {
     out.reserve(text.len() + 2);
     out.push(b'"');
-    // Without an early end, so that the compiler looks at many bytes at a time.
+    // Without an early exit, so that the compiler can compare many bytes at a time.
     let special = text.bytes().fold(false, |special, b| {
         special | (b < 0x20) | (b == b'"') | (b == b'\\')
     });
@@ -70,8 +70,8 @@ fn append_raw(out: &mut Vec<u8>, key: &[u8], value: Option<Raw<'_>>) {
     }
 }
 
-/// Appends a frame that ends with a body: as a field, as an attachment, or as base64 if it must
-/// be.
+/// Appends a frame that ends with a body: as a field, as an attachment, or as base64 if the
+/// receiver takes no attachments.
 #[inline]
 fn with_body(
     out: &mut Vec<u8>,
@@ -123,20 +123,20 @@ impl Origin<'_> {
     }
 }
 
-/// A call on its way to its handler.
+/// A call that is sent to its handler.
 #[derive(Debug, Clone, Copy)]
 pub struct Delivery<'a> {
-    /// The id that the handler answers to.
+    /// The id that the handler's answer must name.
     pub call: CallId,
     /// The trigger.
     pub process: &'a str,
     /// The pool.
     pub pool: &'a str,
-    /// Who calls.
+    /// The caller.
     pub origin: Origin<'a>,
-    /// The rest of the time to live, in milliseconds.
+    /// The remaining time to live, in milliseconds.
     pub ttl_ms: u64,
-    /// For a call that may be given out more than once: for the so manieth time.
+    /// The number of this attempt, for a call that may be delivered more than once.
     pub attempt: Option<u32>,
     /// The window of a streamed call, in items.
     pub window: Option<u64>,
@@ -144,8 +144,8 @@ pub struct Delivery<'a> {
     pub key: Option<&'a str>,
     /// The caller's `destination`.
     pub destination: Option<Raw<'a>>,
-    /// Descriptions of the blocks that come with it, as a JSON array, and how many descriptors
-    /// travel with them.
+    /// Descriptions of the blocks that are passed with it, as a JSON array, and the number of file
+    /// descriptors that are sent with them.
     pub blocks: Option<(&'a str, usize)>,
     /// Headers.
     pub headers: Option<Raw<'a>>,
@@ -196,14 +196,14 @@ fn append_descriptors(out: &mut Vec<u8>, descriptors: usize) {
     }
 }
 
-/// An emit on its way to its handlers.
+/// An emit that is sent to a handler.
 #[derive(Debug, Clone, Copy)]
 pub struct Notice<'a> {
     /// The trigger.
     pub process: &'a str,
     /// The pool.
     pub pool: &'a str,
-    /// Who emits.
+    /// The sender.
     pub origin: Origin<'a>,
     /// The sender's `destination`.
     pub destination: Option<Raw<'a>>,
@@ -227,12 +227,12 @@ pub fn notice(out: &mut Vec<u8>, n: &Notice<'_>, attachments: Attachments) {
     });
 }
 
-/// A response on its way to the caller.
+/// A response that is sent to the caller.
 #[derive(Debug, Clone, Copy)]
 pub struct Answer<'a> {
     /// The caller's id.
     pub in_reply_to: &'a str,
-    /// What it says of the call.
+    /// What it says about the call.
     pub status: Status,
     /// The handler's error object.
     pub error: Option<Raw<'a>>,
@@ -267,7 +267,7 @@ pub fn reply(out: &mut Vec<u8>, in_reply_to: &str, response: &str) {
     reply_with(out, in_reply_to, response, 0);
 }
 
-/// Appends the word that a call is parked: it is on disk, and its answer comes later.
+/// Appends the notice that a call is parked: it is on disk, and its answer comes later.
 pub fn parked(out: &mut Vec<u8>, in_reply_to: &str) {
     frame::append(out, |out| {
         out.extend_from_slice(b"{\"action\":\"response\",\"in_reply_to\":");
@@ -276,7 +276,7 @@ pub fn parked(out: &mut Vec<u8>, in_reply_to: &str) {
     });
 }
 
-/// Appends the server's own reply, with which `descriptors` file descriptors travel.
+/// Appends the server's own reply, with which `descriptors` file descriptors are sent.
 pub fn reply_with(out: &mut Vec<u8>, in_reply_to: &str, response: &str, descriptors: usize) {
     frame::append(out, |out| {
         append_reply(out, in_reply_to, response, descriptors)
@@ -293,8 +293,8 @@ fn append_reply(out: &mut Vec<u8>, in_reply_to: &str, response: &str, descriptor
     out.push(b'}');
 }
 
-/// Appends the reply with a block's bytes: behind the message for who takes attachments, else as
-/// base64 in its `data`.
+/// Appends the reply with a block's bytes: as an attachment if the receiver takes attachments, else
+/// as base64 in its `data`.
 pub fn block_bytes(
     out: &mut Vec<u8>,
     in_reply_to: &str,
@@ -330,7 +330,7 @@ pub fn append_base64(out: &mut Vec<u8>, bytes: &[u8]) {
     out.push(b'"');
 }
 
-/// Appends a refusal: as the reply to `in_reply_to`, or as an `error` message where it answers no
+/// Appends a refusal: as the reply to `in_reply_to`, or as an `error` message if it answers no
 /// request.
 pub fn refusal(out: &mut Vec<u8>, in_reply_to: Option<&str>, refusal: &Refusal) {
     frame::append(out, |out| {

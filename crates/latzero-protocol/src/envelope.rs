@@ -36,8 +36,8 @@ impl<'a> Raw<'a> {
         self.0
     }
 
-    /// The value as a string, with its escapes undone; `None` also if it has half a surrogate
-    /// pair, which no Rust string can hold.
+    /// The value as a string, with its escapes decoded. `None` if it is not a string, or contains
+    /// an unpaired surrogate, which a Rust string cannot hold.
     #[must_use]
     pub fn as_str(self) -> Option<Cow<'a, str>> {
         let inner = self.0.strip_prefix('"')?.strip_suffix('"')?;
@@ -78,7 +78,8 @@ impl<'a> Raw<'a> {
     }
 }
 
-/// Undoes the escapes of a scanned string's inside; `None` if it has half a surrogate pair.
+/// Decodes the escapes in the content of a scanned string; `None` if it contains an unpaired
+/// surrogate.
 pub(crate) fn unescape(inner: &str) -> Option<Cow<'_, str>> {
     if !inner.as_bytes().contains(&b'\\') {
         return Some(Cow::Borrowed(inner));
@@ -87,7 +88,7 @@ pub(crate) fn unescape(inner: &str) -> Option<Cow<'_, str>> {
     serde_json::from_str(&quoted).ok().map(Cow::Owned)
 }
 
-/// The name of a field, with its escapes undone.
+/// The name of a field, with its escapes decoded.
 pub(crate) fn field_name(inner: &str) -> Result<Cow<'_, str>, Refusal> {
     if inner.len() > FIELD_NAME_BYTES_MAX {
         let message = format!(
@@ -96,11 +97,11 @@ pub(crate) fn field_name(inner: &str) -> Result<Cow<'_, str>, Refusal> {
         );
         return Err(Refusal::new(Code::BadMessage, message));
     }
-    // With half a surrogate pair it is not text, and so none of the names that are known.
+    // With an unpaired surrogate it is not text, so it is not a known name.
     Ok(unescape(inner).unwrap_or(Cow::Borrowed(inner)))
 }
 
-/// The body of a message: what its sender wants carried, untouched.
+/// The body of a message, which the server forwards unchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Body<'a> {
     /// No body.
@@ -146,7 +147,7 @@ macro_rules! fields {
         }
 
         impl<'a> Envelope<'a> {
-            // By bytes: such a match looks at the length first, then at few bytes.
+            // By bytes: such a match compares the length first, then a few bytes.
             #[inline]
             fn slot(&mut self, key: &[u8]) -> Option<&mut Option<Raw<'a>>> {
                 match key { $($key => Some(&mut self.$field),)* _ => None }
@@ -177,9 +178,9 @@ impl From<ScanError> for Malformed {
 }
 
 impl<'a> Envelope<'a> {
-    /// Scans a frame. The outer error says that its JSON is broken or too deep; the inner one that
-    /// it is an object with duplicate or too many fields. [`salvage`] finds out whose message a
-    /// broken one is.
+    /// Scans a frame. The outer error says that its JSON is broken or too deep, the inner one that
+    /// it is an object with duplicate or too many fields. [`salvage`] finds the ids in a broken
+    /// message.
     ///
     /// # Errors
     /// `bad_frame` or `too_deep` outside, `bad_message` inside.
@@ -227,7 +228,7 @@ impl<'a> Envelope<'a> {
             Ok(()) => Ok(Ok(envelope)),
             Err(Malformed::Json(error)) => Err(not_json(error)),
             Err(Malformed::Message(refusal)) => {
-                // The rest of the frame decides whether it was JSON at all.
+                // Whether it is JSON at all depends on the rest of the frame.
                 scan::value(text).map_err(not_json)?;
                 Ok(Err(refusal))
             }
@@ -335,10 +336,10 @@ impl<'a> Envelope<'a> {
         Ok(Some(raw))
     }
 
-    /// The body that stands in `field`, or in the attachment.
+    /// The body, from the field `field` or from the attachment.
     ///
     /// # Errors
-    /// `bad_message` if it stands in both.
+    /// `bad_message` if both are present.
     #[inline]
     pub fn body(&self, field: Option<Raw<'a>>, name: &str) -> Result<Body<'a>, Refusal> {
         match (field, self.attachment) {
@@ -363,7 +364,7 @@ fn not_json(error: ScanError) -> Refusal {
     )
 }
 
-/// Whose message it is, of one whose JSON is broken.
+/// The fields that identify a message whose JSON is broken.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Salvaged {
     /// Its `action`.
@@ -374,9 +375,9 @@ pub struct Salvaged {
     pub in_reply_to: Option<String>,
 }
 
-/// Finds out whose message it is from JSON that [`Envelope::parse`] refused: the length in front of
-/// a frame keeps its neighbours intact, so that one message fails and not a connection. Strings and
-/// brackets are followed, whatever stands between them, and only the outermost fields count.
+/// Finds the identifying fields in JSON that [`Envelope::parse`] refused. The length before a frame
+/// keeps its neighbours intact, so only one message fails and not the connection. Strings and
+/// brackets are followed, whatever is between them, and only the outermost fields count.
 #[must_use]
 pub fn salvage(json: &[u8]) -> Salvaged {
     let mut found = Salvaged::default();
@@ -513,7 +514,7 @@ pub(crate) fn shorten(text: &str) -> String {
     let mut shown = String::new();
     for c in text.chars().take(40) {
         match c {
-            // Harmless, and JSON text is full of them.
+            // Harmless, and frequent in JSON text.
             '"' | '\'' | '\\' => shown.push(c),
             c => shown.extend(c.escape_debug()),
         }
@@ -644,7 +645,7 @@ mod tests {
         let e = e.unwrap().unwrap();
         assert_eq!(e.data.unwrap().text(), r#""\udce9""#);
         assert_eq!(e.correlation_id().unwrap_err().code, Code::BadMessage);
-        // A name that nobody knows is ignored, as others are.
+        // An unknown name is ignored, like other unknown names.
         let e = parse(r#"{"\ud800":1,"id":"7"}"#).unwrap().unwrap();
         assert_eq!(e.correlation_id().unwrap().as_deref(), Some("7"));
     }

@@ -244,7 +244,7 @@ impl serde::Serialize for Code {
     }
 }
 
-/// A request that can't be granted: expected, answered, counted.
+/// The refusal of a request: expected, answered and counted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{code}: {message}")]
 pub struct Refusal {
@@ -252,7 +252,7 @@ pub struct Refusal {
     pub code: Code,
     /// What happened and what to do, for people.
     pub message: Cow<'static, str>,
-    /// Whether the handler may have run, where more is known than the code says.
+    /// Whether the handler may have run, if more is known than the code says.
     ran: Option<Ran>,
 }
 
@@ -266,7 +266,7 @@ impl Refusal {
         }
     }
 
-    /// The same refusal, of a call of which more is known than its code says.
+    /// The same refusal, with what is known about whether the handler ran.
     #[must_use]
     pub fn with_ran(self, ran: Ran) -> Self {
         Refusal {
@@ -283,7 +283,7 @@ impl Refusal {
 }
 
 impl Refusal {
-    /// What everybody hears whose proof was not accepted, whatever was wrong with it.
+    /// The message for every proof that is not accepted: it never says what was wrong.
     #[must_use]
     pub fn unproved() -> Self {
         Refusal::new(Code::Unauthenticated, "the proof was not accepted")

@@ -11,7 +11,8 @@ use crate::error::{Code, Refusal};
 /// Bytes of the length prefix.
 pub const PREFIX: usize = 4;
 
-/// How many bytes the frame at the start of `buf` has, its prefix included, as far as it says so.
+/// The length in bytes of the frame at the start of `buf`, including its prefix, if `buf` has the
+/// prefix.
 #[must_use]
 pub fn announced(buf: &[u8]) -> usize {
     let Some(&prefix) = buf.first_chunk::<PREFIX>() else {
@@ -42,7 +43,7 @@ pub enum FrameError {
     /// More bytes announced than allowed.
     #[error("the frame has {announced} bytes; the maximum is {max}{}", hint(*.announced))]
     TooLarge {
-        /// The length that the prefix named, in bytes, with the attachment bit where it stood.
+        /// The length in the prefix, in bytes, including the attachment bit if it was set.
         announced: u64,
         /// The largest payload allowed, in bytes.
         max: usize,
@@ -61,8 +62,8 @@ pub enum FrameError {
 }
 
 impl FrameError {
-    /// Where the next frame begins, in bytes from the start of this one, where its length can still
-    /// be believed.
+    /// Where the next frame begins, in bytes from the start of this one, if its length can be
+    /// trusted.
     #[must_use]
     pub fn skips(self) -> Option<usize> {
         match self {
@@ -73,7 +74,7 @@ impl FrameError {
     }
 }
 
-/// What the first four bytes probably were, where they spell another protocol.
+/// A hint if the first four bytes look like another protocol.
 fn hint(announced: u64) -> &'static str {
     match u32::try_from(announced).unwrap_or(0).to_be_bytes() {
         [0x16, 0x03, ..] => "; this looks like TLS, which is not enabled on this port",
@@ -138,7 +139,7 @@ pub fn length(buf: &[u8], accept: Accept) -> Result<Option<usize>, FrameError> {
 /// needed.
 ///
 /// # Errors
-/// As [`length`], and where an attachment frame's header does not fit inside it.
+/// As [`length`], and if an attachment frame's header does not fit inside it.
 #[inline]
 pub fn decode(buf: &[u8], accept: Accept) -> Result<Option<(Frame<'_>, usize)>, FrameError> {
     let Some(total) = length(buf, accept)? else {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// One live connection of an app, as the wire shows it: sixteen hex digits.
+/// One live connection of an app; on the wire it is sixteen hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct InstanceId(pub u64);
 
@@ -43,18 +43,18 @@ impl serde::Serialize for InstanceId {
     }
 }
 
-/// A call as its handler names it: the pool that holds the call, and its place and generation
-/// there, so that an answer finds its call without a search and an answer to an ended call finds
-/// nothing. The epoch keeps ids apart that different runs of a server give out.
+/// The id by which a handler names a call: the pool that holds the call, and its index and
+/// generation there. So an answer finds its call without a search, and an answer to an ended call
+/// finds nothing. The epoch makes the ids of different runs of a server differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CallId {
-    /// A random number of at most 48 bits, drawn when the pool was made in this run of the server.
+    /// A random number of at most 48 bits, chosen when this run of the server created the pool.
     pub epoch: u64,
     /// The pool's number.
     pub pool: u32,
-    /// The call's place in the pool's table.
+    /// The call's index in the pool's table.
     pub slot: u32,
-    /// How often that place was used before.
+    /// How many times that index was used before.
     pub generation: u32,
 }
 
@@ -62,7 +62,7 @@ impl CallId {
     /// Reads what [`CallId::append`] wrote.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        let mut rest = text.as_bytes().iter();
+        let mut rest = text.as_bytes();
         let id = CallId {
             epoch: take_hex(&mut rest, EPOCH_DIGITS, Some(b'.'))?,
             pool: take_short(&mut rest, Some(b'.'))?,
@@ -89,13 +89,14 @@ impl CallId {
 }
 
 /// Most hex digits of an epoch.
-const EPOCH_DIGITS: u32 = 12;
+const EPOCH_DIGITS: usize = 12;
 
 fn halves(number: u64) -> [u32; 2] {
     [number >> 32, number & u64::from(u32::MAX)].map(|half| u32::try_from(half).expect("32 bits"))
 }
 
-/// The text of an id as it grows. Eight bytes are written at a time, of which fewer may count.
+/// The text of an id while it is written. Eight bytes are written at a time, of which fewer may be
+/// part of the text.
 struct Text {
     bytes: [u8; 56],
     length: usize,
@@ -111,7 +112,7 @@ impl Default for Text {
 }
 
 impl Text {
-    /// Appends a number as hex digits without zeros in front, but `least` digits.
+    /// Appends a number as hex digits without leading zeros, but at least `least` digits.
     fn push(&mut self, number: u32, least: u32) {
         let digits = (32 - number.leading_zeros()).div_ceil(4).max(least);
         // One digit in each byte, the first one in the highest.
@@ -132,7 +133,11 @@ impl Text {
     }
 }
 
-/// What each byte is worth as a hex digit; 16 for those that are none.
+fn take_short(rest: &mut &[u8], end: Option<u8>) -> Option<u32> {
+    take_hex(rest, 8, end).and_then(|number| u32::try_from(number).ok())
+}
+
+/// The value of each byte as a hex digit; 16 for other bytes.
 const DIGITS: [u8; 256] = {
     let mut digits = [16; 256];
     let mut value = 0;
@@ -143,27 +148,24 @@ const DIGITS: [u8; 256] = {
     digits
 };
 
-fn take_short(rest: &mut std::slice::Iter<'_, u8>, end: Option<u8>) -> Option<u32> {
-    take_hex(rest, 8, end).and_then(|number| u32::try_from(number).ok())
-}
-
-/// Takes a number of at most `most` hex digits, and the byte `end` behind it.
-#[inline(always)]
-fn take_hex(rest: &mut std::slice::Iter<'_, u8>, most: u32, end: Option<u8>) -> Option<u64> {
-    let (mut number, mut digits) = (0, 0);
-    let behind = loop {
-        let Some(&byte) = rest.next() else { break None };
+/// Takes a number of at most `most` hex digits, and the byte `end` after it.
+fn take_hex(rest: &mut &[u8], most: usize, end: Option<u8>) -> Option<u64> {
+    let (mut number, mut length) = (0, 0);
+    for &byte in rest.iter() {
         let digit = DIGITS[usize::from(byte)];
         if digit == 16 {
-            break Some(byte);
+            break;
         }
         number = (number << 4) | u64::from(digit);
-        digits += 1;
-    };
-    // Only the shortest spelling counts, so an id has one text. Of a longer one the first digits
-    // have been shifted out, which does not matter.
-    let shortest = (u64::BITS - number.leading_zeros()).div_ceil(4).max(1);
-    (digits == shortest && digits <= most && behind == end).then_some(number)
+        length += 1;
+    }
+    // Only the shortest spelling is accepted, so an id has exactly one text.
+    let is_short = (1..=most).contains(&length) && (length == 1 || rest[0] != b'0');
+    if !is_short || rest.get(length).copied() != end {
+        return None;
+    }
+    *rest = rest.get(length + 1..).unwrap_or_default();
+    Some(number)
 }
 
 #[cfg(test)]

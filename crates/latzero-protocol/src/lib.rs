@@ -1,6 +1,6 @@
 //! The LatZero wire protocol: frames, messages, names, limits and error codes.
 //!
-//! This crate converts bytes to borrowed views and views to bytes. It knows no socket, runtime or
+//! This crate converts bytes to borrowed views and views to bytes. It has no sockets, runtime or
 //! state: `latzero-fabric` decides what a message does, and the owner of the socket decides what is
 //! sent.
 //!

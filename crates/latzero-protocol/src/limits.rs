@@ -3,13 +3,13 @@
 /// The protocol version that this crate speaks.
 pub const PROTOCOL_VERSION: u64 = 1;
 
-/// The port a server listens on unless told otherwise.
+/// The port that a server listens on by default.
 pub const DEFAULT_PORT: u16 = 45_227;
 
 /// Largest payload of a frame in bytes, unless the handshake acknowledgement names another.
 pub const MAX_FRAME_DEFAULT: usize = 16 * 1024 * 1024;
 
-/// What a server may add to a payload that it passes on (origin, ids), in bytes. A client accepts
+/// How many bytes a server may add to a payload that it forwards (origin, ids). A client accepts
 /// frames up to the announced `max_frame` plus this.
 pub const FORWARD_SLACK: usize = 16 * 1024;
 
@@ -38,7 +38,7 @@ pub const DOC_BYTES_MAX: usize = 1024;
 /// Longest `key` of a sticky call in bytes.
 pub const KEY_BYTES_MAX: usize = 1024;
 
-/// A call's time to live in milliseconds where the caller names none.
+/// A call's time to live in milliseconds, if the caller names none.
 pub const TTL_DEFAULT_MS: u64 = 30_000;
 
 /// The longest time to live of a call in milliseconds: 24 hours.
@@ -47,8 +47,7 @@ pub const TTL_MAX_MS: u64 = 24 * 60 * 60 * 1000;
 /// The longest time to live of a call that may be parked, in milliseconds: 30 days.
 pub const PARKED_TTL_MAX_MS: u64 = 30 * 24 * 60 * 60 * 1000;
 
-/// To how many handlers a parked or redelivered call is given at most, where its caller does not
-/// say.
+/// How many times a parked or redelivered call is delivered at most, if its caller names no number.
 pub const ATTEMPTS_DEFAULT: u32 = 5;
 
 /// The most attempts that a caller may ask for.
@@ -69,10 +68,10 @@ pub const LAYOUT_BYTES_MAX: usize = 2048;
 /// Most AppIDs in one list of a block's permissions.
 pub const PERMISSION_APPS_MAX: usize = 64;
 
-/// Bytes of a frame that a reply with a block's bytes keeps for what stands around them.
+/// Bytes of a frame that a reply with a block's bytes reserves for its other fields.
 pub const READ_SLACK: usize = 4096;
 
-/// Slots of a block with snapshots: least and most.
+/// Number of slots of a block with snapshots: least and most.
 pub const SLOTS: std::ops::RangeInclusive<u64> = 2..=4;
 
 /// The pool that an app joins when it names none.
@@ -96,7 +95,7 @@ pub struct ListBounds {
 }
 
 impl ListBounds {
-    /// For lists that were bounded when they came in.
+    /// For lists that were checked when they arrived.
     pub const NONE: ListBounds = ListBounds {
         pools_max: usize::MAX,
         triggers_max: usize::MAX,

@@ -13,97 +13,97 @@ use crate::limits::{
 use crate::message::{Fields, Page, items, page, unknown};
 use crate::name::{AppId, BlockId};
 
-/// A request about one block, or about all of a pool.
+/// A request about one block or about all blocks of a pool.
 #[derive(Debug)]
 pub struct Memory<'a> {
-    /// The pool, where the sender names one.
+    /// The pool, if the sender names one.
     pub pool: Option<Cow<'a, str>>,
-    /// What is asked for.
+    /// What to do.
     pub action: Action<'a>,
 }
 
-/// What is asked of a block.
+/// What to do with a block.
 #[derive(Debug)]
 pub enum Action<'a> {
-    /// Make it.
+    /// Create it.
     Create(Box<Create>),
-    /// Take part in it.
+    /// Attach to it.
     Attach {
         /// The block.
         block: BlockId,
-        /// To read, or to write too.
+        /// Whether to read only, or to write too.
         mode: Access,
-        /// The layout that it must have.
+        /// The layout that the block must have.
         layout: Option<Layout>,
     },
-    /// Take part in it no longer.
+    /// Detach from it.
     Detach(BlockId),
-    /// A copy of its bytes.
+    /// Copy its bytes into the reply.
     Read {
         /// The block.
         block: BlockId,
         /// The first byte.
         offset: u64,
-        /// How many bytes; absent is to the end.
+        /// The number of bytes; if absent, up to the end.
         length: Option<u64>,
-        /// The version that it must have.
+        /// The version that the block must have.
         if_version: Option<u64>,
     },
-    /// New bytes for it.
+    /// Write bytes into it.
     Write(Write<'a>),
-    /// New bytes, where it has the bytes expected.
+    /// Write bytes if it has the expected ones: a compare-and-swap.
     Cas {
         /// The block.
         block: BlockId,
         /// The first byte.
         offset: u64,
-        /// What must be there.
+        /// The bytes that the block must have there.
         expected: Vec<u8>,
-        /// What takes its place; as long as `expected`.
+        /// The bytes that replace them; as long as `expected`.
         data: Cow<'a, [u8]>,
-        /// The lock under which it is done.
+        /// The fence of the lock to write under.
         lock: Option<u64>,
     },
-    /// Its lock.
+    /// Take its lock.
     Lock {
         /// The block.
         block: BlockId,
-        /// Alone, or beside other readers.
+        /// Exclusive or shared.
         mode: LockMode,
-        /// How long to wait for it, in milliseconds; 0 is not at all.
+        /// How long to wait for the lock, in milliseconds; 0 is not at all.
         wait_ms: u64,
-        /// How long it is held unless renewed, in milliseconds; absent: until its holder
+        /// How long the lock is held unless renewed, in milliseconds; if absent, until its holder
         /// disconnects.
         lease_ms: Option<u64>,
     },
-    /// Gives the lock back.
+    /// Release the lock with this fence.
     Unlock(BlockId, u64),
-    /// Renews the lease of a lock.
+    /// Renew the lease of a lock.
     Renew {
         /// The block.
         block: BlockId,
         /// The lock's fence.
         lock: u64,
-        /// The new lease in milliseconds; absent: until its holder disconnects.
+        /// The new lease in milliseconds; if absent, until its holder disconnects.
         lease_ms: Option<u64>,
     },
-    /// Pushes for each new version.
+    /// Send a push for each new version.
     Subscribe(BlockId),
-    /// No more of them.
+    /// Stop sending pushes.
     Unsubscribe(BlockId),
-    /// Its version after a write through a mapping.
+    /// Report the version after a write through a mapping.
     Notify(BlockId, u64),
-    /// Offers the memory of a block that the server lost by its end, with a descriptor of it.
+    /// Offer the memory of a block that the server lost when it ended, with a descriptor of it.
     Reoffer(BlockId),
-    /// Another size.
+    /// Change its size, in bytes.
     Resize(BlockId, u64),
-    /// To have it on disk.
+    /// Wait until its content is on disk.
     Flush(BlockId),
-    /// To be rid of it.
+    /// Remove it.
     Remove(BlockId),
-    /// Which blocks there are.
+    /// List the blocks of a pool.
     List(Page<'a>),
-    /// All about one.
+    /// Describe it.
     Info(BlockId),
 }
 
@@ -118,7 +118,7 @@ impl Action<'_> {
     }
 }
 
-/// New bytes for a block.
+/// A write to a block.
 #[derive(Debug)]
 pub struct Write<'a> {
     /// The block.
@@ -127,34 +127,34 @@ pub struct Write<'a> {
     pub offset: u64,
     /// The bytes.
     pub data: Cow<'a, [u8]>,
-    /// The version that it must have.
+    /// The version that the block must have.
     pub if_version: Option<u64>,
-    /// The lock under which it is done.
+    /// The fence of the lock to write under.
     pub lock: Option<u64>,
 }
 
-/// A block to make.
+/// A block to create.
 #[derive(Debug, Clone)]
 pub struct Create {
     /// Its name.
     pub block: BlockId,
     /// Its size in bytes.
     pub size: u64,
-    /// What it is stored in.
+    /// Where it is stored.
     pub kind: Kind,
-    /// Slots: 1 is written in place (`raw`), more hold snapshots.
+    /// Number of slots: a block with 1 is written in place (`raw`), one with more has snapshots.
     pub slots: u32,
-    /// What its bytes are.
+    /// The array that its bytes are.
     pub layout: Option<Layout>,
     /// Who may read and write it.
     pub permissions: Permissions,
-    /// How long it stays.
+    /// When it is removed.
     pub lifetime: Lifetime,
-    /// Attach it if it exists.
+    /// If the block exists, attach to it.
     pub or_attach: bool,
-    /// Whether its maker takes part in it at once, and how.
+    /// Whether its creator is attached at once, and with which access.
     pub attach: Option<Access>,
-    /// What its content is bound to in a sealed pool: 16 bytes in base64url.
+    /// The id to which its content is bound in a sealed pool: 16 bytes in base64url.
     pub block_uid: Option<Box<str>>,
 }
 
@@ -195,18 +195,18 @@ macro_rules! words {
 }
 
 words! {
-    /// What a block is stored in.
+    /// Where a block is stored.
     Kind {
-        /// Memory: it is lost with the server and its last holder.
+        /// In memory: it is lost when both the server and its last holder have ended.
         #[default]
         Shared "shared",
-        /// A file of the data directory.
+        /// In a file of the data directory.
         Persistent "persistent",
     }
 }
 
 words! {
-    /// What readers of a block may do with it.
+    /// What a client may do with a block.
     Access {
         /// Read.
         #[default]
@@ -217,23 +217,23 @@ words! {
 }
 
 words! {
-    /// Who may hold a lock beside whom.
+    /// Whether a lock may have several holders.
     LockMode {
-        /// One alone.
+        /// A single holder.
         #[default]
         Exclusive "exclusive",
-        /// Any number that only read.
+        /// Any number of holders, which only read.
         Shared "shared",
     }
 }
 
 words! {
-    /// How long a block stays.
+    /// When a block is removed.
     Lifetime {
-        /// Until it is removed, or its pool is.
+        /// When a client removes it or its pool.
         #[default]
         Pool "pool",
-        /// Until no client is attached.
+        /// Once no client is attached.
         Attached "attached",
     }
 }
@@ -244,7 +244,7 @@ pub enum Apps {
     /// Every member of the pool.
     #[default]
     All,
-    /// These.
+    /// Only these.
     These(Vec<AppId>),
 }
 
@@ -277,14 +277,14 @@ pub struct Permissions {
     pub write: Apps,
 }
 
-/// What a block's bytes are: an array in numpy's notation.
+/// The type of a block's content: an array in numpy's notation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     /// The element type, such as `<f4`.
     pub dtype: String,
     /// The length of each dimension.
     pub shape: Vec<u64>,
-    /// Names for the places of the last dimension.
+    /// Names for the indices of the last dimension.
     pub fields: Vec<String>,
 }
 
@@ -351,7 +351,7 @@ impl Layout {
         Ok(layout)
     }
 
-    /// Bytes of the whole array; `None` if they can't be counted.
+    /// Size of the whole array in bytes; `None` if it overflows.
     #[must_use]
     pub fn bytes(&self) -> Option<u64> {
         let item = item_size(&self.dtype)?;
@@ -363,7 +363,7 @@ impl Layout {
             .try_fold(item, |bytes, n| bytes.checked_mul(*n))
     }
 
-    /// The layout as JSON text, the same for the same layout.
+    /// The layout as JSON text; equal layouts give equal text.
     #[must_use]
     pub fn to_json(&self) -> String {
         let mut out = serde_json::json!({"dtype": self.dtype, "shape": self.shape});
@@ -607,7 +607,7 @@ fn permissions(raw: Option<Raw<'_>>) -> Result<Permissions, Refusal> {
     })
 }
 
-/// Reads a field that lists apps; `"*"` and absence are all.
+/// Reads a field that lists apps; `"*"` or an absent field means all apps.
 pub(crate) fn apps(fields: &Fields<'_>, name: &str) -> Result<Apps, Refusal> {
     let (mut apps, mut is_all) = (Vec::new(), false);
     let is_there = fields.each_string(name, |app| {
@@ -671,8 +671,8 @@ fn bytes<'a>(e: &Envelope<'a>) -> Result<Cow<'a, [u8]>, Refusal> {
     }
 }
 
-/// Whether base64 text is too long for a compare-and-swap, however it is written: seen before it is
-/// decoded.
+/// Whether base64 text is too long for a compare-and-swap, however it is escaped. Checked before
+/// the text is decoded.
 fn is_beyond_cas(raw: Raw<'_>) -> bool {
     /// Bytes of the longest escape of one character, times the characters of four thirds of the
     /// bytes, and quotes.

@@ -22,23 +22,23 @@ use crate::scan;
 /// One message from a client.
 #[derive(Debug)]
 pub enum Request<'a> {
-    /// Names the app behind a connection.
+    /// Names the app of a connection.
     Handshake(Box<Handshake<'a>>),
     /// Calls a trigger.
     Trigger(Trigger<'a>),
     /// Answers a call, or a ping of the server.
     Response(Response<'a>),
-    /// Tells every handler of a trigger, without an answer.
+    /// Sends an event to the handlers of a trigger, without an answer.
     Emit(Emit<'a>),
-    /// Ends a call of the sender's.
+    /// Cancels a call of the sender.
     Cancel(CallRef<'a>),
-    /// Grants further items of a stream.
+    /// Allows further items of a stream.
     Ack(CallRef<'a>, u64),
-    /// Serves further triggers.
+    /// Adds triggers that the app serves.
     TriggerRegister(Vec<TriggerSpec>),
-    /// Serves triggers no longer.
+    /// Removes triggers that the app serves.
     TriggerUnregister(Vec<TriggerSpec>),
-    /// Makes a pool.
+    /// Creates a pool.
     PoolCreate(PoolCreate<'a>),
     /// Asks for a challenge, to prove an app or an administrator.
     Challenge,
@@ -62,15 +62,15 @@ pub enum Request<'a> {
     PoolList(Page<'a>),
     /// Describes a pool.
     PoolInfo(PoolName),
-    /// Removes a pool, with `force` even where it has members.
+    /// Removes a pool; with `force` even if it has members.
     PoolRemove(PoolName, bool),
     /// Lists the apps, of one pool or of all.
     AppList(Option<PoolName>, Page<'a>),
-    /// Asks for a pool's events.
+    /// Subscribes to a pool's events.
     Watch(PoolName, EventSet),
-    /// Asks for them no longer.
+    /// Unsubscribes from a pool's events.
     Unwatch(PoolName),
-    /// Something about a block of memory.
+    /// A request about memory blocks.
     Memory(Box<crate::memory::Memory<'a>>),
     /// Checks that the server responds.
     Ping,
@@ -78,7 +78,7 @@ pub enum Request<'a> {
     Stats,
     /// Asks for the health of the server's parts.
     Health,
-    /// Something about parked calls.
+    /// A request about parked calls.
     Parked(Box<crate::parked::Parked>),
     /// A request only for administrators.
     Admin(Admin),
@@ -89,15 +89,15 @@ pub enum Request<'a> {
 pub struct Handshake<'a> {
     /// The AppID.
     pub app_id: AppId,
-    /// Pools to join; absent where the app wants back what it had.
+    /// Pools to join; if absent, the app rejoins the pools that it had.
     pub pools: Option<Vec<PoolName>>,
-    /// Whether encrypted pools are named, which it is about to prove.
+    /// Whether the list names encrypted pools, for which the app sends proofs later.
     pub names_encrypted: bool,
-    /// Triggers to serve; absent where the app wants back what it had.
+    /// Triggers to serve; if absent, the app serves the triggers that it had.
     pub triggers: Option<Vec<TriggerSpec>>,
     /// What the app says about itself, shown when apps are listed.
     pub meta: Option<Raw<'a>>,
-    /// The protocol version asked for.
+    /// The protocol version that the client speaks.
     pub protocol: u64,
     /// Features that the client offers.
     pub features: Features,
@@ -109,7 +109,7 @@ pub struct Handshake<'a> {
     pub transient: bool,
 }
 
-/// Optional parts of the protocol, used where both sides named them.
+/// Optional parts of the protocol, which are used if both sides named them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Features {
     /// Attachment frames.
@@ -131,7 +131,7 @@ impl Features {
             .collect()
     }
 
-    /// What both sides have.
+    /// The features that both sides have.
     #[must_use]
     pub fn and(self, other: Features) -> Features {
         Features {
@@ -144,14 +144,14 @@ impl Features {
 /// How a call finds one handler among several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Strategy {
-    /// Each in turn.
+    /// Each handler in turn.
     #[default]
     RoundRobin,
-    /// Any.
+    /// A random one.
     Random,
     /// The one with the fewest calls in flight.
     LeastBusy,
-    /// The same one for the same `key`, while it is connected.
+    /// The same one for the same `key`, as long as it is connected.
     Sticky,
 }
 
@@ -197,7 +197,7 @@ pub struct TriggerSpec {
 }
 
 impl TriggerSpec {
-    /// A trigger served in every pool, each handler in turn.
+    /// A trigger that is served in every pool, by each handler in turn.
     #[must_use]
     pub fn new(name: TriggerName) -> Self {
         TriggerSpec {
@@ -218,7 +218,7 @@ impl TriggerSpec {
         })
     }
 
-    /// What it counts for against the bytes that an app may register: name, pools and doc.
+    /// How many of the bytes that an app may register it uses: name, pools and doc.
     #[must_use]
     pub fn bytes(&self) -> usize {
         let pools = self.pools.iter().flatten().map(|name| name.as_str().len());
@@ -232,14 +232,14 @@ impl TriggerSpec {
     }
 }
 
-/// Which app, and perhaps which instance of it, a message is for.
+/// The app that a message is for, and optionally the instance.
 #[derive(Debug, Clone)]
 pub struct Destination<'a> {
     /// The AppID.
     pub app_id: Cow<'a, str>,
-    /// One instance alone.
+    /// The only instance that may get the message.
     pub instance: Option<InstanceId>,
-    /// The field as it came.
+    /// The field as it was received.
     pub raw: Raw<'a>,
 }
 
@@ -249,9 +249,9 @@ pub enum Park {
     /// It may not.
     #[default]
     No,
-    /// If no handler can take it now.
+    /// It may, if no handler can take it now.
     IfNeeded,
-    /// It is on disk before a handler gets it, so its caller may leave.
+    /// Always: it is on disk before a handler gets it, so its caller may disconnect.
     Always,
 }
 
@@ -270,25 +270,25 @@ pub struct Trigger<'a> {
     pub id: Option<Cow<'a, str>>,
     /// The trigger's name, not yet checked: a name that is found is valid.
     pub process: Cow<'a, str>,
-    /// The pool, where the caller names one.
+    /// The pool, if the caller names one.
     pub pool: Option<Cow<'a, str>>,
-    /// The app to call, where the caller names one.
+    /// The app to call, if the caller names one.
     pub destination: Option<Destination<'a>>,
     /// Time to live in milliseconds.
     pub ttl_ms: u64,
     /// The key of a sticky trigger.
     pub key: Option<Cow<'a, str>>,
-    /// Items of a stream that may be sent without acknowledgement.
+    /// How many items of a stream may be sent without acknowledgement.
     pub window: Option<u64>,
     /// Whether it may wait on disk for a handler.
     pub park: Park,
-    /// Give the call to the next handler where the first one's connection ended before it answered.
+    /// If a handler's connection ends before it answers, give the call to the next handler.
     pub redeliver: bool,
-    /// To how many handlers it is given at most.
+    /// How many times it is delivered at most.
     pub attempts: u32,
-    /// By what repeats of the call are known: the header `idempotency-key`.
+    /// The header `idempotency-key`, by which repeats of the call are recognised.
     pub idempotency_key: Option<Cow<'a, str>>,
-    /// Blocks that the handler is to have for the length of the call; empty for most calls.
+    /// Blocks that the handler may use during the call; empty for most calls.
     pub blocks: Vec<crate::memory::BlockUse>,
     /// Headers, passed on.
     pub headers: Option<Raw<'a>>,
@@ -301,13 +301,13 @@ pub struct Trigger<'a> {
 pub struct Emit<'a> {
     /// The trigger's name, not yet checked: a name that is found is valid.
     pub process: Cow<'a, str>,
-    /// The pool, where the sender names one.
+    /// The pool, if the sender names one.
     pub pool: Option<Cow<'a, str>>,
-    /// The app to tell, where the sender names one.
+    /// The app to send it to, if the sender names one.
     pub destination: Option<Destination<'a>>,
-    /// To one handler rather than to all.
+    /// Whether it goes to one handler rather than to all.
     pub one: bool,
-    /// The key by which a sticky trigger picks a handler.
+    /// The key by which a sticky trigger chooses a handler.
     pub key: Option<Cow<'a, str>>,
     /// Headers, passed on.
     pub headers: Option<Raw<'a>>,
@@ -315,16 +315,16 @@ pub struct Emit<'a> {
     pub body: Body<'a>,
 }
 
-/// What a response says of its call.
+/// What a response says about its call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
-    /// It ended well.
+    /// It succeeded.
     Ok,
     /// It failed.
     Error,
     /// One item of a stream.
     Partial,
-    /// A report on the way.
+    /// A progress report.
     Progress,
 }
 
@@ -352,7 +352,7 @@ impl Status {
         }
     }
 
-    /// Whether the call ends with it.
+    /// Whether it ends the call.
     #[must_use]
     pub fn is_final(self) -> bool {
         matches!(self, Status::Ok | Status::Error)
@@ -364,7 +364,7 @@ impl Status {
 pub struct Response<'a> {
     /// The id that the server gave the call.
     pub in_reply_to: Cow<'a, str>,
-    /// What it says of the call.
+    /// What it says about the call.
     pub status: Status,
     /// The error object of a failed call.
     pub error: Option<Raw<'a>>,
@@ -374,14 +374,14 @@ pub struct Response<'a> {
     pub body: Body<'a>,
 }
 
-/// A call as its caller names it.
+/// A call, identified by its caller's id.
 #[derive(Debug)]
 pub struct CallRef<'a> {
     /// The id that the caller gave it.
     pub id: Cow<'a, str>,
 }
 
-/// A part of a long listing: replies stay far below a frame's limit.
+/// A page of a long list, so that replies stay far below a frame's limit.
 #[derive(Debug)]
 pub struct Page<'a> {
     /// Only names after this one.
@@ -391,26 +391,26 @@ pub struct Page<'a> {
 }
 
 impl Page<'_> {
-    /// Most entries of one page, and how many there are unless the request says otherwise.
+    /// Maximum and default number of entries of one page.
     pub const LIMIT_MAX: usize = 1000;
 }
 
-/// A pool to make.
+/// A pool to create.
 #[derive(Debug)]
 pub struct PoolCreate<'a> {
     /// Its name.
     pub pool: PoolName,
-    /// Free properties, kept and shown.
+    /// Properties for people and programs; the server keeps and shows them.
     pub properties: Option<Raw<'a>>,
-    /// It outlives the server's end.
+    /// Whether it survives a restart of the server.
     pub durable: bool,
     /// Who may do what in it.
     pub policy: Policy,
-    /// What makes it an encrypted pool.
+    /// The descriptor of an encrypted pool.
     pub sealed: Option<Sealed<'a>>,
 }
 
-/// Who may do what in a pool. Its owner always may.
+/// Which apps may do what in a pool. Its owner may do everything.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Policy {
     /// Who may be a member.
@@ -495,7 +495,7 @@ impl EventSet {
         wanted.map(|event| event.as_str()).collect()
     }
 
-    /// The set of the events that are known among `names`.
+    /// The set of the known events in `names`.
     #[must_use]
     pub fn of<'a>(names: impl Iterator<Item = &'a str>) -> EventSet {
         let known = |name: &str| Event::ALL.iter().find(|event| event.as_str() == name);
@@ -519,29 +519,29 @@ pub struct Admin {
 pub enum AdminAction {
     /// Drain and stop.
     Shutdown,
-    /// Read the settings again.
+    /// Reload the settings.
     Reload,
-    /// Close an app's connections, or one instance's.
+    /// Close the connections of an app, or of one instance.
     Kick(AppId, Option<InstanceId>),
-    /// Forget an app that has no instance.
+    /// Delete the registration of an offline app.
     Forget(AppId),
-    /// Take an app's key away.
+    /// Remove an app's key.
     RemoveKey(AppId),
-    /// Copy what is stored into one file.
+    /// Write a backup to a file.
     Backup {
-        /// A path of the server's machine; else it comes among its backups.
+        /// A path on the server's machine; if absent, a new file in its backup directory.
         to: Option<String>,
-        /// Leave the bytes of blocks out.
+        /// Leave out the content of blocks.
         without_blocks: bool,
     },
-    /// Give sockets and blocks to a server that takes over; or, once it has taken them, stop.
+    /// Hand over sockets and blocks to a server that takes over; or, once that is done, stop.
     HandOver {
-        /// Whether it has.
+        /// Whether it has taken them.
         taken: bool,
     },
-    /// Check the database, thoroughly or in short.
+    /// Check the database, completely or only its structure.
     CheckDatabase(bool),
-    /// Answer a question about the database, in SQL.
+    /// Run an SQL query on the database.
     QueryDatabase(String),
 }
 
@@ -700,14 +700,14 @@ fn handshake<'a>(e: &Envelope<'a>, bounds: &ListBounds) -> Result<Handshake<'a>,
     })
 }
 
-/// The header by which repeats of a call are known.
+/// The header by which repeats of a call are recognised.
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
 fn idempotency_key<'a>(headers: Option<Raw<'a>>) -> Result<Option<Cow<'a, str>>, Refusal> {
     let Some(headers) = headers.filter(|raw| raw.text().contains(IDEMPOTENCY_KEY)) else {
         return Ok(None);
     };
-    // Headers were bounded in bytes, not in number.
+    // The size of headers is bounded, not their number.
     let mut found = None;
     let _ = scan::object::<scan::ScanError>(headers.text(), |name, value| {
         if unescape(name).as_deref() == Some(IDEMPOTENCY_KEY) {
@@ -974,7 +974,7 @@ fn triggers_field(e: &Envelope<'_>, bounds: &ListBounds) -> Result<Vec<TriggerSp
     triggers_within(raw.ok_or_else(|| missing("triggers", "an array"))?, bounds)
 }
 
-/// Reads a list of triggers that was bounded when it came in, each a name or an object.
+/// Reads a list of triggers that was checked when it arrived; each is a name or an object.
 ///
 /// # Errors
 /// `bad_message`, `invalid_name`, `too_large`.
@@ -1000,7 +1000,7 @@ fn triggers_within(raw: Raw<'_>, bounds: &ListBounds) -> Result<Vec<TriggerSpec>
     Ok(specs)
 }
 
-/// An app would have more pools or triggers than it may.
+/// The refusal if an app would have more pools or triggers than it may.
 #[must_use]
 pub fn too_many(what: &str, max: usize) -> Refusal {
     Refusal::new(
@@ -1009,7 +1009,7 @@ pub fn too_many(what: &str, max: usize) -> Refusal {
     )
 }
 
-/// What an app registers would be longer than it may.
+/// The refusal if an app's registration would be larger than it may be.
 #[must_use]
 pub fn too_many_bytes(max: usize) -> Refusal {
     Refusal::new(
@@ -1106,7 +1106,7 @@ pub(crate) fn items<'a>(
 pub struct Fields<'a>(Vec<(Cow<'a, str>, Raw<'a>)>);
 
 impl<'a> Fields<'a> {
-    /// Most fields of one object: duplicates are looked for one by one.
+    /// Most fields of one object: each is compared with all others to find duplicates.
     const MAX: usize = 256;
 
     /// Most fields of an object that is an item of a list or a field of a message.

@@ -4,7 +4,7 @@ use std::borrow::Borrow;
 use std::fmt;
 use std::sync::Arc;
 
-/// Why a text is not a name.
+/// The error for text that is not a valid name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("'{shown}' is not a valid {kind}: use 1 to {max} of {alphabet}")]
 pub struct NameError {

@@ -1,4 +1,4 @@
-//! Requests about parked calls: what waits, what failed, and what to do about it.
+//! Requests about parked calls: list, show and change them.
 
 use crate::envelope::{Envelope, mistyped};
 use crate::error::{Code, Refusal};
@@ -6,12 +6,12 @@ use crate::limits::PARKED_TTL_MAX_MS;
 use crate::message::{Fields, Page};
 use crate::name::{AppId, PoolName, TriggerName};
 
-/// What a parked call is doing.
+/// The state of a parked call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ParkedState {
     /// It waits for a handler.
     Waiting,
-    /// An attempt failed; it waits until it is offered again.
+    /// An attempt failed; it waits for the next attempt.
     Paused,
     /// A handler has it.
     Running,
@@ -50,7 +50,7 @@ impl ParkedState {
     }
 }
 
-/// Which parked calls are meant: those that have everything that is named here.
+/// Selects parked calls: those that match every field that is set.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ParkedFilter {
     /// The pool.
@@ -59,25 +59,25 @@ pub struct ParkedFilter {
     pub app: Option<AppId>,
     /// The trigger.
     pub process: Option<TriggerName>,
-    /// What the call is doing.
+    /// The call's state.
     pub state: Option<ParkedState>,
     /// Its number.
     pub number: Option<u64>,
 }
 
-/// What to do about parked calls.
+/// A change to parked calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ParkedChange {
-    /// End calls that wait, pause or run.
+    /// Cancel calls that wait, pause or run.
     Cancel,
-    /// Run dead calls again, each for so many milliseconds at most.
+    /// Run dead calls again, each with this time to live in milliseconds.
     Retry(u64),
-    /// Forget dead calls, and answers that nobody fetched.
+    /// Delete dead calls, and answers that nobody fetched.
     Purge,
 }
 
 impl ParkedChange {
-    /// Whether it can be done to a call in this state.
+    /// Whether it applies to a call in this state.
     #[must_use]
     pub fn applies_to(self, state: ParkedState) -> bool {
         match state {
@@ -90,7 +90,7 @@ impl ParkedChange {
     }
 }
 
-/// What is asked about parked calls.
+/// What to do with the selected calls.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ParkedAction {
     /// List them in the order of their numbers.
@@ -109,13 +109,13 @@ pub enum ParkedAction {
 /// A request about parked calls.
 #[derive(Debug)]
 pub struct Parked {
-    /// What is asked.
+    /// What to do.
     pub action: ParkedAction,
-    /// Of which calls.
+    /// The calls that it applies to.
     pub filter: ParkedFilter,
 }
 
-/// How long a call that is run again may take unless the request says otherwise: a day.
+/// The default time to live of a call that is run again, in milliseconds: a day.
 pub const RETRY_TTL_DEFAULT_MS: u64 = 24 * 3_600_000;
 
 pub(crate) fn decode(e: &Envelope<'_>, action: &str) -> Result<Parked, Refusal> {

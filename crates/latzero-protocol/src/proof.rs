@@ -1,8 +1,6 @@
-//! Messages by which somebody shows who they are: an app, an administrator, a member of an
-//! encrypted pool.
+//! Messages that prove an identity: of an app, an administrator, or a member of an encrypted pool.
 //!
-//! Binary fields are text in base64url. They are passed on as they came: whoever checks a proof
-//! reads them.
+//! Binary fields are text in base64url. They are not decoded here but where the proof is checked.
 
 use std::borrow::Cow;
 
@@ -11,14 +9,13 @@ use crate::error::{Code, Refusal};
 use crate::message::{Fields, Request, pool_field};
 use crate::name::{AppId, PoolName};
 
-/// Most bytes of a message that proves something before the handshake.
+/// Largest message with a proof before the handshake, in bytes.
 pub const PROOF_BYTES_MAX: usize = 4096;
 
-/// Descriptors in one reply to `pool_chain`, and how many there are unless the request says
-/// otherwise.
+/// Maximum and default number of descriptors in one reply to `pool_chain`.
 pub const CHAIN_MAX: usize = 64;
 
-/// An app shows that it has its key.
+/// Proves that an app has its key.
 #[derive(Debug)]
 pub struct AppProof<'a> {
     /// The AppID, which the handshake must name.
@@ -33,7 +30,7 @@ pub struct AppProof<'a> {
     pub cb_type: Cow<'a, str>,
 }
 
-/// An administrator shows that it has the token, without sending it.
+/// Proves that an administrator has the token, without sending the token.
 #[derive(Debug)]
 pub struct AdminProof<'a> {
     /// The client's nonce.
@@ -44,23 +41,23 @@ pub struct AdminProof<'a> {
     pub cb_type: Cow<'a, str>,
 }
 
-/// What an encrypted pool is made of.
+/// What an encrypted pool is created from.
 #[derive(Debug)]
 pub struct Sealed<'a> {
     /// The descriptor of its first epoch.
     pub descriptor: Cow<'a, str>,
-    /// Whether blocks stay plain, and the keys decide who gets their memory.
+    /// Whether blocks are not encrypted, and the keys only decide who gets their memory.
     pub is_gated: bool,
 }
 
-/// Which descriptors of a pool are asked for.
+/// A request for descriptors of a pool.
 #[derive(Debug)]
 pub struct Chain {
     /// The pool.
     pub pool: PoolName,
-    /// Of epochs below this one.
+    /// Only those of epochs below this one.
     pub before: Option<u32>,
-    /// The newest so many of them.
+    /// The maximum number; the newest are returned.
     pub limit: usize,
 }
 
@@ -109,7 +106,7 @@ pub(crate) fn pool_rotate<'a>(e: &Envelope<'a>) -> Result<Request<'a>, Refusal> 
     Ok(Request::PoolRotate(pool_field(e)?, descriptor))
 }
 
-/// What makes a pool that is about to be made an encrypted one.
+/// Reads the fields that make a new pool an encrypted one.
 pub(crate) fn sealed<'a>(fields: &Fields<'a>) -> Result<Option<Sealed<'a>>, Refusal> {
     let bad = |message| Err(Refusal::new(Code::BadMessage, message));
     let (is_encrypted, descriptor) = (fields.flag("encrypted")?, fields.string("descriptor")?);
@@ -145,8 +142,8 @@ pub(crate) fn sealed<'a>(fields: &Fields<'a>) -> Result<Option<Sealed<'a>>, Refu
     }
 }
 
-/// Whether a payload is an envelope of an encrypted pool, as far as its first bytes tell: `LZEV`
-/// and version 1.
+/// Whether a payload looks like an envelope of an encrypted pool: it begins with `LZEV` and
+/// version 1.
 #[must_use]
 pub fn is_sealed(body: Body<'_>) -> bool {
     match body {

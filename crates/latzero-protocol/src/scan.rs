@@ -8,7 +8,7 @@
 
 use crate::limits::JSON_DEPTH_MAX;
 
-/// What a [`ScanError`] says of nesting.
+/// What a [`ScanError`] says about nesting.
 const TOO_DEEP: &str = "nested too deeply (at most 64 levels)";
 
 /// Where and why a text is not JSON that LatZero accepts.
@@ -45,13 +45,13 @@ pub fn object<'a, E: From<ScanError>>(
 /// How a string is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Spelling {
-    /// As it reads.
+    /// Without escapes.
     Plain,
     /// With escapes.
     Escaped,
 }
 
-/// The key of a field in the text: most are only compared with a few names.
+/// The key of a field in the text. Most keys are only compared with a few names.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Key<'a> {
     text: &'a str,
@@ -73,7 +73,7 @@ impl<'a> Key<'a> {
     }
 }
 
-/// As [`object`], with keys that say how they are written.
+/// Like [`object`], with keys that say whether they have escapes.
 #[inline]
 pub(crate) fn fields<'a, E: From<ScanError>>(
     text: &'a str,
@@ -233,7 +233,7 @@ impl<'a> Scanner<'a> {
         }
         let spelling = self.string()?;
         let key = (self.at - 1, spelling);
-        // Hardly anyone puts a space here.
+        // A space here is rare.
         if self.peek() == Some(b':') {
             self.at += 1;
             return Ok(key);
@@ -285,7 +285,7 @@ impl<'a> Scanner<'a> {
                 Some(_) => return Err(self.error("expected a JSON value")),
                 None => return Err(self.error("the JSON text ends too early")),
             }
-            // A value is complete: close what ends here, or go on to the next member.
+            // A value is complete: close the containers that end here, or go on to the next member.
             loop {
                 if depth == base {
                     return Ok(());
@@ -323,8 +323,7 @@ impl<'a> Scanner<'a> {
         self.rest_of_string()
     }
 
-    /// What follows the first byte of a string that does not mean itself, and is not the closing
-    /// quote.
+    /// Handles the first byte of a string that is neither ordinary text nor the closing quote.
     fn rest_of_string(&mut self) -> Result<Spelling, ScanError> {
         loop {
             match self.next() {
@@ -337,7 +336,7 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// Skips bytes that mean themselves, eight at a time.
+    /// Skips ordinary text, eight bytes at a time.
     #[inline(always)]
     fn plain(&mut self) {
         const ONES: u64 = 0x0101_0101_0101_0101;
@@ -370,8 +369,8 @@ impl<'a> Scanner<'a> {
         match self.next() {
             Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => Ok(()),
             Some(b'u') => {
-                // Also half of a surrogate pair, which the grammar allows (RFC 8259, section 8.2):
-                // file names reach us so from Python and Node.
+                // An unpaired surrogate is allowed too, as in the grammar (RFC 8259, section 8.2):
+                // Python and Node send such file names.
                 self.hex4()
             }
             _ => Err(self.error_before("unknown escape in a string")),
@@ -552,8 +551,8 @@ mod tests {
         fn agrees_with_serde_json(text in "[\\[\\]{}:,\"\\\\u0-9a-f.eE+\\- tnrlse\u{1}é]{0,40}") {
             let ours = value(&text).is_ok();
             let theirs = serde_json::from_str::<serde_json::Value>(&text);
-            // serde_json also refuses numbers beyond f64 and half a surrogate pair; the grammar
-            // does not.
+            // serde_json also refuses numbers beyond f64 and unpaired surrogates; the grammar does
+            // not.
             let is_stricter = theirs.as_ref().is_err_and(|e| {
                 let why = e.to_string();
                 ["out of range", "surrogate", "unexpected end of hex escape"]

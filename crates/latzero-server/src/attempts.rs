@@ -1,4 +1,4 @@
-//! How often a user's proofs were refused lately: guessing is slowed down.
+//! Counts the refused proofs of each user, to slow down guessing.
 
 use std::collections::HashMap;
 
@@ -6,13 +6,13 @@ use latzero_fabric::Time;
 
 use crate::socket::User;
 
-/// Refused proofs of one user in a minute, after which no more are looked at.
+/// After this many refused proofs in a minute, no more proofs of a user are checked.
 const REFUSED_MAX: u32 = 20;
 
 /// How long a refusal counts, in milliseconds.
 const WINDOW_MS: u64 = 60_000;
 
-/// Users that are remembered; where there are more, those of the oldest windows are forgotten.
+/// How many users are remembered; beyond that the oldest are forgotten.
 const USERS_MAX: usize = 4096;
 
 /// Refused proofs by user.
@@ -20,7 +20,7 @@ const USERS_MAX: usize = 4096;
 pub(crate) struct Attempts(HashMap<User, (Time, u32)>);
 
 impl Attempts {
-    /// Whether a user may prove something now. The server's own user may always.
+    /// Whether a user may send a proof now. The server's own user always may.
     pub(crate) fn may(&self, user: User, now: Time) -> bool {
         let refused = self
             .0

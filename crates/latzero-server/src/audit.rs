@@ -22,20 +22,21 @@ use crate::utc::rfc3339;
 /// The file's name in the directory of logs.
 const NAME: &str = "audit.log";
 
-/// Lines of one event that one user may have at once: more apps than come back after a start.
+/// How many lines of one event a user may write in a burst: more than the apps that reconnect after
+/// a start.
 const BURST: u32 = 10_000;
 
-/// Lines that each user gets back per second.
+/// How many lines per second are added to each user's quota.
 const LINES_PER_SECOND: u32 = 100;
 
-/// Users and events whose lines are counted one by one; all other users share a count for each
+/// For how many users and events lines are counted separately; all other users share one count per
 /// event.
 const SHARES_MAX: usize = 4096;
 
-/// The file of what is about security, which nothing else can push out.
+/// The file of security events, so that other events cannot displace them.
 const SECURITY_NAME: &str = "security.log";
 
-/// What stands there: refused proofs, keys, take-overs, and what administrators did.
+/// The events in that file: refused proofs, keys, takeovers, and actions of administrators.
 const SECURITY: [&str; 4] = ["proof_refused", "app_proved", "took_over", "administered"];
 
 /// The audit log.
@@ -44,31 +45,31 @@ pub(crate) struct AuditLog {
     security: Log,
 }
 
-/// One of its files, with a quota of its own.
+/// One of its files, with its own quota.
 struct Log {
     file: LineFile,
     shares: Mutex<Shares>,
 }
 
-/// What a user has left.
+/// The remaining quota of a user.
 struct Share {
     lines: u32,
     since: Instant,
     left_out: u64,
 }
 
-/// What each user has left of each event, by where its connections come from.
+/// The remaining quota of each user for each event.
 #[derive(Default)]
 struct Shares(HashMap<(&'static str, String), Share>);
 
 impl Shares {
-    /// Takes a line of a user's share; returns how many were left out before it, or nothing where
-    /// this one is.
+    /// Takes a line from a user's quota; returns how many lines were left out before it, or nothing
+    /// if this one is left out.
     fn take(&mut self, event: &'static str, from: &str, now: Instant) -> Option<u64> {
         let whole = |share: &Share| share.refilled(now).0 == BURST && share.left_out == 0;
         let mut whose = (event, from.to_owned());
         if self.0.len() >= SHARES_MAX && !self.0.contains_key(&whose) {
-            // Those that have all their lines are as new.
+            // Users with a full quota need no entry.
             self.0.retain(|_, share| !whole(share));
             if self.0.len() >= SHARES_MAX {
                 whose.1.clear();
@@ -104,7 +105,7 @@ impl Share {
 }
 
 impl AuditLog {
-    /// Opens the log, to append to what is there.
+    /// Opens the log for appending.
     ///
     /// # Errors
     /// If the file cannot be opened, or the thread cannot be started.
@@ -121,7 +122,7 @@ impl AuditLog {
         })
     }
 
-    /// Notes what a connection did. Never waits.
+    /// Records what a connection did. Never blocks.
     pub(crate) fn note(&self, by: &Arc<Peer>, audit: &Audit<'_>) {
         let is_about_security = SECURITY.contains(&audit.event);
         let log = if is_about_security {
@@ -162,7 +163,7 @@ impl AuditLog {
     }
 }
 
-/// Where a connection comes from, as far as the kernel tells.
+/// The origin of a connection, as far as the kernel reports it.
 fn origin(socket: &Socket) -> String {
     if let User::Uid(uid) = socket.user() {
         return format!("unix uid {uid}");

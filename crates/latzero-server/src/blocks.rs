@@ -1,8 +1,8 @@
 //! The bytes of memory blocks: one [`Custodian`] for each generation, and the thread for slow jobs.
 //!
-//! Pools decide about blocks and name storage by number; this module maps the numbers to memory and
-//! files. Creating or moving a large block takes as long as touching all of it, and a flush as long
-//! as the disk: such jobs run on a thread of their own, so no connection waits for them.
+//! Pools decide about blocks and refer to storage by number; this module maps the numbers to memory
+//! and files. Creating or moving a large block touches all of its memory, and a flush waits for the
+//! disk. Such jobs run on a separate thread, so that no connection waits for them.
 
 mod files;
 mod places;
@@ -34,26 +34,26 @@ use crate::peer::Peer;
 use crate::shared::{Command, ServerState};
 use crate::timers::PoolCell;
 
-/// Storage up to this many bytes is made at once, by the loop that was asked: it takes less than a
-/// millisecond.
+/// Storage up to this many bytes is created directly by the loop that got the request: it takes
+/// less than a millisecond.
 const INLINE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
-/// Storage of as many bytes in all has a thread for itself.
+/// Jobs for storage with at least this many bytes have a separate thread.
 const LARGE_BYTES_MIN: u64 = 32 * 1024 * 1024;
 
-/// The highest fence of an earlier run that is gone on from.
+/// The highest fence of an earlier run that is accepted to continue from.
 const FENCE_KEPT_MAX: u64 = 1 << 62;
 
-/// Descriptors that blocks leave to everything else.
+/// How many descriptors blocks leave free for everything else.
 const DESCRIPTORS_LEFT_MIN: u64 = 32;
 
-/// Bytes of a block that a backup holds in memory, so that it reads them at once.
+/// How many bytes of a block a backup may hold in memory, to read them at once.
 const WHOLE_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
-/// How often a backup reads a block again that is written meanwhile.
+/// How many times a backup reads a block again that is written in the meantime.
 const BACKUP_TRIES: u32 = 100;
 
-/// Corrupt blocks that `health` names one by one.
+/// How many corrupt blocks `health` names.
 const CORRUPT_SHOWN_MAX: usize = 20;
 
 /// One generation of a block.
@@ -62,7 +62,8 @@ struct StoredBlock {
     pool: PoolName,
     block: BlockId,
     kind: Kind,
-    /// The newest reported version; authoritative while it can't be read without waiting.
+    /// The newest reported version, which is used while the version cannot be read without
+    /// blocking.
     version: AtomicU64,
     names: Option<Names>,
     /// False once it is dropped. Locked while the record of its block is changed for a generation
@@ -105,27 +106,27 @@ impl StoredBlock {
     }
 }
 
-/// Something about a block that is done, for its pool.
+/// A finished job for a block, for its pool.
 pub(crate) struct JobResult {
     pub(crate) pool: Arc<PoolCell>,
     pub(crate) what: Finished,
 }
 
-/// What is done.
+/// The result.
 pub(crate) enum Finished {
     Made(BlockKey, Result<Option<StorageId>, Refusal>),
     Flushed(BlockKey, u64, Result<u64, Refusal>),
 }
 
-/// What the blocks' thread is given.
+/// A job for the blocks' thread.
 enum Work {
     Job(Arc<ServerState>, Arc<PoolCell>, Job<Arc<Peer>>),
-    /// Storage whose memory is freed when it is dropped; and the database that is to know of its
-    /// removal, if it is one.
+    /// Storage to drop, which frees its memory; and the database in which its removal is recorded,
+    /// if it is removed.
     Free(Arc<StoredBlock>, Option<Store>),
 }
 
-/// The threads that do what takes long: small blocks do not wait for large ones.
+/// The threads for slow jobs: those of small blocks do not wait for those of large ones.
 struct Workers {
     small: Sender<Work>,
     large: Sender<Work>,
@@ -143,7 +144,7 @@ impl Workers {
     }
 }
 
-/// Storage of all blocks.
+/// The storage of all blocks.
 pub(crate) struct Blocks {
     stored: RwLock<HashMap<StorageId, Arc<StoredBlock>>>,
     numbers: Mutex<Numbers>,
@@ -154,10 +155,10 @@ pub(crate) struct Blocks {
 }
 
 impl Blocks {
-    /// No blocks yet; persistent ones will live in `directory`.
+    /// Starts without blocks; files of persistent ones are in `directory`.
     ///
     /// # Errors
-    /// If the directory can't be opened, or the thread can't be started.
+    /// If the directory cannot be opened, or the thread cannot be started.
     pub(crate) fn new(directory: &Path, rows: Rows) -> std::io::Result<Blocks> {
         let files = Arc::new(Files::open(directory)?);
         let worker = |name: &str| {
@@ -222,7 +223,7 @@ impl Blocks {
             .insert(storage, Arc::new(stored));
     }
 
-    /// The descriptor that is passed for `access`, if there is one.
+    /// The descriptor to pass for `access`, if there is one.
     pub(crate) fn descriptor(&self, storage: StorageId, access: Access) -> Option<Arc<OwnedFd>> {
         let stored = self.at(storage)?;
         stored.custodian.lend(match access {
@@ -231,7 +232,7 @@ impl Blocks {
         })
     }
 
-    /// The newest version that is known without waiting.
+    /// The newest version that is known without blocking.
     pub(crate) fn version(&self, storage: StorageId) -> u64 {
         let Some(stored) = self.at(storage) else {
             return 0;
@@ -243,8 +244,8 @@ impl Blocks {
         }
     }
 
-    /// A client reports a newer version. The block's header decides: its page was written just now,
-    /// so reading it needs no disk.
+    /// A client reports a newer version. The block's header decides: its page was just written, so
+    /// reading it does not need the disk.
     pub(crate) fn note_version(&self, storage: StorageId, version: u64) -> u64 {
         let Some(stored) = self.at(storage) else {
             return 0;
@@ -255,7 +256,7 @@ impl Blocks {
         }
     }
 
-    /// Shows the fence of a block's lock to its writers.
+    /// Writes the fence of a block's lock to its header, for its writers.
     pub(crate) fn set_fence(&self, storage: StorageId, fence: u64, is_held: bool) {
         if let Some(stored) = self.at(storage)
             && let Err(error) = stored.custodian.set_lease(fence, is_held)
@@ -419,7 +420,7 @@ impl Blocks {
         Ok(())
     }
 
-    /// Makes a generation and gives it its first content. Nothing is left of one that fails.
+    /// Creates a generation with its initial content. If that fails, nothing is left of it.
     fn build(&self, making: &Making, from: Option<&StoredBlock>) -> Result<StoredBlock, Refusal> {
         let asked = making.geometry;
         let geometry = match asked.spares {
@@ -468,8 +469,7 @@ impl Blocks {
         let (pool, block) = (making.pool.clone(), making.block.clone());
         let stored = StoredBlock::new(custodian, pool, block, 0, names);
         if let Some(from) = from {
-            // From the moment that its record holds, a restart continues from the fence in its
-            // header.
+            // Once its record is active, a restart continues from the fence in its header.
             let leased = from.custodian.lease();
             let leased = leased.and_then(|fence| stored.custodian.set_lease(fence, false));
             match leased.and_then(|()| from.custodian.copy_to(&stored.custodian)) {
@@ -521,7 +521,7 @@ impl Blocks {
     ) -> std::io::Result<Result<(), Refusal>> {
         let before = self.files.record(names)?;
         self.files.prepare(names, record)?;
-        // Held for the change of a name alone; what waits for the disk is outside of it.
+        // Held only while a name is changed, not while waiting for the disk.
         if !change_if_wanted(from, || self.files.commit(names))? {
             return Ok(Err(removed()));
         }
@@ -583,7 +583,7 @@ impl Blocks {
         self.work.send(bytes, Work::Free(stored, store));
     }
 
-    /// The shared blocks that there are, with a descriptor of each.
+    /// All shared blocks, with a descriptor of each.
     pub(crate) fn shared(&self) -> Vec<(PoolName, BlockId, Arc<OwnedFd>)> {
         let all = self.all();
         let shared = all.iter().filter(|stored| stored.kind == Kind::Shared);
@@ -595,20 +595,21 @@ impl Blocks {
             .collect()
     }
 
-    /// Whether waiting for clients that still hold shared blocks of an earlier run.
+    /// Whether the server waits for clients that still hold shared blocks of an earlier run.
     pub(crate) fn is_awaiting(&self) -> bool {
         self.rows.is_awaiting()
     }
 
-    /// The owner of memory that is awaited back: of that block, or of any in the pool.
+    /// The owner of a block whose memory clients may still offer: of that block, or of any in the
+    /// pool.
     pub(crate) fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId> {
         self.rows.awaited_owner(pool, block)
     }
 
-    /// The row of a block whose memory is awaited.
+    /// The row of a block whose memory clients may still offer.
     ///
     /// # Errors
-    /// `no_block` if it is not.
+    /// `no_block` if there is none.
     pub(crate) fn awaited_row(
         &self,
         pool: &PoolName,
@@ -621,7 +622,7 @@ impl Blocks {
         })
     }
 
-    /// What `stats` says of blocks.
+    /// The blocks in `stats`.
     pub(crate) fn to_json(&self, limits: &Limits, ledger: &Ledger) -> Value {
         let kinds = |kind| self.all().iter().filter(|s| s.kind == kind).count();
         let all = ledger.all();
@@ -635,7 +636,7 @@ impl Blocks {
         })
     }
 
-    /// What `health` says of blocks: each header is looked at, and the corrupt ones are named.
+    /// The blocks in `health`: checks each header and names corrupt blocks.
     pub(crate) fn health(&self) -> (bool, Value) {
         let all = self.all();
         let mut corrupt: Vec<Value> = Vec::new();
@@ -657,7 +658,7 @@ impl Blocks {
         &self,
         writer: &mut latzero_store::BackupWriter<'_>,
     ) -> Result<(), latzero_store::BackupError> {
-        // While a block moves, two generations of it are there.
+        // While a block moves, two generations of it exist.
         let mut added = std::collections::HashSet::new();
         for stored in self.all() {
             let Some(names) = stored
@@ -671,7 +672,7 @@ impl Blocks {
                 continue;
             }
             let Ok(Some(record)) = self.files.record(names) else {
-                // Removed, or being made.
+                // Removed, or being created.
                 continue;
             };
             let description = stored.custodian.description();
@@ -702,7 +703,7 @@ impl Blocks {
                 continue;
             }
             for left in (0..BACKUP_TRIES).rev() {
-                // Read at once if it fits, so that a writer has little time to be in the way.
+                // Read at once if it fits, so that a writer is unlikely to interfere.
                 let size = description.geometry.size;
                 let mut whole = match usize::try_from(size) {
                     Ok(bytes) if size <= WHOLE_BYTES_MAX => Some(vec![0; bytes]),
@@ -735,7 +736,7 @@ impl Blocks {
                         added.insert((stored.pool.clone(), stored.block.clone()));
                         break;
                     }
-                    // It was written meanwhile: once more, from its new version on.
+                    // It was written in the meantime: try again with the new version.
                     Err(_) if left > 0 && stored.custodian.version().ok() != Some(version) => {}
                     Err(error) => return Err(error),
                 }
@@ -764,7 +765,7 @@ impl Blocks {
     }
 }
 
-/// The bytes of a version that is held, one after the other.
+/// A reader of the bytes of a version that is held.
 struct Holding<'a> {
     held: latzero_shm::ReadGuard<'a>,
     at: u64,
@@ -784,7 +785,7 @@ impl std::io::Read for Holding<'_> {
     }
 }
 
-/// The bytes of one version of a block, one after the other; an error once there is a newer one.
+/// A reader of the bytes of one version of a block; it fails once there is a newer one.
 struct OneVersion<'a> {
     custodian: &'a Custodian,
     version: u64,
@@ -808,16 +809,16 @@ impl std::io::Read for OneVersion<'_> {
     }
 }
 
-/// Whether a shared block is not for everybody: then its name is kept for its owner over a restart,
-/// from the first reply on.
+/// Whether access to a shared block is restricted: then its name is reserved for its owner after a
+/// restart, from the first reply on.
 fn has_rights(making: &Making) -> bool {
     let record: Value = serde_json::from_str(&making.record).unwrap_or_default();
     let is_open = |right: &str| record["permissions"][right] == json!(["*"]);
     making.kind == Kind::Shared && !(is_open("read") && is_open("write"))
 }
 
-/// Restores the blocks that an earlier run left: persistent ones from their files; shared ones are
-/// awaited. After a power loss, what is in a file is what its checksums say.
+/// Restores the blocks of an earlier run: persistent ones from their files; clients may offer
+/// shared ones. After a power loss, the checksums decide which content of a file is valid.
 pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bool) {
     let shared = Arc::clone(&host.shared);
     shared.blocks.with_numbers(|numbers| {
@@ -862,7 +863,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
                 losses.settle(Part::Memory, &room_for(&pool, &block));
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
-            // With a higher limit it is back, complete.
+            // With a higher limit it is restored completely.
             Err(refusal) if is_limit(&refusal) => {
                 let name = Found { record, fence: 0 }.name();
                 let affected = match &name {
@@ -902,7 +903,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
             record: &rows::record(&row),
             fence: 0,
         };
-        // Not where the last run removed it, and ended before its row was gone.
+        // Unless the last run removed it, and ended before its row was deleted.
         if !row.file.as_ref().is_some_and(|file| removed.contains(file)) {
             let affected = format!("block '{}' of pool '{}'", row.block_id, row.pool);
             lost(affected, "its file is missing, so the block is lost".into());
@@ -928,8 +929,9 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     }
 }
 
-/// Makes a file's content safe to use. Within one boot the header decides; otherwise the checksums.
-/// Returns whether it is the same boot. `is_same_boot` is asked about files that do not know.
+/// Makes a file's content safe to use. After a reboot the checksums decide, otherwise the header.
+/// Returns whether the machine has not rebooted. `is_same_boot` is used for files that do not
+/// record the boot.
 fn resume(
     custodian: &Custodian,
     boot: Option<u64>,
@@ -951,7 +953,7 @@ fn resume(
             "recovered a block after a reboot"
         );
     }
-    // Only now: a start that is interrupted is followed by one that recovers once more.
+    // Only now, so that after an interrupted start the next one recovers again.
     custodian.set_boot(boot.unwrap_or(0))?;
     Ok(is_same_boot)
 }
@@ -985,19 +987,19 @@ fn adopt(
         host.with_pool(&pool, |pool, fx| pool.reserve_name(&block, why, fx));
     }
     if taken.is_err() {
-        // The pool goes again where it was made for this block alone.
+        // The pool is removed again if it was created only for this block.
         host.effects.held.push((pool_name.clone(), number, 0));
         host.with_pool(&pool, |_, _| ());
     }
     taken.map(|()| (pool_name, block))
 }
 
-/// Whether there is no room for a block, rather than anything wrong with it.
+/// Whether the error means that there is no room for a block, not that the block is invalid.
 fn is_limit(refusal: &Refusal) -> bool {
     matches!(refusal.code, Code::Quota | Code::TooLarge)
 }
 
-/// What lacks where a limit leaves a block out, as losses name it.
+/// What is missing if a limit excludes a block, in the form of losses.
 fn room_for(pool: &PoolName, block: &BlockId) -> String {
     format!("room for block '{block}' of pool '{pool}'")
 }
@@ -1013,12 +1015,12 @@ fn take(
     may_have_writer: bool,
 ) -> Result<(), Refusal> {
     let faulty = |error: latzero_shm::Fault| Refusal::new(Code::Storage, error.to_string());
-    // The lock's holder when the server died may still write, so fences continue above all earlier
-    // ones. An invalid header must not use up the fences.
+    // The process that held the lock when the server died may still write, so fences continue above
+    // all earlier ones. An invalid header must not use up the fences.
     let fence = custodian.lease().map_err(faulty)?.min(FENCE_KEPT_MAX) + 1;
     let version = custodian.version().map_err(faulty)?;
-    // Nor into a version that another writer begins: the block moves, and until then its header
-    // says that it must.
+    // Nor may it write into a version that another writer begins: the block moves, and until then
+    // its header says that it must.
     let has_writer = may_have_writer && custodian.is_lease_held().map_err(faulty)?;
     let found = Found { record, fence };
     let owner = found.owner()?;
@@ -1043,7 +1045,7 @@ fn take(
 /// Accepts the memory that a client offers for a block of an earlier run.
 ///
 /// # Errors
-/// `forbidden` if the memory is another's; and as the pool says.
+/// `forbidden` if it is not the memory of that block; and those of the pool.
 pub(crate) fn reoffer(
     host: &mut IoHost,
     pool: &Arc<PoolCell>,
@@ -1081,7 +1083,7 @@ pub(crate) fn reoffer(
     Ok(())
 }
 
-/// Takes the shared blocks that the server from before handed over.
+/// Takes over the shared blocks of the previous server.
 pub(crate) fn take_over(host: &mut IoHost, blocks: Vec<(PoolName, BlockId, OwnedFd)>) {
     for (pool_name, block, offered) in blocks {
         let unix_ms = host.now.unix_ms;
@@ -1114,7 +1116,7 @@ pub(crate) fn end_grace(shared: &ServerState, now: Time) {
     }
 }
 
-/// A thread of blocks: one job after the other, until the server is gone.
+/// The loop of a thread for blocks: one job after the other, until the server ends.
 fn run(queue: &Receiver<Work>, files: &Files) {
     let mut waiting = VecDeque::new();
     while let Some(work) = waiting.pop_front().or_else(|| queue.recv().ok()) {
@@ -1128,7 +1130,7 @@ fn run(queue: &Receiver<Work>, files: &Files) {
                     ticket,
                 },
             ) => {
-                // What came before the flush begins is covered by it.
+                // Requests that arrived before the flush starts are covered by it.
                 waiting.extend(queue.try_iter());
                 let same = take_where(&mut waiting, |work| match work {
                     Work::Job(_, _, Job::Flush { storage: also, .. }) => *also == storage,
@@ -1171,7 +1173,7 @@ fn run(queue: &Receiver<Work>, files: &Files) {
     }
 }
 
-/// Takes out what is so; both keep their order.
+/// Removes the elements that match; both lists keep their order.
 fn take_where<T>(all: &mut VecDeque<T>, is_so: impl Fn(&T) -> bool) -> Vec<T> {
     let (taken, left) = std::mem::take(all)
         .into_iter()
@@ -1180,8 +1182,8 @@ fn take_where<T>(all: &mut VecDeque<T>, is_so: impl Fn(&T) -> bool) -> Vec<T> {
     taken
 }
 
-/// Makes a change to a block's names unless the generation that a new one is made from was given
-/// up. Says whether it did.
+/// Changes a block's names, unless the generation that the new one is copied from was dropped.
+/// Returns whether it did.
 fn change_if_wanted(
     from: Option<&StoredBlock>,
     change: impl FnOnce() -> std::io::Result<()>,
@@ -1223,7 +1225,7 @@ fn no_storage(making: &Making, error: &CreateError) -> Refusal {
     )
 }
 
-/// What is at fault: the disk, which may heal, or the block.
+/// What caused an error: the disk, which may recover, or the block.
 trait Blame: std::fmt::Display {
     fn is_of_disk(&self) -> bool;
 }
@@ -1248,7 +1250,7 @@ impl Blame for latzero_shm::WriteError {
 
 fn corrupt(stored: &StoredBlock, error: &impl Blame) -> Refusal {
     tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block is unusable");
-    // Advice that loses nothing: what can't be read now may be whole on the disk.
+    // The advice must not lose data: a file that cannot be read now may be intact on disk.
     let advice = match error.is_of_disk() {
         true => "check the disk and the kernel log, and restart the server when the disk works",
         false => "restore it from a backup, or remove and recreate it",

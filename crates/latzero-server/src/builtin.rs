@@ -44,7 +44,7 @@ const TRIGGERS: [(&str, &str); 5] = [
 ];
 
 impl BuiltIn {
-    /// Brings the app in.
+    /// Connects the app.
     pub(crate) fn start(host: &mut IoHost) -> BuiltIn {
         let user = host.shared.context.ledger.user(true);
         let peer = host.shared.new_peer(None, &user);
@@ -90,7 +90,7 @@ impl BuiltIn {
         Arc::ptr_eq(&self.peer, peer)
     }
 
-    /// Reads what was appended for it, and answers.
+    /// Reads and answers the messages that were appended for it.
     pub(crate) fn turn(&mut self, host: &mut IoHost) {
         // Messages that others append in the meantime are read too: the thread that is reading
         // handles them.
@@ -167,7 +167,7 @@ enum Reply {
     Json(String),
 }
 
-/// The app that calls.
+/// The AppID of the caller.
 fn caller(e: &Envelope<'_>) -> AppId {
     let origin = e.origin.and_then(|raw| Fields::of(raw.text()).ok());
     let app_id =

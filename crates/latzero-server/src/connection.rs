@@ -1,5 +1,5 @@
-//! One connection as its own loop sees it: the socket, data that was read and not yet handled, and
-//! its session.
+//! One connection in its own loop: the socket, data that was read and not yet handled, and its
+//! session.
 
 use std::collections::VecDeque;
 use std::io;
@@ -20,52 +20,52 @@ use crate::listener::Origin;
 use crate::peer::Peer;
 use crate::socket::{Socket, User};
 
-/// How long one connection is served before the others get their turn, and after how many frames
-/// the clock is read.
+/// How long one connection is handled before the others, and after how many frames the clock is
+/// read.
 const TIME_BUDGET: Duration = Duration::from_millis(1);
 const FRAMES_PER_LOOK: u32 = 16;
 
-/// Where memory is short, this much is read at once.
+/// How much is read at once when memory is short, in bytes.
 const SMALL_BYTES: usize = 16 * 1024;
 
 /// Bytes appended to outboxes before a long batch is interrupted to write them.
 const FLUSH_BYTES: usize = 1024 * 1024;
 
-/// From this many bytes on, what was read of a frame is worth not being copied once more.
+/// From this many bytes on, the part of a frame that was read is not copied again.
 const LARGE_BYTES: usize = 64 * 1024;
 
-/// Descriptors that one connection may have sent ahead of the messages that offer them.
+/// How many descriptors a connection may send ahead of the messages that offer them.
 const OFFERS_MAX: usize = 64;
 
-/// A buffer of this capacity stays with an idle connection; larger ones are let go.
+/// An idle connection keeps a buffer up to this capacity; larger ones are freed.
 const IDLE_BYTES_MAX: usize = 2048;
 
-/// How long, and for how many bytes, a closed connection's last input is read and thrown away.
+/// How long, and for how many bytes, a closed connection's last input is read and discarded.
 /// Without it the kernel would answer unread bytes with a reset, and the peer might never see why
 /// it was closed.
 const LINGER_MS: u64 = 1000;
 const LINGER_BYTES: usize = 4 * 1024 * 1024;
 
-/// What a turn of reading came to.
+/// The result of reading a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ReadOutcome {
     /// The socket is empty.
     Idle,
     /// The budget is spent; there may be more.
     More,
-    /// Not read on until calls end.
+    /// Reading pauses until calls end.
     Paused,
-    /// Not read on until there is memory for more.
+    /// Reading pauses until there is more memory.
     Starved,
-    /// To be closed once its outbox is written.
+    /// The connection closes once its outbox is written.
     Close,
-    /// The other end is gone.
+    /// The other end has closed the connection.
     Ended,
 }
 
 enum Phase {
     Open,
-    /// Nothing is run any more; the outbox is written, then the rest of the input thrown away.
+    /// Messages are no longer handled; the outbox is written, then the rest of the input discarded.
     Closing {
         until: Time,
         left: usize,
@@ -78,34 +78,34 @@ pub(crate) struct Connection {
     pub(crate) peer: Arc<Peer>,
     pub(crate) user: User,
     pub(crate) session: Session<IoHost>,
-    /// Read and not yet run: the start of a frame, or frames left while paused.
+    /// Bytes that were read and not handled: the start of a frame, or frames left while paused.
     inbox: Vec<u8>,
-    /// What the inbox takes.
+    /// The reservation of the inbox.
     inbound: Reservation,
-    /// What its TLS takes.
+    /// The reservation of its TLS state.
     tls: Reservation,
-    /// Its session knows what TLS knows of it.
+    /// Whether its session knows the result of the TLS handshake.
     is_secured: bool,
-    /// It was not read for want of so many bytes of memory.
+    /// The number of bytes of memory that it waits for before it is read.
     pub(crate) lacks: u64,
-    /// It is in the loop's list of those to read.
+    /// Whether it is in the loop's list of connections to read.
     pub(crate) is_queued: bool,
-    /// Descriptors that came and were not taken yet.
+    /// Received descriptors that were not taken yet.
     offers: VecDeque<OwnedFd>,
     phase: Phase,
     transport: Transport,
     opened: Time,
     last_heard: Time,
     pinged: Option<Time>,
-    /// The kernel said that the other end writes no more: read to the end, paused or not.
+    /// The kernel reported that the other end sends no more: it is read to the end even if paused.
     pub(crate) is_ending: bool,
     /// It was read to the end.
     has_ended: bool,
-    /// Still counted at the door.
+    /// Whether it counts among the connections without a handshake.
     pub(crate) is_at_door: bool,
 }
 
-/// When a connection is to be looked at, and how it is judged then.
+/// When to check a connection, and by which timeout.
 pub(crate) struct Timeouts {
     pub(crate) handshake_ms: u64,
     pub(crate) ping_interval_ms: u64,
@@ -113,14 +113,14 @@ pub(crate) struct Timeouts {
     pub(crate) write_stall_ms: u64,
 }
 
-/// What is to be done about a connection now.
+/// What to do with a connection now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Liveness {
-    /// Nothing before that time.
+    /// Nothing until that time.
     Wait(Option<Time>),
-    /// It had its time.
+    /// A timeout has passed: close it.
     Remove(&'static str),
-    /// It never said who it is.
+    /// It sent no handshake in time.
     NoHandshake,
     /// Send a ping.
     Ping,
@@ -185,12 +185,12 @@ impl Connection {
         budget: usize,
     ) -> ReadOutcome {
         let turn = self.read_some(now, host, scratch, budget);
-        // What was reserved for bytes that did not come is others' again.
+        // Releases what was reserved for bytes that did not arrive.
         self.inbound.force(self.inbox.capacity() as u64);
         self.count_tls(turn)
     }
 
-    /// Counts what TLS holds. One that is not even agreed on gets no more than there is.
+    /// Counts the memory of TLS. Before the end of the TLS handshake the limits apply.
     fn count_tls(&mut self, turn: ReadOutcome) -> ReadOutcome {
         let held = self.socket().held();
         if held == 0 {
@@ -206,7 +206,7 @@ impl Connection {
         }
     }
 
-    /// Counts what TLS holds of what is written, as that begins to wait, and when it has left.
+    /// Counts the memory of TLS for written data, when it starts to wait and when it was sent.
     pub(crate) fn count_tls_output(&mut self) {
         let held = self.socket().held();
         if held > 0 {
@@ -214,7 +214,7 @@ impl Connection {
         }
     }
 
-    /// Whether TLS is still being agreed on.
+    /// Whether the TLS handshake is in progress.
     pub(crate) fn is_handshaking(&self) -> bool {
         !self.is_secured && self.socket().is_handshaking()
     }
@@ -233,7 +233,7 @@ impl Connection {
             return self.end(host);
         }
         if !self.inbox.is_empty() {
-            // Frames that were left when reading stopped.
+            // Frames that were left when reading paused.
             if let Some(turn) = self.run_inbox(host) {
                 return turn;
             }
@@ -265,7 +265,7 @@ impl Connection {
                     return ReadOutcome::Idle;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // It made work, and said nothing: others have their turn before there is more.
+                // It caused work but no message: other connections are handled before it continues.
                 Err(error) if Unfinished::is(&error) => return ReadOutcome::More,
                 Err(error) => {
                     if error.kind() == io::ErrorKind::InvalidData {
@@ -309,7 +309,7 @@ impl Connection {
         }
     }
 
-    /// Nothing more comes. Its pending changes are stored, though nobody is notified.
+    /// Nothing more arrives. Its pending changes are stored, but nobody is notified.
     fn end(&mut self, host: &mut IoHost) -> ReadOutcome {
         self.has_ended = true;
         if self.session.finish(&mut host.turn()) {
@@ -319,13 +319,13 @@ impl Connection {
         }
     }
 
-    /// Makes room for what is read next, and returns how much that may be; `None` if there is no
-    /// memory for it. What continues no frame is always read, in small pieces: it may be what frees
-    /// memory, or an administrator's.
+    /// Makes room for the next read, and returns how many bytes that may be; `None` if there is no
+    /// memory. Bytes that do not continue a frame are always read, in small pieces: they may be a
+    /// message that frees memory, or from an administrator.
     fn reserve(&mut self, is_large: bool, most: usize, host: &mut IoHost) -> Option<usize> {
         let (length, capacity) = (self.inbox.len(), self.inbox.capacity());
         if !is_large {
-            // It goes into the loop's own scratch; what is left of it is counted then.
+            // It is read into the loop's scratch buffer; what is left of it is counted afterwards.
             if self.inbound.has_room((length + most).max(capacity) as u64) {
                 return Some(most);
             }
@@ -334,7 +334,7 @@ impl Connection {
             }
             return self.starve((length + most) as u64);
         }
-        // As large as the frame says that it is, and no larger.
+        // As large as the frame's length says, and no larger.
         let whole = frame::announced(&self.inbox);
         if length + most <= capacity || (length < capacity && whole <= capacity) {
             return Some(most.min(capacity - length));
@@ -367,7 +367,7 @@ impl Connection {
         None
     }
 
-    /// The app behind the connection is known: what is read from now on counts in its account.
+    /// The app of the connection is known: from now on reads count in its account.
     pub(crate) fn count_for_app(&mut self) {
         let mut inbound = self.peer.link().account().hold(Resource::Inbound);
         inbound.force(self.inbound.amount());
@@ -377,7 +377,7 @@ impl Connection {
         self.tls = tls;
     }
 
-    /// What it holds on its way in and out, and when it last moved.
+    /// Its incoming and outgoing bytes, and when data last moved.
     pub(crate) fn holding<K>(&self, key: K) -> Holding<K> {
         let (outbound, written) = self.peer.link().holding();
         let inbound = self.inbound.amount();
@@ -393,7 +393,8 @@ impl Connection {
         }
     }
 
-    /// Whether descriptors are taken from this client: while blocks of an earlier run are awaited.
+    /// Whether descriptors are accepted from this client: while clients may offer blocks of an
+    /// earlier run.
     fn accepts_offers(&self, host: &IoHost) -> bool {
         self.transport == Transport::Unix
             && self.session.is_ready()
@@ -424,7 +425,8 @@ impl Connection {
         stop
     }
 
-    /// Runs the whole frames in `buf`; returns how many bytes they were, and why it stopped early.
+    /// Handles the complete frames in `buf`; returns how many bytes they were, and why it stopped
+    /// early.
     fn run(&mut self, buf: &[u8], host: &mut IoHost) -> (usize, Option<ReadOutcome>) {
         let (mut used, mut frames, started) = (0, 0u32, Instant::now());
         loop {
@@ -468,7 +470,7 @@ impl Connection {
         }
     }
 
-    /// Whether it is not read, since as much waits in its session as may.
+    /// Whether it is not read, because too much waits in its session.
     pub(crate) fn is_paused(&self, host: &IoHost) -> bool {
         !self.is_ending && self.session.must_pause(&host.context().limits)
     }
@@ -493,7 +495,7 @@ impl Connection {
         matches!(self.phase, Phase::Closing { .. })
     }
 
-    /// Tells the other end that nothing more comes, once all is written.
+    /// Ends the sending side, once everything is written.
     pub(crate) fn shut_when_written(&mut self) {
         let Phase::Closing { is_shut, .. } = &mut self.phase else {
             return;
@@ -535,7 +537,7 @@ impl Connection {
             .expect("only the built-in app has no socket")
     }
 
-    /// Judges a connection by the clock.
+    /// Checks the timeouts of a connection.
     pub(crate) fn check_liveness(
         &mut self,
         now: Time,
@@ -543,7 +545,7 @@ impl Connection {
         host: &IoHost,
     ) -> Liveness {
         if self.is_paused(host) {
-            // Its answers to pings are among what is left unread.
+            // Its answers to pings may be among the unread data.
             self.last_heard = now;
             self.pinged = None;
         }
@@ -557,7 +559,7 @@ impl Connection {
                 return Liveness::Remove("closed");
             }
             (Phase::Closing { until, .. }, _) => Some(*until),
-            // Its handshake came, and is being stored.
+            // Its handshake has arrived and is being stored.
             (Phase::Open, false) if self.session.is_waiting() => None,
             (Phase::Open, false) => {
                 let at = self.opened.after_ms(timeout.handshake_ms);
@@ -566,8 +568,8 @@ impl Connection {
                 }
                 Some(at)
             }
-            // A Unix socket's end is seen at once; a clock would only mistake a suspended process
-            // for a dead one.
+            // The end of a Unix socket is reported at once; a timeout would only mistake a
+            // suspended process for a dead one.
             (Phase::Open, true) if self.transport == Transport::Unix => None,
             (Phase::Open, true) => match self.pinged {
                 Some(at) if at.after_ms(timeout.ping_timeout_ms) <= now => {
@@ -592,7 +594,7 @@ impl Connection {
         });
     }
 
-    /// Says that the handshake took too long.
+    /// Reports that the handshake took too long.
     pub(crate) fn refuse_silence(&mut self, host: &mut IoHost) {
         let message = "no handshake within handshake_timeout";
         let _ = self

@@ -24,31 +24,31 @@ use crate::startup::sockets::{self, Listening};
 /// Below this much free space, in bytes, metadata can no longer be relied upon to be written.
 const FREE_BYTES_FAIL: u64 = 64 << 20;
 
-/// Below this much free space, in bytes, it is time to look.
+/// Below this much free space, in bytes, it warns.
 const FREE_BYTES_WARN: u64 = 1 << 30;
 
-/// How a finding is.
+/// The status of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
-    /// As it should be.
+    /// No problem.
     Ok,
-    /// A server would run, with a limit that one should know.
+    /// A server would run, with a limitation.
     Warn,
-    /// A server would not start, or not run well.
+    /// A server would not start, or would not run well.
     Fail,
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// What was looked at: `data directory`, `port`, …
+    /// What was checked: `data directory`, `port`, …
     pub name: &'static str,
-    /// How it is.
+    /// Its status.
     pub status: Status,
     /// What was found.
     pub what: String,
-    /// A command that mends it; none where there is nothing to mend.
+    /// A command that fixes the problem, if there is one.
     pub command: Option<String>,
 }
 
@@ -81,10 +81,10 @@ impl Finding {
     }
 }
 
-/// What there is at the data directory's path.
+/// What exists at the path of the data directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DirectoryState {
-    /// Nothing yet: a start creates it.
+    /// Nothing: a start creates it.
     Missing,
     /// A directory.
     Directory {
@@ -93,38 +93,38 @@ pub enum DirectoryState {
         /// Its permission bits.
         mode: u32,
     },
-    /// Something else.
+    /// Not a directory.
     NotADirectory,
-    /// It cannot be looked at, and why.
+    /// It cannot be examined, for this reason.
     Hidden(String),
 }
 
-/// Everything that [`diagnose`] judges.
+/// The input of [`diagnose`].
 #[derive(Clone, Debug)]
 pub struct Facts {
     /// The effective user id.
     pub uid: u32,
-    /// The data directory, canonical if it is there.
+    /// The data directory; its canonical path if it exists.
     pub data_dir: PathBuf,
-    /// What is there.
+    /// What exists there.
     pub place: DirectoryState,
     /// Why a start would refuse, by its own checks.
     pub refusal: Option<String>,
-    /// The magic number of its file system, or of the nearest directory above that is there.
+    /// The magic number of its file system, or of that of the nearest existing parent.
     pub file_system: Option<u32>,
     /// Free space there for this user, in bytes.
     pub free_bytes: Option<u64>,
-    /// The server that has the directory.
+    /// The server that uses the directory.
     pub holder: Option<Holder>,
     /// The port as set.
     pub port: u16,
     /// Whether anything listens on that port.
     pub port_taken: bool,
-    /// Who does, as far as that can be seen.
+    /// The process that does, if it is visible.
     pub listener: Option<Listening>,
     /// The Unix socket that a server would bind; `None` if it is off.
     pub socket: Option<PathBuf>,
-    /// What a server may use of the machine.
+    /// The resources of the machine that a server may use.
     pub surroundings: MachineLimits,
     /// The limits as they are set.
     pub limits: Limits,
@@ -180,8 +180,8 @@ pub fn collect(settings: &Settings, environment: &Environment) -> Facts {
     }
 }
 
-/// Everything at once: the settings, and with them the machine. Where the settings are wrong, that
-/// is all there is to say, as the rest depends on them.
+/// All checks: the settings, and with them the machine. If the settings are invalid, only that is
+/// reported, because everything else depends on them.
 #[must_use]
 pub fn examine(
     resolved: &Result<Resolved, SettingsErrors>,
@@ -196,7 +196,7 @@ pub fn examine(
     findings
 }
 
-/// One finding for each thing wrong with the settings, or one that nothing is.
+/// One finding for each error in the settings, or one that there is none.
 #[must_use]
 pub fn check_settings(resolved: &Result<Resolved, SettingsErrors>) -> Vec<Finding> {
     let unavailable = match resolved {
@@ -213,7 +213,7 @@ pub fn check_settings(resolved: &Result<Resolved, SettingsErrors>) -> Vec<Findin
     }
 }
 
-/// Judges the facts.
+/// Evaluates the facts.
 #[must_use]
 pub fn diagnose(facts: &Facts) -> Vec<Finding> {
     let mut findings = vec![
@@ -227,12 +227,12 @@ pub fn diagnose(facts: &Facts) -> Vec<Finding> {
         descriptor_limit(facts),
         file_size(facts),
     ];
-    // The findings say more, so the refusal is shown where none of them explains it.
+    // The other findings say more, so the refusal is shown only if none of them explains it.
     let is_explained = findings
         .iter()
         .any(|finding| finding.status == Status::Fail);
     if let Some(refusal) = facts.refusal.as_ref().filter(|_| !is_explained) {
-        // It replaces a finding of the directory that says that all is well.
+        // It replaces a finding that the directory has no problem.
         findings[0] = Finding::fail(
             "data directory",
             refusal,
@@ -348,7 +348,7 @@ fn port(facts: &Facts) -> Finding {
     if !facts.port_taken {
         return Finding::ok(NAME, format!("{port} is free"));
     }
-    // Our own server on its own port is nothing to mend.
+    // The server of this directory on its own port is not a problem.
     let ours = facts.holder.as_ref().and_then(|holder| holder.pid);
     match &facts.listener {
         Some(listener) if Some(listener.pid) == ours => Finding::ok(

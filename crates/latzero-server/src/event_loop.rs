@@ -39,21 +39,21 @@ const WAKER: Token = Token(0);
 const FIRST_LISTENER: usize = 1;
 const FIRST_CONNECTION: usize = 1024;
 
-/// In the token of a connection: it is the process that opened it that is watched.
+/// A bit in the token of a connection: the event is about the process that opened it.
 const OF_PROCESS: usize = 1 << (usize::BITS - 1);
 
 /// Bytes read from a socket at once.
 const READ_BYTES: usize = 256 * 1024;
 
-/// Connections accepted in one turn, so that a crowd does not delay established ones; and few
-/// enough that their handshakes are read before the limit is reached.
+/// How many connections are accepted in one turn, so that a burst does not delay established ones;
+/// and few enough that their handshakes are read before the limit is reached.
 const ACCEPTS_PER_TURN: usize = 16;
 
-/// Time of one turn that goes into agreeing on TLS with those who come; the rest of them waits for
-/// the next turn, behind the connections that are ready then.
+/// How much time of one turn is spent on TLS handshakes; the rest of them wait for the next turn,
+/// after the connections that are ready then.
 const HANDSHAKES_PER_TURN: Duration = Duration::from_micros(500);
 
-/// The clock's coarsest step where many connections are watched by time, in milliseconds.
+/// The coarsest step of the clock when many connections have timeouts, in milliseconds.
 const LOOK_EVERY_MS: u64 = 100;
 
 /// How long large buffers are kept for the next large frames, in milliseconds.
@@ -63,15 +63,15 @@ const LARGE_KEPT_MS: u64 = 250;
 /// milliseconds.
 const CROWDED_EVERY_MS: u64 = 10;
 
-/// While draining: how often to look whether the last call has ended, and over how many looks
-/// closes are spread.
+/// While draining: how often to check whether the last call has ended, and over how many checks
+/// closing the connections is spread.
 const DRAIN_LOOK_MS: u64 = 20;
 const DRAIN_SPREAD: usize = 100;
 
-/// What only the first loop has.
+/// The parts that only the first loop has.
 pub(crate) struct Front {
     pub(crate) listeners: Vec<Listener>,
-    /// Paths of those that a service manager made.
+    /// Paths of sockets that a service manager created.
     pub(crate) passed: Vec<PathBuf>,
     pub(crate) spare: SpareDescriptor,
     pub(crate) notifier: Option<Notifier>,
@@ -86,10 +86,10 @@ pub(crate) struct EventLoop {
     connections: Vec<Option<Box<Connection>>>,
     free: Vec<usize>,
     live: usize,
-    /// Connections that have more to read, or may be read again.
+    /// Connections that have more data, or may be read again.
     ready: VecDeque<usize>,
     scratch: Vec<u8>,
-    /// Time of this turn that went into agreeing on TLS.
+    /// How much time of this turn was spent on TLS handshakes.
     handshaking: Duration,
     look_at: Option<Time>,
     /// Connections of this loop to write to again, and when.
@@ -97,23 +97,23 @@ pub(crate) struct EventLoop {
     crowded_at: Option<Time>,
     front: Option<Front>,
     backoff: AcceptBackoff,
-    /// Accepting continues then, after the system refused.
+    /// When accepting continues, after the system refused.
     accept_at: Option<Time>,
     watchdog_at: Option<Time>,
-    /// The store's sign of life, and its backups by schedule.
+    /// The store's heartbeat, and scheduled backups.
     upkeep_at: Option<Time>,
     drain: Option<Drain>,
 }
 
-/// A drain under way.
+/// A drain in progress.
 struct Drain {
     deadline: Time,
     is_closing: bool,
-    /// Nothing more is run here, but for a server that takes over.
+    /// Whether messages are no longer handled here, except from a server that takes over.
     is_quiet: bool,
     per_look: usize,
     gone_by: Option<Time>,
-    /// The next connections are closed then.
+    /// When the next connections are closed.
     next_at: Time,
 }
 
@@ -252,8 +252,8 @@ impl EventLoop {
                 if let Some(socket) = &peer.socket {
                     socket.flush();
                 }
-                // A try that fails for descriptors that are on their way makes the kernel say
-                // "writable" at once: those go by the clock.
+                // If a write fails because too many descriptors are in flight, the kernel still
+                // reports "writable" at once, so the write is retried by time.
                 if !self.crowded.iter().any(|known| Arc::ptr_eq(known, &peer)) {
                     self.host.flush_peer(&peer);
                 }
@@ -270,7 +270,7 @@ impl EventLoop {
     /// The process that opened a connection has ended, and others may hold the socket. What was
     /// sent until now is still read, as at any end; the kernel reports that end then.
     fn handle_process_end(&self, slot: usize) {
-        // The event may be of a connection that had this slot before.
+        // The event may belong to an earlier connection in this slot.
         if let Some(Some(connection)) = self.connections.get(slot)
             && connection.peer.process.has_ended()
             && let Some(socket) = &connection.peer.socket
@@ -321,12 +321,12 @@ impl EventLoop {
         }
     }
 
-    /// Takes what the server from before handed over.
+    /// Takes over what the previous server handed over.
     pub(crate) fn take_over(&mut self, blocks: Vec<(PoolName, BlockId, OwnedFd)>) {
         crate::blocks::take_over(&mut self.host, blocks);
     }
 
-    /// Tells a session that its changes are on disk, or can't be stored.
+    /// Notifies a session that its changes are on disk, or cannot be stored.
     fn handle_store_replies(&mut self, now: Time, peer: &Arc<Peer>, result: Result<(), Refusal>) {
         let Some(slot) = self.slot_of(peer) else {
             return;
@@ -351,12 +351,12 @@ impl EventLoop {
         if flow == Flow::Close {
             self.close_peer(now, peer);
         } else {
-            // What it sent while it waited.
+            // Handles what it sent while it waited.
             self.read_later(slot);
         }
     }
 
-    /// A connection has room for more of its calls: those that wait go first, then it is read.
+    /// A connection has room for more calls: handles those that wait, then reads it.
     fn resume_connections(&mut self, now: Time, peer: &Arc<Peer>) {
         let Some(slot) = self.slot_of(peer) else {
             return;
@@ -441,7 +441,7 @@ impl EventLoop {
         self.schedule_sweep(
             now.after_ms(self.host.shared.settings().handshake_timeout.as_millis() as u64),
         );
-        // What came with the connection is read at once.
+        // Data that arrived with the connection is read at once.
         self.read_later(slot);
     }
 
@@ -449,7 +449,7 @@ impl EventLoop {
         if let Some(process) = peer.process.raw_fd() {
             let token = Token(OF_PROCESS | (FIRST_CONNECTION + slot));
             let registry = self.poll.registry();
-            // One that has ended already is reported at once.
+            // A process that has already ended is reported at once.
             if let Err(error) =
                 registry.register(&mut SourceFd(&process), token, Interest::READABLE)
             {
@@ -495,7 +495,7 @@ impl EventLoop {
             turn => turn,
         };
         self.handshaking += began.map_or(Duration::ZERO, |began| began.elapsed());
-        // A handshake that is being written to the disk has come in full.
+        // A handshake that is being stored has arrived completely.
         let has_come = connection.session.is_ready() || connection.session.is_waiting();
         if connection.is_at_door && (has_come || turn == ReadOutcome::Ended) {
             connection.is_at_door = false;
@@ -695,7 +695,7 @@ impl EventLoop {
         self.look_at = Some(self.look_at.map_or(at, |earlier| earlier.min(at)));
     }
 
-    /// Judges every connection by the clock, and makes room where memory is short.
+    /// Checks the timeouts of every connection, and makes room if memory is short.
     fn sweep(&mut self, now: Time) {
         let settings = self.host.shared.settings();
         let timeout = Timeouts {
@@ -747,8 +747,8 @@ impl EventLoop {
         self.look_at = next.map(|at| at.max(now.after_ms(LOOK_EVERY_MS)));
     }
 
-    /// Closes connections while memory is short of what waits for them, and reads those again that
-    /// were not read for it.
+    /// Closes connections while the data that waits for them uses up the memory, and reads those
+    /// again that were not read because of that.
     fn shed_load(&mut self, now: Time) {
         let shared = Arc::clone(&self.host.shared);
         while shared.context.ledger.is_over_limit() {
@@ -778,8 +778,8 @@ impl EventLoop {
         }
     }
 
-    /// Closes the connection that holds most for longest among those that count in an account, for
-    /// one that can't be read; false if there is none.
+    /// Closes the connection that holds the most for the longest in an account, so that another one
+    /// can be read; false if there is none.
     fn make_room(&mut self, now: Time, for_slot: usize, lacking: &Arc<Account>) -> bool {
         let connections = self.connections.iter().enumerate();
         let others = connections.filter_map(|(slot, c)| Some((slot, c.as_ref()?)));
@@ -865,7 +865,7 @@ impl EventLoop {
             && (shared.stats.calls_in_flight.load(Relaxed) == 0 || drain.deadline <= now)
         {
             drain.is_closing = true;
-            // Spread, so that a crowd of clients does not come back all at once.
+            // Spread over time, so that not all clients reconnect at once.
             drain.per_look = live.div_ceil(DRAIN_SPREAD).max(64);
             drain.gone_by = Some(now.after_ms(4000));
         }
@@ -877,7 +877,7 @@ impl EventLoop {
             drain.next_at = now.after_ms(DRAIN_LOOK_MS);
             self.close_some(now, per_look);
         }
-        // What came in after the listeners were closed is not waited for.
+        // Connections that arrived after the listeners were closed are not waited for.
         self.live == 0 || gone_by.is_some_and(|at| at <= now)
     }
 
@@ -915,7 +915,7 @@ impl EventLoop {
     }
 }
 
-/// What a connection is watched for.
+/// The events that a connection is watched for.
 fn interest(peer: &Peer, is_blocked: bool) -> Interest {
     let is_tls = peer.socket.as_ref().is_some_and(Socket::is_tls);
     match is_blocked || is_tls {

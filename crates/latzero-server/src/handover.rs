@@ -17,14 +17,14 @@ mod take;
 pub(crate) use give::{Handover, Step, check_asker, hand_over, send_rest};
 pub(crate) use take::{Inherited, ask};
 
-/// Blocks whose descriptors travel with one message.
+/// How many blocks' descriptors are sent with one message.
 const BLOCKS_AT_ONCE: usize = 32;
 
-/// Descriptors that are taken with one message.
+/// How many descriptors are accepted with one message.
 const DESCRIPTORS_MAX: usize = latzero_shm::fds::DESCRIPTORS_MAX;
 
-/// Whether something as valuable as a whole server may go to a process of user `uid`, or come from
-/// it: only this user's own processes and root's.
+/// Whether a process of user `uid` may take over or hand over a server: only processes of this user
+/// or of root may.
 fn is_trusted(uid: u32) -> bool {
     uid == 0 || uid == rustix::process::geteuid().as_raw()
 }

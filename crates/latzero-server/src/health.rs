@@ -10,7 +10,7 @@ use crate::losses::Part;
 use crate::machine_limits::Derived;
 use crate::shared::ServerState;
 
-/// Looks at every part.
+/// Checks every component.
 pub(crate) fn report(shared: &ServerState, parked: &ParkedCounts, now: Time) -> Value {
     let settings = shared.settings();
     let connections = shared.stats.connections.load(Relaxed);
@@ -35,7 +35,7 @@ pub(crate) fn report(shared: &ServerState, parked: &ParkedCounts, now: Time) -> 
         &json!({"pools": counts.pools}),
     );
     let in_flight = shared.stats.calls_in_flight.load(Relaxed);
-    // Past the first deadline by a second, the first loop no longer turns.
+    // If the first deadline is a second late, the first loop is stuck.
     let late = shared
         .timers
         .next()

@@ -1,4 +1,4 @@
-//! The fabric's driver: pools and registry behind mutexes, outboxes written to sockets.
+//! The core's driver: pools and registry behind mutexes, outboxes written to sockets.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -35,13 +35,13 @@ pub(crate) struct IoHost {
     pub(crate) now: Now,
     pub(crate) effects: Effects<IoHost>,
     pub(crate) traffic: Traffic,
-    /// Connections that the kernel began or ceased to take bytes of.
+    /// Connections whose bytes the kernel has started or stopped to accept.
     pub(crate) changed: Vec<Arc<Peer>>,
     /// Notices that are due.
     noticed: Vec<Notice<Arc<PoolCell>>>,
-    /// Connections to write to again by the clock: too many descriptors are in flight.
+    /// Connections to write to again after some time, because too many descriptors are in flight.
     pub(crate) crowded: Vec<Arc<Peer>>,
-    /// Descriptors that came with the message that is being handled.
+    /// Descriptors that came with the current message.
     pub(crate) offers: VecDeque<OwnedFd>,
 }
 
@@ -82,7 +82,7 @@ impl IoHost {
         self.turn().with_pool(pool, f)
     }
 
-    /// Makes the loop of `peer` read it, whatever the kernel reports.
+    /// Makes the loop of `peer` read it, even if the kernel reports nothing.
     fn resume_reading(&mut self, peer: &Arc<Peer>) {
         if peer.home == self.home {
             self.effects.resumed.push(Arc::clone(peer));
@@ -91,7 +91,7 @@ impl IoHost {
         }
     }
 
-    /// Hands over what was counted since the last time.
+    /// Adds the counters since the last call to the shared statistics.
     pub(crate) fn count(&mut self) {
         let now = self.now.monotonic;
         let stats = &self.shared.stats;
@@ -113,7 +113,7 @@ impl IoHost {
             let is_there =
                 self.with_registry(|registry, _| registry.count_held(&name, number, change));
             if !is_there && change > 0 {
-                // The pool went with its last member before the block was added to it.
+                // The pool was removed with its last member before the block was added to it.
                 self.with_pool(pool, Pool::close_held);
             }
         }
@@ -132,7 +132,7 @@ impl IoHost {
         });
     }
 
-    /// Ends what is due in a pool.
+    /// Handles the deadlines of a pool that have passed.
     pub(crate) fn handle_timeout(&mut self, pool: &Arc<PoolCell>) {
         self.with_pool(pool, Pool::handle_timeout);
     }
@@ -261,8 +261,8 @@ impl Driver for IoHost {
         let host = &mut *turn.driver;
         let is_first = match guard.next_deadline() {
             Some(deadline) if guard.is_due_to_wake() => host.shared.timers.arm(pool, deadline),
-            // Without members and what waits there are no calls; a pool that goes should not wait
-            // for its last deadline.
+            // Without members and waiting calls there are no deadlines; a pool that is removed
+            // should not stay for its last deadline.
             _ => {
                 host.shared.timers.disarm(pool);
                 false
@@ -462,7 +462,7 @@ impl Driver for IoHost {
                 self.shared.stats.messages_lost.fetch_add(1, Relaxed);
             }
             Observed::Message(..) => {}
-            // The server's own doings are in its log.
+            // The actions of the server itself are in its log.
             Observed::Audit(by, audit) if by.socket.is_some() => {
                 self.shared.audit_log.note(by, audit);
             }
@@ -487,7 +487,7 @@ impl IoHost {
         }
     }
 
-    /// Tells a pool that the awaited row of an answer is on disk, or can't be stored.
+    /// Notifies a pool that the awaited row of an answer is on disk, or cannot be stored.
     pub(crate) fn answer_stored(&mut self, name: &PoolName, number: u64, is_on_disk: bool) {
         let pool = self
             .turn()
@@ -499,8 +499,8 @@ impl IoHost {
         }
     }
 
-    /// Writes one connection's outbox as far as its socket accepts, and reports what pools wait
-    /// for.
+    /// Writes as much of one connection's outbox as its socket accepts, and reports deliveries that
+    /// pools wait for.
     pub(crate) fn flush_peer(&mut self, peer: &Arc<Peer>) {
         self.write_to(peer);
         while !self.noticed.is_empty() {
@@ -561,7 +561,7 @@ impl IoHost {
                 }
                 link.close();
                 drop(link);
-                // What it sent before is still run, then its own loop ends it.
+                // What it sent before is still handled, then its own loop ends it.
                 peer.write_failed.store(true, Relaxed);
                 self.resume_reading(peer);
                 return;

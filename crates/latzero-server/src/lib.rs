@@ -1,10 +1,10 @@
 //! The server around the core: sockets, timers, settings, logs and shutdown.
 //!
-//! The server owns everything that touches the machine and makes no routing decisions; those belong
-//! to the fabric. A start uses these modules in order: [`settings`] collects the settings and where
-//! each comes from, [`logging`] starts the logs, [`startup`] opens the directory, the lock and the
-//! sockets, and [`server`] runs the loops. `latzero_protocol::address` defines where clients find
-//! the Unix socket, and [`doctor`] diagnoses problems.
+//! The server does everything that touches the machine, and makes no routing decisions; the core
+//! (`latzero-fabric`) does. A start uses these modules in order: [`settings`] collects the settings
+//! and where each comes from, [`logging`] starts the logs, [`startup`] opens the directory, the
+//! lock and the sockets, and [`server`] runs the loops. `latzero_protocol::address` defines where
+//! clients find the Unix socket, and [`doctor`] diagnoses problems.
 
 mod attempts;
 mod audit;

@@ -45,7 +45,7 @@ impl Listener {
     }
 }
 
-/// Where a connection comes from.
+/// The origin of a connection.
 #[derive(Debug)]
 pub(crate) struct Origin {
     pub(crate) user: User,
@@ -56,10 +56,10 @@ pub(crate) struct Origin {
 /// untrusted user may not use this share of the rest.
 const RESERVED_PART: usize = 8;
 
-/// Most connections that are kept for the server's own user and administrators.
+/// The most connections that are reserved for the server's own user and administrators.
 const RESERVED_MAX: usize = 64;
 
-/// Connections that have not had their handshake yet, by user: the crowd at the door is bounded.
+/// The number of connections without a handshake, by user, which is bounded.
 #[derive(Debug, Default)]
 pub(crate) struct Unauthenticated {
     waiting: HashMap<User, usize>,
@@ -70,8 +70,8 @@ pub(crate) struct Unauthenticated {
 }
 
 impl Unauthenticated {
-    /// Counts a connection in, or says why it may not come. Strangers leave places free for the
-    /// server's own user and administrators, and one untrusted user leaves places for the others.
+    /// Counts a new connection, or refuses it. Untrusted users leave room for the server's own user
+    /// and administrators, and each of them leaves room for the others.
     fn admit(&mut self, user: User, shared: &ServerState) -> Result<(), Refusal> {
         let limits = shared.settings().limits.clone();
         let refuse = |count: usize, what: &str, limit: &str| {
@@ -86,7 +86,7 @@ impl Unauthenticated {
             }
         };
         let of_user = |of: &HashMap<User, usize>| of.get(&user).copied().unwrap_or(0);
-        // Live with a reload, and never more than there are descriptors for.
+        // A reload can change it, but never beyond the number of descriptors.
         let max = shared.machine.shares(&limits).connections;
         let limit = if max < limits.connections_max {
             "the limit on descriptors, RLIMIT_NOFILE"
@@ -105,12 +105,16 @@ impl Unauthenticated {
         let (all, _) = places(limits.connections_unauthenticated_max);
         if self.total >= all {
             let limit = "limits.connections_unauthenticated_max";
-            return refuse(self.total, "have not done their handshake", limit);
+            return refuse(self.total, "have not completed their handshake", limit);
         }
         let waiting = of_user(&self.waiting);
         if waiting >= limits.connections_unauthenticated_per_user_max {
             let limit = "limits.connections_unauthenticated_per_user_max";
-            return refuse(waiting, "of your user have not done their handshake", limit);
+            return refuse(
+                waiting,
+                "of your user have not completed their handshake",
+                limit,
+            );
         }
         *self.waiting.entry(user).or_default() += 1;
         *self.open.entry(user).or_default() += 1;
@@ -118,7 +122,7 @@ impl Unauthenticated {
         Ok(())
     }
 
-    /// A connection had its handshake, or ended without one.
+    /// A connection has completed its handshake, or ended without one.
     pub(crate) fn leave(&mut self, user: User) {
         if count_down(&mut self.waiting, user) {
             self.total -= 1;
@@ -143,19 +147,19 @@ fn count_down(of: &mut HashMap<User, usize>, user: User) -> bool {
     true
 }
 
-/// What came of one attempt to accept.
+/// The result of one attempt to accept.
 pub(crate) enum Accepted {
     /// A connection.
     Peer(Arc<Peer>, Origin),
     /// A client that was refused and may retry later.
     Refused,
-    /// Nobody waits.
+    /// No connection waits.
     Nobody,
     /// The system refuses; wait before the next attempt.
     Failed(io::Error),
 }
 
-/// Counts a connection out that was accepted.
+/// Removes an accepted connection from the counts.
 pub(crate) fn count_out(user: User, shared: &ServerState) {
     shared.door().close(user);
     shared.stats.connections.fetch_sub(1, Relaxed);
@@ -180,12 +184,12 @@ pub(crate) fn accept(
         shared.stats.connections_refused.fetch_add(1, Relaxed);
         let mut reply = Vec::new();
         encode::refusal(&mut reply, None, &refusal);
-        // As much as fits at once; the server does not wait for a refused client.
+        // As much as fits without blocking: the server does not wait for a refused client.
         let _ = socket.write(&reply);
         return Accepted::Refused;
     }
     shared.stats.connections_accepted.fetch_add(1, Relaxed);
-    // Counted here, so that those on their way to other loops count for the next one who comes.
+    // Counted here, so that connections on their way to other loops count for the next one.
     shared.stats.connections.fetch_add(1, Relaxed);
     match user {
         User::Uid(_) => shared.stats.connections_unix.fetch_add(1, Relaxed),
@@ -215,11 +219,11 @@ fn failed(
             Accepted::Refused
         }
         Some(code) if too_many.contains(&code) => {
-            // Without a descriptor the peer could not even be sent away, and the listener would
-            // stay ready for ever.
+            // Without a free descriptor the client could not even be refused, and the listener
+            // would stay readable forever.
             let sent_away = spare.lend(|| listener.accept(None).map(drop));
             if sent_away.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
-                // accept(2) looks for a descriptor before it looks for who waits.
+                // accept(2) checks for a free descriptor before it checks for a waiting connection.
                 return Accepted::Nobody;
             }
             shared.stats.connections_refused.fetch_add(1, Relaxed);

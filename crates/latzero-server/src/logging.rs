@@ -24,11 +24,10 @@ use crate::settings::{Environment, LogFormat, LogLevel, Settings};
 use rotate::RotatingFile;
 use sink::{Sink, SinkWriter};
 
-/// The name of the current log file; those put aside have `.1`, `.2`, … appended, `.1` being the
-/// newest.
+/// The name of the current log file. Rotated files have `.1`, `.2`, … appended; `.1` is the newest.
 pub const LOG_NAME: &str = "server.log";
 
-/// How logging begins.
+/// The configuration of logging.
 #[derive(Clone, Debug)]
 pub struct LogOptions {
     /// How much to log.
@@ -37,7 +36,7 @@ pub struct LogOptions {
     pub format: LogFormat,
     /// Whether human lines on stderr have colour.
     pub colour: Colour,
-    /// The size at which a file is put aside, in bytes.
+    /// The size at which a file is rotated, in bytes.
     pub file_bytes_max: u64,
     /// Files kept, the current one included.
     pub files_max: usize,
@@ -75,7 +74,7 @@ fn colour(terminal: bool, environment: &Environment) -> Colour {
     }
 }
 
-/// Why the log cannot begin.
+/// Why logging cannot start.
 #[derive(Debug, Error)]
 pub enum LogError {
     /// The log file cannot be opened.
@@ -89,7 +88,7 @@ pub enum LogError {
     /// The threads that write cannot be started.
     #[error("cannot start a thread for the log: {0}")]
     Thread(io::Error),
-    /// The process logs already.
+    /// Logging has already been started in this process.
     #[error("logging is already set up in this process")]
     AlreadyBegun,
 }
@@ -103,8 +102,8 @@ pub struct LinesLost {
     pub file: u64,
 }
 
-/// The running log. Dropping the last handle writes what is queued, and waits for that a second at
-/// most.
+/// The running log. Dropping the last handle writes the queued lines, and waits at most a second
+/// for that.
 #[derive(Clone, Debug)]
 pub struct Logs {
     level: reload::Handle<LevelFilter, Registry>,
@@ -114,17 +113,17 @@ pub struct Logs {
 }
 
 impl Logs {
-    /// Begins to log for the whole process, to stderr and into `logs_dir`.
+    /// Starts logging for the whole process, to stderr and into `logs_dir`.
     ///
     /// # Errors
-    /// If the file cannot be opened, a thread cannot be started, or the process logs already.
+    /// If the file cannot be opened, a thread cannot be started, or logging was already started.
     pub fn begin(options: &LogOptions, logs_dir: &Path) -> Result<Logs, LogError> {
         let (dispatch, logs) = Logs::build(options, logs_dir, io::stderr())?;
         tracing::dispatcher::set_global_default(dispatch).map_err(|_| LogError::AlreadyBegun)?;
         Ok(logs)
     }
 
-    /// The same for one's own `Dispatch`, with `stderr` anything that can be written to.
+    /// Like [`Logs::begin`], for a separate `Dispatch`, with any writer instead of stderr.
     ///
     /// # Errors
     /// As [`Logs::begin`].
@@ -171,7 +170,7 @@ impl Logs {
         drop(self.level.reload(filter(level)));
     }
 
-    /// Takes over what `reload` may change: level, size and number of files.
+    /// Applies the settings that `reload` may change: level, size and number of files.
     pub fn apply(&self, settings: &Settings) {
         self.set_level(settings.log_level);
         lock(&self.rotating).set_bounds(settings.log_file_bytes_max, settings.log_files_max);
@@ -186,7 +185,7 @@ impl Logs {
         }
     }
 
-    /// Waits until everything logged so far is written, a second per destination at most.
+    /// Waits until everything logged so far is written, at most a second per destination.
     pub fn flush(&self) {
         self.stderr.flush();
         self.file.flush();
@@ -217,7 +216,7 @@ impl LineFile {
         Ok(LineFile(sink))
     }
 
-    /// Appends one line, which has no end of its own. Never waits.
+    /// Appends one line, given without its line break. Never blocks.
     pub(crate) fn write(&self, line: &str) {
         // Its writer takes every line, or counts it.
         let _ = io::Write::write(&mut self.0.writer(), format!("{line}\n").as_bytes());
@@ -250,8 +249,7 @@ fn layer<S>(form: Form, writer: SinkWriter) -> Box<dyn Layer<S> + Send + Sync>
 where
     S: tracing::Subscriber + for<'a> LookupSpan<'a>,
 {
-    // The formatter's own complaint about a failed write would go to stderr with a panic where
-    // stderr is closed.
+    // The formatter would report a failed write on stderr, and panic if stderr is closed.
     let base = tracing_subscriber::fmt::layer()
         .with_writer(writer)
         .log_internal_errors(false);

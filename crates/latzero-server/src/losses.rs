@@ -51,7 +51,7 @@ pub(crate) struct Loss {
     pub(crate) happened: String,
     /// What a person can do about it, in one clause.
     pub(crate) remedy: String,
-    /// The next run sees for itself whether it is so.
+    /// Not stored, because the next run checks it again.
     #[serde(skip)]
     is_passing: bool,
 }
@@ -72,7 +72,7 @@ impl Loss {
         }
     }
 
-    /// The same, of something that is looked at again and again: it is not kept over a crash.
+    /// The same loss, of something that is checked regularly: it is not kept after a crash.
     pub(crate) fn passing(self) -> Loss {
         Loss {
             is_passing: true,
@@ -81,7 +81,7 @@ impl Loss {
     }
 }
 
-/// Every loss that is known.
+/// All known losses.
 #[derive(Debug, Default)]
 pub(crate) struct LossList(Mutex<Known>);
 
@@ -89,7 +89,7 @@ pub(crate) struct LossList(Mutex<Known>);
 struct Known {
     /// By part and name.
     losses: BTreeMap<(Part, String), Since>,
-    /// Those that had no room, of each part.
+    /// The number of losses that had no room, by component.
     further: BTreeMap<Part, u64>,
     is_changed: bool,
 }
@@ -116,7 +116,7 @@ impl LossList {
         }
     }
 
-    /// A loss is made good.
+    /// A loss was repaired.
     pub(crate) fn settle(&self, part: Part, affected: &str) {
         let mut known = self.known();
         let settled = known.losses.remove(&(part, affected.to_owned()));
@@ -127,7 +127,7 @@ impl LossList {
         }
     }
 
-    /// Whether a part has lost nothing.
+    /// Whether a component has no losses.
     pub(crate) fn is_none_of(&self, part: Part) -> bool {
         let known = self.known();
         !known.further.contains_key(&part) && !known.losses.keys().any(|(of, _)| *of == part)
@@ -149,7 +149,7 @@ impl LossList {
         (shown.into(), total)
     }
 
-    /// The losses as text for the next run, where they changed since the last call.
+    /// The losses as text for the next run, if they changed since the last call.
     pub(crate) fn changed(&self) -> Option<String> {
         let mut known = self.known();
         if !std::mem::take(&mut known.is_changed) {

@@ -16,7 +16,7 @@ use signal_hook::consts::SIGXFSZ;
 
 use crate::startup::descriptors::Shares;
 
-/// Directories that are looked at on the way up from the server's control group to the root.
+/// How many directories are checked between the server's control group and the root.
 const CGROUP_DEPTH_MAX: usize = 64;
 
 /// Where a limit comes from.
@@ -61,7 +61,7 @@ impl fmt::Display for Bound {
     }
 }
 
-/// What the server may use.
+/// The resources that the server may use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct MachineLimits {
     /// Bytes of memory.
@@ -110,12 +110,12 @@ impl MachineLimits {
 /// server continues.
 ///
 /// # Errors
-/// If the system takes no handler.
+/// If the signal handler cannot be set.
 pub fn survive_file_size_limit() -> io::Result<()> {
     signal_hook::flag::register(SIGXFSZ, Arc::default()).map(drop)
 }
 
-/// A limit whose value in force is not the one that was set.
+/// A limit whose value in force differs from the setting.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Derived {
     /// The setting: `limits.memory_max`.
@@ -133,12 +133,12 @@ pub struct Derived {
 pub struct InForce {
     /// The limits.
     pub limits: Limits,
-    /// Those that were left open, and those that this machine has no room for.
+    /// The derived limits, and those that this machine has no room for.
     pub derived: Vec<Derived>,
 }
 
 impl MachineLimits {
-    /// The limits in force here for those that were `set`.
+    /// The limits in force on this machine for the limits that were `set`.
     #[must_use]
     pub fn in_force(&self, set: &Limits) -> InForce {
         let mut limits = set.clone().within(self.memory.max);
@@ -158,7 +158,7 @@ impl MachineLimits {
         InForce { limits, derived }
     }
 
-    /// The connections and blocks that there are descriptors for, at most as many as were `set`.
+    /// How many connections and blocks there are descriptors for, at most as many as were `set`.
     #[must_use]
     pub fn shares(&self, set: &Limits) -> Shares {
         let descriptors = self
@@ -168,7 +168,7 @@ impl MachineLimits {
         Shares::of(descriptors, set.connections_max, set.blocks_max)
     }
 
-    /// Why a limit has another value than was set.
+    /// Why a limit differs from its setting.
     fn reason(&self, setting: &str, set: &Limits) -> String {
         match (setting, &self.descriptors) {
             ("limits.connections_max" | "limits.blocks_max", Some(descriptors)) => {
@@ -209,7 +209,7 @@ impl MachineLimits {
     }
 }
 
-/// Bytes as people read them, in whole MiB where there are many.
+/// Bytes for people, large numbers in whole MiB.
 #[must_use]
 pub fn about(bytes: u64) -> String {
     const MIB: u64 = 1 << 20;
@@ -249,7 +249,7 @@ fn cgroup_memory() -> Option<Bound> {
     }))
 }
 
-/// The smallest limit that the files of control groups tell.
+/// The smallest limit in the files of control groups.
 fn smallest(files: impl Iterator<Item = (PathBuf, String)>) -> Option<Bound> {
     files
         .filter_map(|(path, text)| {
@@ -285,7 +285,7 @@ fn memory_files(groups: &str, mounts: &str) -> Vec<PathBuf> {
         if !is_v2 && !controllers.split(',').any(|name| name == "memory") {
             continue;
         }
-        // Beyond `memory.high` the kernel does not kill, but slows the process down to a crawl.
+        // Above `memory.high` the kernel does not kill the process, but makes it very slow.
         let names: &[&str] = if is_v2 {
             &["memory.max", "memory.high"]
         } else {
@@ -351,7 +351,7 @@ impl Mount {
     }
 }
 
-/// Undoes the escapes of proc(5): `\040` is a space.
+/// Decodes the escapes of proc(5): `\040` is a space.
 fn unescape(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;

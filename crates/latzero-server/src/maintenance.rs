@@ -23,10 +23,10 @@ use crate::peer::Peer;
 use crate::shared::{Command, ServerState};
 use crate::socket::User;
 
-/// How often to leave a sign of life and to look whether a backup is due, in milliseconds.
+/// How often to store the heartbeat and to check whether a backup is due, in milliseconds.
 pub(crate) const LOOK_EVERY_MS: u64 = 30_000;
 
-/// Leaves a sign of life, and begins the backup that is due.
+/// Stores the heartbeat, and starts a backup if one is due.
 pub(crate) fn run_schedule(shared: &Arc<ServerState>, now: latzero_fabric::Time) {
     let unix_ms = shared.clock.unix_ms(now);
     shared.persistence.note_alive(unix_ms);
@@ -51,7 +51,7 @@ pub(crate) fn run_schedule(shared: &Arc<ServerState>, now: latzero_fabric::Time)
 /// Starts what an administrator requested; the thread sends the reply.
 ///
 /// # Errors
-/// `overloaded` if something of the kind is in progress.
+/// `overloaded` if a backup or check is already in progress.
 pub(crate) fn begin(
     shared: &Arc<ServerState>,
     action: AdminAction,
@@ -90,7 +90,7 @@ fn check_may_write(asker: &Peer) -> Result<(), Refusal> {
     }
 }
 
-/// A reply, and for whom.
+/// A reply and its receiver.
 type Answered = (Arc<Peer>, Box<str>, Result<String, Refusal>);
 
 fn run(
@@ -107,7 +107,7 @@ fn run(
         .name("upkeep".into())
         .spawn(move || {
             let answered = work(&own);
-            // Before the reply: who has it may ask for the next one.
+            // Before the reply, after which the client may request the next one.
             own.is_in_upkeep.store(false, Release);
             if let Some((asker, id, result)) = answered {
                 let home = asker.home;

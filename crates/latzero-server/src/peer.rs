@@ -18,15 +18,15 @@ pub(crate) struct Peer {
     pub(crate) home: usize,
     /// Its token there; set once it is registered.
     pub(crate) token: AtomicU32,
-    /// Where bytes go; the built-in app has none.
+    /// Its socket; the built-in app has none.
     pub(crate) socket: Option<Socket>,
-    /// Whose connection it is: the process that opened it.
+    /// The process that opened the connection.
     pub(crate) process: PeerProcess,
-    /// That process has ended, and others still have the socket.
+    /// Whether that process has ended while others still have the socket.
     pub(crate) is_outlived: AtomicBool,
     link: Mutex<Link<IoHost>>,
     in_flight: InFlight,
-    /// Its other end accepts no more data, permanently.
+    /// Whether its other end has permanently stopped accepting data.
     pub(crate) write_failed: AtomicBool,
     /// The ticket of its last pending reply; see [`crate::persistence`].
     pub(crate) last_promise: AtomicU64,
@@ -48,15 +48,16 @@ impl Peer {
     }
 
     pub(crate) fn link(&self) -> MutexGuard<'_, Link<IoHost>> {
-        // A panic while appending is a bug that stops the server; nothing is to be saved from a
-        // poisoned lock.
+        // A panic while appending is a bug that stops the server, so a poisoned lock is not
+        // handled.
         self.link
             .lock()
             .expect("no panic happens under a link's lock")
     }
 
-    /// Whether surely nobody writes any more to what was mapped over this connection. Children that
-    /// have its socket may have its mappings too; of others nothing is known.
+    /// Whether it is certain that nobody writes any more to memory that was mapped over this
+    /// connection. Children that have its socket may have its mappings too; nothing is known about
+    /// others.
     pub(crate) fn is_dead(&self) -> bool {
         self.process.is_dead() && !self.is_outlived.load(Relaxed)
     }

@@ -1,8 +1,8 @@
 //! The process at the other end of a Unix socket, and whether it has ended.
 //!
-//! A child that a process forks has its socket too, and keeps it open when the process has ended:
-//! the socket alone then never says that its owner is gone. A descriptor of the process does
-//! (pidfd_open(2)): it can be read from when all threads have ended, whoever has what it had open.
+//! A child that a process forks has its socket too, and keeps it open when the process has ended,
+//! so the socket alone does not show that its owner has ended. A descriptor of the process does
+//! (pidfd_open(2)): it becomes readable when all threads have ended, whoever still has its files.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -15,19 +15,19 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open, test_kill_process};
 
 use crate::socket::{Socket, credentials};
 
-/// How often a process whose threads are just ending is looked at.
+/// How often a process whose threads are ending is checked.
 const LOOKS: u32 = 64;
 
 /// The process that opened a connection.
 #[derive(Debug)]
 pub(crate) enum PeerProcess {
-    /// Over TCP: the kernel tells nothing of it, and it maps nothing.
+    /// The process is unknown, because it is connected over TCP; it has mapped nothing.
     Remote,
-    /// It runs, or did a moment ago, and the descriptor tells its end.
+    /// It runs, or ran a moment ago, and the descriptor reports its end.
     Watched(OwnedFd, Option<Pid>),
     /// It had ended when its connection was accepted.
     Ended,
-    /// The kernel gives no descriptor of it; its id, if it can be seen from here.
+    /// The kernel provides no descriptor of it; its id, if it is visible here.
     Unwatched(Option<Pid>),
 }
 
@@ -37,7 +37,7 @@ impl PeerProcess {
         let Socket::Unix(stream) = socket else {
             return PeerProcess::Remote;
         };
-        // One that can't be seen from here has no id.
+        // A process that is not visible here has no id.
         let pid = credentials(stream)
             .ok()
             .and_then(|(pid, _)| Pid::from_raw(pid));
@@ -47,19 +47,19 @@ impl PeerProcess {
         }
     }
 
-    /// As far as a process is known by its id alone. If it has ended and the id is another's by
-    /// now, the end of that one closes the connection instead: too late, but never too early.
+    /// A process of which only the id is known. If it has ended and another process has the id now,
+    /// the end of that one closes the connection: too late, but never too early.
     fn by_id(pid: Option<Pid>) -> PeerProcess {
         match pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())) {
             Some(Ok(process)) => PeerProcess::Watched(process, pid),
             Some(Err(Errno::SRCH)) => PeerProcess::Ended,
-            // It is of another PID namespace, the kernel or a sandbox does not have the call, or no
-            // descriptor is left.
+            // It is in another PID namespace, the kernel or a sandbox does not support the call, or
+            // no descriptor is left.
             Some(Err(_)) | None => PeerProcess::Unwatched(pid),
         }
     }
 
-    /// What to watch for its end.
+    /// The descriptor to watch for its end.
     pub(crate) fn raw_fd(&self) -> Option<RawFd> {
         match self {
             PeerProcess::Watched(process, _) => Some(process.as_raw_fd()),
@@ -67,8 +67,8 @@ impl PeerProcess {
         }
     }
 
-    /// Whether it has ended, with all its threads, as far as the kernel tells. One that is just
-    /// ending closes its sockets before that.
+    /// Whether it has ended, with all its threads, as far as the kernel reports it. A process that
+    /// is ending closes its sockets before that.
     pub(crate) fn has_ended(&self) -> bool {
         match self {
             PeerProcess::Watched(process, _) => is_readable(process.as_fd()),
@@ -77,7 +77,8 @@ impl PeerProcess {
         }
     }
 
-    /// Whether it surely writes no more to what it has mapped: it has ended, or is about to.
+    /// Whether it is certain that it no longer writes to its mappings: it has ended, or is about
+    /// to.
     pub(crate) fn is_dead(&self) -> bool {
         match self {
             PeerProcess::Remote | PeerProcess::Ended => true,
@@ -89,8 +90,8 @@ impl PeerProcess {
     }
 }
 
-/// The descriptor that the kernel has of the peer since Linux 6.5 (unix(7), SO_PEERPIDFD): also of
-/// one in another PID namespace, and never of another that has its id by now.
+/// The descriptor of the peer that the kernel provides since Linux 6.5 (unix(7), SO_PEERPIDFD). It
+/// works for a process in another PID namespace, and never refers to a later process with its id.
 fn descriptor(stream: &UnixStream) -> Option<OwnedFd> {
     getsockopt(stream, PeerPidfd).ok()
 }
@@ -100,18 +101,19 @@ fn is_readable(process: BorrowedFd<'_>) -> bool {
     poll(&mut look, Some(&Timespec::default())).is_ok() && !look[0].revents().is_empty()
 }
 
-/// Whether the process `pid`, an id of this process's own namespace, has surely ended: all its
-/// threads.
+/// Whether it is certain that the process `pid`, an id in this process's namespace, has ended with
+/// all its threads.
 ///
-/// A process gives up its address space before its descriptors (exit(2) in the kernel), so one
-/// whose socket has closed and that still has memory lives. But each thread gives it up for itself:
-/// the first one, which `/proc` shows for the process, may have ended long before the others.
+/// A process releases its address space before its descriptors (exit(2) in the kernel), so a
+/// process whose socket has closed and that still has memory is running. But each thread releases
+/// it separately: the first one, which `/proc` shows for the process, may have ended long before
+/// the others.
 fn has_ended(pid: Pid) -> bool {
     for _ in 0..LOOKS {
         match read_process(pid) {
             Seen::Ended => return true,
             Seen::Alive => return false,
-            // Perhaps the others are ending too, and are gone in a moment.
+            // Perhaps the others are ending too, and will have ended in a moment.
             Seen::Headless(threads) if are_all_without_memory(pid, threads) => return true,
             Seen::Headless(_) => std::thread::yield_now(),
         }
@@ -119,18 +121,18 @@ fn has_ended(pid: Pid) -> bool {
     false
 }
 
-/// What there is to be seen of a process.
+/// The visible state of a process.
 #[derive(Debug, PartialEq, Eq)]
 enum Seen {
     Ended,
     /// Its first thread has ended, and there are others: their total number.
     Headless(usize),
-    /// Or nobody knows.
+    /// Its state is unknown.
     Alive,
 }
 
 fn read_process(pid: Pid) -> Seen {
-    // The only word that does not depend on what of /proc is shown, and to whom (proc(5), hidepid).
+    // The only check that does not depend on what /proc shows to whom (proc(5), hidepid).
     if test_kill_process(pid) == Err(Errno::SRCH) {
         return Seen::Ended;
     }
@@ -145,8 +147,8 @@ fn read_process(pid: Pid) -> Seen {
     parse_process(read("statm").as_deref(), read("stat").as_deref())
 }
 
-/// Whether each of a process's `threads` has given its address space up. A listing may miss some
-/// while others end, so it counts only where it is of as many as there were before.
+/// Whether each of a process's `threads` has released its address space. A listing may miss some
+/// while others end, so it counts only if it has as many as there were before.
 fn are_all_without_memory(pid: Pid, threads: usize) -> bool {
     let tasks = format!("/proc/{}/task", pid.as_raw_nonzero());
     let Ok(tasks) = std::fs::read_dir(tasks) else {
@@ -160,7 +162,7 @@ fn are_all_without_memory(pid: Pid, threads: usize) -> bool {
     listed.len() == threads && listed.into_iter().all(|has_none| has_none)
 }
 
-/// What `/proc/PID/statm` and then `/proc/PID/stat` say of a process that is there
+/// What `/proc/PID/statm` and then `/proc/PID/stat` say about an existing process
 /// (proc_pid_stat(5)).
 fn parse_process(statm: Option<&str>, stat: Option<&str>) -> Seen {
     let (Some(statm), Some(stat)) = (statm, stat) else {
@@ -169,8 +171,8 @@ fn parse_process(statm: Option<&str>, stat: Option<&str>) -> Seen {
     if !statm.starts_with("0 ") {
         return Seen::Alive;
     }
-    // Its name stands in parentheses, and may have such itself. Behind it the state is field 3, and
-    // the number of threads 20.
+    // Its name is in parentheses, and may contain some. After it the state is field 3, and the
+    // number of threads is field 20.
     let behind = stat.rsplit_once(") ").map(|(_, behind)| behind);
     let threads = behind.and_then(|fields| fields.split(' ').nth(17));
     match threads.and_then(|threads| threads.parse::<usize>().ok()) {

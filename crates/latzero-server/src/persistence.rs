@@ -30,11 +30,11 @@ use rows::{answer_of, app_of, binding_of, call_of, ms, pool_of, row};
 /// The kernel's name for this run of the machine (random(4)).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// The name under which the time of the last sign of life is stored, in milliseconds since the Unix
+/// The name under which the time of the last heartbeat is stored, in milliseconds since the Unix
 /// epoch.
 const ALIVE: &str = "alive";
 
-/// The setting that says how the clocks stood, as [`crate::steps`] has it.
+/// The name under which the state of the clocks is stored, in the form of [`crate::steps`].
 const CLOCK: &str = "clock";
 
 /// The name under which the kernel's name for the run of the machine is stored.
@@ -43,7 +43,7 @@ const BOOT: &str = "boot";
 /// The name under which unsettled losses are stored.
 const LOSSES: &str = "losses";
 
-/// The name under which it is stored what makes unknown pools look like encrypted ones.
+/// The name of the stored secret that makes unknown pools look like encrypted ones.
 const POOL_SECRET: &str = "pool_secret";
 
 /// The store and its pending replies.
@@ -51,11 +51,11 @@ pub(crate) struct Persistence {
     store: Store,
     promises: Arc<PendingReplies>,
     next_ticket: AtomicU64,
-    /// The greatest number of a parked call or an answer of earlier runs.
+    /// The greatest number of the parked calls and answers of earlier runs.
     pub(crate) last_number: u64,
     losses: Arc<LossList>,
     boot_id: String,
-    /// When the last backup by schedule began.
+    /// When the last scheduled backup started.
     last_backup: Mutex<LastBackup>,
     /// Taken when the earlier run's contents are loaded.
     contents: Mutex<Option<Contents>>,
@@ -63,10 +63,10 @@ pub(crate) struct Persistence {
 
 impl Persistence {
     /// Opens the store of a data directory. See [`latzero_store::open`] for what that checks and
-    /// mends.
+    /// repairs.
     ///
     /// # Errors
-    /// If there is no database that can be used.
+    /// If there is no usable database.
     pub(crate) fn open(
         directory: &std::path::Path,
         settings: &Settings,
@@ -118,8 +118,7 @@ impl Persistence {
         );
     }
 
-    /// Whether the last backup by schedule is older than `interval_ms`; then the next one begins
-    /// now.
+    /// Whether the last scheduled backup is older than `interval_ms`; then the next one starts now.
     pub(crate) fn is_backup_due(&self, now: Time, interval_ms: u64) -> bool {
         let last = self.last_backup.lock();
         let mut last = last.expect("nothing panics under this lock");
@@ -176,7 +175,7 @@ impl Persistence {
         }
     }
 
-    /// Leaves a sign of life: after a kill it says until when apps were seen at least.
+    /// Stores a heartbeat: after a kill it says until when apps were connected at least.
     /// Notes the state of all clocks for the next start.
     pub(crate) fn note_clock(&self, record: &str) {
         self.set(CLOCK, record);
@@ -196,8 +195,8 @@ impl Persistence {
         }
     }
 
-    /// What makes names that are no encrypted pool's look like one: drawn once, and the same from
-    /// then on.
+    /// The secret that makes a name that is not an encrypted pool look like one. It is generated
+    /// once and then stays the same.
     pub(crate) fn pool_secret(&self) -> [u8; 32] {
         let contents = self
             .contents
@@ -231,7 +230,7 @@ impl Persistence {
         })
     }
 
-    /// Whether the store is well, and what was seen of it.
+    /// Whether the store is healthy, with details.
     pub(crate) fn health(&self) -> (bool, Value) {
         let status = self.store.status();
         let mut seen = json!({"retained": status.retained, "last_backup": status.last_backup});
@@ -246,7 +245,7 @@ impl Persistence {
         (writes && status.dropped == 0, seen)
     }
 
-    /// Writes what waits and closes the database cleanly; for the server's end.
+    /// Writes pending changes and closes the database cleanly, when the server ends.
     pub(crate) fn close(&self) {
         // An orderly end: what was lost was there to be seen.
         self.set(LOSSES, "[]");
@@ -279,12 +278,11 @@ struct LastBackup {
 }
 
 impl LastBackup {
-    /// Of the newest backup that is there at the start. A server that was just set up begins with
-    /// its work, not with a backup.
+    /// The age of the newest backup at the start. A new server does not start with a backup.
     fn before(newest: Option<i64>, now: i64) -> LastBackup {
         let age_ms = match newest {
             None => 0,
-            // From a clock that was ahead, so its age is unknown.
+            // The clock was ahead then, so its age is unknown.
             Some(newest) if newest > now => u64::MAX / 2,
             Some(newest) => ms(now - newest),
         };
@@ -385,7 +383,7 @@ pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         }
     }
     host.with_registry(|registry, _| {
-        // Before anybody is let in.
+        // Before any app is admitted.
         for row in contents.bindings {
             if let Some(row) = binding_of(row) {
                 registry.restore_binding(&row);
@@ -413,7 +411,7 @@ pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     if let Some((_, ended)) = contents.settings.iter().find(|(key, _)| key == ENDED) {
         shared.blocks.restore_removed(ended);
     }
-    // Before anybody is served: a crash must not hide what this start found.
+    // Before any client is served, so that a crash does not hide what this start found.
     if let Some(losses) = keeper.losses.changed() {
         let change = latzero_store::RowChange::PutSetting {
             key: LOSSES.into(),

@@ -27,22 +27,23 @@ use crate::startup::{StartupError, prepare};
 use crate::tls::Tls;
 use crate::watch::Watch;
 
-/// How often to tell how far the blocks are on their way to the disk.
+/// How often to report the progress of writing blocks to disk.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 
-/// How long the service manager is asked to wait on, each time that there is progress.
+/// By how much the service manager is asked to extend its timeout, each time that there is
+/// progress.
 const EXTENSION: Duration = Duration::from_secs(30);
 
-/// Where a server's settings come from, so that it can read them again.
+/// The sources of a server's settings, so that it can reload them.
 #[derive(Debug, Clone, Default)]
 pub struct Origins {
     /// The environment.
     pub environment: Environment,
-    /// What the command line says.
+    /// The settings on the command line.
     pub overrides: Vec<Override>,
-    /// The file that the command line names in place of those in the data directory.
+    /// The file that the command line names instead of those in the data directory.
     pub file: Option<PathBuf>,
-    /// Take over from the server that runs on the data directory, where one does.
+    /// Take over from the server that runs on the data directory, if there is one.
     pub takes_over: bool,
 }
 
@@ -50,7 +51,7 @@ impl Origins {
     /// Reads the settings.
     ///
     /// # Errors
-    /// Every setting that is wrong, with its source.
+    /// Every invalid setting, with its source.
     pub fn load(&self) -> Result<Resolved, SettingsErrors> {
         load(&self.environment, &self.overrides, self.file.as_deref())
     }
@@ -59,16 +60,16 @@ impl Origins {
 /// Why a server did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// The settings are wrong.
+    /// The settings are invalid.
     #[error(transparent)]
     Settings(#[from] SettingsErrors),
     /// A step of the start failed.
     #[error(transparent)]
     Startup(#[from] StartupError),
-    /// The log can't be begun.
+    /// The log cannot be started.
     #[error(transparent)]
     Logs(#[from] LogError),
-    /// The kernel refused what the loops need.
+    /// The kernel refused a resource that the loops need.
     #[error("cannot set up the event loop: {0}")]
     Loop(#[source] io::Error),
 }
@@ -96,7 +97,7 @@ pub struct Server {
     files: Vec<SocketFile>,
     _data_dir: DataDir,
     lock: Arc<Mutex<InstanceLock>>,
-    /// A server from before left its blocks to be written to disk.
+    /// Whether the previous server left its blocks to be written to disk.
     takes_over: bool,
 }
 
@@ -105,7 +106,7 @@ impl Server {
     /// from here on.
     ///
     /// # Errors
-    /// The first step that fails; what was taken is given back.
+    /// The first step that fails; everything is released.
     pub fn bind(origins: Origins) -> Result<Server, ServerError> {
         survive_file_size_limit().map_err(ServerError::Loop)?;
         let resolved = origins.load()?;
@@ -234,7 +235,7 @@ impl Server {
         })
     }
 
-    /// The pin that clients know the TLS port by, where there is one.
+    /// The pin of the TLS port, if there is one.
     #[must_use]
     pub fn pin(&self) -> Option<String> {
         self.shared.tls.as_ref().map(|tls| tls.pin().to_string())
@@ -252,8 +253,8 @@ impl Server {
         Path::new(&self.shared.identity.data_dir)
     }
 
-    /// Runs until a signal or an administrator ends it. `SIGTERM` and `SIGINT` drain, a second one
-    /// ends at once; `SIGHUP` reads the settings again.
+    /// Runs until a signal or an administrator ends it. `SIGTERM` and `SIGINT` drain, and a second
+    /// one ends it at once; `SIGHUP` reloads the settings.
     ///
     /// # Errors
     /// If the kernel's poll fails.
@@ -345,7 +346,7 @@ impl Server {
     }
 }
 
-/// Tells how far the blocks are on their way to the disk, where that takes long.
+/// Reports the progress of writing blocks to disk, if that takes long.
 struct Progress<'n> {
     notifier: Option<&'n Notifier>,
     since: Instant,
@@ -382,8 +383,8 @@ impl<'n> Progress<'n> {
     }
 }
 
-/// Ends all loops where one ends without a drain, by an error or a bug: connections whose loop is
-/// gone would hang.
+/// Ends all loops if one ends without a drain, by an error or a bug: the connections of an ended
+/// loop would hang.
 struct Together(Arc<ServerState>);
 
 impl Drop for Together {
@@ -395,13 +396,13 @@ impl Drop for Together {
     }
 }
 
-/// Sixty-four bits that differ from start to start: random choices grow from them. Nothing secret
-/// does.
+/// Sixty-four bits that differ at each start, as the seed of random choices. They are not used for
+/// secrets.
 fn seed() -> u64 {
     u64::from_le_bytes(crate::random::bytes())
 }
 
-/// Reads the settings again and applies what can change.
+/// Reloads the settings and applies those that can change.
 fn reload(origins: Origins, resolved: Resolved, logs: Arc<Logs>) -> Box<crate::shared::Reload> {
     let current = std::sync::Mutex::new(resolved);
     Box::new(move |shared| {

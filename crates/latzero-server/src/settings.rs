@@ -28,10 +28,10 @@ pub use resolved::{Reload, Resolved, SettingChange, Shown};
 pub use table::{SETTINGS, Setting, Settings};
 pub use value::{Kind, LogFormat, LogLevel, SocketChoice, StoreDurability, Value};
 
-/// The exit code of a program that was given bad settings: usage, as for a bad flag.
+/// The exit code of a program with invalid settings: the same as for an invalid flag.
 pub const EXIT_SETTINGS: u8 = 2;
 
-/// Where the settings files of a data directory are.
+/// The directory with the settings files of a data directory.
 #[must_use]
 pub fn config_dir(data_dir: &Path) -> PathBuf {
     data_dir.join("config")

@@ -31,31 +31,31 @@ use crate::stats::Stats;
 use crate::timers::Timers;
 use crate::tls::Tls;
 
-/// Something for a loop to do.
+/// A command for a loop.
 pub(crate) enum Command {
-    /// A connection that belongs to this loop from now on.
+    /// Take a connection, which belongs to this loop from now on.
     Adopt(Arc<Peer>, Origin),
-    /// A connection that may be read again.
+    /// Read a connection again.
     Resume(Arc<Peer>),
-    /// A connection to close once its outbox is written.
+    /// Close a connection once its outbox is written.
     Close(Arc<Peer>),
-    /// A connection whose socket took less than it was offered.
+    /// Watch a connection whose socket accepted less than it was offered.
     AwaitWritable(Arc<Peer>),
-    /// Look at what changed: draining, deadlines.
+    /// Check what has changed: draining, deadlines.
     Look,
-    /// Judge every connection by the clock and the bounds, which changed or were reached.
+    /// Check every connection's timeouts and limits, which changed or were reached.
     Judge,
-    /// Hand the sockets and blocks over to who asks, under that id, and stop.
+    /// Hand the sockets and blocks over to a client, as the reply with this id, and stop.
     HandOver(Arc<Peer>, Option<Box<str>>, Step),
-    /// The reply to a request that took long.
+    /// Send the reply to a slow request.
     Reply(Arc<Peer>, Box<str>, Result<String, Refusal>),
-    /// A connection's change is on disk, or can't be stored.
+    /// A connection's change is on disk, or cannot be stored.
     StoreReply(Arc<Peer>, Result<(), Refusal>),
-    /// The awaited row of a pool's answer is on disk (true), or can't be stored.
+    /// The awaited row of a pool's answer is on disk (true), or cannot be stored.
     AnswerStored(PoolName, u64, bool),
-    /// What was to be done about a block is done.
+    /// A job for a block is finished.
     BlockDone(JobResult),
-    /// Show the service manager that the loop turns (sd_notify(3), `WATCHDOG=1`).
+    /// Notify the service manager that the loop is alive (sd_notify(3), `WATCHDOG=1`).
     Watchdog,
 }
 
@@ -113,7 +113,7 @@ impl Mailbox {
     }
 }
 
-/// The server's clock: monotonic microseconds, and what they are on the wall.
+/// The server's clock: monotonic microseconds, and the wall clock.
 pub(crate) struct Clock {
     start: Instant,
     /// By how much the wall clock is ahead of the steady one, in milliseconds: the sum of its
@@ -150,7 +150,7 @@ impl Clock {
         self.ahead_ms.load(Relaxed)
     }
 
-    /// The wall clock jumped by so much in all.
+    /// Sets the sum of all jumps of the wall clock.
     pub(crate) fn set_ahead_ms(&self, ms: i64) {
         self.ahead_ms.store(ms, Relaxed);
     }
@@ -165,7 +165,7 @@ fn wall_ms() -> u64 {
     since_epoch.map_or(0, |since| since.as_millis() as u64)
 }
 
-/// Where the server listens and who it is; for `status` and the logs.
+/// The server's addresses and identity, for `status` and the logs.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Identity {
     pub(crate) node: String,
@@ -173,15 +173,14 @@ pub(crate) struct Identity {
     pub(crate) data_dir: String,
 }
 
-/// How the server takes its settings again; returns what it did as JSON text, or what is wrong with
-/// them.
+/// Reloads the settings; returns what it did as JSON text, or what is wrong with them.
 pub(crate) type Reload = dyn Fn(&ServerState) -> Result<String, String> + Send + Sync;
 
-/// What the loops share.
+/// The state that the loops share.
 pub(crate) struct ServerState {
     pub(crate) settings: Mutex<Arc<Settings>>,
     pub(crate) machine: MachineLimits,
-    /// Limits whose value in force is not the one that was set.
+    /// Limits whose value in force differs from the setting.
     pub(crate) derived: Vec<Derived>,
     pub(crate) context: Arc<Context>,
     pub(crate) read_budget: usize,
@@ -195,27 +194,27 @@ pub(crate) struct ServerState {
     pub(crate) started: Time,
     pub(crate) identity: Identity,
     pub(crate) token: AdminToken,
-    /// The TCP port speaks TLS with it.
+    /// The TLS configuration of the TCP port.
     pub(crate) tls: Option<Tls>,
     /// Refused proofs by user.
     pub(crate) attempts: Mutex<Attempts>,
     pub(crate) mailboxes: Vec<Mailbox>,
     pub(crate) builtin: Mutex<Option<BuiltIn>>,
     pub(crate) is_draining: AtomicBool,
-    /// What is given to a server that takes over.
+    /// The state of a hand-over.
     pub(crate) handover: Handover,
     /// A backup or database check is running.
     pub(crate) is_in_upkeep: AtomicBool,
-    /// Set where all loops are to end at once.
+    /// Set when all loops must end at once.
     pub(crate) is_over: AtomicBool,
     pub(crate) next_peer: AtomicU64,
-    /// Who has come in and not said who it is yet, on any loop.
+    /// Counts the connections, and those without a handshake, of all loops.
     door: Mutex<Unauthenticated>,
     pub(crate) reload: Box<Reload>,
     pub(crate) log_lines_lost: Box<dyn Fn() -> u64 + Send + Sync>,
 }
 
-/// What a server is made of.
+/// The parts of a server.
 pub(crate) struct Parts {
     pub(crate) settings: Settings,
     pub(crate) identity: Identity,
@@ -325,7 +324,7 @@ impl ServerState {
         )
     }
 
-    /// A connection of a user, whose account that is.
+    /// A connection of a user, with the user's account.
     pub(crate) fn new_peer(&self, socket: Option<Socket>, user: &Arc<Account>) -> Arc<Peer> {
         let id = self.next_peer.fetch_add(1, Relaxed);
         let home = match socket {
@@ -335,8 +334,8 @@ impl ServerState {
         Peer::new(home, socket, self.context.ledger.connection(user))
     }
 
-    /// Begins to drain: no new calls and connections; the loops end when the last call has. False
-    /// if that has begun before.
+    /// Starts to drain: no new calls and connections; the loops end when the last call has ended.
+    /// False if it is already draining.
     pub(crate) fn drain(&self) -> bool {
         let is_first = !self.is_draining.swap(true, Relaxed);
         if is_first {

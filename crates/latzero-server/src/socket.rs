@@ -29,9 +29,9 @@ pub(crate) enum Socket {
     Tls(Box<TlsSocket>),
 }
 
-/// More descriptors of this user are on their way than may be open at once (unix(7), ETOOMANYREFS):
-/// the bytes that they travel with can be written when some of them were taken, by whomever. The
-/// kernel does not say when that is.
+/// More descriptors of this user are in flight than may be open at once (unix(7), ETOOMANYREFS).
+/// The bytes that they are sent with can be written when some of them have been received, by any
+/// process. The kernel does not report when that is.
 #[derive(Debug, thiserror::Error)]
 #[error("too many descriptors are in flight")]
 struct Crowded;
@@ -42,22 +42,22 @@ impl From<Crowded> for io::Error {
     }
 }
 
-/// Whether a write that would block is to be tried again by the clock, as the kernel will not say
-/// when it can be.
+/// Whether a write that would block must be retried after some time, because the kernel will not
+/// report when it is possible.
 pub(crate) fn is_crowded(error: &io::Error) -> bool {
     error
         .get_ref()
         .is_some_and(<dyn std::error::Error + Send + Sync>::is::<Crowded>)
 }
 
-/// Who is at the other end, as far as the kernel tells.
+/// The user at the other end, as far as the kernel reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum User {
     /// A user of this machine, by the Unix socket's peer credentials (unix(7), SO_PEERCRED).
     Uid(u32),
     /// An address.
     Address(IpAddr),
-    /// The kernel did not say.
+    /// Unknown.
     Unknown,
 }
 
@@ -84,7 +84,7 @@ impl User {
         }
     }
 
-    /// A user at an address. All addresses of this machine are one user.
+    /// The user of an address. All addresses of this machine are one user.
     fn at(address: IpAddr) -> User {
         let address = address.to_canonical();
         if address.is_loopback() {
@@ -163,8 +163,8 @@ impl Socket {
         }
     }
 
-    /// Reads what is there, and takes the descriptors that came with it, `most` of them; where
-    /// there are more, all of them are closed and the read fails.
+    /// Reads available bytes and at most `most` descriptors that came with them. If there are more,
+    /// all of them are closed and the read fails.
     pub(crate) fn read_with(
         &self,
         buf: &mut [u8],
@@ -184,7 +184,7 @@ impl Socket {
         !matches!(self, Socket::Tls(_))
     }
 
-    /// Reads what is there behind what `buf` holds, as far as its capacity goes.
+    /// Reads available bytes and appends them to `buf`, up to its capacity.
     pub(crate) fn read_more(&self, buf: &mut Vec<u8>) -> io::Result<usize> {
         let room = rustix::buffer::spare_capacity(buf);
         let read = match self {
@@ -195,7 +195,7 @@ impl Socket {
         Ok(read)
     }
 
-    /// Writes what fits.
+    /// Writes as much as the socket accepts.
     pub(crate) fn write(&self, buf: &[u8]) -> io::Result<usize> {
         match self {
             Socket::Tcp(stream) => (&*stream).write(buf),
@@ -204,8 +204,8 @@ impl Socket {
         }
     }
 
-    /// Writes what fits, with descriptors that travel with the first byte (unix(7), SCM_RIGHTS).
-    /// Where too many are on their way already it would block, as [`is_crowded`] tells.
+    /// Writes as much as the socket accepts, with descriptors at the first byte (unix(7),
+    /// SCM_RIGHTS). If too many are already in flight it would block, which [`is_crowded`] reports.
     pub(crate) fn write_with(&self, buf: &[u8], descriptors: &[Arc<OwnedFd>]) -> io::Result<usize> {
         match self {
             _ if descriptors.is_empty() => self.write(buf),
@@ -246,7 +246,7 @@ impl Socket {
         }
     }
 
-    /// Reads what is there to throw it away, so it is not decrypted.
+    /// Reads available bytes and discards them without decrypting.
     pub(crate) fn discard(&self, scratch: &mut [u8]) -> io::Result<usize> {
         match self {
             Socket::Tcp(_) | Socket::Unix(_) => self.read(scratch),
@@ -258,7 +258,7 @@ impl Socket {
         matches!(self, Socket::Tls(_))
     }
 
-    /// Whether TLS is still being agreed on.
+    /// Whether the TLS handshake is in progress.
     pub(crate) fn is_handshaking(&self) -> bool {
         match self {
             Socket::Tcp(_) | Socket::Unix(_) => false,
@@ -266,14 +266,14 @@ impl Socket {
         }
     }
 
-    /// Writes what TLS itself has to say.
+    /// Writes messages of TLS itself.
     pub(crate) fn flush(&self) {
         if let Socket::Tls(socket) = self {
             socket.flush();
         }
     }
 
-    /// What it takes of the server's memory, in bytes.
+    /// How much of the server's memory it uses, in bytes.
     pub(crate) fn held(&self) -> u64 {
         match self {
             Socket::Tcp(_) | Socket::Unix(_) => 0,
@@ -281,8 +281,8 @@ impl Socket {
         }
     }
 
-    /// What TLS knows of the connection once its handshake has ended: what binds proofs, and which
-    /// AppIDs the client's certificate names, if it had to show one.
+    /// The result of the TLS handshake: the channel binding for proofs, and the AppIDs that the
+    /// client's certificate names, if one was required.
     pub(crate) fn secured(&self) -> Option<(ChannelBinding, Option<Vec<AppId>>)> {
         match self {
             Socket::Tcp(_) | Socket::Unix(_) => None,
@@ -304,8 +304,7 @@ impl Socket {
 }
 
 /// The process and the user at the other end of a Unix socket (unix(7), SO_PEERCRED). The pid is 0
-/// if that process is of a PID namespace that can't be seen from here; its user is known all the
-/// same.
+/// if the process is in a PID namespace that is not visible here; its user is still known.
 pub(crate) fn credentials(socket: &impl AsFd) -> io::Result<(i32, u32)> {
     let found = getsockopt(socket, PeerCredentials)?;
     Ok((found.pid(), found.uid()))

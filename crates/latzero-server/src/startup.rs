@@ -1,4 +1,4 @@
-//! Start-up: the steps before the server may listen. Each is a small function that succeeds or says
+//! Startup: the steps before the server may listen. Each is a small function that succeeds or says
 //! what is wrong and how to fix it.
 //!
 //! The order matters. The umask comes first, so that no file is ever readable by others. The
@@ -46,7 +46,7 @@ pub enum StartupError {
         /// What was tried.
         action: &'static str,
     },
-    /// The path is there and no directory.
+    /// The path exists and is not a directory.
     #[error("{} is not a directory; choose another with --data-dir", path.display())]
     NotADirectory {
         /// The path.
@@ -89,21 +89,21 @@ pub enum StartupError {
         /// The file system: `NFS`, `SMB`, `FUSE`, …
         kind: &'static str,
     },
-    /// Another server has the data directory.
+    /// Another server uses the data directory.
     #[error("{}", another_server(data_dir, holder))]
     AnotherServer {
         /// The directory.
         data_dir: PathBuf,
-        /// Who has it, as far as that is known.
+        /// The server that uses it, as far as that is known.
         holder: Holder,
     },
-    /// A certificate was given without its key, or the other way round.
+    /// A certificate was given without its key, or a key without its certificate.
     #[error(
         "tls_cert and tls_key go together; set both, or neither for a certificate that the \
              server makes for itself"
     )]
     HalfCertificate,
-    /// The certificate of the TLS port can't be used.
+    /// The certificate of the TLS port cannot be used.
     #[error("cannot use TLS: {0}")]
     Certificate(String),
     /// The port is taken.
@@ -113,7 +113,7 @@ pub enum StartupError {
         host: String,
         /// The port.
         port: u16,
-        /// Who listens on it, as far as `/proc` tells.
+        /// The process that listens on it, as far as `/proc` shows it.
         listener: Option<Listening>,
     },
     /// A port below 1024 needs a privilege.
@@ -125,7 +125,7 @@ pub enum StartupError {
         /// The port.
         port: u16,
     },
-    /// The host is no address of this machine.
+    /// The host is not an address of this machine.
     #[error("cannot listen on {host}: {source}; choose an address of this machine with --host")]
     BadHost {
         /// The host as set.
@@ -145,7 +145,7 @@ pub enum StartupError {
         /// The path.
         path: PathBuf,
     },
-    /// At the socket's path is something that is no socket, so it is not removed.
+    /// The path of the socket exists and is not a socket, so it is not removed.
     #[error(
         "{} exists and is not a socket; move it away, or set `socket` to another path",
         path.display()
@@ -163,7 +163,7 @@ pub enum StartupError {
         /// The path.
         path: PathBuf,
     },
-    /// The admin token's file holds no token, or one that others may know.
+    /// The admin token's file has no token, or one that others may know.
     #[error(
         "the admin token {} {reason}; remove it, and the next start writes a new one",
         path.display()
@@ -185,7 +185,7 @@ pub enum StartupError {
         /// Why.
         reason: String,
     },
-    /// The server that runs does not hand over.
+    /// The running server does not hand over.
     #[error("the server of {path} cannot hand over: {reason}", path = data_dir.display())]
     TakeOver {
         /// The directory.
@@ -196,7 +196,7 @@ pub enum StartupError {
     /// The database can't be used.
     #[error(transparent)]
     Store(latzero_store::OpenError),
-    /// Anything else that the system refused.
+    /// Another operation of the system failed.
     #[error("{action} {path}: {source}", path = path.display())]
     System {
         /// What was tried.
@@ -236,7 +236,7 @@ impl StartupError {
         }
     }
 
-    /// Tells a permission that is missing from everything else that may go wrong with a path.
+    /// Distinguishes a missing permission from other errors with a path.
     pub(crate) fn of_io(action: &'static str, path: &Path, source: io::Error) -> StartupError {
         let path = path.to_owned();
         match source.kind() {
@@ -287,21 +287,22 @@ pub fn private_umask() {
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
 }
 
-/// What a server holds once it may listen. Dropping it removes the socket and releases the lock.
+/// The resources of a server once it may listen. Dropping it removes the socket and releases the
+/// lock.
 #[derive(Debug)]
 pub struct Started {
     /// TCP listeners, non-blocking: one, or those that systemd passed.
     pub tcp: Vec<TcpListener>,
     /// Unix sockets, non-blocking: none, one, or those that systemd passed.
     pub unix: Vec<BoundSocket>,
-    /// Held back for the day when descriptors run out.
+    /// A spare descriptor, for when descriptors run out.
     pub spare: SpareDescriptor,
-    /// What proves an administrator.
+    /// The admin token.
     pub token: token::AdminToken,
     /// The data directory. After the sockets: fields are dropped in order, and the lock must
     /// outlive them.
     pub data_dir: DataDir,
-    /// Held for life.
+    /// Held until the server ends.
     pub lock: InstanceLock,
 }
 
@@ -336,9 +337,9 @@ pub fn check(settings: &Settings) -> Result<(), StartupError> {
     sockets::bind_tcp(&settings.host, 0).map(drop)
 }
 
-/// Every step but the umask and what the store needs: directory, lock, token, descriptors, sockets.
+/// All steps except the umask and the store: directory, lock, token, descriptors, sockets.
 /// Connections that arrive from here on wait in the listeners' queues until the caller accepts.
-/// `lock` is the lock of the data directory where the caller has it already.
+/// `lock` is the lock of the data directory, if the caller already has it.
 ///
 /// # Errors
 /// The first step that fails. What was created before it stays; the lock and the sockets are
@@ -350,7 +351,7 @@ pub fn prepare(
     lock: Option<InstanceLock>,
 ) -> Result<Started, StartupError> {
     if lock.is_none() {
-        // Before a directory is made in the place of one that was moved away.
+        // Before a directory is created instead of one that was moved away.
         lock::refuse_held(&settings.data_dir)?;
     }
     let data_dir = DataDir::prepare(&settings.data_dir)?;
@@ -368,7 +369,7 @@ pub fn prepare(
     let spare = SpareDescriptor::new()
         .map_err(|source| StartupError::of_io("opening", Path::new("/dev/null"), source))?;
 
-    // What systemd passed takes the place of what would be bound here, kind by kind.
+    // Sockets that systemd passed replace those that would be bound here, kind by kind.
     let Activation { mut tcp, mut unix } = activation;
     if unix.is_empty() {
         match &settings.socket {

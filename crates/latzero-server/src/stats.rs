@@ -50,7 +50,7 @@ pub(crate) struct Stats {
     pub(crate) connections_stalled: AtomicU64,
     pub(crate) connections_silent: AtomicU64,
     pub(crate) messages_lost: AtomicU64,
-    /// Connections whose sockets do not take what waits for them.
+    /// Connections whose sockets do not accept the data that waits for them.
     pub(crate) slow_readers: AtomicUsize,
 }
 
@@ -84,8 +84,8 @@ impl Stats {
         }
     }
 
-    /// Counts calls that began. Before their handlers hear of them: a server that drains ends when
-    /// none is in flight.
+    /// Counts calls that started, before their handlers get them: a server that drains ends when no
+    /// call is in flight.
     pub(crate) fn add_started(&self, tally: &mut Counters) {
         let started = std::mem::take(&mut tally.started);
         if started > 0 {
@@ -93,7 +93,7 @@ impl Stats {
         }
     }
 
-    /// Takes over what a loop has counted.
+    /// Adds the counters of a loop.
     pub(crate) fn add(&self, now: Time, tally: &mut Counters, traffic: &mut Traffic) {
         let is_empty = traffic.frames_in == 0 && traffic.bytes_out == 0;
         if is_empty && tally.ended.is_empty() && tally.refused.is_empty() && tally.started == 0 {
@@ -197,8 +197,8 @@ impl Stats {
     }
 }
 
-/// What this process uses, from proc(5), and what it may use; absent if the system has no such
-/// files.
+/// The resources that this process uses, from proc(5), and those that it may use; absent if the
+/// system has no such files.
 pub(crate) fn resources(machine: &MachineLimits) -> Value {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let status = read("/proc/self/status");

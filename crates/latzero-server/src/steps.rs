@@ -1,4 +1,4 @@
-//! Jumps of the wall clock, so that no stored deadline moves with it.
+//! Detects jumps of the wall clock, so that stored deadlines do not move with it.
 //!
 //! Deadlines of parked calls are stored on a steady clock: the wall clock without its jumps. While
 //! the server runs, the monotonic clock shows a jump. Over a restart it is the time since boot, as
@@ -27,7 +27,7 @@ impl Watch {
         }
     }
 
-    /// Notes a jump since the last look; says that there was one.
+    /// Detects a jump since the last check; returns whether there was one.
     pub(crate) fn check(&mut self, now: Now, shared: &ServerState) -> bool {
         let jump = offset(now) - self.offset_ms;
         if jump.abs() < JUMP_MS {
@@ -85,7 +85,8 @@ pub(crate) fn restore(left: &str, shared: &ServerState) {
     }
 }
 
-/// Milliseconds since the machine booted, its sleep included; none where the system does not say.
+/// Milliseconds since the machine booted, including its sleep; none if the system does not report
+/// it.
 fn since_boot_ms() -> Option<i64> {
     let text = std::fs::read_to_string("/proc/uptime").ok()?;
     let (seconds, hundredths) = text.split_whitespace().next()?.split_once('.')?;

@@ -41,8 +41,8 @@ pub(crate) struct Timers(Mutex<BTreeMap<(Time, u32), Arc<PoolCell>>>);
 impl Timers {
     /// Schedules `cell` for `deadline`; true if that is now the earliest.
     pub(crate) fn arm(&self, cell: &Arc<PoolCell>, deadline: Time) -> bool {
-        // Called with the pool held: only the first loop may change this word meanwhile, and it
-        // looks into the pool next.
+        // Called with the pool locked: only the first loop may change this word in the meantime,
+        // and it checks the pool next.
         if deadline.0 >= cell.armed.load(Relaxed) {
             return false;
         }
@@ -56,7 +56,7 @@ impl Timers {
         is_first
     }
 
-    /// Forgets `cell`, which has no deadline any more. Called with the pool held.
+    /// Removes `cell`, which no longer has a deadline. Called with the pool locked.
     pub(crate) fn disarm(&self, cell: &Arc<PoolCell>) {
         if cell.armed.load(Relaxed) == u64::MAX {
             return;
@@ -71,7 +71,7 @@ impl Timers {
         self.lock().first_key_value().map(|(first, _)| first.0)
     }
 
-    /// A pool whose deadline has come; it is armed again by the next look into it.
+    /// A pool whose deadline has passed; its next deadline is armed when it is handled.
     pub(crate) fn pop_due(&self, now: Time) -> Option<Arc<PoolCell>> {
         let mut deadlines = self.lock();
         let first = deadlines

@@ -1,5 +1,4 @@
-//! The TLS port's certificate: where it is, how it is made, and how it changes while the server
-//! runs.
+//! The certificate of the TLS port: its files, its creation, and its reload while the server runs.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -14,29 +13,29 @@ use latzero_tls::server::{Acceptor, SelfSigned, self_signed};
 use crate::settings::Settings;
 use crate::startup::StartupError;
 
-/// Where a certificate that the server made for itself is, in the data directory.
+/// The directory of the certificate that the server creates, in the data directory.
 const DIRECTORY: &str = "config/tls";
 
 /// Where it is written first: it becomes [`DIRECTORY`] as a whole.
 const NEW_DIRECTORY: &str = "config/tls.new";
 
-/// All that is made there.
+/// All files that are created there.
 pub(crate) const FILES: [&str; 3] = ["config/tls/cert.pem", "config/tls/key.pem", DIRECTORY];
 
 /// Its files.
 const CERTIFICATE: &str = "cert.pem";
 const KEY: &str = "key.pem";
 
-/// The words that stand in the place of paths.
+/// The words that are allowed instead of paths.
 const AUTO: &str = "auto";
 const OFF: &str = "off";
 
-/// What the TLS port begins connections with; replaced by a reload.
+/// The configuration of new TLS connections; replaced by a reload.
 #[derive(Debug)]
 pub(crate) struct Tls(Mutex<Acceptor>);
 
 impl Tls {
-    /// Loads the certificate, if the server uses TLS at all, and makes one where none was given.
+    /// Loads the certificate, if the server uses TLS, and creates one if none was given.
     pub(crate) fn load(settings: &Settings, data_dir: &Path) -> Result<Option<Tls>, StartupError> {
         if !settings.enable_tls {
             return Ok(None);
@@ -53,13 +52,13 @@ impl Tls {
             .clone()
     }
 
-    /// The pin that clients know the server by.
+    /// The pin of the server.
     pub(crate) fn pin(&self) -> Pin {
         self.acceptor().pin()
     }
 
-    /// Loads the certificate again, for connections that come from now on; those that are open keep
-    /// theirs. Where that fails, all stays as it is.
+    /// Reloads the certificate for new connections; open ones keep theirs. If that fails, nothing
+    /// changes.
     pub(crate) fn reload(&self, settings: &Settings, data_dir: &Path) -> Result<Pin, StartupError> {
         let fresh = load(settings, data_dir)?;
         let pin = fresh.pin();
@@ -87,7 +86,7 @@ fn load(settings: &Settings, data_dir: &Path) -> Result<Acceptor, StartupError> 
     })
 }
 
-/// The server's own certificate and key, made where there are none.
+/// The server's own certificate and key, created if there are none.
 fn own(data_dir: &Path) -> Result<(PathBuf, PathBuf), StartupError> {
     let directory = data_dir.join(DIRECTORY);
     let (certificate, key) = (directory.join(CERTIFICATE), directory.join(KEY));
@@ -95,14 +94,14 @@ fn own(data_dir: &Path) -> Result<(PathBuf, PathBuf), StartupError> {
         return Ok((certificate, key));
     }
     if certificate.exists() || key.exists() {
-        // Clients have its pin: another key in its place would look like an attack.
+        // Clients have its pin, so a new key would look like an attack.
         let (there, gone) = match certificate.exists() {
             true => (&certificate, &key),
             false => (&key, &certificate),
         };
         return Err(StartupError::Certificate(format!(
-            "{} is there, and {} is not; restore it, or remove the other for a new certificate, \
-             which clients have to trust anew",
+            "{} exists, but {} does not; restore it, or remove the other for a new certificate, \
+             which clients must then trust",
             there.display(),
             gone.display()
         )));
@@ -126,17 +125,17 @@ fn own(data_dir: &Path) -> Result<(PathBuf, PathBuf), StartupError> {
         let _ = remove(&beside);
         match error.kind() {
             io::ErrorKind::DirectoryNotEmpty => StartupError::Certificate(format!(
-                "{} holds other files, and neither a certificate nor a key; move them elsewhere",
+                "{} holds other files, but neither a certificate nor a key; move them elsewhere",
                 directory.display()
             )),
             _ => StartupError::of_io("writing", &directory, error),
         }
     })?;
-    tracing::info!(certificate = %certificate.display(), "made a certificate for TLS");
+    tracing::info!(certificate = %certificate.display(), "created a certificate for TLS");
     Ok((certificate, key))
 }
 
-/// Writes a certificate and its key, both or none of them, wherever the machine stops.
+/// Writes a certificate and its key: both or neither, even if the machine stops at any point.
 fn write(beside: &Path, directory: &Path, made: &SelfSigned) -> io::Result<()> {
     remove(beside)?;
     DirBuilder::new()
@@ -152,7 +151,7 @@ fn write(beside: &Path, directory: &Path, made: &SelfSigned) -> io::Result<()> {
     File::open(parent)?.sync_all()
 }
 
-/// Removes what a start that was stopped halfway has left.
+/// Removes the files of an interrupted start.
 fn remove(beside: &Path) -> io::Result<()> {
     match fs::remove_dir_all(beside) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

@@ -19,21 +19,21 @@ use crate::startup::data_dir::SUBDIRECTORIES;
 use crate::startup::lock::InstanceLock;
 use crate::startup::token::TOKEN_NAME;
 
-/// How often to look.
+/// How often to check.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// How many looks go by between two at the files of blocks, of which there may be thousands.
+/// How many checks are made between two of the files of blocks, of which there may be thousands.
 const LOOKS_PER_BLOCKS: u32 = 4;
 
 /// How many checks in a row something must be missing before it is recreated, because removing a
 /// whole directory takes a moment.
 const LOOKS_BEFORE_MAKING: u32 = 3;
 
-/// What may be lost in a directory that is there.
+/// What may be missing in an existing directory.
 const LOCK: &str = "lock of the data directory";
 const MEMORY: &str = "directory memory";
 
-/// A thread that looks until this is dropped.
+/// A thread that checks until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Watch {
     stop: Option<Sender<()>>,
@@ -41,10 +41,10 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// Begins to look after the directory of `shared`, whose lock is `lock`.
+    /// Starts to check the directory of `shared`, whose lock is `lock`.
     ///
     /// # Errors
-    /// If no thread can be started, or the directory is away already.
+    /// If the thread cannot be started, or the directory is already missing.
     pub(crate) fn begin(
         shared: &Arc<ServerState>,
         lock: &Arc<Mutex<InstanceLock>>,
@@ -89,7 +89,7 @@ struct Looks {
     shared: Arc<ServerState>,
     lock: Arc<Mutex<InstanceLock>>,
     count: u32,
-    /// For how many looks something in the directory has been missing.
+    /// For how many checks something in the directory has been missing.
     incomplete: u32,
 }
 
@@ -131,7 +131,7 @@ impl Looks {
         self.shared.persistence.store_losses();
     }
 
-    /// What is in a directory that is where it was.
+    /// Checks the contents of a directory that still has its path.
     fn check_contents(&mut self, lock: &mut InstanceLock) {
         let names = SUBDIRECTORIES.into_iter().chain([TOKEN_NAME]);
         let is_complete = lock.is_in(&self.data_dir)
@@ -164,8 +164,8 @@ impl Looks {
                 continue;
             }
             if name == "memory" {
-                // Blocks are made through a descriptor of theirs, which a new directory does not
-                // have.
+                // Blocks are created through a descriptor of their directory, which a new directory
+                // does not have.
                 self.losses().note(Loss::new(
                     Part::Memory,
                     MEMORY,
@@ -194,7 +194,7 @@ impl Looks {
                     "its file was moved or removed while the server is running; it cannot be \
                     flushed"
                 }
-                false => "its file went away with the data directory",
+                false => "its file was removed with the data directory",
             });
             let remedy = "its content is still in memory: save it with `latzero block dump`, or \
                 stop the server, which writes it to a new file";

@@ -1,4 +1,4 @@
-//! A block as a client has it: a descriptor that was passed to it, checked and mapped.
+//! A client's side of a block: a descriptor that was passed to it, checked and mapped.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,16 +15,16 @@ use crate::mapped::Mapped;
 use crate::memory::{Fault, Memory};
 use crate::slots::{self, ReadError, Wait};
 
-/// What the server said of the block that a descriptor is to be.
+/// The server's description of the block that a descriptor must be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expected {
     /// Its generation.
     pub generation: u64,
-    /// How its bytes lie.
+    /// Its geometry.
     pub geometry: Geometry,
     /// Whether it is a file; one that is not must be sealed.
     pub is_persistent: bool,
-    /// What the descriptor must allow.
+    /// The access that the descriptor must allow.
     pub access: Access,
 }
 
@@ -34,7 +34,7 @@ pub enum AttachError {
     /// The system refused.
     #[error("the descriptor is unusable: {0}")]
     Io(#[from] io::Error),
-    /// It is something else than a file.
+    /// It is not a regular file.
     #[error("the descriptor is not a regular file")]
     NotAFile,
     /// It has another length.
@@ -48,10 +48,10 @@ pub enum AttachError {
     /// It could be shortened while it is mapped.
     #[error("the memory is not sealed against shrinking")]
     NotSealed,
-    /// It allows more or less than was granted.
+    /// Its access mode is not the one that was granted.
     #[error("the descriptor's access mode is not the one that was granted")]
     AccessMode,
-    /// Its header is another block's.
+    /// Its header is invalid or belongs to another block.
     #[error(transparent)]
     Header(#[from] HeaderError),
 }
@@ -86,10 +86,10 @@ pub struct Attachment {
 }
 
 impl Attachment {
-    /// Takes a descriptor that the server passed, after checking that it is what the server said.
+    /// Takes a descriptor from the server, and checks that it matches the server's description.
     ///
     /// # Errors
-    /// If it is not, or can't be mapped.
+    /// If it does not, or cannot be mapped.
     pub fn new(file: OwnedFd, expected: &Expected) -> Result<Attachment, AttachError> {
         let stat = fstat(&file).map_err(io::Error::from)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
@@ -160,20 +160,20 @@ impl Attachment {
         matches!(self.bytes, Bytes::Mapped(_))
     }
 
-    /// What it allows.
+    /// Its access.
     #[must_use]
     pub fn access(&self) -> Access {
         self.expected.access
     }
 
-    /// The newest version; 0 was never written, or can't be read any more.
+    /// The newest version; 0 if it was never written, or cannot be read any more.
     #[must_use]
     pub fn version(&self) -> u64 {
         let head = on!(&self.bytes, memory => slots::head(memory, &self.expected.geometry));
         head.map_or(0, |head| head.version)
     }
 
-    /// What became of the block, as its header says.
+    /// The state of the block, from its header.
     #[must_use]
     pub fn state(&self) -> State {
         let word = on!(&self.bytes, memory => memory.load_half(at::STATE));

@@ -1,5 +1,5 @@
-//! Shared memory with nothing around it, for benchmarks to compare with: what the kernel and the
-//! processor take anyway.
+//! Plain shared memory, for benchmarks to compare with: the cost of the kernel and the processor
+//! alone.
 
 use std::fs::File;
 use std::io;

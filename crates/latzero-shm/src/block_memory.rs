@@ -15,7 +15,7 @@ pub(crate) struct BlockMemory {
     pub(crate) header: Option<Mapped>,
 }
 
-/// From this many bytes on a copy through a mapping is worth making one: a system call copies
+/// From this many bytes on, a temporary mapping is worth its cost for a copy: a system call copies
 /// memory page by page, at about a third of the speed.
 const WINDOW_BYTES_MIN: u64 = 256 * 1024;
 
@@ -29,9 +29,9 @@ const COMPARED_BYTES: usize = 4096;
 const PAGE_BYTES: u64 = 64 * 1024;
 
 impl BlockMemory {
-    /// Maps a range for the time of one copy, if that is safe: of a memfd that is sealed against
-    /// shrinking, so that no page of it can be gone, and whose memory was all set aside when it was
-    /// made. Says where in the mapping the range begins.
+    /// Maps a range during one copy, if that is safe: the memfd is sealed against shrinking, so
+    /// that no page of it can disappear, and all of its memory was allocated when it was created.
+    /// Returns where in the mapping the range begins.
     fn window(&self, at: u64, length: u64, access: Access) -> Option<(Mapped, u64)> {
         self.header.as_ref()?;
         if length < WINDOW_BYTES_MIN {
@@ -39,7 +39,7 @@ impl BlockMemory {
         }
         let start = at / PAGE_BYTES * PAGE_BYTES;
         let begin = at - start;
-        // Where no more can be mapped, the file does.
+        // If no more can be mapped, the file is used.
         let window = Mapped::window(self.file.descriptor(), start, begin + length, access).ok()?;
         Some((window, begin))
     }
@@ -54,8 +54,8 @@ impl BlockMemory {
         Ok(bytes)
     }
 
-    /// Copies what differs from one place to another, so that the disk is given no more than that,
-    /// or all of it; returns the checksum of a version with this content.
+    /// Copies from one place to another, either all bytes or only those that differ, so that no
+    /// more is written to disk; returns the checksum of a version with this content.
     pub(crate) fn copy_changed(
         &self,
         from: u64,

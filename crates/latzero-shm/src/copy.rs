@@ -1,10 +1,10 @@
-//! Copies between memory that other processes may change and memory of one's own: relaxed atomic
-//! words, so that a race is a mixture of old and new bytes and never undefined behaviour. (Boehm,
-//! MSPC 2012; Rust has no atomic memcpy yet, RFC 3301.)
+//! Copies between memory that other processes may change and private memory, with relaxed atomic
+//! words, so that a race yields a mixture of old and new bytes but never undefined behaviour.
+//! (Boehm, MSPC 2012; Rust has no atomic memcpy yet, RFC 3301.)
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-/// From this many bytes on the processor's wide registers are worth asking for.
+/// From this many bytes on, checking for wide registers is worth its cost.
 const WIDE_BYTES_MIN: usize = 256;
 
 /// Words copied per step of the loops below: enough for the compiler to keep the processor's load
@@ -85,12 +85,11 @@ pub(crate) unsafe fn copy_in(from: *const u8, to: *mut u8, length: usize) {
     }
 }
 
-/// Copies as many whole pieces of 128 bytes as there are through wide registers, where the
-/// processor has them; returns how many bytes that were.
+/// Copies all whole pieces of 128 bytes through wide registers, if the processor has them; returns
+/// how many bytes were copied.
 ///
-/// The compiler can't look into the block of assembly, so it can make nothing of a race: what
-/// happens there are plain loads and stores of the processor, of which each byte is one that
-/// somebody stored.
+/// The compiler cannot see into the assembly block, so it cannot exploit a race: these are plain
+/// loads and stores of the processor, and each byte that is read was stored by somebody.
 ///
 /// # Safety
 /// Both must be valid for `length` bytes, which do not overlap; whichever is shared is only
@@ -134,7 +133,7 @@ unsafe fn wide_copy(from: *const u8, to: *mut u8, length: usize) -> usize {
     whole
 }
 
-/// Words do, if there is nothing wider.
+/// Without wide registers, copying by words is used.
 #[cfg(not(all(target_arch = "x86_64", not(miri))))]
 unsafe fn wide_copy(_from: *const u8, _to: *mut u8, _length: usize) -> usize {
     0

@@ -1,5 +1,5 @@
-//! How a block comes to be: its memory is allocated as a whole, so that a full machine or disk is
-//! an error here and not a signal at somebody's first touch.
+//! Creates blocks. The memory of a block is allocated completely, so that a lack of memory or disk
+//! space is an error here and not a signal at the first access.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -21,7 +21,7 @@ use crate::mapped::Mapped;
 /// Longest name of a memfd in bytes (memfd_create(2)).
 const NAME_BYTES_MAX: usize = 200;
 
-/// Why a block can't be made.
+/// Why a block cannot be created.
 #[derive(Debug, Error)]
 pub enum CreateError {
     /// There is no room for it.
@@ -32,7 +32,7 @@ pub enum CreateError {
         /// Bytes that the memory or the disk has left.
         free: u64,
     },
-    /// Files may not become that large.
+    /// The file size limit is lower.
     #[error(
         "{needed} bytes are needed, but the file size limit is lower; raise it (ulimit -f, or \
          LimitFSIZE= of a service)"
@@ -51,7 +51,7 @@ pub enum CreateError {
     },
 }
 
-/// Why a file can't be opened as a block.
+/// Why a file cannot be opened as a block.
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// The system refused.
@@ -71,11 +71,11 @@ pub enum OpenError {
 }
 
 impl Custodian {
-    /// Makes a block of memory: all of it allocated, sealed against growing and shrinking, without
-    /// a name that could be left behind. `name` is for people who look into `/proc`.
+    /// Creates a block in memory: completely allocated, sealed against growing and shrinking, and
+    /// without a name that could be left behind. `name` is for people who look into `/proc`.
     ///
     /// # Errors
-    /// [`CreateError::NoSpace`] if there is no room; nothing is left then.
+    /// [`CreateError::NoSpace`] if there is no room; nothing is left.
     pub fn create_shared(name: &str, description: &Description) -> Result<Custodian, CreateError> {
         let name: String = name.chars().filter(|c| *c != '\0').collect();
         let mut end = name.len().min(NAME_BYTES_MAX);
@@ -103,11 +103,11 @@ impl Custodian {
         Ok(Custodian::of(file, Some(header), description.clone()))
     }
 
-    /// Makes a block in a new file of `directory`.
+    /// Creates a block in a new file in `directory`.
     ///
     /// # Errors
-    /// [`CreateError::NoSpace`] if the disk has no room. The file may be there then, and is the
-    /// caller's to remove.
+    /// [`CreateError::NoSpace`] if the disk has no room. The file may exist then, and the caller
+    /// must remove it.
     pub fn create_persistent(
         directory: BorrowedFd<'_>,
         file: &str,
@@ -124,7 +124,7 @@ impl Custodian {
     /// Opens a block's file.
     ///
     /// # Errors
-    /// If it is none, or not whole.
+    /// If it is not a block, or is incomplete.
     pub fn open_persistent(directory: BorrowedFd<'_>, file: &str) -> Result<Custodian, OpenError> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let file = openat(directory, file, flags, Mode::empty()).map_err(io::Error::from)?;
@@ -167,13 +167,13 @@ fn prepare(
     free: impl Fn(&OwnedFd) -> u64,
 ) -> Result<(), CreateError> {
     let needed = description.geometry.total();
-    // Asked before, too: the kernel would take all memory there is for a memfd, and then end
-    // processes to get more.
+    // Checked before: the kernel would use all memory for a memfd, and then kill processes to get
+    // more.
     let left = free(file);
     if needed > left {
         return Err(CreateError::NoSpace { needed, free: left });
     }
-    // Without this a full memory would be a signal at the first touch, not an error here.
+    // Without this a lack of memory would cause a signal at the first access, not an error here.
     let allocated = ftruncate(file, needed).and_then(|()| {
         loop {
             match fallocate(file, FallocateFlags::empty(), 0, needed) {

@@ -1,9 +1,9 @@
-//! A block as the server has it: it makes and keeps the memory or file, and reads and writes it for
-//! those who can't map it.
+//! The server's side of a block: it creates and keeps the memory or file, and reads and writes it
+//! for clients that cannot map it.
 //!
-//! The server is not to die of what somebody does to a file. So files are only touched by pread and
-//! pwrite; what is mapped is memory that is sealed against shrinking: its header permanently, and
-//! its payload for the time of one large copy.
+//! Nothing that somebody does to a file may end the server. So files are only accessed with pread
+//! and pwrite. Only memory that is sealed against shrinking is mapped: its header permanently, and
+//! its payload during one large copy.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -19,36 +19,36 @@ use crate::format::{Access, Description, HeaderError, State, at};
 use crate::memory::{Fault, Memory};
 use crate::slots::{self, Head, ReadError, Stamp, Wait, WriteError, spares};
 
-/// How often a copy of a version is retried because it was overwritten without the lock.
+/// How many times a copy of a version is retried because it was overwritten without the lock.
 const TRIES: u32 = 16;
 
-/// How often the newest version of a block without spare slots is summed up for a flush, if it does
-/// not stay the newest for that long. Then the block goes to the disk without a checksum, as it
-/// does between two flushes.
+/// How many times the checksum of the newest version of a block without spare slots is computed for
+/// a flush, if a newer version appears in the meantime. After that the block is written to disk
+/// without a checksum, as between two flushes.
 const SUM_TRIES: u32 = 3;
 
-/// How often a flush reserves the newest version of a block, where a writer has begun to write over
-/// it. Two newer versions are there then, each time.
+/// How many times a flush tries to reserve the newest version of a block that a writer has begun to
+/// overwrite. Each time there are two newer versions.
 const RESERVE_TRIES: u32 = 1_000;
 
-/// What became of a compare-and-swap.
+/// The result of a compare-and-swap.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Cas {
-    /// The bytes were as expected, and are new now.
+    /// The bytes were as expected, and were replaced.
     Swapped {
         /// The new version.
         version: u64,
     },
-    /// The bytes are others; nothing was written.
+    /// The bytes differ; nothing was written.
     Differs {
-        /// What stands there.
+        /// The present bytes.
         current: Vec<u8>,
-        /// In this version.
+        /// Their version.
         version: u64,
     },
 }
 
-/// A version that stays as it is for as long as this is there.
+/// A version that does not change as long as this exists.
 #[derive(Debug)]
 pub struct ReadGuard<'a> {
     custodian: &'a Custodian,
@@ -81,24 +81,24 @@ impl ReadGuard<'_> {
     }
 }
 
-/// One generation of a block, as the server keeps it.
+/// One generation of a block on the server.
 #[derive(Debug)]
 pub struct Custodian {
     pub(crate) description: Description,
-    /// Descriptors that are on their way to clients: for reading, and for writing.
+    /// Descriptors that are being sent to clients: for reading, and for writing.
     pub(crate) lent: Mutex<[Weak<OwnedFd>; 2]>,
     pub(crate) memory: BlockMemory,
-    /// One writer at a time on this side; for clients, the block's lock ensures it.
+    /// Ensures one writer at a time in the server; for clients, the block's lock does.
     pub(crate) writing: Mutex<()>,
     /// One flush at a time.
     pub(crate) flushing: Mutex<Flushes>,
 }
 
-/// What became of the flush before.
+/// The result of the previous flush.
 #[derive(Debug, Default)]
 pub(crate) struct Flushes {
-    /// The disk took less than it was given. The kernel does not tell of that again, so everything
-    /// is written once more.
+    /// The disk did not accept everything. The kernel does not report that again, so everything is
+    /// written once more.
     has_failed: bool,
 }
 
@@ -109,12 +109,12 @@ impl Custodian {
         self.memory.file.descriptor()
     }
 
-    /// A descriptor to pass to a client. One for reading can't be used to write; there is none
-    /// where the system has no `/proc`, or no descriptor left.
+    /// A descriptor to pass to a client. One for reading cannot be used to write; there is none if
+    /// the system has no `/proc`, or no descriptor is left.
     ///
-    /// Clients that are passed a descriptor share its open file, flags and all (fcntl(2)): with
-    /// O_APPEND, set by one of them, every pwrite(2) of the server would go to the file's end. So
-    /// they get one of their own.
+    /// Clients share the open file description of the descriptor, including its flags (fcntl(2)).
+    /// If one of them set O_APPEND, every pwrite(2) of the server would write at the file's end. So
+    /// clients get a separate one.
     #[must_use]
     pub fn lend(&self, access: Access) -> Option<Arc<OwnedFd>> {
         let mut lent = self.lent.lock().unwrap_or_else(PoisonError::into_inner);
@@ -130,16 +130,16 @@ impl Custodian {
         Some(opened)
     }
 
-    /// Device and inode of the file, by which it is known again.
+    /// Device and inode of the file, by which it can be recognised.
     ///
     /// # Errors
-    /// If the system does not say.
+    /// If the system does not report them.
     pub fn identity(&self) -> io::Result<(u64, u64)> {
         let stat = fstat(self.file())?;
         Ok((stat.st_dev, stat.st_ino))
     }
 
-    /// What never changes of it.
+    /// Its constant fields.
     #[must_use]
     pub fn description(&self) -> &Description {
         &self.description
@@ -234,13 +234,13 @@ impl Custodian {
         })
     }
 
-    /// Shows writers the fence of the exclusive lock; and who takes the block in after the server's
-    /// end, whether somebody held it and may be in the middle of a version.
+    /// Writes the fence of the exclusive lock to the header, for writers; and whether the lock is
+    /// held, so that a later server knows whether somebody may be writing a version.
     ///
     /// # Errors
     /// If it can't be written.
     pub fn set_lease(&self, fence: u64, is_held: bool) -> Result<(), Fault> {
-        // Held for a moment too long rather than too short, wherever the server ends.
+        // If the server ends in between, the lock must look held rather than free.
         if is_held {
             self.memory.store(at::HELD, 1, Ordering::Release)?;
         }
@@ -251,7 +251,7 @@ impl Custodian {
         Ok(())
     }
 
-    /// Whether the exclusive lock is held, as far as the block itself says.
+    /// Whether the exclusive lock is held, according to the header.
     ///
     /// # Errors
     /// If it can't be read.
@@ -259,7 +259,7 @@ impl Custodian {
         Ok(self.memory.load(at::HELD, Ordering::Acquire)? != 0)
     }
 
-    /// The fence that writers are shown.
+    /// The fence in the header.
     ///
     /// # Errors
     /// If it can't be read.
@@ -267,7 +267,7 @@ impl Custodian {
         self.memory.load(at::FENCE, Ordering::Acquire)
     }
 
-    /// Shows everybody what became of the block, and wakes who waits for it.
+    /// Writes the state of the block to the header, and wakes everyone who waits for it.
     ///
     /// # Errors
     /// If it can't be written.
@@ -276,11 +276,11 @@ impl Custodian {
         self.memory.notify(at::NOTIFY)
     }
 
-    /// Copies the newest version into a fresh block, under the same number; bytes that the other
-    /// does not have room for are left out, and what it has more is zeros. Returns the version.
+    /// Copies the newest version into a new block, under the same version number. Bytes that do not
+    /// fit are left out, and additional ones are zeros. Returns the version.
     ///
-    /// Show writers that they lost the lock, or that the block is superseded, before this: one who
-    /// writes on is not waited for.
+    /// Before this, the header must show writers that they lost the lock, or that the block is
+    /// superseded: a writer that continues is not waited for.
     ///
     /// # Errors
     /// If either can't be read or written, or the newest version is written over again and
@@ -328,8 +328,8 @@ impl Custodian {
         ))
     }
 
-    /// Fills a fresh block with what `bytes` yields, as the version that it was: for a block that
-    /// comes out of a backup.
+    /// Fills a new block with what `bytes` yields, under its old version number, to restore it from
+    /// a backup.
     ///
     /// # Errors
     /// If `bytes` fails or yields fewer bytes than the block has, or the block can't be written.
@@ -337,7 +337,8 @@ impl Custodian {
         let _alone = self.alone();
         let geometry = &self.description.geometry;
         let failed = |error: Fault| std::io::Error::other(error.to_string());
-        // A block of slots has nothing before its first version; a raw one is written in place.
+        // A block with slots has no content before its first version; a raw one is written in
+        // place.
         if version == 0 && !geometry.is_raw() {
             return Ok(());
         }
@@ -392,8 +393,8 @@ impl Custodian {
         }
     }
 
-    /// Writes the newest version to the disk, with its checksum, and keeps it there until a newer
-    /// one is; returns the version. Writers do not wait for it.
+    /// Writes the newest version to disk, with its checksum, and keeps it there until a newer one
+    /// is on disk; returns the version. Writers do not wait for it.
     ///
     /// # Errors
     /// If the system refuses, or the newest version is written over again and again.
@@ -406,9 +407,9 @@ impl Custodian {
         flushes.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Flushes the block, and holds on to that version: it can be read in parts, however long that
-    /// takes, beside writers. Other flushes wait until it is let go. `None` of a block without
-    /// spare slots.
+    /// Flushes the block and holds that version, so that it can be read in parts, however long that
+    /// takes, while others write. Other flushes wait until it is released. `None` for a block
+    /// without spare slots.
     ///
     /// # Errors
     /// As [`Custodian::sync`].
@@ -446,7 +447,7 @@ impl Custodian {
         synced
     }
 
-    /// Of a block whose slots are all written over in turn: nothing keeps what is on the disk.
+    /// The flush of a block without spare slots: the version on disk may be overwritten.
     fn sync_all_slots(&self) -> Result<u64, Fault> {
         let mut version = slots::head(&self.memory, &self.description.geometry)?.version;
         for _ in 0..SUM_TRIES {
@@ -460,7 +461,8 @@ impl Custodian {
         Ok(version)
     }
 
-    /// Reserves the newest version, sums it up, and notes that it is on the disk once it is.
+    /// Reserves the newest version, computes its checksum, and records that it is on disk once it
+    /// is.
     fn sync_newest(&self, is_written_anew: bool) -> Result<u64, Fault> {
         let (memory, geometry) = (&self.memory, &self.description.geometry);
         for _ in 0..RESERVE_TRIES {
@@ -511,7 +513,7 @@ impl Custodian {
     }
 
     /// Copies the content of a block that is written in place into the spare slot that is not
-    /// needed, and notes that this is on the disk once it is. Who wants all of one version flushes
+    /// needed, and records that this is on disk once it is. To get one complete version, flush
     /// under the lock.
     fn sync_copy(&self, is_written_anew: bool) -> Result<u64, Fault> {
         let (memory, geometry) = (&self.memory, &self.description.geometry);
@@ -540,8 +542,8 @@ impl Custodian {
         Ok(fdatasync(self.file()).map_err(io::Error::from)?)
     }
 
-    /// Notes which run of the machine the block is used in, as a number that is not 0: what it says
-    /// under another one may be part of what was written.
+    /// Records the machine's boot in which the block is used, as a number that is not 0: after
+    /// another boot, only a part of what was written may be on disk.
     ///
     /// # Errors
     /// If it can't be written.
@@ -549,7 +551,7 @@ impl Custodian {
         self.memory.store(at::BOOT, boot, Ordering::Release)
     }
 
-    /// The run of the machine that [`Custodian::set_boot`] noted; 0 is none.
+    /// The boot that [`Custodian::set_boot`] recorded; 0 is none.
     ///
     /// # Errors
     /// If it can't be read.
@@ -568,9 +570,9 @@ impl Custodian {
         let Some(sequence) = slots::settled(&self.memory, &head)? else {
             return Ok((head.version, false));
         };
-        // A pass over all of the content that nothing waits for.
+        // This reads all of the content while nothing waits for it.
         let sum = slots::content_checksum(&self.memory, geometry, head.slot, head.version)?;
-        // Who writes just now makes a newer version.
+        // A writer that is active now makes a newer version.
         let Some(_alone) = self.try_alone() else {
             return Ok((head.version, false));
         };
@@ -585,7 +587,7 @@ impl Custodian {
         if slots::is_untouched(&self.memory, head.slot, sequence)? {
             return Ok((head.version, true));
         }
-        // Who has it mapped began another version there, which this is not the checksum of.
+        // A client began another version in this slot, to which the checksum does not belong.
         self.memory.store(place, 0, Ordering::Release)?;
         Ok((head.version, false))
     }
@@ -599,7 +601,7 @@ impl Custodian {
     }
 
     fn alone(&self) -> MutexGuard<'_, ()> {
-        // Nothing is kept under this lock that a panic could have left half done: slots are begun
+        // A panic cannot leave anything incomplete under this lock, because slots are started
         // again.
         self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }

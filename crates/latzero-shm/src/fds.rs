@@ -9,10 +9,10 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-/// Most descriptors that are sent or taken with one message.
+/// Most descriptors that are sent or received with one message.
 pub const DESCRIPTORS_MAX: usize = 64;
 
-/// Sends what fits of `bytes`, with `descriptors` travelling with the first one.
+/// Sends as much of `bytes` as fits, with `descriptors` at the first byte.
 ///
 /// # Errors
 /// As sendmsg(2); more descriptors than [`DESCRIPTORS_MAX`] are refused.

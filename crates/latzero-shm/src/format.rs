@@ -1,4 +1,4 @@
-//! The header of a block: the position of each word, and which never change.
+//! The header of a block: the position of each word, and which words never change.
 
 use thiserror::Error;
 
@@ -17,7 +17,7 @@ const LAYOUT_WITH_SPARES: u32 = 2;
 const FLAG_PERSISTENT: u32 = 1 << 1;
 const FLAG_RAW: u32 = 1 << 2;
 
-/// Bytes of what never changes.
+/// Bytes of the constant fields.
 pub(crate) const FIXED_BYTES: usize = 128;
 
 /// Positions of the words that change.
@@ -37,7 +37,7 @@ pub(crate) mod at {
     /// of [`MISSED`].
     pub(crate) const FLUSHED: u64 = 400;
     pub(crate) const FLUSHING: u64 = 408;
-    /// The run of the machine in which the file was last taken in, as a number.
+    /// The machine's boot in which the file was last loaded, as a number.
     pub(crate) const BOOT: u64 = 416;
     /// A word for each slot: which parts of the block changed since the slot's version, a bit for
     /// each of 64 parts.
@@ -56,7 +56,7 @@ pub(crate) mod at {
     pub(crate) const CHANGED_TO: u64 = 56;
 }
 
-/// What a user of a block may do with it.
+/// What a client may do with a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Access {
     /// Read.
@@ -65,12 +65,12 @@ pub enum Access {
     Write,
 }
 
-/// What has become of a block, as its header says. A hint: the server's word decides.
+/// The state of a block in its header. It is only a hint: the server decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     /// It is in use.
     Live = 0,
-    /// A newer generation took its place.
+    /// A newer generation replaces it.
     Superseded = 1,
     /// It was removed.
     Closed = 2,
@@ -89,22 +89,22 @@ impl State {
     }
 }
 
-/// Why a header is none, or not the one expected.
+/// Why a header is invalid, or not the expected one.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum HeaderError {
-    /// It does not begin as a header does.
+    /// It does not begin like a header.
     #[error("it is not a block: the file does not begin with LZBLOCK1")]
     Magic,
-    /// It is laid out in a way that is not known here.
+    /// Its layout is not known here.
     #[error("its layout has version {0}, but this program supports 1 and 2; update this program")]
     Version(u32),
-    /// Its checksum is another.
+    /// Its checksum is wrong.
     #[error("the header's checksum is wrong: the header was overwritten")]
     Checksum,
     /// A field is invalid.
     #[error("the header's {0} is invalid")]
     Field(&'static str),
-    /// It is whole, but another block's or generation's.
+    /// It is valid, but belongs to another block or generation.
     #[error("the header's {0} is not the expected one")]
     Unexpected(&'static str),
     /// It can't be read.
@@ -112,7 +112,7 @@ pub enum HeaderError {
     Unreadable(String),
 }
 
-/// What never changes of one generation of a block.
+/// The constant fields of one generation of a block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Description {
     /// The block's id; the same for all its generations.
@@ -121,11 +121,11 @@ pub struct Description {
     pub pool_id: [u8; 16],
     /// The generation, from 1 on.
     pub generation: u64,
-    /// How its bytes lie.
+    /// Its geometry.
     pub geometry: Geometry,
-    /// Whether it is a file that stays.
+    /// Whether it is persistent.
     pub is_persistent: bool,
-    /// When it was made, in nanoseconds since the Unix epoch.
+    /// When it was created, in nanoseconds since the Unix epoch.
     pub created_unix_ns: u64,
 }
 
@@ -170,7 +170,7 @@ impl Description {
     /// Reads a header's first bytes. Any bytes may be given.
     ///
     /// # Errors
-    /// If they are no header that makes sense.
+    /// If they are not a valid header.
     pub fn decode(bytes: &[u8]) -> Result<Description, HeaderError> {
         let bytes: &[u8; FIXED_BYTES] = bytes
             .get(..FIXED_BYTES)

@@ -7,20 +7,20 @@ use crate::format::HEADER_BYTES;
 /// Slots begin at multiples of this many bytes.
 const PAGE: u64 = 4096;
 
-/// Most slots that the versions of a block take turns in.
+/// Most slots in which the versions of a block rotate.
 pub(crate) const SLOTS_MAX: u32 = 4;
 
-/// Slots that the file of a persistent block has besides: for the version that is on the disk for
-/// certain, and for the one that a flush is at.
+/// Spare slots in the file of a persistent block: one for the version that is known to be on disk,
+/// and one for the version that is being flushed.
 pub const SPARES: u32 = 2;
 
-/// Most slots of a block, spare ones included.
+/// Most slots of a block, including spare ones.
 pub(crate) const ALL_SLOTS_MAX: u32 = SLOTS_MAX + SPARES;
 
 /// Largest version of a block in bytes: 2^40.
 const SIZE_MAX: u64 = 1 << 40;
 
-/// Sizes that no block can have.
+/// The error for sizes that no block can have.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error(
     "a block has at most {SIZE_MAX} bytes and 1 to {SLOTS_MAX} slots, not {size} bytes and \
@@ -31,19 +31,18 @@ pub struct GeometryError {
     slots: u32,
 }
 
-/// How the bytes of a block lie.
+/// The geometry of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
     /// Bytes of one version.
     pub size: u64,
-    /// How many versions there is room for; 1 is written in place.
+    /// Number of slots: how many versions fit; a block with 1 is written in place.
     pub slots: u32,
-    /// How many slots there are besides, so that the version on the disk is not written over:
-    /// [`SPARES`] or none.
+    /// Number of spare slots, so that the version on disk is not overwritten: [`SPARES`] or none.
     pub spares: u32,
     /// Where the first slot begins, in bytes.
     pub slot_offset: u64,
-    /// From one slot's begin to the next one's, in bytes.
+    /// The distance from one slot to the next, in bytes.
     pub slot_stride: u64,
 }
 
@@ -78,12 +77,12 @@ impl Geometry {
         })
     }
 
-    /// All slots, spare ones included.
+    /// Number of all slots, including spare ones.
     pub(crate) fn all_slots(&self) -> u32 {
         self.slots + self.spares
     }
 
-    /// Bytes of the whole file.
+    /// Size of the file in bytes.
     #[must_use]
     pub fn total(&self) -> u64 {
         self.slot_offset + self.slot_stride * u64::from(self.all_slots())
@@ -95,7 +94,7 @@ impl Geometry {
         self.slots == 1
     }
 
-    /// Where a slot's bytes begin in the file.
+    /// The offset of a slot in the file.
     pub(crate) fn slot(&self, slot: u32) -> u64 {
         self.slot_offset + self.slot_stride * u64::from(slot)
     }

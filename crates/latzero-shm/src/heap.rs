@@ -1,16 +1,16 @@
-//! What the process's allocator does with memory that is given back to it.
+//! Makes the process's allocator return freed memory to the system.
 
-/// From this many bytes on, memory comes from the system and goes back to it; it does not stay in
-/// the heap.
+/// Allocations from this many bytes on come directly from the system and are returned to it; they
+/// do not stay in the heap.
 #[cfg(target_env = "gnu")]
 const LARGE_BYTES: libc::c_int = 512 * 1024;
 
-/// This much may be free at the heap's end before it goes back.
+/// How many bytes may be free at the heap's end before they are returned.
 #[cfg(target_env = "gnu")]
 const FREE_BYTES_MAX: libc::c_int = 8 * 1024 * 1024;
 
-/// Returns freed memory to the system, as far as the allocator can be told so. The GNU allocator
-/// learns from large buffers that are freed to keep up to 64 MiB that nobody holds (mallopt(3),
+/// Makes the allocator return freed memory to the system, if it has such settings. After large
+/// buffers were freed, the GNU allocator otherwise keeps up to 64 MiB of unused memory (mallopt(3),
 /// `M_MMAP_THRESHOLD`).
 pub fn give_back() {
     #[cfg(target_env = "gnu")]

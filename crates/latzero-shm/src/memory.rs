@@ -1,5 +1,5 @@
-//! The memory that the algorithm works on: words that are loaded and stored one by one, and bytes
-//! that are copied.
+//! The memory that the algorithm uses: words that are loaded and stored one by one, and bytes that
+//! are copied.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -15,14 +15,14 @@ pub enum Fault {
     /// The file is shorter than the block.
     #[error("its file was shortened")]
     Short,
-    /// A word says what can't be.
+    /// A word has an impossible value.
     #[error("its {0} is invalid")]
     Corrupt(&'static str),
 }
 
 /// A block's bytes, which other processes may change at any time.
 ///
-/// Offsets are in bytes from the file's begin; those of words are multiples of eight.
+/// Offsets are in bytes from the start of the file; those of words are multiples of eight.
 pub trait Memory {
     /// Loads a word.
     ///
@@ -56,7 +56,7 @@ pub trait Memory {
     /// # Errors
     /// If they can't be read or written.
     fn copy(&self, from: u64, to: u64, length: u64) -> Result<(), Fault> {
-        // Through memory of one's own, in pieces that stay in the processor's cache.
+        // Through private memory, in pieces that stay in the processor's cache.
         let mut piece = vec![0; usize::try_from(length.min(128 * 1024)).expect("it was bounded")];
         let mut done = 0;
         while done < length {

@@ -26,7 +26,7 @@ impl Custodian {
     /// If it is no sealed memory, no block, or can't be opened for writing.
     pub fn from_fd(offered: &OwnedFd) -> Result<Custodian, OpenError> {
         let stat = fstat(offered).map_err(io::Error::from)?;
-        // Only memory can be sealed: what is no memfd is refused here, whatever it is.
+        // Only a memfd can be sealed, so everything else is refused here.
         let needed = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         let seals = fcntl_get_seals(offered).map_err(io::Error::from)?;
         let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
@@ -50,13 +50,12 @@ impl Custodian {
         Ok(Custodian::of(file, Some(header), description))
     }
 
-    /// After the end of the machine: makes the newest version whose checksum holds the newest one,
-    /// which is the one that was flushed last or a later one. What was written since may have
-    /// reached the disk in part. Returns the version. This may be done again, wherever it was
-    /// interrupted.
+    /// After a reboot or power loss: makes the newest version with a correct checksum the current
+    /// one, which is the last flushed version or a later one. Later writes may have reached the
+    /// disk only in part. Returns the version. If this is interrupted, it can be repeated.
     ///
     /// # Errors
-    /// If no version checks out, though one was flushed; or the file can't be read.
+    /// If no version is valid although one was flushed; or the file cannot be read.
     pub fn recover(&self) -> Result<u64, Fault> {
         let geometry = &self.description.geometry;
         if geometry.spares == 0 {
@@ -75,14 +74,14 @@ impl Custodian {
         if newest.version == 0 && spares::named(&self.memory, at::FLUSHED)?.version > 0 {
             return Err(Fault::Corrupt(NOTHING_HOLDS));
         }
-        // What was never flushed is as it was made: that was on the disk before anybody heard of
-        // it.
+        // A block that was never flushed is in its initial state, which was on disk before anybody
+        // could use it.
         spares::restart_from(&self.memory, geometry, newest)?;
         Ok(newest.version)
     }
 
-    /// Of a block that is written in place: the copy that was flushed last takes the place of what
-    /// is there, unless that is the same.
+    /// For a block that is written in place: the copy that was flushed last replaces the content,
+    /// unless they are equal.
     fn recover_copy(&self) -> Result<u64, Fault> {
         let (memory, geometry) = (&self.memory, &self.description.geometry);
         let mut newest: Option<(u64, Head)> = None;
@@ -105,9 +104,9 @@ impl Custodian {
         Ok(version)
     }
 
-    /// Whether a slot's checksum holds for its content as that of `version`. That its writer was
-    /// done is not asked: who took it for another version, and wrote none of it yet, changed
-    /// nothing but its sequence.
+    /// Whether a slot's checksum is correct for its content as `version`. It is not checked whether
+    /// its writer was done: a writer that took the slot for another version, but has not written to
+    /// it yet, has only changed its sequence.
     fn checks_out(&self, slot: u32, version: u64) -> Result<bool, Fault> {
         let sum = self.memory.load(at::slot(slot) + at::CHECKSUM, Relaxed)?;
         if version >= slots::VERSION_MAX || sum & slots::SUMMED == 0 {
@@ -151,7 +150,7 @@ impl Custodian {
         Ok(newest.version)
     }
 
-    /// After a restart of only the server: cancels a flush that was in progress.
+    /// After a restart of the server without a reboot: cancels a flush that was in progress.
     ///
     /// # Errors
     /// If the file can't be written.

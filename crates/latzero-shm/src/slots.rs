@@ -18,23 +18,24 @@ use crate::memory::{Fault, Memory};
 
 pub(crate) mod spares;
 
-/// How often, and for how long, a reader begins again before it says that the block is contended.
+/// How many times, and for how long, a reader tries again before it reports that the block is
+/// contended.
 const TRIES: u32 = 64;
 const TIMEOUT: Duration = Duration::from_millis(50);
 
-/// How many bytes a reader that must not wait copies before it says so, and how often it copies at
-/// least.
+/// How many bytes a reader that must not wait copies before it reports that, and how many times it
+/// copies at least.
 const UNWAITED_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const UNWAITED_TRIES_MIN: u64 = 3;
 
-/// Versions stay below this: a writer at a million versions a second gets there in two thousand
+/// Versions stay below this: a writer with a million versions per second reaches it in two thousand
 /// years.
 pub(crate) const VERSION_MAX: u64 = (1 << 56) - 1;
 
 /// Set in the word of a slot's checksum if it has one.
 pub(crate) const SUMMED: u64 = 1 << 32;
 
-/// What a slot says it holds while its content is that of no version.
+/// The version of a slot whose content belongs to no version.
 const SPOILT: u64 = u64::MAX;
 
 /// Why a read failed.
@@ -49,12 +50,12 @@ pub enum ReadError {
     /// No consistent version could be read because of frequent writes.
     #[error("the block is written too often to read a consistent version")]
     Contended,
-    /// The memory or file is not what it should be.
+    /// The memory or file is invalid.
     #[error(transparent)]
     Fault(#[from] Fault),
 }
 
-/// Why a write failed. Readers see the version from before.
+/// Why a write failed. Readers see the previous version.
 #[derive(Debug, Error)]
 pub enum WriteError {
     /// The bytes lie outside the block.
@@ -70,7 +71,7 @@ pub enum WriteError {
     /// is writing.
     #[error("another write is in progress; try again later")]
     Contended,
-    /// The lock under which this was written is held no longer.
+    /// The lock for this write is no longer held.
     #[error("the lock for this write is no longer held")]
     LeaseLost,
     /// The block is attached read-only.
@@ -108,12 +109,12 @@ impl Head {
     };
 }
 
-/// How long a reader tries again while writers are in its way.
+/// How long a reader tries again while writers interfere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wait {
     /// For some milliseconds.
     Wait,
-    /// A few times at once: others wait for this thread.
+    /// A few times without waiting, because others wait for this thread.
     Hurry,
 }
 
@@ -182,7 +183,7 @@ pub(crate) fn consistent<M: Memory>(
     loop {
         let head = head(memory, geometry)?;
         if geometry.is_raw() {
-            // Written in place, and there even before the first version is.
+            // Written in place, so the content exists even before the first version.
             copy(Some(geometry.slot(0)))?;
             return Ok(head.version);
         }
@@ -207,10 +208,10 @@ pub(crate) fn consistent<M: Memory>(
     }
 }
 
-/// The sequence number of the head's slot, if that is whole and holds the head's version.
+/// The sequence number of the head's slot, if that is complete and holds the head's version.
 ///
-/// A slot that holds a later version is one that the head is about to name, or never will, where
-/// its writer died: what stands there is no version before the head says so.
+/// If the slot holds a later version, the head is about to name it, or never will if its writer
+/// died: it is not a version before the head names it.
 pub(crate) fn settled<M: Memory>(memory: &M, head: &Head) -> Result<Option<u64>, Fault> {
     let words = at::slot(head.slot);
     let sequence = memory.load(words + at::SEQUENCE, Acquire)?;
@@ -230,8 +231,8 @@ pub(crate) fn is_untouched<M: Memory>(memory: &M, slot: u32, sequence: u64) -> R
 /// Maximum number of separate ranges of a slot; further ones are merged with the last one.
 const RANGES_MAX: usize = 8;
 
-/// Which bytes of a slot are older than the newest version, in ranges apart from each other. An
-/// empty range is none.
+/// Which bytes of a slot are older than the newest version, in separate ranges. An empty range is
+/// none.
 #[derive(Debug, Clone, Copy, Default)]
 struct Lag([(u64, u64); RANGES_MAX]);
 
@@ -248,7 +249,7 @@ impl Lag {
         self.0.into_iter().filter(|(from, to)| from < to)
     }
 
-    /// Adds a range; what it touches becomes one with it.
+    /// Adds a range; it is merged with the ranges that it touches.
     fn add(&mut self, range: (u64, u64)) {
         if range.0 >= range.1 {
             return;
@@ -281,10 +282,10 @@ pub struct Draft {
     slot: u32,
     sequence: u64,
     head: Head,
-    /// What was changed against the version before: the first byte and the end.
+    /// The range that differs from the previous version: the first byte and the end.
     changed: Option<(u64, u64)>,
-    /// What of the slot is still older than the version before. It is brought up to date when that
-    /// turns out to be needed: what is written over need not be copied first.
+    /// The parts of the slot that are older than the previous version. They are copied only when
+    /// needed: bytes that are overwritten need not be copied first.
     lag: Lag,
 }
 
@@ -295,7 +296,7 @@ pub struct Draft {
 pub fn begin<M: Memory>(memory: &M, geometry: &Geometry) -> Result<Draft, Fault> {
     let head = head(memory, geometry)?;
     if head.version + 1 >= VERSION_MAX {
-        // A writer said so; no block gets there by being written.
+        // A writer stored this value; normal writes never reach it.
         return Err(Fault::Corrupt("version"));
     }
     if geometry.spares > 0 && !geometry.is_raw() {
@@ -307,7 +308,7 @@ pub fn begin<M: Memory>(memory: &M, geometry: &Geometry) -> Result<Draft, Fault>
         (head.slot + 1) % geometry.slots
     };
     let words = at::slot(slot);
-    // A slot left odd by a writer that died is begun again.
+    // A slot that a dead writer left odd is started again.
     let sequence = memory.load(words + at::SEQUENCE, Relaxed)? & !1;
     let mut draft = Draft {
         geometry: *geometry,
@@ -327,7 +328,7 @@ pub fn begin<M: Memory>(memory: &M, geometry: &Geometry) -> Result<Draft, Fault>
 }
 
 impl Draft {
-    /// Brings the slot up to the newest version, where it still lags behind.
+    /// Brings the outdated parts of the slot up to the newest version.
     fn catch_up<M: Memory>(&mut self, memory: &M) -> Result<(), Fault> {
         let lag = std::mem::take(&mut self.lag);
         if lag.ranges().next().is_none() {
@@ -363,7 +364,7 @@ impl Draft {
         memory.copy(source + from, target + from, to - from)
     }
 
-    /// Takes what is about to be written over from what lags behind.
+    /// Removes a range that is about to be overwritten from the outdated parts.
     fn make_way<M: Memory>(&mut self, memory: &M, (a, b): (u64, u64)) -> Result<(), Fault> {
         for i in 0..self.lag.0.len() {
             let (from, to) = self.lag.0[i];
@@ -372,8 +373,8 @@ impl Draft {
                 (true, true) => (0, 0),
                 (true, false) => (b, to),
                 (false, true) => (from, a),
-                // In its midst: the shorter side is copied now, the longer one may yet be written
-                // over.
+                // In the middle of it: the shorter side is copied now, the longer one may still be
+                // overwritten.
                 (false, false) if a - from < to - b => {
                     self.update_slot(memory, (from, a))?;
                     (b, to)
@@ -396,8 +397,8 @@ impl Draft {
         Ok(())
     }
 
-    /// Which bytes of the slot are older than the newest version; all of them where that can't be
-    /// told. A slot that was never written holds zeros, which is version 0.
+    /// Which bytes of the slot are older than the newest version; all of them if that is unknown. A
+    /// slot that was never written holds zeros, which is version 0.
     fn lag<M: Memory>(&self, memory: &M, holds: u64) -> Result<Lag, Fault> {
         let all = Lag::all(&self.geometry);
         if holds > self.head.version || self.head.version - holds >= u64::from(self.geometry.slots)
@@ -455,8 +456,9 @@ impl Draft {
         Ok(Some(range))
     }
 
-    /// Leaves it to the caller to bring the slot up to date: from here on reads give what the slot
-    /// itself holds. Gives whether that is all of one published version; else it is anything.
+    /// Leaves it to the caller to bring the slot up to date: from here on reads return the content
+    /// of the slot itself. Returns whether that is one complete published version; if not, it may
+    /// be anything.
     ///
     /// # Errors
     /// If the memory or file is not what it should be.
@@ -505,8 +507,8 @@ impl Draft {
         Ok(())
     }
 
-    /// Makes `length` bytes ready to be written from outside; where they lie in `memory`. With
-    /// `keeps` the whole slot begins as the version before.
+    /// Prepares `length` bytes for writing from outside; returns their position in `memory`. With
+    /// `keeps` the whole slot starts as a copy of the previous version.
     ///
     /// # Errors
     /// As [`WriteError`] says.
@@ -550,8 +552,8 @@ impl Draft {
         Ok(())
     }
 
-    /// Lets readers see it. `stamp` is kept beside it: the fence it was written under, and the
-    /// time.
+    /// Publishes it to readers. `stamp` is stored with it: the fence that it was written under, and
+    /// the time.
     ///
     /// # Errors
     /// If the memory or file is not what it should be.
@@ -560,7 +562,7 @@ impl Draft {
         self.publish_as(memory, version, stamp)
     }
 
-    /// As [`Draft::publish`], under a version of one's own choice.
+    /// Like [`Draft::publish`], with a given version number.
     ///
     /// # Errors
     /// As [`Draft::publish`].
@@ -621,7 +623,7 @@ pub fn content_checksum<M: Memory>(
     Ok(sum)
 }
 
-/// What is kept beside a version.
+/// What is stored with a version.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Stamp {
     /// The fence of the lock that it was written under.

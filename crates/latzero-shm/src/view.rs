@@ -12,15 +12,15 @@ use crate::mapped::Mapped;
 use crate::memory::{Fault, Memory};
 use crate::slots::{self, ReadError};
 
-/// How often a view is tried before the block counts as contended.
+/// How many times a view is tried before the block counts as contended.
 const TRIES: u32 = 1_000;
 
 impl Attachment {
     /// The newest version in place, without a copy.
     ///
     /// # Errors
-    /// If the block is no sealed memory (a file could be shortened under a pointer into it), or
-    /// is contended.
+    /// If the block is not sealed memory (a file could be shortened under a pointer into it), or is
+    /// contended.
     pub fn view(&self) -> Result<View<'_>, ReadError> {
         let Bytes::Mapped(mapped) = &self.bytes else {
             return Err(ReadError::Fault(Fault::Io(io::Error::new(
@@ -36,8 +36,8 @@ impl Attachment {
             let (slot, sequence) = if geometry.is_raw() {
                 (0, Some(0))
             } else if head.version == 0 {
-                // The slot that is written last: zeros still, while the first version may be under
-                // way in the first.
+                // The slot that is written last: it still contains zeros, while the first version
+                // may be in progress in the first slot.
                 let slot = geometry.slots - 1;
                 (
                     slot,
@@ -96,7 +96,7 @@ pub struct OwnedView {
 }
 
 impl OwnedView {
-    /// The same, borrowed.
+    /// The same version, borrowed.
     #[must_use]
     pub fn get(&self) -> View<'_> {
         let Bytes::Mapped(mapped) = &self.attachment.bytes else {
@@ -113,15 +113,15 @@ impl OwnedView {
         }
     }
 
-    /// Whether the block has moved on to a newer generation, or is gone: then nothing will be
-    /// written here any more.
+    /// Whether the block has a newer generation, or was removed: then nothing will be written here
+    /// any more.
     #[must_use]
     pub fn is_stale(&self) -> bool {
         self.attachment.state() != State::Live
     }
 }
 
-/// A version in place. What is read through it is only to be trusted if [`View::is_valid`] says so
+/// A version in place. What was read through it is only valid if [`View::is_valid`] says so
 /// afterwards.
 #[derive(Debug, Clone, Copy)]
 pub struct View<'a> {
@@ -141,7 +141,7 @@ enum Source<'a> {
 }
 
 impl<'a> View<'a> {
-    /// A version that was copied out.
+    /// A copy of a version.
     #[must_use]
     pub fn of_copy(bytes: &'a [u8], version: u64) -> View<'a> {
         View {

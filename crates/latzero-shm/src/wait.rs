@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use crate::attachment::{Attachment, Bytes, on};
 use crate::format::{State, at};
 
-/// The longest single sleep of a wait: a change that comes without a wake-up is seen after it.
+/// The longest single sleep of a wait: a change without a wakeup is noticed after it.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
 
-/// How long to sleep between looks if there is no futex.
+/// How long to sleep between checks if there is no futex.
 const GLANCE: Duration = Duration::from_millis(20);
 
 /// What ended a wait.
@@ -17,11 +17,11 @@ const GLANCE: Duration = Duration::from_millis(20);
 pub enum Waited {
     /// There is a newer version: this one.
     Newer(u64),
-    /// A newer generation took the block's place: attach again.
+    /// A newer generation replaced the block: attach again.
     Superseded,
     /// The block was removed.
     Closed,
-    /// The time ends.
+    /// The time ended.
     TimedOut,
 }
 
@@ -29,18 +29,19 @@ impl Attachment {
     /// Waits until there is a version newer than `beyond`, without the server.
     ///
     /// A persistent block's file is not read through a mapping, but its first page is mapped for
-    /// the futex's address; where the file was shortened, the kernel refuses to sleep there and the
-    /// block is looked at 50 times a second instead.
+    /// the futex's address. If the file was shortened, the kernel refuses to sleep there, and the
+    /// block is checked 50 times a second instead.
     #[must_use]
     pub fn wait(&self, beyond: u64, timeout: Option<Duration>) -> Waited {
-        // A time too far off to be told is for ever.
+        // A time that overflows means forever.
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let page = match &self.bytes {
             Bytes::Mapped(mapped) => Some(mapped),
             Bytes::File(file) => file.page(),
         };
         loop {
-            // Read before what it announces, so that a change in between ends the sleep at once.
+            // Read before the state that it announces, so that a change in between ends the sleep
+            // at once.
             let seen = on!(&self.bytes, memory => memory.load_half(at::NOTIFY)).unwrap_or(0);
             let version = self.version();
             if version > beyond {

@@ -77,10 +77,10 @@ impl Writing {
         on!(&self.turn.0.bytes, memory => draft.fill(memory, offset, length, byte))
     }
 
-    /// Leaves it to the caller to bring the version up to date with the one before it: from here on
-    /// [`Writing::read_into`] gives what lies where this version is written. Gives whether that is
-    /// all of some version that was published; else it is anything. For content that knows by
-    /// itself which parts differ, in a block with snapshots.
+    /// Leaves it to the caller to bring the version up to date: from here on [`Writing::read_into`]
+    /// returns the content of the slot that is written. Returns whether that is one complete
+    /// published version; if not, it may be anything. For a block with snapshots whose content
+    /// itself shows which parts differ.
     ///
     /// # Errors
     /// As [`WriteError`] says.
@@ -95,8 +95,9 @@ impl Writing {
         matches!(self.turn.0.bytes, Bytes::Mapped(_))
     }
 
-    /// Makes `length` bytes from `offset` on ready to be written in place. With `keeps` they begin
-    /// as the version before; else they hold old bytes of any kind, and all must be written.
+    /// Prepares `length` bytes from `offset` on for writing in place. With `keeps` they start as a
+    /// copy of the previous version; otherwise they contain arbitrary old bytes, and all of them
+    /// must be written.
     ///
     /// # Errors
     /// As [`WriteError`] says; [`WriteError::ReadOnly`] if the bytes are not mapped.
@@ -119,7 +120,8 @@ impl Writing {
         self.draft.version()
     }
 
-    /// Reads bytes of this version: what was written, and else what the one before has.
+    /// Reads bytes of this version: what was written, and elsewhere the content of the previous
+    /// one.
     ///
     /// # Errors
     /// As [`ReadError`] says.
@@ -144,8 +146,8 @@ impl Writing {
     }
 }
 
-/// Bytes of a version in progress, in place. They stay mapped for as long as this exists; whoever
-/// writes them after the version was published or dropped changes what readers see.
+/// Bytes of a version in progress, in place. They stay mapped for as long as this exists. Writing
+/// them after the version was published or dropped changes what readers see.
 #[derive(Debug, Clone)]
 pub struct Exposed {
     attachment: Arc<Attachment>,

@@ -73,7 +73,7 @@ struct Job {
     n: u64,
 }
 
-/// A call, and what became of it.
+/// A call and its result.
 #[derive(Debug)]
 struct Call {
     app: &'static str,

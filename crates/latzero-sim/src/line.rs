@@ -102,7 +102,7 @@ pub enum Event {
     Handling {
         /// Who sent it.
         peer: Peer,
-        /// The frame's JSON, as it came.
+        /// The frame's JSON, as received.
         json: Vec<u8>,
         /// The frame's raw bytes.
         attachment: Option<Vec<u8>>,
@@ -233,7 +233,7 @@ impl Observer {
         }
     }
 
-    /// Every connection ends at once, and nobody is told.
+    /// Ends every connection at once, without notifying anybody.
     pub(crate) fn crash(&mut self, rows: &Rows) {
         self.totals.calls_ended = self.totals.calls_started;
         self.note(Event::Restarted(Box::new(rows.clone())));

@@ -74,7 +74,7 @@ impl Rows {
     }
 }
 
-/// Who hears what became of a row.
+/// Who is notified of the result of storing a row.
 #[derive(Debug, Clone)]
 pub(crate) enum Promised {
     Session(Peer),
@@ -82,7 +82,7 @@ pub(crate) enum Promised {
     Answer(PoolName, u64),
 }
 
-/// The disk, and what is on its way to it.
+/// The disk, and the writes in progress.
 #[derive(Debug, Default)]
 pub(crate) struct Store {
     pub(crate) rows: Rows,
@@ -116,7 +116,7 @@ impl Store {
         Some((promise, !self.is_failing))
     }
 
-    /// What is on its way is lost; what is written stays.
+    /// Writes in progress are lost; completed ones stay.
     pub(crate) fn crash(&mut self) {
         self.waiting.clear();
         self.is_holding = false;

@@ -27,7 +27,7 @@ use crate::schema::{self, SCHEMA_VERSION};
 use crate::store::Store;
 use crate::{BACKUPS, open::Contents};
 
-/// What only backups have; a restored database leaves these tables out.
+/// Tables that only backups have; they are not restored.
 pub(crate) const OWN_TABLES: [&str; 3] = ["backup_info", "block_files", "block_chunks"];
 
 const TEMPORARY: &str = ".tmp-";
@@ -39,12 +39,12 @@ pub struct Backup {
     conn: Connection,
 }
 
-/// What a backup holds.
+/// The contents of a backup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Summary {
     /// The schema of its records.
     pub schema: i64,
-    /// When it was made, unix ms.
+    /// When it was created, unix ms.
     pub made: i64,
     /// How many apps.
     pub apps: u64,
@@ -54,11 +54,11 @@ pub struct Summary {
     pub blocks: u64,
     /// How many parked calls.
     pub calls: u64,
-    /// How many kept answers.
+    /// How many stored answers.
     pub answers: u64,
     /// How many blocks with their bytes.
     pub block_files: u64,
-    /// Bytes of these.
+    /// The total size of these blocks in bytes.
     pub block_bytes: u64,
 }
 
@@ -184,7 +184,7 @@ pub(crate) fn alone(path: &Path) -> Result<String, BackupError> {
     Ok(uri + "?immutable=1")
 }
 
-/// Opens a backup for reading; [`Backup::verify`] tells whether it is good.
+/// Opens a backup for reading; [`Backup::verify`] checks it.
 pub fn open_backup(path: &Path) -> Result<Backup, BackupError> {
     files::check_regular(path).map_err(|error| BackupError::file("open", path, error))?;
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
@@ -286,7 +286,8 @@ impl Backup {
         Ok(found)
     }
 
-    /// What is in it that is in no backup of this program: before anything of it is used.
+    /// Checks a backup for objects that a backup of this program does not have, before anything of
+    /// it is used.
     fn find_foreign(&self, version: i64) -> rusqlite::Result<Option<String>> {
         let own = OWN_TABLES.map(|name| ("table".to_owned(), name.to_owned()));
         let known = schema::objects_of(version)?;
@@ -330,7 +331,7 @@ pub(crate) fn remove_temporary(path: &Path) {
     }
 }
 
-/// Removes what a process that died left unfinished. These were never backups.
+/// Removes incomplete files of a process that died, which were never backups.
 pub(crate) fn remove_leftovers(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
@@ -415,7 +416,7 @@ fn unshare(conn: &Connection) -> rusqlite::Result<()> {
     )
 }
 
-/// Notes the checksum, checks the copy, and syncs it.
+/// Stores the checksum, checks the copy, and syncs it.
 pub(crate) fn finish(temporary: &Path, faults: &Faults) -> Result<(), BackupError> {
     let failed = |step| move |error| BackupError::sqlite(step, temporary, error);
     let conn = connect(temporary).map_err(failed("open"))?;

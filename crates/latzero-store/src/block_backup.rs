@@ -1,4 +1,4 @@
-//! The bytes of persistent blocks in a backup, in pieces, so that a large block never has to fit in
+//! The bytes of persistent blocks in a backup, in pieces, so that a large block need not fit into
 //! memory.
 
 use std::io::{self, Read};
@@ -10,7 +10,7 @@ use crate::checksum::Crc;
 /// Bytes in one row.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// What a backup says of a block, besides its bytes.
+/// The description of a block in a backup, without its bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockHead {
     /// The block's pool.
@@ -25,7 +25,7 @@ pub struct BlockHead {
     pub size: u64,
     /// Its slots.
     pub slots: u32,
-    /// What else is needed to make it again; opaque here.
+    /// The other data that is needed to recreate it, which is opaque here.
     pub description: Vec<u8>,
 }
 

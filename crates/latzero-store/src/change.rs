@@ -16,7 +16,8 @@ pub enum RowChange {
         /// What, as the row has it.
         watches: String,
     },
-    /// An app was here at `last_seen` (unix ms). The latest word counts; an unknown app is ignored.
+    /// An app was last connected at `last_seen` (unix ms). The latest value counts; an unknown app
+    /// is ignored.
     SeenApp {
         /// Which app.
         app_id: String,
@@ -28,9 +29,9 @@ pub enum RowChange {
         /// Which app.
         app_id: String,
     },
-    /// Says whose an AppID is.
+    /// Sets the owner of an AppID.
     PutBinding(BindingRow),
-    /// An AppID has no owner any more.
+    /// Removes the owner of an AppID.
     RemoveBinding {
         /// Which.
         app_id: String,
@@ -39,8 +40,7 @@ pub enum RowChange {
     PutPool(PoolRow),
     /// Adds or replaces the descriptor of one epoch of a pool.
     PutDescriptor(DescriptorRow),
-    /// Removes a pool and its descriptors; its blocks, calls and answers are the caller's to
-    /// remove.
+    /// Removes a pool and its descriptors; the caller removes its blocks, calls and answers.
     RemovePool {
         /// Which pool.
         name: String,
@@ -68,7 +68,7 @@ pub enum RowChange {
         /// The call's number.
         number: u64,
     },
-    /// Keeps an answer and removes the call that it ends, both or neither.
+    /// Stores an answer and removes the call that it ends, both or neither.
     PutAnswer {
         /// The answer.
         answer: AnswerRow,
@@ -89,10 +89,10 @@ pub enum RowChange {
     },
 }
 
-/// What a change is about. A later eventual change replaces an earlier one of the same key.
+/// The key of a change. A later eventual change replaces an earlier one with the same key.
 ///
-/// The parts of a row that change alone have keys of their own: they follow the row's own change
-/// and never replace it.
+/// Parts of a row that change separately have separate keys: they follow the change of the row and
+/// never replace it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Key {
     App(String),
@@ -108,14 +108,14 @@ pub(crate) enum Key {
     Setting(String),
 }
 
-/// How readily an eventual change is given up when too many wait.
+/// Which eventual changes are dropped first when too many wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Worth {
-    /// A time that the next sight of the app brings again.
+    /// A time that is stored again the next time that the app is seen.
     Seen,
     /// A count that is only a hint to handlers.
     Attempt,
-    /// Never given up: the newcomer is refused instead.
+    /// Never dropped: the new change is refused instead.
     Kept,
 }
 

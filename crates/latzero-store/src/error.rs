@@ -7,12 +7,12 @@ use rusqlite::ErrorCode;
 
 use crate::location::Missing;
 
-/// Why a change, a backup or a check did not happen. Cheap to clone, because one reason goes to
-/// many tickets.
+/// Why a change, a backup or a check failed. Cheap to clone, because one error is reported for many
+/// tickets.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
-    /// The disk did not take the transaction. It was rolled back; after a crash at this moment it
-    /// may still turn up whole.
+    /// The transaction could not be written. It was rolled back; after a crash at this moment it
+    /// may still exist completely.
     #[error("the store could not {step}: {reason}; {advice}")]
     Disk {
         /// What was being done.
@@ -22,8 +22,7 @@ pub enum StoreError {
         /// What to do.
         advice: &'static str,
     },
-    /// This change cannot be stored as it is; others were not affected. Sending it again will not
-    /// help.
+    /// This change cannot be stored; others are not affected. Repeating it does not help.
     #[error("cannot store {what}: {reason}; correct the value")]
     Refused {
         /// Which record.
@@ -39,10 +38,10 @@ pub enum StoreError {
     Backup(Arc<BackupError>),
 }
 
-/// Why a change was not taken in.
+/// Why a change was not accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
-    /// Too many changes wait: the disk is slower than the changes come, or refuses.
+    /// Too many changes wait, because the disk is slower than the changes arrive, or fails.
     #[error(
         "the store's queue is full: {max} {what} changes are waiting; try again later, and check \
          the disk"
@@ -93,12 +92,12 @@ pub enum BackupError {
         findings: String,
     },
     /// The target exists.
-    #[error("{} already exists; choose another file, or move it away", path.display())]
+    #[error("{} already exists; choose another file, or move the existing one", path.display())]
     Exists {
         /// Which file.
         path: PathBuf,
     },
-    /// A block gave other bytes than it announced.
+    /// A block returned another number of bytes than announced.
     #[error("block {block_id} of pool {pool}: announced {announced} bytes, had {found}; try again")]
     BlockLength {
         /// The block's pool.
@@ -110,7 +109,7 @@ pub enum BackupError {
         /// Bytes read; one more than announced stands for "more".
         found: u64,
     },
-    /// A question in SQL can't be answered.
+    /// An SQL query cannot be run.
     #[error("cannot run the query: {0}; only one SELECT within the limits is allowed")]
     Query(String),
     /// The store stopped in the meantime.
@@ -128,7 +127,7 @@ pub enum OpenError {
         /// The version found.
         found: String,
     },
-    /// A newer program made this database.
+    /// A newer version created this database.
     #[error(
         "{} has schema {found}; this version supports up to {known}; start the newer version, or \
          restore a backup `pre-migration-{known}-…` from the directory backups beside it",
@@ -190,7 +189,7 @@ pub enum OpenError {
         /// Why there is no backup.
         reason: Box<BackupError>,
     },
-    /// A backup can't be read or restored.
+    /// A backup cannot be read or restored.
     #[error("{0}")]
     Backup(#[from] BackupError),
     /// The database was damaged, and so is what was restored.
@@ -272,7 +271,7 @@ impl OpenError {
     }
 }
 
-/// Whether the change itself is at fault, so that others of its transaction may continue.
+/// Whether the change itself is invalid, so that others of its transaction may continue.
 pub(crate) fn is_of_the_change(error: &rusqlite::Error) -> bool {
     match error {
         rusqlite::Error::SqliteFailure(failure, _) => matches!(
@@ -284,8 +283,8 @@ pub(crate) fn is_of_the_change(error: &rusqlite::Error) -> bool {
     }
 }
 
-/// Whether the file's contents are at fault: then it is moved aside. Anything else may heal, and
-/// the file stays.
+/// Whether the file's contents are damaged: then it is moved aside. Other problems may be
+/// temporary, and the file stays.
 pub(crate) fn is_damage(error: &rusqlite::Error) -> bool {
     match error {
         rusqlite::Error::SqliteFailure(failure, _) => matches!(

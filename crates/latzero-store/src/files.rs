@@ -10,7 +10,7 @@ use rustix::fs::{CWD, RenameFlags};
 
 use crate::faults::Faults;
 
-/// What belongs to a database besides its own file.
+/// The suffixes of the files that belong to a database.
 pub(crate) const COMPANIONS: [&str; 4] = ["", "-wal", "-shm", "-journal"];
 
 /// `path` with `suffix` at its end.
@@ -46,7 +46,7 @@ pub(crate) fn private_file(path: &Path) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Refuses what is there and no file: a pipe would be waited for, a device do whatever it does.
+/// Refuses anything but a regular file: opening a pipe would block, and a device may do anything.
 pub(crate) fn check_regular(path: &Path) -> io::Result<()> {
     match fs::metadata(path) {
         Ok(found) if found.is_file() => Ok(()),
@@ -82,8 +82,8 @@ pub(crate) fn sync_dir(path: &Path, faults: &Faults) -> io::Result<()> {
 pub(crate) fn rename_new(from: &Path, to: &Path, faults: &Faults) -> io::Result<()> {
     faults.step("rename")?;
     match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // The file system does not know the flag (renameat2(2)): a look before is the best that
-        // there is.
+        // The file system does not support the flag (renameat2(2)), so a check before the rename
+        // has to be enough.
         Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
             if fs::symlink_metadata(to).is_ok() {
                 return Err(io::ErrorKind::AlreadyExists.into());
@@ -105,8 +105,8 @@ pub(crate) fn parent(path: &Path) -> &Path {
 /// Moves a database and its companions aside under `<why>-<unix ms>-<name>`, one time for all of
 /// them.
 ///
-/// Whoever repeats this after a crash moves what is left; the main file goes first, so what is left
-/// is never taken for a whole.
+/// If this is repeated after a crash, it moves the rest. The main file is moved first, so the rest
+/// cannot be mistaken for a complete database.
 pub(crate) fn set_aside(
     database: &Path,
     why: &str,

@@ -6,8 +6,8 @@
 //! failure, or *eventual*: the newest state of a row is kept in memory until it is written.
 //! Everything is read once, at [`open`]; after that the caller's memory is authoritative.
 //!
-//! This crate knows neither connections nor routing: registrations, layouts and envelopes are text
-//! and bytes to it.
+//! This crate knows nothing of connections and routing: registrations, layouts and envelopes are
+//! only text and bytes here.
 //!
 //! No other program may open `data.db` while it is in use: the connection locks it exclusively.
 //! Unsigned numbers are stored in SQLite's signed 64 bits: where order matters, a number above

@@ -10,10 +10,10 @@ use rustix::fs::OFlags;
 use crate::files::{self, with_suffix};
 use crate::{BACKUPS, DATABASE};
 
-/// What is behind the database's name in the name of its mark.
+/// The suffix of the database's mark.
 const MARK: &str = ".mark";
 
-/// Most bytes of a mark that are read: more than a whole one has.
+/// How many bytes of a mark are read at most: more than a complete one has.
 const MARK_BYTES_MAX: u64 = 256;
 
 /// The paths of a store. If `data.db` is a symbolic link, all files of the database are at its
@@ -29,8 +29,7 @@ impl DatabasePath {
         let named = dir.join(DATABASE);
         let is_link = fs::symlink_metadata(&named).is_ok_and(|named| named.is_symlink());
         let database = match is_link {
-            // Where it leads nowhere, this is an error: a database elsewhere is not to be made by
-            // guess.
+            // A dangling link is an error: a database must not be created at a guessed path.
             true => fs::canonicalize(&named)?,
             false => named,
         };
@@ -58,7 +57,7 @@ impl DatabasePath {
     }
 }
 
-/// What a name in the file system leads to.
+/// The file that a name refers to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Identity {
     dev: u64,
@@ -75,11 +74,10 @@ impl Identity {
     }
 }
 
-/// What is no longer where it was.
+/// What was moved or removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Missing {
-    /// The directory. It may have been moved, or its disk unmounted: making another one would hide
-    /// it.
+    /// The directory. It may have been moved, or its disk unmounted: a new directory would hide it.
     Directory,
     /// The database or its log, in an existing directory. Both can be recreated.
     Database,
@@ -96,8 +94,8 @@ impl Missing {
     }
 }
 
-/// Knows the files of an open database again. A commit to a file without its name is lost at the
-/// next start.
+/// The identity of the files of an open database. A commit to a file that has lost its name is lost
+/// at the next start.
 #[derive(Debug)]
 pub(crate) struct Guard {
     place: DatabasePath,
@@ -108,7 +106,7 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    /// Of a database that was opened just now.
+    /// The files of a database that was just opened.
     pub(crate) fn new(place: DatabasePath) -> io::Result<Self> {
         Ok(Self {
             dir: Identity::of(place.home())?,
@@ -122,7 +120,7 @@ impl Guard {
         &self.place
     }
 
-    /// Something was committed just now, so that there is a log.
+    /// Something was just committed, so there is a log.
     pub(crate) fn note_log(&mut self) {
         if self.log.is_none() {
             self.log = Identity::of(&with_suffix(self.place.database(), "-wal")).ok();
@@ -146,9 +144,9 @@ impl Guard {
     }
 }
 
-/// How many commits a database has had, beside it: a database that has had fewer lost some. Written
-/// after each commit without an fsync, so that it costs nothing; after a loss of power it may be
-/// older than the database, which says nothing.
+/// A file beside the database with its number of commits: a database with fewer has lost some. It
+/// is written after each commit without an fsync, so that it costs nothing; after a power loss it
+/// may be older than the database, which means nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mark {
     /// Which database.
@@ -157,7 +155,7 @@ pub(crate) struct Mark {
 }
 
 impl Mark {
-    /// The mark that the last run left, if it left one that makes sense.
+    /// The mark of the last run, if there is a valid one.
     pub(crate) fn read(path: &Path) -> Option<Self> {
         let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
         let file = OpenOptions::new().read(true).custom_flags(flags).open(path);
@@ -174,7 +172,7 @@ impl Mark {
     }
 
     fn encode(&self) -> String {
-        // As long as any other, so that one write replaces it whole.
+        // All marks have the same length, so that one write replaces the whole mark.
         format!("{} {:020}\n", self.id, self.commits)
     }
 }
@@ -184,7 +182,7 @@ impl Mark {
 pub(crate) struct MarkFile(Option<File>);
 
 impl MarkFile {
-    /// Opens it, over whatever lay there. A disk that refuses leaves the database without a mark.
+    /// Opens it and replaces what was there. If the disk fails, the database has no mark.
     pub(crate) fn open(path: &Path) -> Self {
         let is_file = fs::symlink_metadata(path).is_ok_and(|found| found.is_file());
         if !is_file {

@@ -1,4 +1,4 @@
-//! Opens the database: what must hold before the first record is read, and what happens otherwise.
+//! Opens the database: the checks before the first record is read, and what happens if they fail.
 //!
 //! A database that was closed cleanly since the last boot is trusted. Otherwise it is checked,
 //! after a reboot completely. A damaged one is moved aside, never deleted, and the newest valid
@@ -30,14 +30,14 @@ use crate::store::{State, Store, StoreState};
 use crate::writer;
 use crate::{BACKUPS, DATABASE};
 
-/// An open store, and what was in it.
+/// An open store and its contents.
 #[derive(Debug)]
 pub struct Opened {
     /// The handle.
     pub store: Store,
     /// All records.
     pub contents: Contents,
-    /// What opening did.
+    /// What was done to open it.
     pub report: Report,
 }
 
@@ -54,7 +54,7 @@ pub struct Contents {
     pub calls: Vec<CallRow>,
     /// The kept answers, by number.
     pub answers: Vec<AnswerRow>,
-    /// Whose AppIDs are, by AppID.
+    /// The owners of AppIDs, by AppID.
     pub bindings: Vec<BindingRow>,
     /// The descriptors of encrypted pools, by pool and epoch.
     pub descriptors: Vec<DescriptorRow>,
@@ -62,7 +62,7 @@ pub struct Contents {
     pub settings: Vec<(String, String)>,
 }
 
-/// What opening did.
+/// What was done to open a database.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
     /// Something was lost, or may be: a person should read `texts`.
@@ -71,11 +71,11 @@ pub struct Report {
     pub texts: Vec<String>,
     /// There was no database; this is a new one.
     pub is_new: bool,
-    /// The check that was made: `none`, `quick` or `full`.
+    /// The check that was done: `none`, `quick` or `full`.
     pub checked: &'static str,
-    /// The schema before migrating, if it was an older one.
+    /// The schema before the migration, if it was older.
     pub migrated_from: Option<i64>,
-    /// The backup that took the place of a damaged database.
+    /// The backup that replaced a damaged database.
     pub restored_from: Option<PathBuf>,
 }
 
@@ -96,7 +96,7 @@ pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
     // reported again.
     let mark_open = "UPDATE store_state SET value = 'open' WHERE key = 'run' AND value = ?1";
     if let Err(error) = conn.execute(mark_open, [restore::BY_ITSELF]) {
-        tracing::warn!(%error, "the next start will tell this again");
+        tracing::warn!(%error, "the next start will report this again");
     }
     let shared = Arc::new(StoreState {
         state: Mutex::new(State {
@@ -112,7 +112,7 @@ pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
             refused: 0,
             rebuilt: 0,
             is_probed: false,
-            // The last one made, whatever the clock said at that time.
+            // The last one, whatever the clock showed at that time.
             last_backup: retention::list(&data_dir.join(BACKUPS))
                 .last()
                 .map(|found| found.at * 1000),
@@ -184,7 +184,7 @@ fn open_files(
 
 /// Why a database could not be opened as it is.
 enum Trouble {
-    /// Its contents are at fault.
+    /// Its contents are damaged.
     Damage(String),
     Other(OpenError),
 }
@@ -264,7 +264,7 @@ fn try_open(
     }
     let missing = missing_commits(&conn, place, is_blank);
     let check = match missing {
-        // Without the log that belongs to it, a database may be half of one.
+        // Without its log, a database may be incomplete.
         Some(_) => Some(true),
         None => check_needed(&conn, &options.boot_id, had_log),
     };
@@ -293,7 +293,7 @@ fn try_open(
         }
         schema::migrate(&conn, version, faults).map_err(failed("migrate"))?;
         if !is_blank {
-            // What was deleted before `secure_delete` is still in free pages.
+            // Data that was deleted before `secure_delete` was set is still in free pages.
             if let Err(error) = conn.execute_batch("VACUUM") {
                 tracing::warn!(%error, "free pages of data.db may still contain deleted data");
             }
@@ -336,14 +336,14 @@ pub(crate) fn prepare(conn: &Connection, durability: Durability) -> rusqlite::Re
     ))
 }
 
-/// Whether closing leaves the log alone: until a database is known to be good, it may be needed to
-/// look into the damage.
+/// Whether closing keeps the log: until a database is known to be valid, the log may be needed to
+/// examine the damage.
 pub(crate) fn skip_checkpoint_on_close(conn: &Connection, keep: bool) -> rusqlite::Result<()> {
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, keep)
         .map(drop)
 }
 
-/// What the last run left about itself.
+/// What the last run stored about itself.
 pub(crate) fn state(conn: &Connection, key: &str) -> Option<String> {
     conn.query_row(
         "SELECT value FROM store_state WHERE key = ?1",
@@ -388,7 +388,7 @@ fn check_needed(conn: &Connection, boot_id: &str, had_log: bool) -> Option<bool>
     }
 }
 
-/// What SQLite finds wrong; empty when all is well.
+/// The damage that SQLite finds; empty if there is none.
 pub(crate) fn findings(conn: &Connection, full: bool) -> rusqlite::Result<Vec<String>> {
     let check = if full {
         "PRAGMA integrity_check"
@@ -468,7 +468,7 @@ fn back_up_before_migration(
     })
 }
 
-/// Whether the tables have what is read of them.
+/// Whether the tables have all columns that are read.
 pub(crate) fn try_reading(conn: &Connection) -> rusqlite::Result<()> {
     for select in [
         AppRow::select(),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::error::StoreError;
 use crate::faults::Faults;
 
-/// Names a promise; the caller's own number.
+/// Identifies a promise; a number chosen by the caller.
 pub type Ticket = u64;
 
 /// Called with finished tickets after each transaction, on the store's thread. It may take the
@@ -16,7 +16,7 @@ pub type OnDone = Box<dyn FnMut(&mut Vec<(Ticket, Result<(), StoreError>)>) + Se
 /// What a commit waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Durability {
-    /// For the disk (`PRAGMA synchronous=FULL`): what was promised survives power loss.
+    /// For the disk (`PRAGMA synchronous=FULL`): promised changes survive a power loss.
     #[default]
     Full,
     /// For the kernel (`NORMAL`): survives the death of the process; power loss may undo the latest
@@ -31,15 +31,15 @@ pub struct Options {
     /// Maximum changes in one transaction. A larger [`Store::commit`](crate::Store::commit) gets
     /// its own transaction.
     pub group_max: usize,
-    /// Changes with a ticket that may wait; beyond it they are refused at once.
+    /// How many changes with a ticket may wait; further ones are refused at once.
     pub queue_max: usize,
-    /// Eventual changes that may wait. Beyond it the oldest times and attempt counts are dropped,
-    /// then newcomers are refused.
+    /// How many eventual changes may wait. Beyond that the oldest times and attempt counts are
+    /// dropped, then new changes are refused.
     pub retained_max: usize,
     /// After a failed transaction the next one is tried after this time, then after twice as long,
     /// …
     pub retry_first: Duration,
-    /// … up to this time. A new promise is tried at once, and heals the store for all.
+    /// … up to this time. A new promise is tried at once, and its success ends the pause for all.
     pub retry_max: Duration,
     /// How long files of the database must be missing before they are recreated, because removing a
     /// whole directory takes a moment.
@@ -48,7 +48,7 @@ pub struct Options {
     pub backup_step_pages: i32,
     /// This boot of the machine: the contents of `/proc/sys/kernel/random/boot_id`.
     pub boot_id: String,
-    /// Told what became of promises. It must not wait for the store.
+    /// Called with the results of promises. It must not wait for the store.
     pub on_done: OnDone,
     /// For tests: which step fails.
     #[doc(hidden)]

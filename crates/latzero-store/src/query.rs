@@ -16,16 +16,16 @@ use crate::files;
 use crate::schema;
 use crate::store::Store;
 
-/// Bounds of one question.
+/// The limits of one query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueryLimits {
     /// Bytes of its text.
     pub sql_bytes_max: usize,
-    /// Rows of its answer.
+    /// Rows of its result.
     pub rows_max: usize,
-    /// Bytes of its answer.
+    /// Bytes of its result.
     pub bytes_max: usize,
-    /// Time that it takes.
+    /// Its running time.
     pub time_max: Duration,
 }
 
@@ -40,13 +40,13 @@ impl Default for QueryLimits {
     }
 }
 
-/// Bytes of one value that SQLite makes on the way to an answer: a call's attachment and some more.
+/// Most bytes of one value that SQLite creates during a query: a call's attachment and some more.
 const VALUE_BYTES_MAX: i32 = 64 << 20;
 
-/// SQLite's steps between two looks at the clock.
+/// How many steps SQLite runs between two checks of the time.
 const STEPS_PER_LOOK: i32 = 10_000;
 
-/// A value of an answer.
+/// A value in a result.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
     /// No value.
@@ -55,26 +55,26 @@ pub enum Value {
     Integer(i64),
     /// Another number.
     Real(f64),
-    /// A text, in which what is no UTF-8 is replaced.
+    /// Text, in which invalid UTF-8 is replaced.
     Text(String),
     /// Bytes.
     Blob(Vec<u8>),
 }
 
-/// The answer to a question.
+/// The result of a query.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Answer {
     /// The names of its columns.
     pub columns: Vec<String>,
     /// Its rows.
     pub rows: Vec<Vec<Value>>,
-    /// There are more rows than the bounds allow.
+    /// Whether there are more rows than the limits allow.
     pub is_cut: bool,
 }
 
 impl Store {
-    /// Answers one SELECT about the database as it is now. Changes continue in the meantime. For
-    /// worker threads.
+    /// Runs one SELECT on the present database. Changes continue in the meantime. For worker
+    /// threads.
     pub fn query(&self, sql: &str, limits: &QueryLimits) -> Result<Answer, StoreError> {
         let copy = backup::temporary(&self.dir().join(crate::BACKUPS));
         let answer = self
@@ -85,7 +85,7 @@ impl Store {
     }
 }
 
-/// Answers one SELECT about the database in `path`, which no other process may be using.
+/// Runs one SELECT on the database in `path`, which no other process may be using.
 pub fn query(path: &Path, sql: &str, limits: &QueryLimits) -> Result<Answer, BackupError> {
     if sql.len() > limits.sql_bytes_max {
         return Err(BackupError::Query(format!(
@@ -161,7 +161,8 @@ fn value_of(value: ValueRef<'_>, bytes: &mut usize) -> Value {
     }
 }
 
-/// Writes a database, or a backup, as SQL that makes it again. What only backups have is left out.
+/// Writes a database, or a backup, as SQL that recreates it, without the tables that only backups
+/// have.
 pub fn dump(path: &Path, out: &mut dyn Write) -> Result<(), BackupError> {
     let conn = open(path)?;
     let failed = |error| BackupError::sqlite("read", path, error);
@@ -223,8 +224,7 @@ fn dump_rows(
     Ok(Ok(()))
 }
 
-/// Opens a file that nobody else uses, with its log where it has one, so that nothing of it can be
-/// changed by SQL.
+/// Opens a file that nobody else uses, with its log if it has one, so that SQL cannot change it.
 fn open(path: &Path) -> Result<Connection, BackupError> {
     files::check_regular(path).map_err(|error| BackupError::file("open", path, error))?;
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;

@@ -1,4 +1,4 @@
-//! The queue of the writer: promises in order, and for eventual changes the newest of each row.
+//! The queue of the writer: all promises in order, and the newest eventual change of each row.
 //!
 //! All changes share one sequence, so a change is never written before one that was submitted
 //! earlier, unless a newer change of the same row replaced that one. An eventual change that is
@@ -29,7 +29,7 @@ pub(crate) enum Changes {
     Together(Vec<RowChange>),
 }
 
-/// Who learns what became of a job.
+/// Who is notified of the result of a job.
 #[derive(Debug)]
 pub(crate) enum Teller {
     /// Nobody: it is retried until it is written.
@@ -66,7 +66,7 @@ pub(crate) struct Queue {
     jobs: BTreeMap<u64, Job>,
     /// Where the newest eventual change of each row waits.
     newest: HashMap<Key, u64>,
-    /// Eventual changes that may be given up, worst first, oldest first.
+    /// Eventual changes that may be dropped, the least important and oldest first.
     droppable: BTreeSet<(Worth, u64)>,
     sequence: u64,
     promised: usize,
@@ -149,8 +149,8 @@ impl Queue {
         self.eventual_taken = 0;
     }
 
-    /// The disk refused: eventual changes of the batch wait again, in their old places. Promises
-    /// stay in `jobs`, and those that waited join them, for they would only learn the same later.
+    /// The disk failed: eventual changes of the batch wait again, in their old positions. Promises
+    /// stay in `jobs`, together with those that waited, which would only fail later.
     pub(crate) fn put_back(&mut self, jobs: &mut Vec<Job>) {
         let mut promises = Vec::new();
         for job in jobs.drain(..) {
@@ -195,7 +195,7 @@ impl Queue {
         self.eventual + self.eventual_taken
     }
 
-    /// Eventual changes given up for want of room.
+    /// Eventual changes that were dropped because there was no room.
     pub(crate) fn dropped(&self) -> u64 {
         self.dropped
     }
@@ -231,7 +231,7 @@ impl Queue {
         self.insert(change, sequence);
     }
 
-    /// A newer change of its row came; what else it changes must still be written.
+    /// A newer change of its row has arrived; its other changes must still be written.
     fn supersede(&mut self, sequence: u64) {
         let reaches_further = self.jobs.get(&sequence).is_some_and(|job| {
             job.changes
@@ -258,7 +258,7 @@ impl Queue {
         true
     }
 
-    /// Takes a job that left `jobs` out of the counts.
+    /// Removes a job that has left `jobs` from the counts.
     fn forget(&mut self, job: &Job) {
         if job.is_promise() {
             self.promised -= job.len();

@@ -1,8 +1,8 @@
 //! Restores a backup, in steps that each survive a crash.
 //!
 //! The new database is built beside the old one. When it is complete and synced it is renamed to
-//! `data.db.next`, which decides the restore. From then on every start continues where it stopped:
-//! the old files are moved aside, and the new one is renamed.
+//! `data.db.next`, which commits the restore. From then on every start continues an interrupted
+//! restore: the old files are moved aside, and the new one is renamed.
 
 use std::fs;
 use std::io::{self, Read};
@@ -24,20 +24,20 @@ use crate::retention;
 use crate::rows::{BindingRow, Record as _};
 use crate::schema;
 
-/// What is behind the database's name in the name of the one that was decided for.
+/// The suffix of the database to which a restore is committed.
 const NEXT: &str = ".next";
 
-/// How a run ended, as a database says that a person had restored.
+/// The run state of a database that a person has restored.
 const BY_HAND: &str = "restored";
 
-/// As [`BY_HAND`], of one that took a damaged one's place at a start. Until a run begins on it,
-/// starts tell of it.
+/// Like [`BY_HAND`], for a database that replaced a damaged one at a start. Starts report it until
+/// a run uses it.
 pub(crate) const BY_ITSELF: &str = "recovered";
 
-/// What restoring did.
+/// The result of a restore.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Restored {
-    /// What the backup held.
+    /// The contents of the backup.
     pub summary: Summary,
     /// Where the former database's files are now.
     pub set_aside: Vec<PathBuf>,
@@ -46,9 +46,9 @@ pub struct Restored {
 /// Makes `backup` the database of `data_dir`, which no server may be using. The whole backup is
 /// verified first.
 ///
-/// `put_block` gets the bytes of each block before anything is switched; it should write them to a
-/// name of their own, so that a restoring that fails half-way leaves the old blocks alone. The
-/// former database is kept as `replaced-…`.
+/// `put_block` gets the bytes of each block before anything is switched. It should write them under
+/// a separate name, so that a failed restore does not affect the old blocks. The former database is
+/// kept as `replaced-…`.
 pub fn restore(
     backup: &Path,
     data_dir: &Path,
@@ -70,7 +70,7 @@ pub fn restore_with(
     refuse_in_use(place.database())?;
     let backup = open_backup(backup)?;
     backup.verify()?;
-    // Nothing that can fail comes after the switch but the switch itself.
+    // The switch is the last step that can fail.
     let summary = backup.summary()?;
     finish_decided(&place, faults)?;
     let temporary = build(&backup, place.home(), BY_HAND, faults)?;
@@ -96,8 +96,8 @@ pub fn restore_with(
     Ok(Restored { summary, set_aside })
 }
 
-/// Builds the next database from the newest backup that verifies, and decides for it. Tells which
-/// one it was.
+/// Builds the next database from the newest valid backup, and commits the restore. Returns the
+/// backup.
 pub(crate) fn prepare_newest(
     place: &DatabasePath,
     faults: &Faults,
@@ -120,7 +120,7 @@ pub(crate) fn prepare_newest(
     Ok(None)
 }
 
-/// Finishes a restore that was decided before a crash. Returns whether there was one.
+/// Finishes a restore that was committed before a crash. Returns whether there was one.
 pub(crate) fn finish_decided(place: &DatabasePath, faults: &Faults) -> Result<bool, OpenError> {
     let dir = place.home();
     backup::remove_leftovers(dir).map_err(|error| OpenError::file("tidy", dir, error))?;
@@ -131,7 +131,7 @@ pub(crate) fn finish_decided(place: &DatabasePath, faults: &Faults) -> Result<bo
     Ok(true)
 }
 
-/// Sets the old database aside and gives the next one its name.
+/// Moves the old database aside and renames the next one.
 pub(crate) fn switch(
     place: &DatabasePath,
     why: &str,
@@ -141,7 +141,7 @@ pub(crate) fn switch(
     let next = next(place);
     let moved = files::set_aside(database, why, now_ms(), faults)
         .map_err(|error| OpenError::file("set aside", database, error))?;
-    // It counts the commits of the one before.
+    // It counts the commits of the old database.
     let _ = fs::remove_file(place.mark());
     failpoint::reached("restore.set_aside");
     files::rename_new(&next, database, faults)
@@ -151,10 +151,10 @@ pub(crate) fn switch(
     Ok(moved)
 }
 
-/// The schema in which databases say whose AppIDs are.
+/// The first schema with the owners of AppIDs.
 const BINDINGS_SINCE: i64 = 4;
 
-/// The database that was decided for.
+/// The database to which a restore was committed.
 fn next(place: &DatabasePath) -> PathBuf {
     files::with_suffix(place.database(), NEXT)
 }
@@ -169,8 +169,8 @@ fn decide(temporary: &Path, place: &DatabasePath, faults: &Faults) -> Result<(),
     Ok(())
 }
 
-/// Makes a database with the backup's records, without what only backups have, under a temporary
-/// name.
+/// Creates a database with the backup's records, without the tables that only backups have, under a
+/// temporary name.
 fn build(backup: &Backup, dir: &Path, how: &str, faults: &Faults) -> Result<PathBuf, BackupError> {
     let temporary = backup::temporary(dir);
     let built = build_at(&temporary, backup, how, faults);
@@ -180,8 +180,8 @@ fn build(backup: &Backup, dir: &Path, how: &str, faults: &Faults) -> Result<Path
     built.map(|()| temporary)
 }
 
-/// A restoring adds whose AppIDs were, and takes that from nobody: what the database that is
-/// replaced says of it stays. One that can't be read, or is too old to say anything, adds nothing.
+/// Keeps the owners of AppIDs: a restore adds owners but does not remove those in the database that
+/// it replaces. If that database cannot be read, or is too old, it adds none.
 fn carry_bindings(temporary: &Path, replaced: &Path, faults: &Faults) -> Result<(), BackupError> {
     let failed = |error| BackupError::sqlite("add to", temporary, error);
     let is_file = fs::symlink_metadata(replaced).is_ok_and(|metadata| metadata.is_file());
@@ -303,7 +303,7 @@ fn refuse_in_use(database: &Path) -> Result<(), OpenError> {
                 path: database.to_owned(),
             })
         }
-        // Whatever else is wrong with it, it is about to be replaced.
+        // Other problems do not matter, because it is about to be replaced.
         _ => Ok(()),
     }
 }

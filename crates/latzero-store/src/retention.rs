@@ -15,11 +15,11 @@ use crate::calendar::{day_of, parse_stamp, week_of};
 use crate::faults::Faults;
 use crate::files;
 
-/// Digits of a number in a name. One with more is no backup's, so that none comes so high that none
-/// can follow it.
+/// Digits of a number in a name. A name with more digits is not a backup, so that every number has
+/// a successor.
 const NUMBER_DIGITS_MAX: usize = 15;
 
-/// How many backups stay.
+/// How many backups to keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
     /// Days of which the newest backup stays: the last ones that have any.
@@ -28,7 +28,8 @@ pub struct Policy {
     pub weekly: usize,
     /// Backups before a migration that stay.
     pub pre_migration: usize,
-    /// Bytes that should be free on the disk; below it the oldest go, all but the newest good one.
+    /// How many bytes should be free on the disk. Below that the oldest are removed, except the
+    /// newest valid one.
     pub min_free_bytes: u64,
 }
 
@@ -48,7 +49,7 @@ impl Default for Policy {
 pub struct Pruned {
     /// What was removed, oldest first.
     pub removed: Vec<PathBuf>,
-    /// What stays, oldest first.
+    /// What was kept, oldest first.
     pub kept: Vec<PathBuf>,
 }
 
@@ -56,11 +57,11 @@ pub struct Pruned {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Found {
     pub(crate) path: PathBuf,
-    /// Counted up in the directory; 0 in names of earlier versions, which had none.
+    /// Its number, which counts up in the directory; 0 for names of earlier versions without one.
     number: u64,
-    /// Unix seconds, by the clock of that time.
+    /// Its time in unix seconds, by the clock of that time.
     pub(crate) at: i64,
-    /// Behind the date in names of earlier versions.
+    /// A number after the date in names of earlier versions.
     n: u64,
     is_pre_migration: bool,
 }
@@ -77,11 +78,11 @@ pub fn prune(data_dir: &Path, policy: &Policy) -> io::Result<Pruned> {
             ..Pruned::default()
         });
     }
-    // Read whole: what is removed must not turn out to have been the last good one.
+    // Read completely, so that the last valid backup is never removed.
     let is_good =
         |found: &&Found| open_backup(&found.path).is_ok_and(|backup| backup.verify().is_ok());
     let Some(newest_good) = found.iter().rev().find(is_good) else {
-        // Nothing here is known to be good, so nothing here is known to be useless.
+        // No backup is known to be valid, so none is removed.
         let kept = found.into_iter().map(|found| found.path).collect();
         return Ok(Pruned {
             kept,

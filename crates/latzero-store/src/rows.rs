@@ -53,10 +53,10 @@ pub(crate) trait Record: Sized {
     }
 }
 
-/// A new value of a column that has JSON, with blanks behind it to about the length of the old one,
-/// or with room to grow.
+/// A new value of a JSON column, padded with blanks to about the length of the old one, or with
+/// room to grow.
 ///
-/// SQLite rewrites a row, however large, if its size changes; if not, the pages that differ alone.
+/// If the size of a row changes, SQLite rewrites the whole row; if not, only the pages that differ.
 pub(crate) fn with_room(old: &str, new: &str) -> String {
     format!(
         "printf('%-*s', CASE \
@@ -79,7 +79,7 @@ impl ToSql for Ordered {
     }
 }
 
-/// A text without the blanks behind it ([`with_room`]).
+/// Text without the blanks at its end ([`with_room`]).
 fn list(row: &Row<'_>, at: usize) -> rusqlite::Result<String> {
     let mut text: String = row.get(at)?;
     text.truncate(text.trim_end_matches(' ').len());
@@ -102,13 +102,13 @@ pub struct AppRow {
     pub triggers: String,
     /// What it watches and subscribed to, as JSON.
     pub watches: String,
-    /// What it said about itself, as JSON.
+    /// Its metadata, as JSON.
     pub meta: Option<String>,
-    /// The protocol it spoke last.
+    /// The protocol version that it last used.
     pub protocol_version: u32,
-    /// When it first came, unix ms.
+    /// When it was first seen, unix ms.
     pub registered: i64,
-    /// When it was last here, unix ms.
+    /// When it was last seen, unix ms.
     pub last_seen: i64,
 }
 
@@ -170,7 +170,7 @@ pub struct PoolRow {
     pub encrypted: bool,
     /// The app that owns it.
     pub owner: Option<String>,
-    /// Its rules, as JSON.
+    /// Its policy, as JSON.
     pub policy: Option<String>,
     /// Its properties, as JSON.
     pub properties: Option<String>,
@@ -241,7 +241,7 @@ pub struct BlockRow {
     pub slots: u32,
     /// Its layout, as text.
     pub layout: Option<String>,
-    /// Who may do what, as JSON.
+    /// Its permissions, as JSON.
     pub permissions: String,
     /// The app that owns it.
     pub owner: String,
@@ -253,7 +253,7 @@ pub struct BlockRow {
     pub version: u64,
     /// The newest fence of its lock.
     pub fence: u64,
-    /// In which boot its file was made; for shared blocks.
+    /// The boot in which its memory was created; for shared blocks.
     pub boot_id: Option<String>,
     /// The device of its file; all 64 bits are kept.
     pub dev: Option<u64>,
@@ -265,7 +265,7 @@ pub struct BlockRow {
     pub created: i64,
     /// When its record was last changed, unix ms.
     pub updated: i64,
-    /// What its content is bound to in a sealed pool, as JSON.
+    /// The identity that its content is bound to in a sealed pool, as JSON.
     pub sealed: Option<String>,
 }
 
@@ -349,11 +349,11 @@ impl Record for BlockRow {
 pub struct CallRow {
     /// Its number; calls are delivered in this order. At most `i64::MAX`.
     pub number: u64,
-    /// The pool it was made in.
+    /// The pool in which it was made.
     pub pool: String,
-    /// What it asks for.
+    /// The trigger that it calls.
     pub process: String,
-    /// The app it is for; without one, any handler.
+    /// The app that must handle it; without one, any handler may.
     pub destination: Option<String>,
     /// The app that made it.
     pub caller: String,
@@ -361,13 +361,13 @@ pub struct CallRow {
     pub call_id: String,
     /// The call itself, as JSON.
     pub envelope: String,
-    /// Bytes that came with it.
+    /// Its attachment.
     pub attachment: Option<Vec<u8>>,
-    /// The key by which a repeat is known.
+    /// The key by which a repeat is recognised.
     pub idempotency_key: Option<String>,
-    /// When it ends unanswered, unix ms.
+    /// When it expires, unix ms.
     pub expires: i64,
-    /// How often it was handed out.
+    /// How many times it was delivered.
     pub attempt: u32,
     /// When it was parked, unix ms.
     pub parked: i64,
@@ -447,11 +447,11 @@ pub struct AnswerRow {
     pub call_id: String,
     /// The pool of the call.
     pub pool: String,
-    /// The key by which a repeat of the call is known.
+    /// The key by which a repeat of the call is recognised.
     pub idempotency_key: Option<String>,
     /// The answer's bytes.
     pub frame: Vec<u8>,
-    /// When it is no longer kept, unix ms.
+    /// When it expires, unix ms.
     pub expires: i64,
     /// The trigger that was called; empty in rows of schemas before 5.
     pub process: String,
@@ -498,16 +498,16 @@ impl Record for AnswerRow {
     }
 }
 
-/// Whose an AppID is.
+/// The owner of an AppID.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BindingRow {
     /// The AppID.
     pub app_id: String,
-    /// The user of this machine whose it is.
+    /// The user of this machine that owns it.
     pub uid: Option<u32>,
-    /// The key that it must prove.
+    /// The key that must be proved for it.
     pub public_key: Option<Vec<u8>>,
-    /// Since when, unix ms.
+    /// Since when it is owned, unix ms.
     pub since: i64,
 }
 

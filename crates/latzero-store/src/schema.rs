@@ -51,7 +51,7 @@ pub(crate) fn application_id(conn: &Connection) -> rusqlite::Result<i64> {
     conn.query_row("PRAGMA application_id", [], |row| row.get(0))
 }
 
-/// Whether the database has no tables at all, so that it may become ours.
+/// Whether the database has no tables, so that this program may use it.
 pub(crate) fn is_blank(conn: &Connection) -> rusqlite::Result<bool> {
     conn.query_row("SELECT count(*) FROM sqlite_schema", [], |row| {
         row.get::<_, i64>(0).map(|tables| tables == 0)
@@ -75,7 +75,7 @@ pub(crate) fn make(conn: &Connection, version: i64) -> rusqlite::Result<()> {
         .try_for_each(|script| conn.execute_batch(script))
 }
 
-/// Kind and name of everything in a database that SQLite did not make by itself.
+/// Kind and name of everything in a database that SQLite did not create itself.
 pub(crate) fn objects(conn: &Connection) -> rusqlite::Result<BTreeSet<(String, String)>> {
     conn.prepare(
         "SELECT type, name FROM sqlite_schema WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'",
@@ -88,7 +88,7 @@ pub(crate) fn objects(conn: &Connection) -> rusqlite::Result<BTreeSet<(String, S
 /// added them, and a trigger runs on every write. Returns what was removed.
 pub(crate) fn drop_foreign(conn: &Connection) -> rusqlite::Result<Vec<String>> {
     let found = objects(conn)?;
-    // Triggers first: a view's go with it.
+    // Triggers first, because dropping a view drops its triggers.
     let foreign = ["trigger", "view", "index"].into_iter().flat_map(|kind| {
         let of_kind = found.iter().filter(move |(found, _)| found == kind);
         of_kind.map(|(kind, name)| (kind, name.replace('"', "\"\"")))

@@ -10,7 +10,7 @@ use crate::rows::{
     with_room,
 };
 
-/// What the writer says to SQLite.
+/// The statements of the writer.
 #[derive(Debug, Clone, Copy)]
 enum Sql {
     Begin,
@@ -113,7 +113,7 @@ impl<'c> Statements<'c> {
     pub(crate) fn begin(&mut self) -> rusqlite::Result<()> {
         self.faults.step("begin")?;
         if !self.conn.is_autocommit() {
-            // A rollback failed before; nothing may begin inside what it left.
+            // An earlier rollback failed; nothing may start inside that transaction.
             self.conn.execute_batch("ROLLBACK")?;
         }
         self.get(Sql::Begin)?.execute([]).map(drop)
@@ -124,7 +124,7 @@ impl<'c> Statements<'c> {
         self.get(Sql::Commit)?.execute([]).map(drop)
     }
 
-    /// Ends the transaction without a trace, if SQLite has not done so itself.
+    /// Rolls the transaction back, unless SQLite has already done so.
     pub(crate) fn rollback(&mut self) {
         if !self.conn.is_autocommit() && self.faults.step("rollback").is_ok() {
             let _ = self.conn.execute_batch("ROLLBACK");

@@ -31,11 +31,11 @@ pub struct Store {
 /// How the store is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Status {
-    /// Why nothing can be kept: the database's files are not where they were.
+    /// Why nothing can be stored: the database's files were moved or removed.
     pub misplaced: Option<&'static str>,
-    /// How often the files were removed and made again.
+    /// How many times the files were removed and recreated.
     pub rebuilt: u64,
-    /// Why the last transaction failed. None when the disk takes what comes.
+    /// Why the last transaction failed; none if writing works.
     pub failing: Option<String>,
     /// Since when it fails, unix ms.
     pub failing_since: Option<i64>,
@@ -49,7 +49,7 @@ pub struct Status {
     pub changes: u64,
     /// Transactions that failed.
     pub failures: u64,
-    /// Eventual changes given up: no room, or refused by the database.
+    /// Eventual changes that were dropped: no room, or refused by the database.
     pub dropped: u64,
     /// When the newest backup of this run was finished, unix ms.
     pub last_backup: Option<i64>,
@@ -65,12 +65,12 @@ struct Inner {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// What the handles and the thread have in common.
+/// The state that the handles and the thread share.
 #[derive(Debug)]
 pub(crate) struct StoreState {
     pub(crate) state: Mutex<State>,
     pub(crate) wake: Condvar,
-    /// Told after each transaction.
+    /// Called after each transaction.
     pub(crate) settled: Condvar,
     /// The data directory.
     pub(crate) dir: PathBuf,
@@ -83,9 +83,9 @@ pub(crate) struct StoreState {
 pub(crate) struct State {
     pub(crate) queue: Queue,
     pub(crate) requests: VecDeque<Request>,
-    /// Nothing more is taken in.
+    /// Nothing more is accepted.
     pub(crate) is_closing: bool,
-    /// The last handle is gone.
+    /// The last handle was dropped.
     pub(crate) is_abandoned: bool,
     /// The thread waits and must be woken.
     pub(crate) is_asleep: bool,
@@ -95,12 +95,12 @@ pub(crate) struct State {
     pub(crate) failures: u64,
     pub(crate) refused: u64,
     pub(crate) rebuilt: u64,
-    /// A transaction is to be tried, though nothing waits.
+    /// A transaction must be tried although nothing waits.
     pub(crate) is_probed: bool,
     pub(crate) last_backup: Option<i64>,
 }
 
-/// The disk refuses.
+/// The disk cannot be written.
 #[derive(Debug)]
 pub(crate) struct Failing {
     pub(crate) reason: String,
@@ -135,11 +135,11 @@ impl Store {
         }
     }
 
-    /// Hands in one change: a promise with a ticket, else an eventual change. Never waits and never
+    /// Submits one change: a promise with a ticket, else an eventual change. Never blocks and never
     /// does IO.
     ///
-    /// A promise is told to `on_done` once it is on disk, or once it failed and is gone. An
-    /// eventual change is retried until the disk takes it; a later one of the same row replaces it.
+    /// A promise is reported to `on_done` once it is on disk, or once it failed and was dropped. An
+    /// eventual change is retried until it is written; a later one of the same row replaces it.
     pub fn submit(&self, change: RowChange, ticket: Option<Ticket>) -> Result<(), SubmitError> {
         let mut state = self.open_state()?;
         match ticket {
@@ -236,9 +236,9 @@ impl Store {
         self.inner.shared.wake(state);
     }
 
-    /// Writes what waits, moves the log into the database, marks it clean, and ends the thread.
-    /// Other handles find the store closed. An error says what was not written; changes reported
-    /// before are on disk.
+    /// Writes waiting changes, moves the log into the database, marks it clean, and ends the
+    /// thread. For other handles the store is then closed. An error says what was not written;
+    /// changes that were reported before are on disk.
     pub fn close(self) -> Result<(), StoreError> {
         let (reply, receiver) = sync_channel(1);
         let mut state = self.open_state()?;
@@ -304,7 +304,8 @@ impl StoreState {
         self.guard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wakes the thread if it sleeps, after the lock is free: it would only run into it.
+    /// Wakes the thread if it sleeps, after the lock is released, because the thread needs the
+    /// lock.
     fn wake(&self, mut state: MutexGuard<'_, State>) {
         let was_asleep = std::mem::take(&mut state.is_asleep);
         drop(state);
@@ -340,7 +341,7 @@ impl Drop for Inner {
     }
 }
 
-/// Waits for the thread's word. Without one the thread is gone.
+/// Waits for the thread's reply. If there is none, the thread has ended.
 fn wait<T>(receiver: &Receiver<T>) -> Result<T, StoreError> {
     receiver
         .recv()

@@ -87,8 +87,8 @@ enum Ended {
     /// It was requested; the requester is notified.
     Closed(Closing),
     Abandoned,
-    /// The database's files were gone and are there again, behind this connection. Some changes are
-    /// not written yet.
+    /// The database's files were removed and have been recreated from this connection. Some changes
+    /// are not written yet.
     Rebuilt(Connection, Vec<Job>),
 }
 
@@ -109,12 +109,12 @@ struct Writer<'c> {
     options: &'c mut Options,
     mark: Mark,
     mark_file: MarkFile,
-    /// The log holds what the database may no longer have.
+    /// The log may contain data that was deleted from the database.
     is_log_filled: bool,
     /// Since when files of the database are missing.
     gone_since: Option<Instant>,
-    /// The database says that it is in use. It need not before the first transaction: until then
-    /// nothing differs.
+    /// The database is marked as in use. That is not needed before the first transaction, because
+    /// nothing differs until then.
     is_marked: bool,
     /// A request was the last thing done, so waiting changes come first now.
     batch_first: bool,
@@ -189,7 +189,7 @@ impl<'c> Writer<'c> {
         }
     }
 
-    /// Waits for something to do; a batch is in `jobs` then.
+    /// Waits for something to do, and puts a batch into `jobs`.
     fn next(&mut self) -> Work {
         let mut state = self.shared.lock();
         loop {
@@ -232,7 +232,7 @@ impl<'c> Writer<'c> {
         }
     }
 
-    /// Between two steps of something longer: writes what waits, if anything.
+    /// Writes waiting changes between two steps of a longer operation.
     fn write_waiting(&mut self) {
         let mut state = self.shared.lock();
         if is_due(&state, Instant::now()) {
@@ -244,7 +244,7 @@ impl<'c> Writer<'c> {
         }
     }
 
-    /// Writes `jobs` and tells everyone concerned.
+    /// Writes `jobs` and notifies everyone who waits for them.
     fn write_batch(&mut self) -> Result<(), StoreError> {
         let outcome = self.transact();
         let mut state = self.shared.lock();
@@ -307,8 +307,8 @@ impl<'c> Writer<'c> {
         self.jobs = jobs;
         if outcome.is_err() {
             self.statements.rollback();
-            // The next transaction writes in any case, so that its success says something of the
-            // disk.
+            // The next transaction always writes something, so that its success shows that the disk
+            // works.
             self.is_marked = false;
         }
         outcome
@@ -403,7 +403,7 @@ impl<'c> Writer<'c> {
         made
     }
 
-    /// Nothing of what was deleted stays in the log for long.
+    /// Empties the log, so that deleted data does not stay in it for long.
     fn empty_log(&mut self) {
         self.is_log_filled = false;
         let emptied = self
@@ -437,7 +437,7 @@ impl<'c> Writer<'c> {
         Ok(None)
     }
 
-    /// Tells what became of `jobs`: `failed` for all, or for each its own refusal.
+    /// Reports the result of `jobs`: `failed` for all, or for each its own refusal.
     fn notify(&mut self, failed: Option<&StoreError>) {
         failpoint::reached("store.before_tell");
         for (at, job) in self.jobs.drain(..).enumerate() {
@@ -449,7 +449,7 @@ impl<'c> Writer<'c> {
             match job.teller {
                 Teller::Nobody => {}
                 Teller::Ticket(ticket) => self.outcomes.push((ticket, outcome)),
-                // A waiter that is gone does not want to know.
+                // If the waiter has ended, nobody needs the result.
                 Teller::Waiter(reply) => drop(reply.send(outcome)),
             }
         }
@@ -510,8 +510,8 @@ impl<'c> Writer<'c> {
     }
 }
 
-/// Whether a transaction should be tried now. While the disk refuses, that is so even if nothing
-/// waits: how else would anybody learn that it is well again?
+/// Whether a transaction should be tried now. While the disk cannot be written, that is so even if
+/// nothing waits, to find out when it works again.
 fn is_due(state: &State, now: Instant) -> bool {
     match &state.failing {
         _ if state.is_probed => true,
@@ -530,11 +530,11 @@ fn put_in_place(temporary: &Path, database: &Path, faults: &Faults) -> Result<()
     files::sync_dir(files::parent(database), faults).map_err(failed)
 }
 
-/// A name for a database that no other has.
+/// A unique name for a database.
 fn random_id() -> String {
     let mut id = [0_u8; 16];
     if rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::NONBLOCK).is_err() {
-        // Early after the boot. A time and a process are one of a kind too.
+        // Early after boot there may be none. A time and a process id are unique too.
         id[..8].copy_from_slice(&now_ms().to_le_bytes());
         id[8..12].copy_from_slice(&std::process::id().to_le_bytes());
     }

@@ -468,7 +468,7 @@ fn a_host_is_trusted_once_and_every_command_honours_it() {
     assert!(code == 2 && said.contains(&pin(&server)), "{said}");
     let (code, said) = run(home.path(), &["trust", &tcp, "--pin", &"A".repeat(43)]);
     assert!(
-        code != 0 && said.contains("somebody may be in between"),
+        code != 0 && said.contains("this may be another server"),
         "{said}"
     );
     let (code, said) = run(home.path(), &["trust", &tcp, "--pin", &pin(&server)]);

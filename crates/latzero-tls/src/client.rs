@@ -1,4 +1,4 @@
-//! The client's end: whom it accepts as the server.
+//! The client's side: which servers it accepts.
 
 use std::io;
 use std::path::Path;
@@ -16,31 +16,31 @@ use rustls::{
 use crate::pem::{self, Origin, PemError};
 use crate::{Pin, Stream, provider};
 
-/// Whom a client accepts as the server.
+/// Which server a client accepts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Trust<'a> {
-    /// Whoever has the key with this pin. Names and dates do not matter then.
+    /// The one that has the key with this pin. Names and dates do not matter.
     Pin(Pin),
-    /// Whoever has a certificate for the name that is connected to, from an authority of this
-    /// file, in its time.
+    /// One with a valid certificate for the name that is connected to, from an authority in this
+    /// file.
     Authority(&'a Path),
-    /// Anybody, to see the pin and ask a person.
+    /// Any, to get its pin and ask a person.
     Anybody,
 }
 
 /// A client's own certificate: its file, and the file of its key.
 pub type Certificate<'a> = (&'a Path, &'a Path);
 
-/// Why a client can't begin.
+/// Why a client cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
     /// A file.
     #[error(transparent)]
     Pem(#[from] PemError),
-    /// The host can't stand in a certificate.
+    /// The host cannot be a name in a certificate.
     #[error("'{0}' is neither a host name nor an address")]
     Name(String),
-    /// A certificate or a key that can't be used.
+    /// A certificate or a key cannot be used.
     #[error("{0}")]
     Tls(#[from] Error),
 }
@@ -48,19 +48,19 @@ pub enum SetupError {
 /// What a failed handshake was about.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
-    /// The server speaks something else.
+    /// The server does not use TLS.
     NoTls,
-    /// The server's key is another one than the one that was pinned.
+    /// The server's key is not the pinned one.
     OtherPin(Pin),
     /// The server's certificate is not acceptable.
     Certificate(String),
-    /// The server wants a certificate of the client, or a better one.
+    /// The server requires a certificate of the client, or another one.
     Refused(String),
     /// Anything else.
     Other(String),
 }
 
-/// What was seen of the server.
+/// What a connection has learned about the server.
 #[derive(Debug, Clone, Default)]
 pub struct Seen(Arc<Mutex<Option<Pin>>>);
 
@@ -152,7 +152,7 @@ enum Rule {
     Anybody,
 }
 
-/// Judges a server's certificate, and remembers its pin.
+/// Checks a server's certificate, and records its pin.
 #[derive(Debug)]
 struct Verifier {
     rule: Rule,

@@ -1,8 +1,8 @@
 //! TLS 1.3 for both ends of a connection: pins, certificates, and the records of one connection.
 //!
-//! - [`Pin`]: how a client knows a server again
-//! - [`Stream`]: one connection's state, which is fed by whoever has the socket
-//! - [`client`] and [`server`]: what either end accepts of the other
+//! - [`Pin`]: how a client recognises a server
+//! - [`Stream`]: the state of one connection; the caller has the socket
+//! - [`client`] and [`server`]: what each side accepts
 //!
 //! It opens no socket and keeps no state between connections: there are no session tickets, so
 //! each connection proves its certificate anew, and no early data, which could be replayed.
@@ -29,8 +29,8 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::clone(&PROVIDER)
 }
 
-/// Whether bytes begin as a TLS record does: a handshake or an alert (RFC 8446, section 5.1). As
-/// the length of a frame they would be far beyond any limit.
+/// Whether bytes begin like a TLS record: a handshake or an alert (RFC 8446, section 5.1). As the
+/// length of a frame they would be far above any limit.
 #[must_use]
 pub fn is_tls(bytes: &[u8]) -> bool {
     matches!(bytes, [0x15 | 0x16, 0x03, ..])

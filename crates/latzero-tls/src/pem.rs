@@ -1,7 +1,7 @@
 //! Certificates and keys in files.
 //!
-//! A file is opened once and judged by its descriptor, so what is read is what was judged. Nothing
-//! waits for a file that gives nothing, such as a named pipe.
+//! A file is opened once and checked by its descriptor, so that what is read is what was checked.
+//! Opening never blocks, even for a named pipe.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _};
@@ -12,23 +12,24 @@ use rustix::fs::OFlags;
 use rustls::pki_types::pem::{self, PemObject as _};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
-/// No more of a file is read, in bytes.
+/// How many bytes of a file are read at most.
 const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
-/// Who has put a file in its place.
+/// Who created a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
-    /// A person or another program. It may be a link; a key is of this user or of root, and is
-    /// unreadable for all who are not of its group.
+    /// A person or another program. It may be a link. A key must belong to this user or to root,
+    /// and be unreadable for users outside its group.
     Given,
-    /// The program itself, as a regular file; a key is of this user, who alone can read it.
+    /// The program itself, as a regular file. A key must belong to this user and be readable only
+    /// for this user.
     Own,
 }
 
-/// Why a file is not what it should be.
+/// Why a file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PemError {
-    /// It can't be read.
+    /// It cannot be read.
     #[error("cannot read {}: {source}", path.display())]
     Io {
         /// The file.
@@ -46,7 +47,7 @@ pub enum PemError {
         /// What was found.
         why: String,
     },
-    /// It is not as such a file should be.
+    /// Its type, owner or mode is wrong.
     #[error("{} {why}", path.display())]
     Unsafe {
         /// The file.
@@ -73,7 +74,7 @@ fn fault(path: &Path, what: &'static str, error: pem::Error) -> PemError {
             what,
             why: match other {
                 pem::Error::NoItemsFound => "there is none".to_owned(),
-                // Never with the content, which may be a key.
+                // Never show the content, which may be a key.
                 _ => "it is damaged".to_owned(),
             },
         },
@@ -102,7 +103,7 @@ fn open(path: &Path, origin: Origin) -> Result<File, PemError> {
     }
 }
 
-/// Refuses a key that others can read, or may have put there.
+/// Refuses a key that others can read, or may have created.
 fn check_private(file: &File, path: &Path, origin: Origin) -> Result<(), PemError> {
     let metadata = file
         .metadata()
@@ -131,10 +132,10 @@ fn check_private(file: &File, path: &Path, origin: Origin) -> Result<(), PemErro
     }
 }
 
-/// The certificates of a file, in their order; at least one.
+/// The certificates of a file, in order; at least one.
 ///
 /// # Errors
-/// If it can't be read or has none.
+/// If it cannot be read or has none.
 pub fn certificates(path: &Path, origin: Origin) -> Result<Vec<CertificateDer<'static>>, PemError> {
     let what = "certificate";
     let file = open(path, origin)?;
@@ -150,7 +151,7 @@ pub fn certificates(path: &Path, origin: Origin) -> Result<Vec<CertificateDer<'s
 /// The private key of a file.
 ///
 /// # Errors
-/// If it can't be read or has none, or others can read it.
+/// If it cannot be read or has none, or others can read it.
 pub fn key(path: &Path, origin: Origin) -> Result<PrivateKeyDer<'static>, PemError> {
     let file = open(path, origin)?;
     check_private(&file, path, origin)?;

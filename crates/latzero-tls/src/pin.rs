@@ -12,7 +12,7 @@ use rustls::server::ParsedCertificate;
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Pin([u8; 32]);
 
-/// A text that is no pin.
+/// The error for text that is not a pin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "a pin has 43 characters from A-Z, a-z, 0-9, '-' and '_', as `latzero status` shows it on the \
@@ -24,7 +24,7 @@ impl Pin {
     /// The pin of a certificate.
     ///
     /// # Errors
-    /// If it is none of X.509, version 3.
+    /// If it is not an X.509 version 3 certificate.
     pub fn of(certificate: &CertificateDer<'_>) -> Result<Pin, rustls::Error> {
         let parsed = ParsedCertificate::try_from(certificate)?;
         let key = parsed.subject_public_key_info();

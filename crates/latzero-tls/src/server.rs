@@ -1,4 +1,4 @@
-//! The server's end: its certificate, and whom it accepts as clients.
+//! The server's side: its certificate, and which clients it accepts.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,14 +10,14 @@ use rustls::{Error, ServerConfig, ServerConnection};
 use crate::pem::{self, Origin, PemError};
 use crate::{Pin, Stream, provider};
 
-/// How long a certificate that the server makes for itself is valid. Clients know its key by the
-/// pin, so a date would only be one more thing that breaks.
+/// How long a self-signed certificate is valid. Clients recognise its key by the pin, so an expiry
+/// date would only cause failures.
 const VALID_UNTIL_YEAR: i32 = 9999;
 
-/// What a client's address in a certificate begins with: `latzero://APP_ID`.
+/// The prefix of a client's address in a certificate: `latzero://APP_ID`.
 const APP_PREFIX: &str = "latzero://";
 
-/// What the server needs for each connection.
+/// The configuration of the server's connections.
 #[derive(Debug, Clone)]
 pub struct Acceptor {
     config: Arc<ServerConfig>,
@@ -27,11 +27,11 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    /// Reads a certificate with its key, both of `origin`, and the authorities of clients, where
-    /// those are asked for certificates.
+    /// Reads a certificate with its key, both of `origin`, and the authorities of clients if client
+    /// certificates are required.
     ///
     /// # Errors
-    /// If a file can't be used, or the key is not the certificate's.
+    /// If a file cannot be used, or the key does not belong to the certificate.
     pub fn load(
         certificate: &Path,
         key: &Path,
@@ -93,7 +93,7 @@ impl Acceptor {
 }
 
 /// The AppIDs that a client's certificate names: those of its addresses `latzero://APP_ID`, and its
-/// host names as they are (subjectAltName, RFC 5280, section 4.2.1.6).
+/// host names unchanged (subjectAltName, RFC 5280, section 4.2.1.6).
 #[must_use]
 pub fn app_ids(certificate: &CertificateDer<'_>) -> Vec<String> {
     let Ok(parsed) = webpki::EndEntityCert::try_from(certificate) else {
@@ -117,10 +117,10 @@ pub struct SelfSigned {
     pub key: String,
 }
 
-/// Makes a key, and a certificate that it signs itself.
+/// Creates a key and a self-signed certificate.
 ///
 /// # Errors
-/// If a name can't stand in a certificate.
+/// If a name cannot be in a certificate.
 pub fn self_signed(names: Vec<String>) -> Result<SelfSigned, String> {
     let made = || {
         let key = rcgen::KeyPair::generate()?;

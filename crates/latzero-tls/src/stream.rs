@@ -1,35 +1,36 @@
-//! One connection's TLS, between a socket that does not block and whoever reads and writes frames.
+//! The TLS state of one connection, between a non-blocking socket and the code that reads and
+//! writes frames.
 
 use std::io::{self, BufRead as _, Read, Write};
 
 use rustls::pki_types::CertificateDer;
 use rustls::{Connection, IoState};
 
-/// Most records, and most bytes as they travel, that one read takes from the socket: records may
-/// be tiny, or empty, so what comes out of them bounds nothing. One system call more may be in it.
+/// Most records, and most encrypted bytes, that one read takes from the socket: records may be tiny
+/// or empty, so the number of decrypted bytes is no bound. One more system call may be included.
 const RECORDS_PER_READ: usize = 256;
 const WIRE_BYTES_PER_READ: usize = 64 * 1024;
 
 /// The head of a record: its type, a version and its length (RFC 8446, section 5.1).
 const HEAD_BYTES: usize = 5;
 
-/// Most bytes that are encrypted before the socket is asked to take them: two records.
+/// Most bytes that are encrypted before they are written to the socket: two records.
 pub const PLAIN_BYTES_MAX: usize = 32 * 1024;
 
-/// What a connection's state takes besides its buffers: keys, schedules, and the first read.
+/// Memory of a connection's state in addition to its buffers: keys, schedules, and the first read.
 const BASE_BYTES: usize = 8 * 1024;
 
-/// The largest record, as it travels (RFC 8446, section 5.2).
+/// The largest encrypted record (RFC 8446, section 5.2).
 const RECORD_BYTES_MAX: usize = HEAD_BYTES + 16 * 1024 + 256;
 
-/// More of a handshake is never kept.
+/// How many bytes of a handshake are kept at most.
 const HANDSHAKE_BYTES_MAX: usize = 64 * 1024;
 
 /// The label of the binding (RFC 9266).
 const BINDING_LABEL: &[u8] = b"EXPORTER-Channel-Binding";
 
-/// A read took as much from the socket as it may, and found nothing to pass on: the caller should
-/// read again, and may serve others first.
+/// A read took as much from the socket as it may, but has nothing to return: the caller should read
+/// again, and may handle others first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("as much was read at once as may be")]
 pub struct Unfinished;
@@ -41,7 +42,7 @@ impl From<Unfinished> for io::Error {
 }
 
 impl Unfinished {
-    /// Whether that is what an error says.
+    /// Whether an error is this one.
     #[must_use]
     pub fn is(error: &io::Error) -> bool {
         error
@@ -52,23 +53,24 @@ impl Unfinished {
 
 /// The TLS of one connection.
 ///
-/// Whoever has the socket passes it in with each call. What was accepted for writing and was not
-/// taken by the socket in full is reported without its last byte: so the caller keeps that byte,
-/// waits for the socket as it does without TLS, and what it counts as written has left.
+/// The caller passes the socket with each call. If bytes were accepted for writing but the socket
+/// did not accept all of them, they are reported without the last byte. So the caller keeps that
+/// byte and waits for the socket as it does without TLS, and what it counts as written has been
+/// sent.
 #[derive(Debug)]
 pub struct Stream {
     connection: Connection,
-    /// The last byte of the record that is being written was not reported yet.
+    /// Whether the last byte of the record that is being written was not reported yet.
     owes_byte: bool,
-    /// What was encrypted last was refused as a whole: it never leaves any more.
+    /// Whether the last encrypted data was refused completely: it will never be sent.
     is_write_dead: bool,
-    /// Bytes that were read, and perhaps not used yet: an upper bound.
+    /// An upper bound of the bytes that were read and not used yet.
     unread: usize,
-    /// The last read found less than it had room for.
+    /// Whether the last read found less than it had room for.
     is_drained: bool,
-    /// Where records end in what comes.
+    /// Where records end in the received bytes.
     records: Records,
-    /// Why nothing more can be read, once what came before was taken.
+    /// Why nothing more can be read, after the bytes before it.
     failure: Option<Failure>,
 }
 
@@ -93,17 +95,17 @@ impl Failure {
     }
 }
 
-/// Where records end in the bytes of a connection.
+/// Finds where records end in the bytes of a connection.
 #[derive(Debug, Default)]
 struct Records {
-    /// Bytes of a record's head that came.
+    /// How many bytes of a record's header have arrived.
     head: usize,
-    /// Bytes of its body that did not come yet, as far as its head says.
+    /// How many bytes of its body have not arrived yet, according to its header.
     left: usize,
 }
 
 impl Records {
-    /// How many records end in the bytes that come next.
+    /// How many records end in the next bytes.
     fn count(&mut self, mut bytes: &[u8]) -> usize {
         let mut ended = 0;
         while let [first, rest @ ..] = bytes {
@@ -112,7 +114,7 @@ impl Records {
                 self.left -= n;
                 bytes = &bytes[n..];
             } else {
-                // The length is in the last two bytes of the head.
+                // The length is in the last two bytes of the header.
                 if self.head + 2 >= HEAD_BYTES {
                     self.left = self.left << 8 | usize::from(*first);
                 }
@@ -128,7 +130,7 @@ impl Records {
     }
 }
 
-/// A source that remembers what was taken from it, and whether it was emptied.
+/// A source that records how much was read from it, and whether it was emptied.
 struct Watched<'a> {
     from: &'a mut dyn Read,
     records: &'a mut Records,
@@ -161,7 +163,7 @@ impl Read for Watched<'_> {
 
 impl Stream {
     pub(crate) fn new(mut connection: Connection) -> Stream {
-        // Each write is bounded below, and the next one waits for it.
+        // Each write is bounded in the caller, and the next one waits for it.
         connection.set_buffer_limit(None);
         Stream {
             connection,
@@ -174,13 +176,13 @@ impl Stream {
         }
     }
 
-    /// Whether the handshake is under way: until then nothing can be said.
+    /// Whether the handshake is in progress, so that no data can be sent.
     #[must_use]
     pub fn is_handshaking(&self) -> bool {
         self.connection.is_handshaking()
     }
 
-    /// Whether the socket has more to take.
+    /// Whether there is more to write to the socket.
     #[must_use]
     pub fn wants_write(&self) -> bool {
         self.connection.wants_write()
@@ -192,7 +194,7 @@ impl Stream {
         self.is_drained
     }
 
-    /// An upper bound of the memory that it takes, in bytes.
+    /// An upper bound of the memory that it uses, in bytes.
     #[must_use]
     pub fn held(&self) -> usize {
         let unread = match self.is_handshaking() {
@@ -206,7 +208,7 @@ impl Stream {
         BASE_BYTES + unread + unsent
     }
 
-    /// What binds proofs to the connection (RFC 9266); `None` before the end of the handshake.
+    /// The channel binding (RFC 9266); `None` before the end of the handshake.
     #[must_use]
     pub fn binding(&self) -> Option<[u8; 32]> {
         if self.is_handshaking() {
@@ -218,21 +220,21 @@ impl Stream {
         exported.ok()
     }
 
-    /// The certificates of the other end, its own first.
+    /// The certificates of the other side, its own first.
     #[must_use]
     pub fn certificates(&self) -> &[CertificateDer<'static>] {
         self.connection.peer_certificates().unwrap_or_default()
     }
 
-    /// Reads from the socket until `buf` is full, the socket is empty, or as much was taken from it
-    /// as one read may. What the protocol itself has to say is written to `to`. 0 is the end.
+    /// Reads from the socket until `buf` is full, the socket is empty, or the limit of one read is
+    /// reached. Messages of TLS itself are written to `to`. 0 is the end.
     ///
-    /// What came before a failure is passed on first; the failure is reported from then on.
+    /// Data that arrived before a failure is returned first; after that the failure is reported.
     ///
     /// # Errors
-    /// `WouldBlock` if there is nothing; [`Unfinished`] if there may be more, and nothing came of
-    /// what was read; `InvalidData` with a [`rustls::Error`] if what came is not TLS, or not
-    /// acceptable; what the socket says.
+    /// `WouldBlock` if there is nothing; [`Unfinished`] if there may be more, but what was read
+    /// contained no data; `InvalidData` with a [`rustls::Error`] if the bytes are not TLS, or not
+    /// acceptable; errors of the socket.
     pub fn read(
         &mut self,
         from: &mut dyn Read,
@@ -252,7 +254,8 @@ impl Stream {
                     continue;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // An end without a farewell: a frame says itself whether it is whole.
+                // The end without a close message is accepted: the length of a frame shows whether
+                // it is complete.
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(filled),
                 Err(error) => return Err(error),
             }
@@ -287,10 +290,10 @@ impl Stream {
         }
     }
 
-    /// Takes the handshake as far as what `from` has allows; whether it has ended.
+    /// Continues the handshake with the bytes that `from` has; returns whether it has ended.
     ///
     /// # Errors
-    /// As [`Stream::read`], and `UnexpectedEof`.
+    /// Those of [`Stream::read`], and `UnexpectedEof`.
     pub fn agree(&mut self, from: &mut dyn Read, to: &mut dyn Write) -> io::Result<bool> {
         while self.is_handshaking() {
             match self.take(from, &mut Taken::default()) {
@@ -306,8 +309,8 @@ impl Stream {
         Ok(true)
     }
 
-    /// Whether a read would say something without the socket: what was decrypted and nobody has
-    /// taken, or why nothing more comes.
+    /// Whether a read would return something without the socket: decrypted data that was not read,
+    /// or why nothing more can be read.
     #[must_use]
     pub fn has_buffered(&mut self) -> bool {
         let mut reader = self.connection.reader();
@@ -333,20 +336,20 @@ impl Stream {
             .as_ref()
             .map_or(0, IoState::plaintext_bytes_to_read);
         if plain > 0 {
-            // A record has ended: what is left came behind it.
+            // A record has ended: the rest follows it.
             self.unread = came;
         }
-        // What is not taken goes out with the next write, or when the socket takes more; what the
-        // socket says against it concerns writing alone, and the next write hears it too.
+        // What the socket does not accept is sent with the next write, or when the socket accepts
+        // more. An error concerns only writing, and the next write returns it too.
         let _ = self.flush(to);
         processed.map(drop)
     }
 
-    /// Encrypts and writes what the socket takes.
+    /// Encrypts and writes as much as the socket accepts.
     ///
     /// # Errors
-    /// `WouldBlock` if it takes nothing; what the socket says, and then none of `bytes` has left or
-    /// ever will.
+    /// `WouldBlock` if it accepts nothing; errors of the socket, and then none of `bytes` was sent
+    /// or will be.
     pub fn write(&mut self, to: &mut dyn Write, bytes: &[u8]) -> io::Result<usize> {
         self.flush(to)?;
         if bytes.is_empty() {
@@ -367,7 +370,7 @@ impl Stream {
                     reported => Ok(reported),
                 }
             }
-            // Some of its records may be whole at the other end. The next write fails as well.
+            // Some of its records may have arrived completely. The next write fails as well.
             Err(_) if left > 0 => Ok(piece.len()),
             Err(error) => {
                 self.is_write_dead = true;
@@ -376,17 +379,17 @@ impl Stream {
         }
     }
 
-    /// Whether the last byte of what was written was not reported, though it may leave, or have
-    /// left, with what the protocol itself has to say.
+    /// Whether the last byte of what was written was not reported, although it may be sent, or have
+    /// been sent, with messages of TLS itself.
     #[must_use]
     pub fn owes_byte(&self) -> bool {
         self.owes_byte
     }
 
-    /// Writes what was encrypted.
+    /// Writes encrypted data.
     ///
     /// # Errors
-    /// `WouldBlock` if some of it is left; what the socket says.
+    /// `WouldBlock` if some of it is left; errors of the socket.
     pub fn flush(&mut self, to: &mut dyn Write) -> io::Result<()> {
         self.flush_counted(to, &mut 0)
     }
@@ -406,11 +409,11 @@ impl Stream {
         Ok(())
     }
 
-    /// Says that nothing more comes, as far as the socket takes it.
+    /// Sends the close message, if the socket accepts it.
     pub fn finish(&mut self, to: &mut dyn Write) {
         if !self.is_handshaking() {
             self.connection.send_close_notify();
-            // Whoever does not read does not miss it.
+            // A peer that does not read does not need it.
             let _ = self.flush(to);
         }
     }

@@ -1,5 +1,5 @@
 //! Answers to calls that nobody here waits for: a parked call outlives the process that made it,
-//! and its answer finds the app when that is back.
+//! and its answer reaches the app after it has reconnected.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -11,15 +11,15 @@ use crate::error::Error;
 use crate::payload::{FromPayload, Reply};
 use crate::sync::{lock, set_waker};
 
-/// Answers that wait for [`App::answers`] to be asked. Beyond them the oldest are dropped and
-/// counted.
+/// How many answers wait to be read through [`App::answers`]. Beyond that the oldest are dropped
+/// and counted.
 pub const ANSWERS_MAX: usize = 1024;
 
-/// Bytes of answers that wait for [`App::answers`] to be asked. Beyond them the oldest are dropped
-/// and counted; the newest is kept whatever its size.
+/// How many bytes of answers wait to be read through [`App::answers`]. Beyond that the oldest are
+/// dropped and counted; the newest is kept whatever its size.
 pub const ANSWERS_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-/// The answer to a call that nobody in this process waits for; [`App::answers`] gives them.
+/// The answer to a call that nobody in this process waits for; returned by [`App::answers`].
 #[derive(Debug, Clone)]
 pub struct Answer {
     id: Box<str>,
@@ -45,17 +45,17 @@ impl Answer {
         &self.id
     }
 
-    /// The pool of the call, where the server names it.
+    /// The pool of the call, if the server names it.
     #[must_use]
     pub fn pool(&self) -> Option<&str> {
         self.pool.as_deref()
     }
 
-    /// What the handler answered, or why there is no answer: a handler's error, `timeout` where
-    /// none came within the call's time, `cancelled`.
+    /// The handler's answer, or why there is none: a handler's error, `timeout` if none arrived
+    /// within the call's time, `cancelled`.
     ///
     /// # Errors
-    /// What the handler or the server said of the call's failure.
+    /// The error with which the handler or the server ended the call.
     pub fn result(&self) -> Result<&Reply, &Error> {
         self.result.as_ref()
     }
@@ -63,16 +63,16 @@ impl Answer {
     /// The answer as `R`.
     ///
     /// # Errors
-    /// What the handler or the server said of the call's failure; `bad_message` if the answer is
-    /// not an `R`.
+    /// The error with which the handler or the server ended the call; `bad_message` if the answer
+    /// is not an `R`.
     pub fn into<R: FromPayload>(self) -> Result<R, Error> {
         self.result.and_then(Reply::into)
     }
 
-    /// The answer as it came, with its headers.
+    /// The answer as received, with its headers.
     ///
     /// # Errors
-    /// What the handler or the server said of the call's failure.
+    /// The error with which the handler or the server ended the call.
     pub fn into_reply(self) -> Result<Reply, Error> {
         self.result
     }
@@ -83,7 +83,7 @@ impl Answer {
         self.lost
     }
 
-    /// About how much memory it keeps, in bytes.
+    /// Approximately how much memory it uses, in bytes.
     fn bytes(&self) -> usize {
         let result = match &self.result {
             Ok(reply) => reply.payload.len() + reply.headers.as_ref().map_or(0, |h| h.len()),
@@ -98,7 +98,7 @@ struct Inner {
     answers: VecDeque<Answer>,
     bytes: usize,
     lost: u64,
-    /// The number of the one who may take them.
+    /// The number of the reader that may take answers.
     taker: u64,
     is_closed: bool,
     waker: Option<Waker>,
@@ -109,8 +109,7 @@ struct Inner {
 pub(crate) struct Unclaimed(Mutex<Inner>);
 
 impl Unclaimed {
-    /// Keeps an answer, in the place of the oldest ones if there is no room. Returns who waits for
-    /// it.
+    /// Keeps an answer, and drops the oldest ones if there is no room. Returns who waits for it.
     #[must_use]
     pub(crate) fn push(&self, answer: Answer) -> Option<Waker> {
         let mut inner = lock(&self.0);
@@ -127,7 +126,7 @@ impl Unclaimed {
         inner.waker.take()
     }
 
-    /// No more answers come. Returns who waits for one.
+    /// No more answers will arrive. Returns who waits for one.
     #[must_use]
     pub(crate) fn close(&self) -> Option<Waker> {
         let mut inner = lock(&self.0);
@@ -135,7 +134,7 @@ impl Unclaimed {
         inner.waker.take()
     }
 
-    /// The number of the next taker; the one before takes no more.
+    /// The number of the next reader; the previous reader gets no more answers.
     fn next_taker(&self) -> u64 {
         let (taker, before) = {
             let mut inner = lock(&self.0);
@@ -166,8 +165,8 @@ impl Unclaimed {
     }
 }
 
-/// Answers to calls that nobody here waits for, as they come, until the app is closed;
-/// [`App::answers`] gives it. What is not taken when it is dropped waits for the next one.
+/// Answers to calls that nobody here waits for, as they arrive, until the app is closed; returned
+/// by [`App::answers`]. Answers that were not read when it is dropped wait for the next reader.
 #[derive(Debug)]
 pub struct Answers {
     pub(crate) app: App,
@@ -182,12 +181,12 @@ impl Answers {
         }
     }
 
-    /// The next answer; `None` after the app was closed, or [`App::answers`] was asked again.
+    /// The next answer; `None` after the app was closed, or [`App::answers`] was called again.
     pub async fn next(&mut self) -> Option<Answer> {
         std::future::poll_fn(|cx| self.poll_next_answer(cx)).await
     }
 
-    /// As [`futures_core::Stream::poll_next`], without the pin.
+    /// Like [`futures_core::Stream::poll_next`], without the pin.
     pub fn poll_next_answer(&mut self, cx: &mut Context<'_>) -> Poll<Option<Answer>> {
         self.app.core().answers.poll_next(self.taker, cx)
     }

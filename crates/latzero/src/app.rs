@@ -1,4 +1,4 @@
-//! The async face: an app, its handlers and its events.
+//! The async API: an app, its handlers and its events.
 
 use std::future::Future;
 use std::os::fd::{AsRawFd as _, RawFd};
@@ -33,7 +33,7 @@ use crate::sync::lock;
 /// How long a clean close waits for running handlers, and for the server to take their answers.
 pub(crate) const CLOSE_TIME: Duration = Duration::from_secs(5);
 
-/// What keeps an app alive: when the last handle goes, this ends it.
+/// Keeps an app alive: when the last handle is dropped, this ends the app.
 #[derive(Debug)]
 pub(crate) struct Owner {
     core: Arc<Core>,
@@ -47,7 +47,7 @@ impl Drop for Owner {
 }
 
 /// One app's connection: calls triggers, serves triggers, sends and receives events. Cheap to
-/// clone; when the last clone goes, the connection closes.
+/// clone; when the last clone is dropped, the connection closes.
 #[derive(Debug, Clone)]
 pub struct App {
     owner: Arc<Owner>,
@@ -56,9 +56,9 @@ pub struct App {
 impl App {
     /// Connects to `latzero://APP_ID[@HOST[:PORT]][?socket=PATH][&pool=NAME…]`.
     ///
-    /// Without host and socket it is the server of this machine: its Unix socket in
+    /// Without host and socket it connects to the server of this machine: the Unix socket in
     /// `LATZERO_DATA_DIR` or `~/.latzero`, else 127.0.0.1:45227. On a tokio runtime (with
-    /// `enable_all`) the app is driven by a task there, elsewhere by a background thread.
+    /// `enable_all`) a task there drives the app, elsewhere a background thread.
     ///
     /// # Errors
     /// If the address is wrong, no server answers, or it refuses the handshake.
@@ -66,7 +66,7 @@ impl App {
         App::builder(url).connect().await
     }
 
-    /// Connects with more to say than an address.
+    /// Connects with more options than an address has.
     #[must_use]
     pub fn builder(url: &str) -> Builder {
         Builder::new(url)
@@ -78,12 +78,12 @@ impl App {
         App { owner }
     }
 
-    /// A handle for the time of a handler's run.
+    /// A handle to use while a handler runs.
     pub(crate) fn lent(core: &Arc<Core>) -> App {
         let owner = lock(&core.owner).upgrade();
         match owner {
             Some(owner) => App { owner },
-            // The last handle went, and the app with it: this one only ever fails.
+            // The last handle was dropped, which ended the app: this handle only returns errors.
             None => App {
                 owner: Arc::new(Owner { core: core.clone() }),
             },
@@ -100,12 +100,12 @@ impl App {
         self.core().config.url.app_id.as_str()
     }
 
-    /// Makes this an administrator's connection: proves that the app has the token of the server's
-    /// data directory, and that the server has it too. The token itself is not sent.
+    /// Gives this connection administrator rights: proves that the app has the token of the
+    /// server's data directory, and that the server has it too. The token itself is not sent.
     ///
     /// # Errors
-    /// `unauthenticated` if either has another token, `downgrade` if nothing binds the proof to the
-    /// connection.
+    /// `unauthenticated` if either side has another token, `downgrade` if the proof cannot be bound
+    /// to the connection.
     pub fn prove_admin(&self, token: &str, may_be_unbound: bool) -> Result<(), Error> {
         let core = self.core();
         let link = core.outbox.link().ok_or_else(Core::closed_error)?;
@@ -139,14 +139,14 @@ impl App {
             return Ok(());
         }
         let text =
-            "what answers has not got the admin token: it is not the server that it claims to be";
+            "the server at this address does not have the admin token: it is not the expected one";
         Err(Error::new(Code::Unauthenticated, text))
     }
 
     /// Moves an encrypted pool of this app to its next epoch, with these keys. Members whose keys
-    /// changed must prove the pool again; where the writers' key changed, content of earlier epochs
-    /// counts no more. With `is_history_cut`, who has the new keys alone can't read what was
-    /// before. The reply says what ended.
+    /// changed must prove the pool again. If the writers' key changed, content of earlier epochs is
+    /// no longer accepted. With `is_history_cut`, holders of only the new keys cannot read content
+    /// from before. The reply says what ended.
     ///
     /// # Errors
     /// `not_member` if the app has no keys of the pool, and if the server refuses.
@@ -157,7 +157,7 @@ impl App {
         is_history_cut: bool,
     ) -> Result<Value, Error> {
         let Some(sealed) = self.core().sealed_pool(Some(pool)) else {
-            let text = format!("this app has no keys of pool '{pool}'");
+            let text = format!("this app has no keys for pool '{pool}'");
             return Err(Error::new(Code::NotMember, text));
         };
         let descriptor = sealed.next_descriptor(new, is_history_cut)?;
@@ -165,21 +165,21 @@ impl App {
         self.requesting(&request)?.wait()
     }
 
-    /// The id of the live connection; another one after a reconnect.
+    /// The id of the current connection; it changes with each reconnect.
     #[must_use]
     pub fn instance(&self) -> Option<InstanceId> {
         InstanceId::parse(&lock(&self.core().ack).instance)
     }
 
-    /// Whether the server restored pools and triggers that it remembered of this AppID.
+    /// Whether the server restored the pools and triggers that it remembered for this AppID.
     #[must_use]
     pub fn is_rehydrated(&self) -> bool {
         lock(&self.core().ack).rehydrated
     }
 
-    /// Whether the server has on disk what the app registered. False if its last acknowledgement
-    /// said that the disk takes nothing: pools and triggers are in force, and may be forgotten if
-    /// the server stops before it could write.
+    /// Whether the app's registration is on the server's disk. False if the server's last
+    /// acknowledgement said that the disk cannot be written: pools and triggers are active, but are
+    /// lost if the server stops before it can write them.
     #[must_use]
     pub fn is_stored(&self) -> bool {
         lock(&self.core().ack).stored != Some(false)
@@ -197,21 +197,21 @@ impl App {
         lock(&self.core().pools).clone()
     }
 
-    /// Whether there is a connection just now. Calls made while there is none wait for it.
+    /// Whether the app is connected now. Calls made while it is not wait for the connection.
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.core().is_connected()
     }
 
-    /// The id of the process that connected. A child that was forked since has no use for the app:
-    /// its threads are not there.
+    /// The id of the process that connected. A child that was forked since cannot use the app,
+    /// because it does not have its threads.
     #[must_use]
     pub fn process(&self) -> u32 {
         self.core().process
     }
 
-    /// The descriptor of the live connection, for a process that forks: a child that closed the
-    /// socket in an orderly way would end its parent's connection, so it replaces the descriptor.
+    /// The descriptor of the current connection, for a process that forks: if a child shut down the
+    /// socket, that would end its parent's connection, so the child replaces the descriptor.
     #[must_use]
     pub fn descriptor(&self) -> Option<RawFd> {
         self.core().outbox.link().map(|link| link.as_raw_fd())
@@ -222,7 +222,7 @@ impl App {
         Call::new(self, name, data)
     }
 
-    /// Calls the trigger `name` for a streamed answer; [`Call::stream`] has more to say.
+    /// Calls the trigger `name` for a streamed answer; [`Call::stream`] has more options.
     pub fn stream<R: FromPayload>(
         &self,
         name: &str,
@@ -231,14 +231,14 @@ impl App {
         self.call(name, data).stream()
     }
 
-    /// Tells every handler of the trigger `name`, without an answer.
+    /// Sends an event to every handler of the trigger `name`, without an answer.
     pub fn emit<T: IntoPayload + ?Sized>(&self, name: &str, data: &T) -> Emit {
         Emit::new(self, name, data)
     }
 
-    /// Serves the trigger `name`. The handler's future runs on the reading task: long work without
-    /// an await belongs on a thread of its own. It is dropped if its caller no longer wants the
-    /// answer.
+    /// Serves the trigger `name`. The handler's future runs on the task that reads the connection,
+    /// so long work without an await belongs on a separate thread. The future is dropped if the
+    /// caller no longer wants the answer.
     ///
     /// A handler that calls others uses [`Request::app`]: a captured handle of its own app would
     /// keep it alive.
@@ -257,7 +257,7 @@ impl App {
         self.handler(name).serve(handler).await
     }
 
-    /// Serves a trigger with more to say than its name.
+    /// Serves a trigger with more options than its name.
     pub fn handler(&self, name: &str) -> Handler {
         Handler {
             app: self.clone(),
@@ -266,7 +266,7 @@ impl App {
         }
     }
 
-    /// Serves the trigger `name` no longer. Calls that run are finished.
+    /// Stops serving the trigger `name`. Running calls are finished.
     ///
     /// # Errors
     /// If the server refuses.
@@ -324,12 +324,12 @@ impl App {
         self.asking(message)
     }
 
-    /// A request whose reply says nothing more than that it was granted.
+    /// A request whose reply only says that it succeeded.
     pub(crate) fn asking(&self, message: Message) -> Calling<()> {
         Calling::of_message(self, message, |_| Ok(()))
     }
 
-    /// Receives the events of a pool: apps and triggers that come and go.
+    /// Receives the events of a pool: apps and triggers that appear and disappear.
     ///
     /// # Errors
     /// If the server refuses.
@@ -358,19 +358,19 @@ impl App {
         )
     }
 
-    /// The answers to parked calls that nobody in this process waits for: those of an earlier life
-    /// of the process, which the server sends as soon as the app is back, and those whose
-    /// [`Parked`](crate::Parked) was dropped. [`Call::id`] gives a call an id by which its answer
-    /// can be recognised.
+    /// The answers to parked calls that nobody in this process waits for: those of earlier
+    /// processes of the app, which the server sends as soon as the app has reconnected, and those
+    /// whose [`Parked`](crate::Parked) was dropped. [`Call::id`] gives a call an id by which its
+    /// answer can be recognised.
     ///
     /// They are kept from the moment of connecting, so none is missed before this is called: the
     /// newest [`ANSWERS_MAX`](crate::ANSWERS_MAX) of them, of
     /// [`ANSWERS_BYTES_MAX`](crate::ANSWERS_BYTES_MAX) bytes at most. Beyond that the oldest are
     /// dropped, and [`Answer::lost`](crate::Answer::lost) of the next one says how many. There is
-    /// one taker: a further call of this ends what the one before gave.
+    /// one reader: calling this again ends the previous one.
     ///
-    /// Where several instances of the app live, the server sends an answer to one of them, mostly
-    /// the newest.
+    /// If several instances of the app are connected, the server sends an answer to one of them,
+    /// usually the newest.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), latzero::Error> {
@@ -417,13 +417,13 @@ impl App {
         self.asking(message)
     }
 
-    /// The memory block `id`, to be made or attached.
+    /// The memory block `id`, to create it or attach to it.
     pub fn block(&self, id: &str) -> BlockName {
         BlockName::new(self, id)
     }
 
-    /// The memory blocks of a pool (the app's only one, where none is named), as the server
-    /// describes them.
+    /// The memory blocks of a pool, as the server describes them. Without a name it is the app's
+    /// only pool.
     ///
     /// # Errors
     /// If the server refuses.
@@ -476,11 +476,11 @@ impl App {
         self.requesting(&json!({"action": "pool_list"}))?.await
     }
 
-    /// Asks the server for anything: `request` is a message of the protocol, with its `action` and
-    /// without an `id`.
+    /// Sends any request to the server: `request` is a message of the protocol, with its `action`
+    /// and without an `id`.
     ///
     /// # Errors
-    /// If the server refuses, and `bad_message` if `request` is no such message.
+    /// If the server refuses, and `bad_message` if `request` is not such a message.
     pub async fn request(&self, request: &Value) -> Result<Value, Error> {
         self.requesting(request)?.await
     }
@@ -496,21 +496,21 @@ impl App {
         Ok(Calling::of_message(self, message, Reply::into))
     }
 
-    /// Asks the server whether it lives; how long the answer took.
+    /// Checks that the server responds; returns how long the answer took.
     ///
     /// # Errors
-    /// If no answer comes.
+    /// If no answer arrives.
     pub async fn ping(&self) -> Result<Duration, Error> {
         let started = Instant::now();
         self.asking(Message::new("ping")).await?;
         Ok(started.elapsed())
     }
 
-    /// Closes cleanly: handlers that run are waited for, up to five seconds, and their answers
-    /// sent; then the connection ends, for every clone of this handle.
+    /// Closes cleanly: waits up to five seconds for running handlers and sends their answers; then
+    /// the connection ends, for every clone of this handle.
     ///
     /// # Errors
-    /// `timeout` if handlers or the server took longer; the connection is closed all the same.
+    /// `timeout` if handlers or the server took longer; the connection is closed anyway.
     pub async fn close(&self) -> Result<(), Error> {
         let core = self.core().clone();
         on_thread(move || close(&core, CLOSE_TIME)).await
@@ -533,8 +533,8 @@ fn close(core: &Arc<Core>, time: Duration) -> Result<(), Error> {
     if let Some(link) = core.outbox.link()
         && is_sent
     {
-        // The server closes when it has taken everything. To close first could lose what is on its
-        // way.
+        // The server closes when it has received everything. Closing first could lose data that is
+        // still being sent.
         core.begin_close();
         link.finish_sending();
         core.block_on(deadline, |cx| core.poll_ended(cx));
@@ -544,8 +544,8 @@ fn close(core: &Arc<Core>, time: Duration) -> Result<(), Error> {
         true => Ok(()),
         false => Err(Error::new(
             Code::Timeout,
-            "handlers were still at work, or the server did not take their answers; the app was \
-            closed all the same",
+            "handlers were still running, or the server did not receive their answers; the app was \
+            closed anyway",
         )),
     }
 }
@@ -555,7 +555,7 @@ fn check_name(name: &str) -> Result<(), Error> {
         .map_err(|e| Error::new(Code::InvalidName, e.to_string()).with_ran(Ran::No))
 }
 
-/// A trigger about to be served.
+/// A trigger that is about to be served.
 #[derive(Debug)]
 #[must_use = "nothing is served before `serve`"]
 pub struct Handler {
@@ -579,19 +579,19 @@ impl Handler {
         self
     }
 
-    /// Calls at a time that this instance takes at most.
+    /// How many calls this instance handles at a time at most.
     pub fn concurrency(mut self, calls: u32) -> Self {
         self.spec.concurrency = Some(calls);
         self
     }
 
-    /// What the trigger does, for people.
+    /// A description of the trigger for people.
     pub fn doc(mut self, doc: &str) -> Self {
         self.spec.doc = Some(doc.to_owned());
         self
     }
 
-    /// Serves in these pools alone, rather than in every pool that the app is in.
+    /// Serves only in these pools, rather than in every pool that the app is in.
     pub fn pools<P: Into<String>>(mut self, pools: impl IntoIterator<Item = P>) -> Self {
         self.spec.pools = pools.into_iter().map(Into::into).collect();
         self
@@ -631,7 +631,7 @@ impl Handler {
         undo_failed(&app, &name, registered)
     }
 
-    /// As [`Handler::serve_blocking`], waiting on this thread.
+    /// Like [`Handler::serve_blocking`], but waits on this thread.
     pub(crate) fn serve_from_here<T: IntoPayload>(
         self,
         handler: impl Fn(blocking::Request) -> Result<T, HandlerError> + Send + Sync + 'static,
@@ -644,7 +644,7 @@ impl Handler {
     fn register(self, kind: Kind) -> Result<Calling<()>, Error> {
         check_name(&self.name)?;
         let spec = self.spec.to_json(&self.name);
-        // Known before the server is asked: the first call may come right behind its reply.
+        // Registered before the request is sent: the first call may follow right after its reply.
         self.app.core().handlers.add(Entry {
             name: self.name.into(),
             spec: self.spec,
@@ -666,7 +666,7 @@ fn write<T: IntoPayload>(answer: &T) -> Result<Payload, HandlerError> {
     payload::write(answer).map_err(HandlerError::from)
 }
 
-/// Forgets what nobody listens to any more.
+/// Ends listening to a trigger without listeners.
 pub(crate) fn forget_emissions(app: &App, queue: &Arc<Queue<Emission>>) {
     let gone = app.core().handlers.unlisten(queue);
     if !gone.is_empty() {
@@ -676,7 +676,7 @@ pub(crate) fn forget_emissions(app: &App, queue: &Arc<Queue<Emission>>) {
     }
 }
 
-/// Forgets what nobody watches any more.
+/// Ends watching a pool without watchers.
 pub(crate) fn forget_presence(app: &App, queue: &Arc<Queue<Presence>>) {
     let mut gone = Vec::new();
     lock(&app.core().watchers).retain(|pool, queues| {
@@ -696,14 +696,14 @@ pub(crate) fn forget_presence(app: &App, queue: &Arc<Queue<Presence>>) {
 }
 
 impl Core {
-    /// Sends what asks for no reply, if there is a connection. Small, and bounded by what was asked
-    /// for before.
+    /// Sends a message without a reply, if there is a connection. Such messages are small, and
+    /// their number is bounded by that of earlier requests.
     pub(crate) fn send_oneway(&self, message: Message) {
         self.append(message);
         self.flush_soon();
     }
 
-    /// As [`Core::tell`], to be flushed by the caller.
+    /// Like [`Core::tell`], but the caller flushes.
     pub(crate) fn append(&self, mut message: Message) {
         if let Some(link) = self.outbox.link() {
             self.outbox.append(link.epoch, |out, link| {

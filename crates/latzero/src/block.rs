@@ -1,19 +1,19 @@
-//! Memory blocks: mapped where the server passed a descriptor, copied through it where it did not.
+//! Memory blocks: mapped if the server passed a descriptor, else copied through the server.
 //!
-//! A [`Block`] is a handle on a name. What is behind it may change: the app reconnects, the block
-//! grows into a new generation, the server ends. Reads continue from the mapping while there is
-//! one; operations that need the server attach again first if necessary. Reading a mapped block,
-//! waiting for its next version and writing under a lock that is already held need no server at
-//! all.
+//! A [`Block`] is a handle for a name. The block behind it may change: the app reconnects, the
+//! block grows into a new generation, the server ends. Reads continue from the mapping while there
+//! is one; operations that need the server first attach again if necessary. Reading a mapped block,
+//! waiting for its next version and writing under a lock that is already held work without the
+//! server.
 //!
-//! A server that restarts after a crash has no shared memory; a client that has it mapped offers it
-//! with the attach after the reconnect, so the same handles keep working. For this each mapped
-//! shared block keeps its file descriptor, one per attachment; if the process may open no more
-//! (getrlimit(2), `RLIMIT_NOFILE`), the block works but can't be offered.
+//! A server that restarts after a crash has no shared memory. A client that has it mapped offers it
+//! when it attaches after the reconnect, so the same handles keep working. For this each mapped
+//! shared block keeps its file descriptor, one per attachment. If the process may open no more
+//! (getrlimit(2), `RLIMIT_NOFILE`), the block works but cannot be offered.
 //!
-//! Bounds: 256 futures of one app wait for mapped blocks at a time ([`Block::wait_for`], else
-//! `overloaded`), 64 attempts at a whole version (else `contended`), and the server's
-//! `limits.max_frame` for what is one version of a copied block.
+//! Limits: 256 futures of one app wait for mapped blocks at a time ([`Block::wait_for`], else
+//! `overloaded`); 64 attempts are made to read a complete version (else `contended`); and a version
+//! of a copied block is at most as large as the server's `limits.max_frame`.
 
 mod changes;
 mod lock;
@@ -55,19 +55,19 @@ use sealed::Edit;
 pub(crate) use shared::{BlockState, Blocks, Current};
 use shared::{Described, LockState};
 
-/// How long a request that may move a whole block is waited for.
+/// How long to wait for a request that may move a whole block.
 const MOVE_TIME: Duration = Duration::from_secs(120);
 
-/// Slices of a wait on another thread, after which it looks whether it is still wanted.
+/// A wait on another thread checks after this time whether it is still wanted.
 const WAIT_SLICE: Duration = Duration::from_millis(100);
 
-/// Bytes of one request where a block is copied through the server, at most.
+/// The most bytes of one request if a block is copied through the server.
 const CHUNK_BYTES: usize = 4 * 1024 * 1024;
 
-/// Attempts to read a whole version before the error that writers are too busy.
+/// Attempts to read a complete version before the error `contended`.
 const TRIES_MAX: u32 = 64;
 
-/// A block's name in a pool, before it is made or attached.
+/// A block's name in a pool, before it is created or attached.
 #[derive(Debug, Clone)]
 #[must_use = "nothing happens before `create` or `attach`"]
 pub struct BlockName {
@@ -87,20 +87,20 @@ impl BlockName {
         }
     }
 
-    /// In this pool. Needed where the app is in several.
+    /// The pool of the block. Required if the app is in several pools.
     pub fn pool(mut self, pool: &str) -> Self {
         self.pool = Some(pool.to_owned());
         self
     }
 
-    /// With this layout, in numpy's notation: `layout("<f4", &[1080, 1920])`. A block that has
-    /// another is refused.
+    /// The layout of the block, in numpy's notation: `layout("<f4", &[1080, 1920])`. A block with
+    /// another layout is refused.
     pub fn layout(mut self, dtype: &str, shape: &[u64]) -> Self {
         self.layout = Some(json!({"dtype": dtype, "shape": shape}));
         self
     }
 
-    /// Makes the block, with `size` bytes.
+    /// Creates the block, with `size` bytes.
     pub fn create(self, size: u64) -> CreateBlock {
         let mut request = json!({"size": size});
         if let Some(layout) = &self.layout {
@@ -112,7 +112,7 @@ impl BlockName {
         }
     }
 
-    /// Takes part in the block, to read it.
+    /// Attaches to the block, for reading.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `layout_mismatch`, `quota`.
@@ -120,7 +120,7 @@ impl BlockName {
         self.attach_as(Access::Read).await
     }
 
-    /// Takes part in the block, to write it too.
+    /// Attaches to the block, for reading and writing.
     ///
     /// # Errors
     /// As [`BlockName::attach`].
@@ -152,7 +152,7 @@ impl BlockName {
         let current = Current::of_reply(core, reply)?;
         let block = Block::new(&self.app, access, current);
         if uid.is_some() && request["if_exists"] != "attach" && uid != block.uid().map(encode) {
-            let text = format!("block '{}' was not made as it was asked for", self.id);
+            let text = format!("the server did not create block '{}' as requested", self.id);
             return Err(Error::new(Code::Integrity, text));
         }
         block.look().await;
@@ -160,7 +160,7 @@ impl BlockName {
     }
 }
 
-/// A block about to be made.
+/// A block that is about to be created.
 #[derive(Debug, Clone)]
 #[must_use = "nothing is made before it is sent"]
 pub struct CreateBlock {
@@ -169,56 +169,56 @@ pub struct CreateBlock {
 }
 
 impl CreateBlock {
-    /// As a file of the server's data directory, which outlives every process.
+    /// Stores it in a file of the server's data directory, so that it survives restarts.
     pub fn persistent(mut self) -> Self {
         self.request["kind"] = Kind::Persistent.as_str().into();
         self
     }
 
-    /// Written in place, without versions of its own: for users who take its lock.
+    /// Makes it a raw block, written in place without snapshots: its users must take its lock.
     pub fn raw(mut self) -> Self {
         self.request["consistency"] = "raw".into();
         self
     }
 
-    /// Room for that many versions, two to four (default two). With three or more a [`View`] stays
-    /// good for longer.
+    /// The number of slots: how many versions it holds, two to four (default two). With three or
+    /// more a [`View`] stays valid for longer.
     pub fn slots(mut self, slots: u32) -> Self {
         self.request["slots"] = slots.into();
         self
     }
 
-    /// Readable by these apps alone, by this one, and by those whom [`CreateBlock::writable_by`]
-    /// names; without that, by no others.
+    /// Only these apps may read it, and this one, and those that [`CreateBlock::writable_by`]
+    /// names.
     pub fn readable_by(mut self, apps: &[&str]) -> Self {
         let permissions = &mut self.request["permissions"];
         permissions["read"] = json!(apps);
-        // Who may write may read: left out, it would be everybody.
+        // Apps that may write may also read: without a list, everybody could write.
         if permissions["write"].is_null() {
             permissions["write"] = json!([]);
         }
         self
     }
 
-    /// Writable by these apps alone, and by this one.
+    /// Only these apps may write it, and this one.
     pub fn writable_by(mut self, apps: &[&str]) -> Self {
         self.request["permissions"]["write"] = json!(apps);
         self
     }
 
-    /// Removed when its last attachment ends.
+    /// Removes it when its last attachment ends.
     pub fn while_attached(mut self) -> Self {
         self.request["lifetime"] = Lifetime::Attached.as_str().into();
         self
     }
 
-    /// The existing one, if its size and layout match.
+    /// If the block exists and its size and layout match, attaches to it.
     pub fn or_attach(mut self) -> Self {
         self.request["if_exists"] = "attach".into();
         self
     }
 
-    /// Makes it, and takes part in it as a writer.
+    /// Creates it, and attaches to it for writing.
     ///
     /// # Errors
     /// `block_exists`, `quota`, `too_large`, `storage`, `layout_mismatch`.
@@ -232,8 +232,8 @@ impl CreateBlock {
     }
 }
 
-/// A block that this app takes part in. Cheap to clone; when the last clone goes, so does the app's
-/// part.
+/// A block that this app is attached to. Cheap to clone; when the last clone is dropped, the app
+/// detaches.
 ///
 /// ```no_run
 /// # async fn example(app: latzero::App) -> Result<(), latzero::Error> {
@@ -253,7 +253,7 @@ impl CreateBlock {
 ///     .view(|view| (0..100).map(|i| view.load::<f32>(i).unwrap_or(0.0)).sum::<f32>())
 ///     .await?;
 ///
-/// // A gigabyte is an argument like any other: its handler says `request.block("frame")?`.
+/// // A block of any size can be an argument: the handler calls `request.block("frame")?`.
 /// let call = app.call("brightness", &frame.reference()).block(&frame);
 /// # Ok(())
 /// # }
@@ -273,7 +273,7 @@ struct Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         let core = self.app.core();
-        // One that came with a call is detached by the server, unless it had to be attached again.
+        // The server detaches a block that came with a call, unless it was attached again.
         let is_attached = self.shared.is_attached.load(Ordering::Acquire);
         core.blocks.forget(core, &self.shared, is_attached);
     }
@@ -319,7 +319,7 @@ impl Block {
         &self.inner.shared
     }
 
-    /// The app whose handle this is.
+    /// The app that this handle belongs to.
     #[must_use]
     pub fn app(&self) -> &App {
         &self.inner.app
@@ -364,8 +364,7 @@ impl Block {
         lock(&self.shared().current).attachment.is_some()
     }
 
-    /// Whether its bytes can be viewed in place, which those of a persistent block and of a sealed
-    /// one cannot.
+    /// Whether its bytes can be viewed in place; those of persistent and sealed blocks cannot.
     #[must_use]
     pub fn is_viewable(&self) -> bool {
         let held = lock(&self.shared().current);
@@ -386,13 +385,13 @@ impl Block {
         f(&lock(&self.shared().current).described)
     }
 
-    /// Its newest version, as far as known without asking: 0 was never written.
+    /// Its newest version, as far as it is known without a request; 0 if it was never written.
     #[must_use]
     pub fn version(&self) -> u64 {
         let held = lock(&self.shared().current);
         match &held.attachment {
             Some(attachment) => attachment.version(),
-            // A new connection has no news yet.
+            // A new connection has received no events yet.
             None => match self.shared().newest.load(Ordering::Acquire) {
                 0 => held.described.version,
                 newest => newest,
@@ -400,8 +399,8 @@ impl Block {
         }
     }
 
-    /// The reference to this block in the data of a call; [`crate::Call::block`] sends the block
-    /// along.
+    /// A reference to this block for the data of a call; [`crate::Call::block`] passes the block
+    /// itself.
     #[must_use]
     pub fn reference(&self) -> Value {
         json!({"$block": self.id(), "pool": self.pool(), "version": self.version()})
@@ -415,10 +414,10 @@ impl Block {
         TypedBlock::of(self)
     }
 
-    /// All of its newest version, with the version.
+    /// All bytes of its newest version, and the version.
     ///
     /// # Errors
-    /// `contended` if writers were too busy; what the server says if the block is not mapped.
+    /// `contended` if writers were too busy; the server's error if the block is not mapped.
     pub async fn read(&self) -> Result<(Vec<u8>, u64), Error> {
         if let Some(sealed) = self.sealed() {
             return self.open(sealed, 0, None).await;
@@ -435,7 +434,7 @@ impl Block {
                 let from = bytes.len() as u64;
                 let to = size.min(from + self.chunk() as u64);
                 match self.fetch(from..to, version).await {
-                    // All of it in one part, which needs no copy of its own.
+                    // All of it in one part, which needs no further copy.
                     Ok((part, v)) if from == 0 && to == size => return Ok((part, v)),
                     Ok((part, v)) => {
                         bytes.extend_from_slice(&part);
@@ -444,9 +443,9 @@ impl Block {
                             return Ok((bytes, v));
                         }
                     }
-                    // There is a newer version: from the begin.
+                    // There is a newer version: start again.
                     Err(e) if e.kind() == Code::VersionConflict => break,
-                    // It has another size now.
+                    // Its size has changed.
                     Err(e) if e.kind() == Code::OutOfRange => {
                         self.shared().must_attach.store(true, Ordering::Release);
                         break;
@@ -458,7 +457,7 @@ impl Block {
         Err(contended(self.id()))
     }
 
-    /// Bytes of its newest version from `offset` on; returns the version.
+    /// Reads bytes of its newest version from `offset` on; returns the version.
     ///
     /// # Errors
     /// `out_of_range`, and as [`Block::read`].
@@ -471,7 +470,7 @@ impl Block {
         Ok(version)
     }
 
-    /// Bytes of the newest version as they lie in its slot; ciphertext, where it is sealed.
+    /// Reads bytes of the newest version as they are in its slot: ciphertext if it is sealed.
     async fn slot_into(&self, offset: u64, to: &mut [u8]) -> Result<u64, Error> {
         let held = self.readable().await?;
         if let Some(attachment) = &held.attachment {
@@ -505,13 +504,13 @@ impl Block {
         Err(contended(self.id()))
     }
 
-    /// The newest version in place, handed to `f` without a copy. The result of `f` is only
-    /// returned if nobody overwrote the version meanwhile; otherwise `f` runs again, a few times.
-    /// In a sealed pool it is a copy, decrypted for `f`.
+    /// Passes the newest version to `f` in place, without a copy. The result of `f` is only
+    /// returned if nobody overwrote the version in the meantime; otherwise `f` runs again, a few
+    /// times. In a sealed pool `f` gets a decrypted copy.
     ///
     /// # Errors
-    /// `contended` if writers were too busy; `storage` if the block is not mapped: read it by
-    /// copies then.
+    /// `contended` if writers were too busy; `storage` if the block is not mapped: use
+    /// [`Block::read`] instead.
     pub async fn view<R>(&self, mut f: impl FnMut(View<'_>) -> R) -> Result<R, Error> {
         if let Some(sealed) = self.sealed() {
             return self.view_opened(sealed, f).await;
@@ -530,11 +529,11 @@ impl Block {
     }
 
     /// The newest version in place, for as long as the result is kept. Newer versions may overwrite
-    /// it: [`OwnedView::is_valid`] tells.
+    /// it, which [`OwnedView::is_valid`] reports.
     ///
     /// # Errors
-    /// `contended` if writers were too busy; `storage` if the block is not mapped, or sealed: read
-    /// it by copies then.
+    /// `contended` if writers were too busy; `storage` if the block is not mapped, or is sealed:
+    /// use [`Block::read`] instead.
     pub async fn owned_view(&self) -> Result<OwnedView, Error> {
         let attachment = self.readable().await?.attachment;
         let attachment = attachment.filter(|_| self.sealed().is_none());
@@ -544,8 +543,8 @@ impl Block {
             .map_err(|e| read_error(self.id(), e))
     }
 
-    /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for without
-    /// the server, on a thread that ends with this future or soon after.
+    /// Waits for a version newer than `beyond`; returns it. For a mapped block the wait does not
+    /// involve the server; it is done on a thread that ends with this future or soon after.
     ///
     /// # Errors
     /// `timeout`; `no_block` if it was removed; `overloaded` if 256 futures wait already.
@@ -580,13 +579,12 @@ impl Block {
         }
     }
 
-    /// Attaches again if necessary; returns whether the block is mapped then.
+    /// Attaches again if necessary; returns whether the block is mapped.
     pub(crate) async fn ensure_attached(&self) -> Result<bool, Error> {
         Ok(self.readable().await?.attachment.is_some())
     }
 
-    /// Waits on this thread for a short while, and until `deadline` at most, through the mapping
-    /// alone.
+    /// Waits on this thread for a short time, and until `deadline` at most, using only the mapping.
     pub(crate) fn wait_slice(&self, beyond: u64, deadline: Instant) -> Result<Slice, Error> {
         use latzero_shm::Waited;
         let held = lock(&self.shared().current).held();
@@ -619,17 +617,17 @@ impl Block {
         }
     }
 
-    /// The versions to come, the newest of those that came since the last look each time.
+    /// A stream of new versions. If several appear between two reads, it returns only the newest.
     ///
     /// # Errors
-    /// What the server says.
+    /// The server's error.
     pub async fn changes(&self) -> Result<Changes, Error> {
         Changes::open(self).await
     }
 
-    /// Writes bytes through the server; returns the version. Where the app has the block's lock, it
-    /// is used. It is one version as long as the bytes fit into one message (`limits.max_frame`);
-    /// more of them are a version each.
+    /// Writes bytes through the server; returns the version. If the app has the block's lock, it
+    /// writes under that. Bytes that fit into one message (`limits.max_frame`) are one version;
+    /// more need several messages, each of which is a version.
     ///
     /// # Errors
     /// `out_of_range`, `forbidden`, `locked`.
@@ -637,7 +635,7 @@ impl Block {
         self.write_through(offset, bytes, None, None).await
     }
 
-    /// As [`Block::write_at`], where the block has version `version`.
+    /// Like [`Block::write_at`], but only if the block has version `version`.
     ///
     /// # Errors
     /// `version_conflict`, and as [`Block::write_at`].
@@ -687,7 +685,8 @@ impl Block {
         }
     }
 
-    /// Writes `bytes` where `expected`, as many bytes, stand; the bytes that stand there otherwise.
+    /// Writes `bytes` at `offset` if the block has the bytes `expected` there, which must be as
+    /// many; otherwise returns the bytes that it has.
     ///
     /// # Errors
     /// `out_of_range`, `forbidden`, `locked`.
@@ -717,9 +716,10 @@ impl Block {
         }
     }
 
-    /// Begins a new version, under the block's lock: taken now, waited for `wait` at most, and
-    /// given back with the version's end. [`Draft::commit`] publishes it; so does dropping it,
-    /// whose errors the block's next use returns. A draft that a panic drops is discarded.
+    /// Begins a new version under the block's lock, for which it waits at most `wait`. The lock is
+    /// released with the draft. [`Draft::commit`] publishes the version. Dropping the draft
+    /// publishes it too, and the block's next use returns an error of that; a draft that is dropped
+    /// by a panic is discarded.
     ///
     /// # Errors
     /// `locked`, `forbidden`.
@@ -728,8 +728,8 @@ impl Block {
         Draft::begin(lock).await
     }
 
-    /// Takes the block's lock for many versions to come: each is then written and published without
-    /// the server.
+    /// Takes the block's lock to write many versions, each of which is written and published
+    /// without the server.
     ///
     /// # Errors
     /// `locked`, `forbidden`.
@@ -738,7 +738,7 @@ impl Block {
         BlockWriter::new(lock).await
     }
 
-    /// Takes the block's lock, waited for `wait` at most. It is given back when the guard goes.
+    /// Takes the block's lock, for which it waits at most `wait`. Dropping the guard releases it.
     ///
     /// # Errors
     /// `locked`, `forbidden`.
@@ -747,7 +747,7 @@ impl Block {
         Ok(lock.used_by_edits(mode))
     }
 
-    /// As [`Block::lock`], for `lease` at most unless it is renewed.
+    /// Like [`Block::lock`], but the lock expires after `lease` unless it is renewed.
     ///
     /// # Errors
     /// As [`Block::lock`].
@@ -761,9 +761,9 @@ impl Block {
         Ok(lock.used_by_edits(mode))
     }
 
-    /// Gives the block another size: a new generation, which everybody continues with. What it has
-    /// more is zeros. In a sealed pool it is a new version, of the size that the block was made
-    /// with at most.
+    /// Changes the size of the block, which gets a new generation that everybody continues with.
+    /// Added bytes are zeros. In a sealed pool it is a new version, with at most the size that the
+    /// block was created with.
     ///
     /// # Errors
     /// `forbidden`, `locked`, `quota`, `too_large`, `storage`.
@@ -797,13 +797,13 @@ impl Block {
     /// Flushes a persistent block to disk; returns the version on disk.
     ///
     /// # Errors
-    /// `bad_message` if the block is memory; `storage`.
+    /// `bad_message` if the block is not persistent; `storage`.
     pub async fn flush(&self) -> Result<u64, Error> {
         let reply = self.ask("memory_flush", &json!({})).await?;
         Ok(number(&reply, "version"))
     }
 
-    /// Removes the block, under everybody.
+    /// Removes the block, even if others are attached.
     ///
     /// # Errors
     /// `forbidden`, `locked`.
@@ -814,7 +814,7 @@ impl Block {
         Ok(())
     }
 
-    /// All about it, as the server describes it.
+    /// Its full description by the server.
     ///
     /// # Errors
     /// `no_block`.
@@ -828,14 +828,14 @@ impl Block {
         lock(&self.shared().fault).take().map_or(Ok(()), Err)
     }
 
-    /// Whether the state is outdated for connection `epoch`.
+    /// Whether the state is out of date for connection `epoch`.
     fn must_move(&self, held: &LockState, epoch: Option<u32>) -> bool {
         self.shared().must_attach.load(Ordering::Acquire)
             || epoch.is_some_and(|epoch| epoch != held.epoch)
             || held.attachment.as_deref().is_some_and(is_superseded)
     }
 
-    /// What can be read from now: attached again where the block moved or the app reconnected.
+    /// The state to read from; attaches again if the block moved or the app reconnected.
     async fn readable(&self) -> Result<LockState, Error> {
         self.check_fault()?;
         let held = lock(&self.shared().current).held();
@@ -843,7 +843,8 @@ impl Block {
         if !self.must_move(&held, epoch) {
             return Ok(held);
         }
-        // A mapping shows what was written last, which is better than nothing; `is_live` says so.
+        // The mapping still shows the last version, which is better than an error; `is_live` is
+        // false then.
         let is_mapped = held.attachment.is_some();
         let is_gone = self.shared().is_gone.load(Ordering::Acquire);
         if is_mapped && (epoch.is_none() || is_gone && epoch == Some(held.epoch)) {
@@ -858,7 +859,7 @@ impl Block {
         }
     }
 
-    /// What can be written from now.
+    /// The state to write to.
     async fn writable(&self) -> Result<LockState, Error> {
         if self.shared().is_gone.load(Ordering::Acquire) {
             return Err(removed(self.id()));
@@ -923,8 +924,8 @@ impl Block {
         }
     }
 
-    /// Whether the server has the block after all, although it did not know it when asked: `known`
-    /// is from an earlier connection, and the block was offered over this one.
+    /// Whether the server has the block now, although it did not know it before: `known` is from an
+    /// earlier connection, and the block was offered over this one.
     async fn is_back(&self, known: &LockState) -> bool {
         known.attachment.is_some()
             && self.app().core().epoch_now() != Some(known.epoch)
@@ -941,7 +942,7 @@ impl Block {
         })
     }
 
-    /// Bytes that are read with one request: more would only wait in buffers.
+    /// Bytes that are read with one request; more would only wait in buffers.
     fn chunk(&self) -> usize {
         self.room().min(CHUNK_BYTES)
     }
@@ -952,9 +953,9 @@ impl Block {
 pub(crate) enum Slice {
     /// There is a newer version: this one.
     Newer(u64),
-    /// Nothing came.
+    /// The time ended.
     Over,
-    /// The block is to be attached again.
+    /// The block must be attached again.
     Moved,
 }
 
@@ -987,8 +988,8 @@ fn contended(id: &str) -> Error {
     Error::new(
         Code::Contended,
         format!(
-            "block '{id}' is written so often that no whole version could be had; repeat, or give \
-            it more slots"
+            "block '{id}' is written too often to read a consistent version; try again, or \
+            recreate it with more slots"
         ),
     )
 }
@@ -996,7 +997,7 @@ fn contended(id: &str) -> Error {
 fn removed(id: &str) -> Error {
     Error::new(
         Code::NoBlock,
-        format!("block '{id}' was removed, or went with its server"),
+        format!("block '{id}' was removed, or was lost with its server"),
     )
 }
 
@@ -1004,14 +1005,14 @@ fn removed(id: &str) -> Error {
 fn not_mapped(id: &str, verb: &str) -> Error {
     Error::new(
         Code::Storage,
-        format!("block '{id}' is not mapped here; {verb} it by copies"),
+        format!("block '{id}' is not mapped here; {verb} it by copying"),
     )
 }
 
 pub(crate) fn timed_out(id: &str) -> Error {
     Error::new(
         Code::Timeout,
-        format!("no new version of block '{id}' came in this time"),
+        format!("there was no new version of block '{id}' in time"),
     )
 }
 
@@ -1020,7 +1021,7 @@ fn read_error(id: &str, error: latzero_shm::ReadError) -> Error {
     match error {
         ReadError::OutOfRange => Error::new(
             Code::OutOfRange,
-            format!("these bytes lie outside block '{id}'"),
+            format!("the range is outside block '{id}'"),
         ),
         ReadError::Contended | ReadError::Version(_) => contended(id),
         ReadError::Fault(fault) => Error::new(
@@ -1036,11 +1037,11 @@ fn write_error(id: &str, error: latzero_shm::WriteError) -> Error {
     match error {
         WriteError::OutOfRange => Error::new(
             Code::OutOfRange,
-            format!("these bytes lie outside block '{id}'; nothing was written"),
+            format!("the range is outside block '{id}'; nothing was written"),
         ),
         WriteError::LeaseLost => Error::new(
             Code::LockLost,
-            format!("the lock of block '{id}' is held no longer; nobody saw what was written"),
+            format!("the lock of block '{id}' was lost; the version was not published"),
         )
         .with_ran(Ran::No),
         WriteError::ReadOnly => Error::new(

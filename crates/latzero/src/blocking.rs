@@ -1,4 +1,4 @@
-//! The face for people without async: the same app, with calls that wait.
+//! The blocking API: the same app, with calls that wait.
 //!
 //! ```no_run
 //! use latzero::blocking::App;
@@ -39,7 +39,7 @@ pub use block::{
 };
 
 /// One app's connection: calls triggers, serves triggers, sends and receives events. Cheap to
-/// clone; when the last clone goes, the connection closes and its threads end.
+/// clone; when the last clone is dropped, the connection closes and its threads end.
 #[derive(Debug, Clone)]
 pub struct App(crate::App);
 
@@ -52,7 +52,7 @@ impl App {
         App::connect_with(crate::App::builder(url))
     }
 
-    /// Connects with more to say than an address.
+    /// Connects with more options than an address has.
     ///
     /// # Errors
     /// As [`App::connect`].
@@ -60,15 +60,15 @@ impl App {
         builder.connect_blocking().map(App)
     }
 
-    /// The same app with its async face.
+    /// The same app with its async API.
     #[must_use]
     pub fn as_async(&self) -> &crate::App {
         &self.0
     }
 
-    /// Runs a future of the async face on this thread, which reads the connection meanwhile if
-    /// nobody else does. `None` if it is not done at `deadline`, or [`interruptible`] ended the
-    /// wait; it may be run on then.
+    /// Runs a future of the async API on this thread, which also reads the connection if nobody
+    /// else does. `None` if it is not done at `deadline`, or [`interruptible`] ended the wait; the
+    /// future may then be run further.
     pub fn run<T>(
         &self,
         deadline: Option<Instant>,
@@ -86,7 +86,7 @@ impl App {
         self.0.app_id()
     }
 
-    /// The id of the live connection; another one after a reconnect.
+    /// The id of the current connection; it changes with each reconnect.
     #[must_use]
     pub fn instance(&self) -> Option<InstanceId> {
         self.0.instance()
@@ -98,7 +98,7 @@ impl App {
         self.0.joined()
     }
 
-    /// Whether there is a connection just now. Calls made while there is none wait for it.
+    /// Whether the app is connected now. Calls made while it is not wait for the connection.
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.0.is_connected()
@@ -109,7 +109,7 @@ impl App {
         Call(self.0.call(name, data))
     }
 
-    /// Calls the trigger `name` for a streamed answer; [`Call::stream`] has more to say.
+    /// Calls the trigger `name` for a streamed answer; [`Call::stream`] has more options.
     pub fn stream<R: FromPayload>(
         &self,
         name: &str,
@@ -118,13 +118,14 @@ impl App {
         Stream(self.0.stream(name, data))
     }
 
-    /// Tells every handler of the trigger `name`, without an answer.
+    /// Sends an event to every handler of the trigger `name`, without an answer.
     pub fn emit<T: IntoPayload + ?Sized>(&self, name: &str, data: &T) -> Emit {
         Emit(self.0.emit(name, data))
     }
 
-    /// Serves the trigger `name`. The handler runs on the thread that read the call; where it takes
-    /// long, another thread reads on, up to as many as [`crate::Builder::handler_threads`] says.
+    /// Serves the trigger `name`. The handler runs on the thread that read the call. If that takes
+    /// long, another thread continues to read; there are at most as many as
+    /// [`crate::Builder::handler_threads`] says.
     ///
     /// # Errors
     /// If the name is not valid or the server refuses.
@@ -136,12 +137,12 @@ impl App {
         self.handler(name).serve(handler)
     }
 
-    /// Serves a trigger with more to say than its name.
+    /// Serves a trigger with more options than its name.
     pub fn handler(&self, name: &str) -> Handler {
         Handler(self.0.handler(name))
     }
 
-    /// Serves the trigger `name` no longer. Calls that run are finished.
+    /// Stops serving the trigger `name`. Running calls are finished.
     ///
     /// # Errors
     /// If the server refuses.
@@ -159,7 +160,7 @@ impl App {
         Ok(Events(events))
     }
 
-    /// Receives the events of a pool: apps and triggers that come and go.
+    /// Receives the events of a pool: apps and triggers that appear and disappear.
     ///
     /// # Errors
     /// If the server refuses.
@@ -169,14 +170,14 @@ impl App {
         Ok(Events(events))
     }
 
-    /// The answers to parked calls that nobody in this process waits for, those of an earlier life
-    /// of it among them; see [`crate::App::answers`].
+    /// The answers to parked calls that nobody in this process waits for, including calls of
+    /// earlier processes of the app; see [`crate::App::answers`].
     #[must_use]
     pub fn answers(&self) -> Answers {
         Answers(self.0.answers())
     }
 
-    /// Whether the server has on disk what the app registered; see [`crate::App::is_stored`].
+    /// Whether the app's registration is on the server's disk; see [`crate::App::is_stored`].
     #[must_use]
     pub fn is_stored(&self) -> bool {
         self.0.is_stored()
@@ -218,16 +219,17 @@ impl App {
         self.request(&json!({"action": "pool_list"}))
     }
 
-    /// Asks the server for anything: `request` is a message of the protocol, with its `action` and
-    /// without an `id`.
+    /// Sends any request to the server: `request` is a message of the protocol, with its `action`
+    /// and without an `id`.
     ///
     /// # Errors
-    /// If the server refuses, and `bad_message` if `request` is no such message.
+    /// If the server refuses, and `bad_message` if `request` is not such a message.
     pub fn request(&self, request: &Value) -> Result<Value, Error> {
         self.0.requesting(request)?.wait()
     }
 
-    /// As [`App::request`], for the answer as another type: `Box<RawValue>` is its text as it came.
+    /// Like [`App::request`], with the answer as another type: `Box<RawValue>` is its text as
+    /// received.
     ///
     /// # Errors
     /// As there.
@@ -235,7 +237,7 @@ impl App {
         self.0.requesting(request)?.wait()
     }
 
-    /// Makes this an administrator's connection; see [`crate::App::prove_admin`].
+    /// Gives this connection administrator rights; see [`crate::App::prove_admin`].
     ///
     /// # Errors
     /// As there.
@@ -256,10 +258,10 @@ impl App {
         self.0.rotate_pool(pool, new, is_history_cut)
     }
 
-    /// Asks the server whether it lives; how long the answer took.
+    /// Checks that the server responds; returns how long the answer took.
     ///
     /// # Errors
-    /// If no answer comes.
+    /// If no answer arrives.
     pub fn ping(&self) -> Result<Duration, Error> {
         let started = Instant::now();
         self.0.asking(Message::new("ping")).wait()?;
@@ -269,12 +271,12 @@ impl App {
     /// Closes cleanly; see [`crate::App::close`].
     ///
     /// # Errors
-    /// `timeout` if handlers or the server took longer; the connection is closed all the same.
+    /// `timeout` if handlers or the server took longer; the connection is closed anyway.
     pub fn close(&self) -> Result<(), Error> {
         self.close_within(CLOSE_TIME)
     }
 
-    /// As [`App::close`], waiting for `time` at most.
+    /// Like [`App::close`], but waits at most `time`.
     ///
     /// # Errors
     /// As [`App::close`].
@@ -284,7 +286,7 @@ impl App {
 }
 
 impl From<crate::App> for App {
-    /// The same app with its blocking face. Not to be used on a thread that drives the async one.
+    /// The same app with its blocking API. Do not use it on a thread that drives the async API.
     fn from(app: crate::App) -> Self {
         App(app)
     }
@@ -307,7 +309,7 @@ macro_rules! builder_methods {
 pub struct Call(crate::Call);
 
 impl From<crate::Call> for Call {
-    /// The same call, to be waited for.
+    /// The same call, with methods that wait.
     fn from(call: crate::Call) -> Self {
         Call(call)
     }
@@ -325,36 +327,36 @@ impl Call {
         pool(pool: &str);
         /// The key of a sticky trigger: calls with the same key reach the same handler.
         key(key: &str);
-        /// Adds a header, passed to the handler untouched.
+        /// Adds a header, which the handler receives unchanged.
         header(name: &str, value: &str);
         /// If no handler can take the call now, the server keeps it on disk until one can; see
         /// [`crate::Call::park`].
         park();
-        /// As [`Call::park`], but the call goes to the disk even if a handler can take it at once;
-        /// see [`crate::Call::always_park`].
+        /// Like [`Call::park`], but the call is stored even if a handler can take it at once; see
+        /// [`crate::Call::always_park`].
         always_park();
         /// Gives the call to another handler if its handler's connection ends before it answered;
         /// see [`crate::Call::redeliver`].
         redeliver();
-        /// The most handlers that a parked or redelivered call is given to; see
+        /// How many times a parked or redelivered call may be delivered; see
         /// [`crate::Call::attempts`].
         attempts(attempts: u32);
         /// Makes the call safe to repeat; see [`crate::Call::idempotency_key`].
         idempotency_key(key: &str);
-        /// Gives the call an id of the caller's own, 1 to 128 bytes; see [`crate::Call::id`].
+        /// Chooses the id of the call, 1 to 128 bytes; see [`crate::Call::id`].
         id(id: &str);
         /// Sends these bytes unchanged instead of the data, next to the JSON.
         raw_bytes(bytes: Vec<u8>);
-        /// Items of a streamed answer that may be under way (default 64).
+        /// How many items of a streamed answer may be sent before they are read (default 64).
         window(window: u64);
     }
 
-    /// Gives the handler a memory block of the call's pool to read, for the length of the call.
+    /// Lets the handler read a memory block of the call's pool during the call.
     pub fn block(self, block: &Block) -> Self {
         Call(self.0.block(&block.0))
     }
 
-    /// As [`Call::block`], to write too.
+    /// Like [`Call::block`], for reading and writing.
     pub fn block_writable(self, block: &Block) -> Self {
         Call(self.0.block_writable(&block.0))
     }
@@ -362,13 +364,13 @@ impl Call {
     /// Sends the call and waits for the answer.
     ///
     /// # Errors
-    /// What the handler or the server answered; `bad_message` if the answer is not an `R`.
+    /// The error of the handler or the server; `bad_message` if the answer is not an `R`.
     pub fn send<R: FromPayload>(self) -> Result<R, Error> {
         self.0.send().wait()
     }
 
-    /// Sends the call to be kept by the server until it is answered, and waits until it is on disk,
-    /// or answered where a handler is live; see [`crate::Call::send_parked`].
+    /// Sends the call to be stored by the server until it is answered, and waits until it is on
+    /// disk, or answered if a handler takes it at once; see [`crate::Call::send_parked`].
     ///
     /// ```no_run
     /// use latzero::blocking::App;
@@ -382,13 +384,13 @@ impl Call {
     /// ```
     ///
     /// # Errors
-    /// `storage` if the disk takes nothing, `overloaded` if the server keeps too many already, else
-    /// what the handler or the server answered.
+    /// `storage` if the disk cannot be written, `overloaded` if the server already stores too many
+    /// calls, else the error of the handler or the server.
     pub fn send_parked(self) -> Result<Parked, Error> {
         self.0.send_parked().wait().map(Parked)
     }
 
-    /// Sends the call and waits for the answer as it comes, with its headers.
+    /// Sends the call and waits for the answer as received, with its headers.
     ///
     /// # Errors
     /// What the handler or the server answered.
@@ -404,35 +406,35 @@ impl Call {
         self.send()
     }
 
-    /// Opens a streamed answer. The call is sent when the first item is asked for; its time covers
+    /// Opens a streamed answer. The call is sent when the first item is requested; its time covers
     /// the whole stream.
     pub fn stream<R: FromPayload>(self) -> Stream<R> {
         Stream(self.0.stream())
     }
 }
 
-/// A call that the server keeps until it is answered, or that is answered already. Dropping it lets
-/// the call continue: its answer then goes to [`App::answers`].
+/// A call that the server stores until it is answered, or that is already answered. The call
+/// continues if this is dropped: its answer then goes to [`App::answers`].
 #[derive(Debug)]
 pub struct Parked(crate::Parked);
 
 impl Parked {
-    /// The call's id, by which [`App::answers`] knows it, in a later life of the process too.
+    /// The call's id, by which [`App::answers`] names it, in later processes of the app too.
     #[must_use]
     pub fn id(&self) -> &str {
         self.0.id()
     }
 
-    /// Waits for the answer. A lost connection does not end the wait; that the app is closed does.
+    /// Waits for the answer. A lost connection does not end the wait; closing the app does.
     ///
     /// # Errors
-    /// What the handler or the server answered; `timeout` if the call's time ended before;
+    /// The error of the handler or the server; `timeout` if the call's time has ended;
     /// `bad_message` if the answer is not an `R`.
     pub fn answer<R: FromPayload>(self) -> Result<R, Error> {
         self.0.answer().wait()
     }
 
-    /// As [`Parked::answer`], the answer as it comes, with its headers.
+    /// Like [`Parked::answer`], but returns the answer as received, with its headers.
     ///
     /// # Errors
     /// What the handler or the server answered.
@@ -440,37 +442,37 @@ impl Parked {
         self.0.reply().wait()
     }
 
-    /// Ends the call; see [`crate::Parked::cancel`].
+    /// Cancels the call; see [`crate::Parked::cancel`].
     pub fn cancel(self) {
         self.0.cancel();
     }
 }
 
-/// Answers to calls that nobody here waits for, by iterating, until the app is closed;
-/// [`App::answers`] gives it.
+/// An iterator over the answers to calls that nobody here waits for, until the app is closed;
+/// returned by [`App::answers`].
 #[derive(Debug)]
 pub struct Answers(crate::Answers);
 
 impl Answers {
-    /// The next answer; `None` after the app was closed, or [`App::answers`] was asked again.
+    /// The next answer; `None` after the app was closed, or [`App::answers`] was called again.
     pub fn recv(&mut self) -> Option<Answer> {
         let core = self.0.app.core().clone();
         core.block_on(None, |cx| self.0.poll_next_answer(cx))
             .flatten()
     }
 
-    /// The next answer, waited for `timeout` at most.
+    /// Waits for the next answer, at most `timeout`.
     ///
     /// # Errors
-    /// `timeout` if none came; `disconnected` after the app was closed, or [`App::answers`] was
-    /// asked again.
+    /// `timeout` if none arrived; `disconnected` after the app was closed, or [`App::answers`] was
+    /// called again.
     pub fn recv_timeout(&mut self, timeout: Duration) -> Result<Answer, Error> {
         let core = self.0.app.core().clone();
         let deadline = Some(Instant::now() + timeout);
         match core.block_on(deadline, |cx| self.0.poll_next_answer(cx)) {
             Some(Some(answer)) => Ok(answer),
             Some(None) => Err(crate::core::Core::closed_error()),
-            None => Err(Error::new(Code::Timeout, "no answer came in this time")),
+            None => Err(Error::new(Code::Timeout, "no answer arrived in time")),
         }
     }
 }
@@ -489,7 +491,7 @@ impl Iterator for Answers {
 pub struct Emit(crate::Emit);
 
 impl From<crate::Emit> for Emit {
-    /// The same emit, sent from the thread that waits.
+    /// The same emit, sent from the calling thread.
     fn from(emit: crate::Emit) -> Self {
         Emit(emit)
     }
@@ -505,23 +507,23 @@ impl Emit {
         one();
         /// In this pool. Needed where the app is in several.
         pool(pool: &str);
-        /// What a sticky trigger goes by when one handler is picked.
+        /// The key by which a sticky trigger chooses a handler.
         key(key: &str);
-        /// Adds a header, passed to the handlers untouched.
+        /// Adds a header, which the handlers receive unchanged.
         header(name: &str, value: &str);
         /// Sends these bytes unchanged instead of the data, next to the JSON.
         raw_bytes(bytes: Vec<u8>);
     }
 
-    /// Sends it. It is done when it is handed to the connection.
+    /// Sends it; returns when it is passed to the connection.
     ///
     /// # Errors
-    /// If there is no connection, or the data can't be written.
+    /// If there is no connection, or the data cannot be encoded.
     pub fn send(self) -> Result<(), Error> {
         std::future::IntoFuture::into_future(self.0).wait()
     }
 
-    /// Sends it, and gives the number of handlers that it went to.
+    /// Sends it; returns the number of handlers that it was sent to.
     ///
     /// # Errors
     /// If the server refuses.
@@ -530,7 +532,7 @@ impl Emit {
     }
 }
 
-/// A streamed answer; its items come by iterating. Dropping it cancels the call.
+/// A streamed answer, as an iterator over its items. Dropping it cancels the call.
 #[derive(Debug)]
 #[must_use = "a stream's call is sent when its first item is asked for"]
 pub struct Stream<R>(crate::Stream<R>);
@@ -541,12 +543,12 @@ impl<R: FromPayload> Stream<R> {
         self.0.wait_either()
     }
 
-    /// The newest report of the handler on its progress, once; older ones are not kept.
+    /// The newest progress report of the handler, once; older ones are not kept.
     pub fn progress<T: FromPayload>(&mut self) -> Option<Result<T, Error>> {
         self.0.progress()
     }
 
-    /// What the handler answered at the end, behind the last item.
+    /// The handler's final answer, after the last item.
     #[must_use]
     pub fn end(&self) -> Option<&Reply> {
         self.0.end()
@@ -561,7 +563,7 @@ impl<R: FromPayload> Iterator for Stream<R> {
     }
 }
 
-/// Events as they arrive, by iterating, until the app is closed. Dropping it stops listening.
+/// An iterator over events as they arrive, until the app is closed. Dropping it stops listening.
 #[derive(Debug)]
 #[allow(
     private_bounds,
@@ -581,22 +583,22 @@ impl<T: Lossy> Events<T> {
             .flatten()
     }
 
-    /// How many events were dropped and no event tells of; see [`crate::Events::take_lost`].
+    /// How many events were dropped that no later event reports; see [`crate::Events::take_lost`].
     pub fn take_lost(&mut self) -> u64 {
         self.0.take_lost()
     }
 
-    /// The next event, waited for `timeout` at most.
+    /// Waits for the next event, at most `timeout`.
     ///
     /// # Errors
-    /// `timeout` if none came; `disconnected` after the app was closed.
+    /// `timeout` if none arrived; `disconnected` after the app was closed.
     pub fn recv_timeout(&mut self, timeout: Duration) -> Result<T, Error> {
         let core = self.0.app.core();
         let deadline = Some(Instant::now() + timeout);
         match core.block_on(deadline, |cx| self.0.queue.poll_next(cx)) {
             Some(Some(event)) => Ok(event),
             Some(None) => Err(crate::core::Core::closed_error()),
-            None => Err(Error::new(Code::Timeout, "no event came in this time")),
+            None => Err(Error::new(Code::Timeout, "no event arrived in time")),
         }
     }
 }
@@ -613,7 +615,7 @@ impl<T: Lossy> Iterator for Events<T> {
     }
 }
 
-/// A trigger about to be served.
+/// A trigger that is about to be served.
 #[derive(Debug)]
 #[must_use = "nothing is served before `serve`"]
 pub struct Handler(crate::Handler);
@@ -622,13 +624,13 @@ impl Handler {
     builder_methods! {
         /// How calls are spread over the handlers of this trigger (default: each in turn).
         strategy(strategy: Strategy);
-        /// Calls at a time that this instance takes at most.
+        /// How many calls this instance handles at a time at most.
         concurrency(calls: u32);
-        /// What the trigger does, for people.
+        /// A description of the trigger for people.
         doc(doc: &str);
     }
 
-    /// Serves in these pools alone, rather than in every pool that the app is in.
+    /// Serves only in these pools, rather than in every pool that the app is in.
     pub fn pools<P: Into<String>>(self, pools: impl IntoIterator<Item = P>) -> Self {
         Self(self.0.pools(pools))
     }
@@ -658,22 +660,22 @@ impl Deref for Request {
 }
 
 impl Request {
-    /// The app that handles this, for calls of its own; see [`crate::Request::app`].
+    /// The app that handles this, for further calls; see [`crate::Request::app`].
     #[must_use]
     pub fn app(&self) -> App {
         App(self.0.app())
     }
 
-    /// The same request with its async face.
+    /// The same request with its async API.
     #[must_use]
     pub fn into_async(self) -> crate::Request {
         self.0
     }
 
-    /// A memory block that the caller gave along, for as long as the call lasts.
+    /// A memory block that the caller passed, for use during the call.
     ///
     /// # Errors
-    /// `no_block` if it gave no such block.
+    /// `no_block` if the caller passed no such block.
     pub fn block(&self, id: &str) -> Result<Block, Error> {
         self.0.block(id).map(Block)
     }
@@ -681,16 +683,16 @@ impl Request {
     /// Sends one item of a streamed answer, once the caller has room for it.
     ///
     /// # Errors
-    /// `cancelled` if the caller is gone, `bad_message` if the item can't be written.
+    /// `cancelled` if the caller has gone, `bad_message` if the item cannot be encoded.
     pub fn partial<T: IntoPayload + ?Sized>(&self, item: &T) -> Result<(), Error> {
         self.send("partial", item)
     }
 
-    /// Reports how far the work is. Reports are not items: the caller may see only the newest, and
-    /// none in an encrypted pool.
+    /// Reports the progress of the work. Reports are not items: the caller may see only the newest,
+    /// and none in an encrypted pool.
     ///
     /// # Errors
-    /// `cancelled` if the caller is gone, `bad_message` if the report can't be written.
+    /// `cancelled` if the caller has gone, `bad_message` if the report cannot be encoded.
     pub fn progress<T: IntoPayload + ?Sized>(&self, report: &T) -> Result<(), Error> {
         if self.0.ticket.sealed.get().is_some() {
             return Ok(());
@@ -708,7 +710,7 @@ impl Request {
     }
 }
 
-/// What a wait without a deadline ends with if it was interrupted.
+/// The error of a wait without a deadline that was interrupted.
 fn interrupted() -> Error {
     Error::new(Code::Cancelled, "the wait was interrupted")
 }

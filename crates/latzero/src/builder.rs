@@ -19,14 +19,14 @@ use crate::url::Url;
 /// Threads that run blocking handlers, by default.
 pub(crate) const HANDLER_THREADS: usize = 16;
 
-/// When and how to connect again after a loss.
+/// Whether and how to reconnect after the connection was lost.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reconnect {
-    /// Whether to do so at all; without it, a loss ends the app.
+    /// Whether to reconnect at all; if not, a lost connection ends the app.
     pub enabled: bool,
-    /// The first pause is drawn from zero to this. It doubles with each attempt.
+    /// The first pause is a random time up to this. It doubles with each attempt.
     pub pause_min: Duration,
-    /// No pause is drawn from more than this.
+    /// The limit of the doubled pause.
     pub pause_max: Duration,
 }
 
@@ -52,9 +52,9 @@ pub(crate) struct Config {
     pub(crate) app_key: Option<AppKey>,
     /// The keys of encrypted pools.
     pub(crate) keys: Vec<(PoolName, Keys)>,
-    /// Whether proofs may be given over a connection that they are not bound to.
+    /// Whether to send proofs over a connection that they are not bound to.
     pub(crate) unbound: bool,
-    /// Where what was accepted of encrypted pools is kept.
+    /// Where the accepted state of encrypted pools is stored.
     pub(crate) state_dir: Option<PathBuf>,
     pub(crate) reconnect: Reconnect,
     pub(crate) handler_threads: usize,
@@ -62,7 +62,7 @@ pub(crate) struct Config {
     pub(crate) call_timeout: Duration,
 }
 
-/// An app that is about to connect; [`App::builder`] makes one.
+/// An app that is about to connect; created by [`App::builder`].
 #[derive(Debug, Clone)]
 pub struct Builder {
     config: Result<Config, Error>,
@@ -106,8 +106,8 @@ impl Builder {
         self
     }
 
-    /// Refuse to connect while another instance of the app lives, and to let one in while this one
-    /// does.
+    /// Connect only if no other instance of the app is connected, and prevent others while this one
+    /// is.
     #[must_use]
     pub fn exclusive(self, exclusive: bool) -> Self {
         self.with(|config| config.exclusive = exclusive)
@@ -119,15 +119,15 @@ impl Builder {
         self.with(|config| config.takeover = takeover)
     }
 
-    /// Ask for the pools and triggers that the server remembers of this AppID, instead of naming
-    /// any. A remembered trigger that gets no handler here answers `no_handler`.
+    /// Use the pools and triggers that the server remembers for this AppID, instead of naming any.
+    /// Calls of a remembered trigger without a handler here get `no_handler`.
     #[must_use]
     pub fn rehydrate(self, rehydrate: bool) -> Self {
         self.with(|config| config.rehydrate = rehydrate)
     }
 
-    /// Have the server remember nothing of the app once its last instance has gone: for tools that
-    /// come and go.
+    /// Do not let the server remember the app after its last instance has disconnected: for
+    /// short-lived tools.
     #[must_use]
     pub fn transient(self, transient: bool) -> Self {
         self.with(|config| config.transient = transient)
@@ -139,15 +139,15 @@ impl Builder {
         self.with(|config| config.meta = Some(meta))
     }
 
-    /// Proves that the app is who it says by its key: the first time binds the key to the AppID,
-    /// from then on nobody can use it without the key.
+    /// Proves the app's identity with its key. The first proof binds the key to the AppID; from
+    /// then on nobody can use the AppID without the key.
     #[must_use]
     pub fn app_key(self, key: AppKey) -> Self {
         self.with(|config| config.app_key = Some(key))
     }
 
-    /// Joins an encrypted pool, with what these keys prove. A pool of that name that is not
-    /// encrypted, or not with these keys, is refused.
+    /// Joins an encrypted pool, with the roles that these keys prove. A pool of that name that is
+    /// not encrypted, or not with these keys, is refused.
     #[must_use]
     pub fn keys(self, pool: &str, keys: Keys) -> Self {
         let Ok(pool) = PoolName::new(pool) else {
@@ -159,15 +159,15 @@ impl Builder {
         })
     }
 
-    /// Keeps here what was accepted of encrypted pools, so that an older state of one is noticed
-    /// [default: latzero/pools in `XDG_STATE_HOME`, else `~/.local/state`].
+    /// The directory that stores the accepted state of encrypted pools, so that an older state is
+    /// detected [default: latzero/pools in `XDG_STATE_HOME`, else `~/.local/state`].
     #[must_use]
     pub fn state_dir(self, path: impl Into<PathBuf>) -> Self {
         self.with(|config| config.state_dir = Some(path.into()))
     }
 
-    /// Sends proofs over plain TCP too, where nothing binds them to the connection: a listener in
-    /// the server's place could forward them.
+    /// Sends proofs over plain TCP too, where they are not bound to the connection: another program
+    /// that listens on the server's port could forward them.
     #[must_use]
     pub fn unbound(self, unbound: bool) -> Self {
         self.with(|config| config.unbound = unbound)
@@ -192,14 +192,14 @@ impl Builder {
         self
     }
 
-    /// When and how to connect again after a loss.
+    /// Whether and how to reconnect after the connection was lost.
     #[must_use]
     pub fn reconnect(self, reconnect: Reconnect) -> Self {
         self.with(|config| config.reconnect = reconnect)
     }
 
-    /// Threads that run blocking handlers at most (default 16). A handler that waits for a call of
-    /// its own does not count.
+    /// How many threads run blocking handlers at most (default 16). A handler that waits for the
+    /// answer to its own call does not count.
     #[must_use]
     pub fn handler_threads(self, threads: usize) -> Self {
         self.with(|config| config.handler_threads = threads)
@@ -211,20 +211,19 @@ impl Builder {
         self.with(|config| config.connect_timeout = timeout)
     }
 
-    /// How long calls may take that say nothing else (default 30 s).
+    /// How long calls may take by default (30 s).
     #[must_use]
     pub fn call_timeout(self, timeout: Duration) -> Self {
         self.with(|config| config.call_timeout = timeout)
     }
 
-    /// Connects. On a tokio runtime the app is driven by a task there, elsewhere by a background
-    /// thread.
+    /// Connects. On a tokio runtime a task there drives the app, elsewhere a background thread.
     ///
     /// # Errors
     /// If the address is wrong, no server answers, or it refuses the handshake.
     pub async fn connect(self) -> Result<App, Error> {
         let config = self.config?;
-        // Names are looked up and sockets connected by calls that block, so a thread does it.
+        // Resolving names and connecting sockets block, so a thread does it.
         let core = on_thread(move || Core::connect(config)).await?;
         core.start(true)?;
         Ok(App::owning(core))
@@ -237,8 +236,8 @@ impl Builder {
     }
 }
 
-/// Adds the keys that the environment has of the one pool that is named, where the address has none
-/// of it.
+/// Adds the keys from the environment for the one pool that is named, if the address has no keys
+/// for it.
 fn of_environment(
     url: &Url,
     mut keys: Vec<(PoolName, Keys)>,
@@ -258,7 +257,7 @@ fn of_environment(
     Ok(keys)
 }
 
-/// Runs `work` on a thread of its own.
+/// Runs `work` on a new thread.
 pub(crate) async fn on_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
@@ -278,7 +277,7 @@ pub(crate) async fn on_thread<T: Send + 'static>(
             }
         });
     spawned.map_err(|e| {
-        Error::new(Code::Internal, "no thread could be started to connect")
+        Error::new(Code::Internal, "cannot start a thread to connect")
             .with_ran(Ran::No)
             .with_source(e)
     })?;

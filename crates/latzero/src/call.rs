@@ -1,4 +1,4 @@
-//! Calls and emits: builders, and the futures that they turn into.
+//! Calls and emits: builders and their futures.
 
 use std::future::{Future, IntoFuture};
 use std::marker::PhantomData;
@@ -28,12 +28,12 @@ use crate::sealed::{SealedCall, Unsealed};
 use crate::stream::Stream;
 use crate::sync::lock;
 
-/// How long the server's own `timeout` is waited for beyond a call's time: half as long again,
-/// within these.
+/// How long to wait for the server's `timeout` after a call's time has ended: half of that time,
+/// within these bounds.
 const GRACE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
-/// A message that is being put together, or waits to be sent. Boxed from the start, so that
-/// builders and futures are cheap to move.
+/// A message that is being built, or waits to be sent. Boxed from the start, so that builders and
+/// futures are cheap to move.
 #[derive(Debug)]
 struct Unsent {
     app: App,
@@ -42,17 +42,17 @@ struct Unsent {
     timeout: Duration,
     deadline: Option<Instant>,
     window: Option<u64>,
-    /// Blocks that travel with a call, as JSON.
+    /// Blocks that are passed with a call, as JSON.
     blocks: Vec<Value>,
     lasting: ParkOptions,
-    /// Where it goes; of an app with keys alone, which may have to seal it.
+    /// Its destination; only for an app with keys, which may have to seal it.
     route: Option<Box<Route>>,
-    /// What its answer is opened with.
+    /// The keys to open its answer.
     sealed: Option<SealedCall>,
     failure: Option<Error>,
 }
 
-/// What an envelope says besides its content.
+/// The fields of its envelope in addition to the content.
 #[derive(Debug, Default)]
 struct Route {
     name: String,
@@ -61,7 +61,7 @@ struct Route {
     key: Option<String>,
 }
 
-/// What is asked for a call that may outlive an attempt at it.
+/// Options of a call that may outlive an attempt.
 #[derive(Debug, Default)]
 struct ParkOptions {
     park: Park,
@@ -89,7 +89,7 @@ fn check_id(id: &str) -> Result<(), Error> {
             id.len()
         )
     } else if Id::parse(id).is_some() {
-        format!("id '{id}' has the form of those that calls get by themselves; choose another")
+        format!("id '{id}' has the form of generated ids; choose another")
     } else {
         return Ok(());
     };
@@ -153,7 +153,8 @@ impl Unsent {
         self.message.string("key", key);
     }
 
-    /// Seals what goes to an encrypted pool: data, headers, and what the server reads besides.
+    /// Seals a message to an encrypted pool: data, headers, and a copy of the fields that the
+    /// server reads.
     fn seal(&mut self, act: Act, ttl: Option<u64>) {
         let Some(route) = self.route.take() else {
             return;
@@ -168,7 +169,7 @@ impl Unsent {
         let key = headers.remove(IDEMPOTENCY_KEY);
         let idempotency_key = key.and_then(|key| key.as_str().map(str::to_owned));
         if let Some(key) = &idempotency_key {
-            // By this the server knows repeats.
+            // The server recognises repeats by this header.
             self.header(IDEMPOTENCY_KEY, key);
         }
         let blocks = self.blocks.iter().map(|block| LentBlock {
@@ -244,8 +245,8 @@ impl Unsent {
     }
 }
 
-/// A call that is not sent yet. Awaiting it sends it and gives the answer as a JSON value;
-/// [`Call::send`] gives it as any type.
+/// A call that has not been sent yet. Awaiting it sends it and returns the answer as a JSON value;
+/// [`Call::send`] returns it as any type.
 #[derive(Debug)]
 #[must_use = "a call is sent when it is awaited"]
 pub struct Call {
@@ -253,7 +254,7 @@ pub struct Call {
     window: u64,
 }
 
-/// Items of a stream that may be under way, unless a call says otherwise.
+/// How many items of a stream may be sent before they are read, by default.
 const WINDOW: u64 = 64;
 
 impl Call {
@@ -264,7 +265,7 @@ impl Call {
         }
     }
 
-    /// How long the answer may take, from now on: 24 hours at most, and 30 days for a call that may
+    /// How long the answer may take, from now on: at most 24 hours, or 30 days for a call that may
     /// be parked.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.unsent.timeout = timeout;
@@ -283,7 +284,7 @@ impl Call {
         self
     }
 
-    /// Calls in this pool. Needed where the app is in several.
+    /// Calls in this pool. Required if the app is in several pools.
     pub fn pool(mut self, pool: &str) -> Self {
         self.unsent.set_pool(pool);
         self
@@ -295,19 +296,19 @@ impl Call {
         self
     }
 
-    /// Adds a header, passed to the handler untouched.
+    /// Adds a header, which the handler receives unchanged.
     pub fn header(mut self, name: &str, value: &str) -> Self {
         self.unsent.header(name, value);
         self
     }
 
-    /// Gives the handler a memory block of the call's pool to read, for the length of the call. In
-    /// the data it is [`Block::reference`].
+    /// Lets the handler read a memory block of the call's pool during the call. The data refers to
+    /// it by [`Block::reference`].
     pub fn block(self, block: &Block) -> Self {
         self.with_block(block, "read")
     }
 
-    /// As [`Call::block`], to write too.
+    /// Like [`Call::block`], for reading and writing.
     pub fn block_writable(self, block: &Block) -> Self {
         self.with_block(block, "write")
     }
@@ -321,40 +322,40 @@ impl Call {
         self
     }
 
-    /// If no handler can take the call now, the server keeps it on disk until one can, for as long
-    /// as [`Call::timeout`] says (24 hours at most). From then on it outlives the handlers, the
-    /// server and this connection: a loss does not fail it, and the answer that is given meanwhile
-    /// comes right after the reconnect.
+    /// If no handler can take the call now, the server stores it on disk until one can, for as long
+    /// as [`Call::timeout`] says (30 days at most). From then on it outlives handlers, the server
+    /// and this connection: a lost connection does not fail it, and an answer that was given in the
+    /// meantime arrives right after the reconnect.
     ///
-    /// Such a call has one answer and takes no blocks along. Dropping its future still cancels it;
+    /// Such a call has one answer and cannot pass blocks. Dropping its future still cancels it;
     /// [`Call::send_parked`] returns a handle that may be dropped, once the call is on disk. Until
-    /// then a lost connection fails it like any other call: [`Call::idempotency_key`] makes it safe
+    /// then a lost connection fails it like any other call; [`Call::idempotency_key`] makes it safe
     /// to repeat.
     ///
-    /// Fails with `storage` where the disk takes nothing, and `overloaded` where the server keeps
-    /// too many already.
+    /// It fails with `storage` if the disk cannot be written, and with `overloaded` if the server
+    /// already stores too many calls.
     pub fn park(mut self) -> Self {
         self.unsent.lasting.park = Park::IfNeeded;
         self
     }
 
-    /// As [`Call::park`], but the call goes to the server's disk even if a handler can take it at
-    /// once: from [`Call::send_parked`]'s result on, the caller may leave.
+    /// Like [`Call::park`], but the call is stored even if a handler can take it at once: after
+    /// [`Call::send_parked`] has returned, the caller may end.
     pub fn always_park(mut self) -> Self {
         self.unsent.lasting.park = Park::Always;
         self
     }
 
-    /// Gives the call to another handler if its handler's connection ends before it answered: it
-    /// may run more than once. The handler reads which attempt it is from
-    /// [`Request::attempt`](crate::Request::attempt). [`Call::attempts`] says how often.
+    /// Gives the call to another handler if its handler's connection ends before it answered: the
+    /// call may run more than once. The handler reads the number of the attempt from
+    /// [`Request::attempt`](crate::Request::attempt). [`Call::attempts`] limits the attempts.
     pub fn redeliver(mut self) -> Self {
         self.unsent.lasting.redeliver = true;
         self
     }
 
-    /// The most handlers that a parked or redelivered call is given to: 1 to 1000, 5 by default. If
-    /// none of them answers, the call fails with `attempts_exhausted`.
+    /// How many times a parked or redelivered call may be delivered: 1 to 1000, 5 by default. If no
+    /// handler answers, the call fails with `attempts_exhausted`.
     pub fn attempts(mut self, attempts: u32) -> Self {
         self.unsent.lasting.attempts = Some(attempts);
         self
@@ -362,17 +363,16 @@ impl Call {
 
     /// Makes the call safe to repeat: for a bounded time (a setting of the server), calls of this
     /// app with the same key (1 to 1024 bytes) to the same trigger, pool and destination get the
-    /// first one's answer. It is sent as the header `idempotency-key`.
+    /// answer of the first one. The key is sent as the header `idempotency-key`.
     pub fn idempotency_key(mut self, key: &str) -> Self {
         self.unsent.lasting.idempotency_key = Some(key.to_owned());
         self
     }
 
-    /// Gives the call an id of the caller's own, 1 to 128 bytes, by which its answer is known even
-    /// after the process was started again; see [`App::answers`]. Without it a call gets an id by
-    /// itself.
+    /// Chooses the id of the call, 1 to 128 bytes, by which its answer can be recognised even after
+    /// the process was restarted; see [`App::answers`]. Otherwise the call gets a generated id.
     ///
-    /// Fails with `bad_message` if another call of the app in flight has the id.
+    /// It fails with `bad_message` if another call of the app in flight has the id.
     pub fn id(mut self, id: &str) -> Self {
         self.unsent.lasting.id = Some(id.into());
         self
@@ -384,13 +384,14 @@ impl Call {
         self
     }
 
-    /// Items of a streamed answer that may be under way (default 64): the bound of what waits here.
+    /// How many items of a streamed answer may be sent before they are read (default 64), which
+    /// bounds how many wait here.
     pub fn window(mut self, window: u64) -> Self {
         self.window = window.clamp(1, latzero_protocol::limits::WINDOW_MAX);
         self
     }
 
-    /// Sends the call; the future gives the answer as `R`. Dropping the future cancels the call.
+    /// Sends the call; the future returns the answer as `R`. Dropping the future cancels the call.
     pub fn send<R: FromPayload>(self) -> Calling<R> {
         Calling {
             outgoing: Outgoing::of_call(self, None),
@@ -400,9 +401,10 @@ impl Call {
     }
 
     /// Sends the call to be stored by the server until it is answered, as with [`Call::park`]. The
-    /// future is done once the call is on disk, or answered where a handler is live; dropping it
-    /// before cancels the call. The handle that it gives may be dropped: the call continues, and
-    /// its answer goes to [`App::answers`], in a later life of the process too.
+    /// future completes once the call is on disk, or answered if a handler takes it at once;
+    /// dropping the future before that cancels the call. The handle that it returns may be dropped:
+    /// the call continues, and its answer goes to [`App::answers`], in later processes of the app
+    /// too.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), latzero::Error> {
@@ -427,7 +429,7 @@ impl Call {
         Parking(Outgoing::of_call(call, None))
     }
 
-    /// Sends the call; the future gives the answer as it came, with its headers.
+    /// Sends the call; the future returns the answer as received, with its headers.
     pub fn reply(self) -> Calling<Reply> {
         Calling {
             outgoing: Outgoing::of_call(self, None),
@@ -436,12 +438,12 @@ impl Call {
         }
     }
 
-    /// Sends the call; the future gives the answer's raw bytes.
+    /// Sends the call; the future returns the answer's raw bytes.
     pub fn bytes(self) -> Calling<Bytes> {
         self.send()
     }
 
-    /// Opens a streamed answer. The call is sent when the first item is asked for; its time covers
+    /// Opens a streamed answer. The call is sent when the first item is requested; its time covers
     /// the whole stream.
     pub fn stream<R: FromPayload>(mut self) -> Stream<R> {
         let window = self.window;
@@ -463,7 +465,7 @@ impl IntoFuture for Call {
     }
 }
 
-/// A request on its way: waiting to be sent, or for its reply.
+/// A request that waits to be sent, or for its reply.
 #[derive(Debug)]
 pub(crate) struct Outgoing(State);
 
@@ -479,21 +481,21 @@ enum State {
 struct SentRequest {
     app: App,
     key: Key,
-    /// When to give up, if the server does not.
+    /// When the client gives up, if the server does not.
     deadline: Instant,
     /// The id that its caller chose.
     chosen: Option<Box<str>>,
-    /// What the answer is opened with, in an encrypted pool.
+    /// The keys to open the answer, in an encrypted pool.
     sealed: Option<SealedCall>,
     at_drop: AtDrop,
 }
 
-/// What happens to a request whose owner is dropped.
+/// What happens to a request when its owner is dropped.
 #[derive(Debug)]
 enum AtDrop {
-    /// The server is sent a cancel.
+    /// A cancel is sent to the server.
     Cancel,
-    /// The request of this id continues.
+    /// The request with this id continues.
     Leave(Box<str>),
 }
 
@@ -555,7 +557,7 @@ impl Outgoing {
         }
     }
 
-    /// What answers and items are opened with, in an encrypted pool.
+    /// The keys to open answers and items, in an encrypted pool.
     pub(crate) fn sealed(&self) -> Option<&SealedCall> {
         match &self.0 {
             State::Sent(sent) => sent.sealed.as_ref(),
@@ -585,7 +587,7 @@ impl Outgoing {
         self.0 = State::Done;
     }
 
-    /// Sends the request, if that is not done; its key then.
+    /// Sends the request, unless that is done; returns its key.
     pub(crate) fn poll_sent(
         &mut self,
         leave: Leave,
@@ -662,7 +664,7 @@ impl Outgoing {
         Poll::Ready(reply)
     }
 
-    /// Sends the request and waits until the server keeps it, or it is answered.
+    /// Sends the request and waits until the server has stored it, or it is answered.
     fn poll_parked(&mut self, leave: Leave, cx: &mut Context<'_>) -> Poll<Result<Parked, Error>> {
         let key = match std::task::ready!(self.poll_sent(leave, cx)) {
             Ok(key) => key,
@@ -677,7 +679,7 @@ impl Outgoing {
             self.0 = State::Done;
             return Poll::Ready(Err(error));
         }
-        // Nobody may be waiting while the time runs out.
+        // Nobody else may be watching the time.
         core.arm_tick();
         let id = match sent.chosen.take() {
             Some(id) => id,
@@ -700,7 +702,8 @@ pub(crate) fn open_reply(sealed: &SealedCall, reply: Result<Reply, Error>) -> Re
     Ok(reply)
 }
 
-/// Whether a call may outlive what its window of time is: its envelope says when it expires.
+/// Whether a call may live longer than the time window of messages: its envelope says when it
+/// expires.
 fn lasting_kind(lasting: &ParkOptions) -> bool {
     lasting.park.is_allowed() || lasting.redeliver
 }
@@ -724,7 +727,7 @@ fn too_late(is_connected: bool) -> Error {
     let error = match is_connected {
         true => Error::new(
             Code::Overloaded,
-            "too much is waiting to be sent or answered; the call's time ended before its turn",
+            "the call's time ended while it waited to be sent: too many calls are waiting",
         ),
         false => Error::new(
             Code::Disconnected,
@@ -734,8 +737,7 @@ fn too_late(is_connected: bool) -> Error {
     error.with_ran(Ran::No)
 }
 
-/// A call whose answer is awaited. Dropping it cancels the call; but that of a [`Parked`]
-/// continues.
+/// A call whose answer is awaited. Dropping it cancels the call, unless it belongs to a [`Parked`].
 #[derive(Debug)]
 #[must_use = "a call is sent when it is awaited"]
 pub struct Calling<R> {
@@ -757,7 +759,7 @@ impl<R> Calling<R> {
         }
     }
 
-    /// With another time for the answer than the app's calls have.
+    /// Sets another time limit for the answer than the app's default.
     pub(crate) fn within(mut self, timeout: Duration) -> Self {
         if let Outgoing(State::Unsent(unsent)) = &mut self.outgoing {
             unsent.timeout = timeout;
@@ -765,7 +767,7 @@ impl<R> Calling<R> {
         self
     }
 
-    /// As its future does, without the pin.
+    /// Like the poll of its future, without the pin.
     pub(crate) fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Result<R, Error>> {
         let read = self.read;
         let reply = self.outgoing.poll_reply(Leave::Soon, cx);
@@ -805,7 +807,7 @@ impl<R> Future for Calling<R> {
     }
 }
 
-/// A call that is sent to be kept by the server. Dropping it cancels the call.
+/// A call that is sent to be stored by the server. Dropping it cancels the call.
 #[derive(Debug)]
 #[must_use = "a call is sent when it is awaited"]
 pub struct Parking(Outgoing);
@@ -829,8 +831,9 @@ impl Future for Parking {
     }
 }
 
-/// A call that the server keeps until it is answered, or that is answered already. Dropping it, or
-/// the wait for its answer, lets the call continue: its answer then goes to [`App::answers`].
+/// A call that the server stores until it is answered, or that is already answered. The call
+/// continues if this, or the wait for its answer, is dropped: its answer then goes to
+/// [`App::answers`].
 #[derive(Debug)]
 pub struct Parked {
     outgoing: Outgoing,
@@ -838,14 +841,14 @@ pub struct Parked {
 }
 
 impl Parked {
-    /// The call's id, by which [`App::answers`] knows it, in a later life of the process too.
+    /// The call's id, by which [`App::answers`] names it, in later processes of the app too.
     #[must_use]
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// The answer as `R`, once it is there. A lost connection does not end the wait; closing the
-    /// app or the call's deadline does.
+    /// Waits for the answer as `R`. A lost connection does not end the wait; closing the app or the
+    /// call's deadline does.
     pub fn answer<R: FromPayload>(self) -> Calling<R> {
         Calling {
             outgoing: self.outgoing,
@@ -854,7 +857,7 @@ impl Parked {
         }
     }
 
-    /// As [`Parked::answer`], the answer as it came, with its headers.
+    /// Like [`Parked::answer`], but returns the answer as received, with its headers.
     pub fn reply(self) -> Calling<Reply> {
         Calling {
             outgoing: self.outgoing,
@@ -863,8 +866,8 @@ impl Parked {
         }
     }
 
-    /// Ends the call: the server forgets it, or cancels the handler that is at it. If there is no
-    /// connection, that is said at the next one.
+    /// Cancels the call: the server removes it, or cancels it at its handler. If there is no
+    /// connection, the cancel is sent over the next one.
     pub fn cancel(mut self) {
         if let State::Sent(sent) = &mut self.outgoing.0 {
             sent.at_drop = AtDrop::Cancel;
@@ -881,7 +884,7 @@ impl IntoFuture for Parked {
     }
 }
 
-/// An emit that is not sent yet; awaiting it sends it.
+/// An emit that has not been sent yet; awaiting it sends it.
 #[derive(Debug)]
 #[must_use = "an emit is sent when it is awaited"]
 pub struct Emit(Box<Unsent>);
@@ -891,37 +894,37 @@ impl Emit {
         Emit(Unsent::with_data(app, "emit", name, data))
     }
 
-    /// To this app alone.
+    /// Sends it only to this app.
     pub fn to(mut self, app_id: &str) -> Self {
         self.0.set_app(app_id);
         self
     }
 
-    /// To this instance of an app alone.
+    /// Sends it only to this instance of an app.
     pub fn to_instance(mut self, app_id: &str, instance: InstanceId) -> Self {
         self.0.set_instance(app_id, instance);
         self
     }
 
-    /// To one handler rather than to all.
+    /// Sends it to one handler rather than to all.
     pub fn one(mut self) -> Self {
         self.0.message.string("deliver", "one");
         self
     }
 
-    /// In this pool. Needed where the app is in several.
+    /// Sends it in this pool. Required if the app is in several pools.
     pub fn pool(mut self, pool: &str) -> Self {
         self.0.set_pool(pool);
         self
     }
 
-    /// What a sticky trigger goes by when one handler is picked.
+    /// The key by which a sticky trigger chooses a handler.
     pub fn key(mut self, key: &str) -> Self {
         self.0.set_key(key);
         self
     }
 
-    /// Adds a header, passed to the handlers untouched.
+    /// Adds a header, which the handlers receive unchanged.
     pub fn header(mut self, name: &str, value: &str) -> Self {
         self.0.header(name, value);
         self
@@ -933,7 +936,7 @@ impl Emit {
         self
     }
 
-    /// Sends it, and gives the number of handlers that it went to.
+    /// Sends it; the future returns the number of handlers that it was sent to.
     pub fn counted(mut self) -> Calling<u64> {
         #[derive(Deserialize)]
         struct Delivered {
@@ -960,7 +963,7 @@ impl IntoFuture for Emit {
     }
 }
 
-/// An emit on its way. It is done when it is handed to the connection.
+/// An emit that is being sent. It is done when it is passed to the connection.
 #[derive(Debug)]
 #[must_use = "an emit is sent when it is awaited"]
 pub struct Emitting(Option<Box<Unsent>>);
@@ -976,7 +979,7 @@ impl Emitting {
         let result = match core.poll_submit(&mut unsent.message, By::Any, leave, cx) {
             Poll::Ready(result) => result.map(|_| ()),
             Poll::Pending => {
-                // The clock is read only where there is something to wait for.
+                // The clock is read only if there is something to wait for.
                 let now = Instant::now();
                 if now < *unsent.deadline.get_or_insert(now + unsent.timeout) {
                     return Poll::Pending;

@@ -1,8 +1,8 @@
 //! One connection: a socket left in blocking mode, and its handshake.
 //!
-//! Non-blocking attempts say so per call (`MSG_DONTWAIT`, recv(2)), so one thread can simply wait
-//! in `recv` while others try to write. A receive time-out lets such a thread look at its
-//! deadlines: one system call per wake.
+//! Non-blocking calls pass `MSG_DONTWAIT` (recv(2)), so one thread can simply wait in `recv` while
+//! others try to write. A receive timeout lets such a thread check its deadlines with one system
+//! call per wakeup.
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -33,10 +33,10 @@ use crate::sealed::SealedPool;
 use crate::tls::{Tls, wait};
 use crate::url::Endpoint;
 
-/// How long a thread waits in `recv` before it looks at its deadlines and for an interrupt.
+/// How long a thread waits in `recv` before it checks its deadlines and for an interrupt.
 pub(crate) const RECV_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// Most descriptors that come with one read.
+/// Most descriptors that one read can receive.
 const DESCRIPTORS_MAX: usize = fds::DESCRIPTORS_MAX;
 
 /// A connection whose handshake is done.
@@ -45,22 +45,22 @@ pub(crate) struct Link {
     socket: OwnedFd,
     tls: Option<Tls>,
     pub(crate) epoch: u32,
-    /// What proofs on it are bound to.
+    /// Its channel binding for proofs.
     pub(crate) binding: ChannelBinding,
     pub(crate) ack: Ack,
-    /// Whether attachment frames may travel.
+    /// Whether attachment frames may be used.
     pub(crate) attachments: bool,
-    /// Whether file descriptors may travel, either way.
+    /// Whether file descriptors may be passed, in both directions.
     pub(crate) takes_descriptors: bool,
-    /// Descriptors that came right behind the handshake's acknowledgement.
+    /// Descriptors that arrived right after the handshake's acknowledgement.
     pub(crate) early_descriptors: Mutex<Vec<OwnedFd>>,
-    /// The largest payload the server takes, in bytes.
+    /// The largest payload that the server accepts, in bytes.
     pub(crate) max_frame: usize,
-    /// Bytes that came right behind the handshake's acknowledgement.
+    /// Bytes that arrived right after the handshake's acknowledgement.
     pub(crate) early: Mutex<Vec<u8>>,
 }
 
-/// What the server said to the handshake.
+/// The server's acknowledgement of the handshake.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct Ack {
@@ -97,8 +97,8 @@ impl AsRawFd for Link {
 }
 
 impl Link {
-    /// What is accepted from the server: what other clients may send, and what the server adds to
-    /// it.
+    /// The frames that are accepted from the server: as large as other clients may send, plus what
+    /// the server adds.
     pub(crate) fn accept(&self) -> Accept {
         Accept {
             max_frame: self.max_frame.saturating_add(FORWARD_SLACK),
@@ -106,7 +106,7 @@ impl Link {
         }
     }
 
-    /// Sends what the kernel takes at once.
+    /// Sends as much as the kernel accepts without blocking.
     pub(crate) fn try_send(&self, bytes: &[u8]) -> rustix::io::Result<usize> {
         if let Some(tls) = &self.tls {
             return tls.send(self.as_fd(), bytes);
@@ -120,7 +120,7 @@ impl Link {
         })
     }
 
-    /// Sends what the kernel takes at once, with a descriptor that travels with the first byte
+    /// Sends as much as the kernel accepts without blocking, with a descriptor at the first byte
     /// (unix(7), `SCM_RIGHTS`).
     pub(crate) fn try_send_with(
         &self,
@@ -142,12 +142,12 @@ impl Link {
         })
     }
 
-    /// Bytes that no send reported, though they may have left.
+    /// How many bytes may have been sent although no send reported them.
     pub(crate) fn owed(&self) -> u64 {
         self.tls.as_ref().map_or(0, Tls::owed)
     }
 
-    /// Receives what is there, and the descriptors that came with it; 0 is the end.
+    /// Receives available bytes and the descriptors that came with them; 0 is the end.
     pub(crate) fn try_recv(
         &self,
         buf: &mut [u8],
@@ -182,7 +182,7 @@ impl Link {
             };
             match received {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {
-                    // A thread that waits looks whether the signal ends its wait.
+                    // A waiting thread checks whether the signal ends its wait.
                     if !flags.contains(RecvFlags::DONTWAIT) {
                         return Err(io::ErrorKind::WouldBlock.into());
                     }
@@ -192,7 +192,7 @@ impl Link {
         }
     }
 
-    /// Whether something has come that no poll of the socket reports, as it was read already.
+    /// Whether there is data that polling the socket does not report, because it was already read.
     pub(crate) fn has_buffered(&self) -> bool {
         self.tls.as_ref().is_some_and(Tls::has_buffered)
     }
@@ -219,12 +219,12 @@ impl Link {
         Ok(())
     }
 
-    /// What a failed read was about, if that is known better than the error says.
+    /// The cause of a failed read, if more is known than the error says.
     pub(crate) fn explain(&self, error: &io::Error) -> Option<Error> {
         self.tls.as_ref()?.refusal(error)
     }
 
-    /// Says that nothing more will be sent.
+    /// Ends the sending side.
     pub(crate) fn finish_sending(&self) {
         if let Some(tls) = &self.tls {
             tls.finish(self.as_fd());
@@ -241,7 +241,7 @@ impl Link {
 
 #[cfg(test)]
 impl Link {
-    /// A connection whose server has said nothing.
+    /// A connection before the server's first message.
     pub(crate) fn of(socket: OwnedFd, tls: Tls) -> Link {
         Link {
             socket,
@@ -283,8 +283,8 @@ impl std::fmt::Display for HandshakeTimeout {
 
 impl std::error::Error for HandshakeTimeout {}
 
-/// Connects to a Unix socket. A server that accepts nothing has a full queue at some point; connect
-/// would wait for it without end.
+/// Connects to a Unix socket. If the server does not accept connections, its queue fills up, and
+/// connect(2) would wait without a limit.
 fn unix(path: &Path, deadline: Instant) -> io::Result<OwnedFd> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -295,7 +295,7 @@ fn unix(path: &Path, deadline: Instant) -> io::Result<OwnedFd> {
             Ok(()) => break,
             Err(rustix::io::Errno::INTR) => {}
             Err(rustix::io::Errno::AGAIN) if Instant::now() < deadline => {
-                // Nothing tells when there is room again.
+                // Nothing reports when there is room again.
                 std::thread::sleep(Duration::from_millis(10));
             }
             Err(rustix::io::Errno::AGAIN) => {
@@ -318,7 +318,7 @@ fn open(place: &Endpoint, timeout: Duration, has_keys: bool) -> Result<(OwnedFd,
             let mut sockets = local::sockets().into_iter();
             match sockets.find_map(|path| unix(&path, deadline).ok()) {
                 Some(socket) => Ok((socket, true)),
-                // Another process on the port while the server is down would get the proofs.
+                // Another process that uses the port while the server is down would get the proofs.
                 None if has_keys => Err(Error::new(
                     Code::Disconnected,
                     "no server answers on the Unix socket of this machine, and keys are not \
@@ -337,10 +337,10 @@ fn open(place: &Endpoint, timeout: Duration, has_keys: bool) -> Result<(OwnedFd,
     }
 }
 
-/// Refuses plain TCP to a server that the user has trusted by its pin: nobody would notice another
-/// one in its place.
+/// Refuses plain TCP to a server that the user has trusted by its pin, because another server in
+/// its place would not be noticed.
 fn check_plain(host: &str, port: u16) -> Result<(), Error> {
-    // A file that can't be read is no reason to speak in the clear.
+    // If the file cannot be read, plain TCP is refused too.
     match known_hosts::find(host, port)? {
         None => Ok(()),
         Some(_) => Err(Error::new(
@@ -374,14 +374,14 @@ fn tcp(host: &str, port: u16, timeout: Duration) -> Result<OwnedFd, Error> {
     Err(unreachable(&place, last))
 }
 
-/// The pin of the server at `host`, as it shows it to anybody.
+/// The pin of the server at `host`, as the server presents it to any client.
 pub(crate) fn look_at(host: &str, port: u16, timeout: Duration) -> Result<Pin, Error> {
     let deadline = Instant::now() + timeout;
     let socket = tcp(host, port, timeout)?;
     Tls::look(socket.as_fd(), (host, port), deadline)
 }
 
-/// Connects and says the handshake; blocks for `config.connect_timeout` at most.
+/// Connects and makes the handshake; blocks for at most `config.connect_timeout`.
 pub(crate) fn connect(
     config: &Config,
     handshake: &str,
@@ -426,7 +426,7 @@ pub(crate) fn connect(
         epoch,
         ack: Ack::default(),
         attachments: false,
-        // From the first byte on: what comes right behind the acknowledgement may carry some.
+        // From the first byte on: messages right after the acknowledgement may have descriptors.
         takes_descriptors: is_unix,
         early_descriptors: Mutex::default(),
         max_frame: MAX_FRAME_DEFAULT,
@@ -438,9 +438,9 @@ pub(crate) fn connect(
         talk.prove_app(app_id, key, unbound)?;
     }
     talk.say(handshake)?;
-    // Nothing comes before it.
+    // No message precedes it.
     let ack: Ack = talk.hear(|json| {
-        let no_server = |e| format!("what answers is not a LatZero server: {e}");
+        let no_server = |e| format!("the program at this address is not a LatZero server: {e}");
         let ack = serde_json::from_slice(json);
         ack.map(Some)
             .map_err(|e| Error::new(Code::Disconnected, no_server(e)).with_ran(Ran::No))

@@ -1,9 +1,9 @@
-//! What all handles of one app share, and the steps every driver takes with it.
+//! The state that all handles of one app share, and the steps that every driver takes with it.
 //!
-//! Three parties may move an app along: a caller that blocks, a background thread, a task on the
-//! caller's runtime. They share one role, reading, which the holder of the [`Reader`]'s lock has.
-//! Lock order: input → outbox → pending → job queue; no user code runs under any of them but
-//! wakers.
+//! An app is driven by a caller that blocks, a background thread, or a task on the caller's
+//! runtime. They share one role, reading, which the holder of the [`Reader`]'s lock has.
+//! Lock order: input → outbox → pending → job queue; except wakers, no user code runs under any of
+//! them.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -33,10 +33,10 @@ use crate::reader::Reader;
 use crate::sealed::SealedPool;
 use crate::sync::lock;
 
-/// How often deadlines are looked at, where the server itself does not keep them.
+/// How often deadlines are checked that the server itself does not enforce.
 pub(crate) const TICK: Duration = Duration::from_millis(250);
 
-/// Who reads when no caller does.
+/// What reads when no caller does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DriverKind {
     /// Threads of this crate.
@@ -46,10 +46,10 @@ pub(crate) enum DriverKind {
     Tokio,
 }
 
-/// When a message leaves.
+/// When a message is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Leave {
-    /// With the next flush of the driver, if it is near; else at once.
+    /// With the next flush of the driver, if that is soon; else at once.
     Soon,
     /// At once.
     Now,
@@ -58,7 +58,7 @@ pub(crate) enum Leave {
 /// The watchers of each pool's events.
 type Watchers = HashMap<Box<str>, Vec<Weak<Queue<Presence>>>>;
 
-/// What all handles of one app share.
+/// The state that all handles of one app share.
 pub(crate) struct Core {
     /// The process that connected: a forked child has copies of everything but the threads.
     pub(crate) process: u32,
@@ -73,9 +73,9 @@ pub(crate) struct Core {
     pub(crate) blocks: Blocks,
     /// The encrypted pools.
     sealed: Vec<Arc<SealedPool>>,
-    /// Emits and pushes that the server dropped and nobody was notified of.
+    /// How many emits and pushes the server dropped that have not been reported yet.
     pub(crate) lost: AtomicU64,
-    /// Pools joined, as the server last said or as they were joined and left since.
+    /// The joined pools, as last acknowledged by the server and changed since.
     pub(crate) pools: Mutex<Vec<String>>,
     pub(crate) workers: Workers,
     #[cfg(feature = "tokio")]
@@ -103,7 +103,7 @@ impl std::fmt::Debug for Core {
 }
 
 impl Core {
-    /// Connects; blocks for the configured time at most. Nothing drives the app yet.
+    /// Connects; blocks for at most the configured time. Nothing drives the app yet.
     pub(crate) fn connect(config: Config) -> Result<Arc<Core>, Error> {
         let sealed = config.keys.iter();
         let sealed = sealed.map(|(pool, keys)| {
@@ -142,13 +142,13 @@ impl Core {
         Ok(Arc::new(core))
     }
 
-    /// Makes a new connection, not yet in use.
+    /// Opens a new connection, which is not used yet.
     pub(crate) fn dial(&self, handshake: &str) -> Result<Link, Error> {
         let epoch = self.epoch.fetch_add(1, Ordering::Relaxed);
         connection::connect(&self.config, handshake, epoch, &self.sealed)
     }
 
-    /// Takes a new connection into use and asks again for what the server forgets with a
+    /// Starts to use a new connection, and renews the state that the server drops with a
     /// connection.
     pub(crate) fn install(&self, link: Link) -> Result<(), Error> {
         let mut first = Vec::new();
@@ -171,7 +171,7 @@ impl Core {
             .unwrap_or(crate::pending::IN_FLIGHT_MAX);
         lock(&self.pending).in_flight_max = max.clamp(1, crate::pending::IN_FLIGHT_MAX);
         self.outbox.up(Arc::new(link), &first)?;
-        // After that, so that a later cancel finds the connection by itself.
+        // After that, so that a later cancel finds the connection.
         let unwanted = lock(&self.pending).unwanted();
         unwanted.iter().for_each(|call| self.append_cancel(call));
         self.outbox.flush();
@@ -200,8 +200,8 @@ impl Core {
         handshake.to_string()
     }
 
-    /// The handshake of a reconnect: the registration as it is now. It displaces nobody: another
-    /// instance that came meanwhile lives on.
+    /// The handshake of a reconnect: the present registration. It displaces nobody: another
+    /// instance that connected in the meantime stays.
     pub(crate) fn next_handshake(&self) -> String {
         let mut handshake = self.handshake_fields();
         let mut pools = lock(&self.pools).clone();
@@ -223,13 +223,13 @@ impl Core {
         self.sealed.iter().any(|sealed| sealed.name() == pool)
     }
 
-    /// Whether the app has keys of any pool.
+    /// Whether the app has keys for any pool.
     pub(crate) fn has_sealed(&self) -> bool {
         !self.sealed.is_empty()
     }
 
-    /// The encrypted pool that a message goes to: the one that it names, else the only one that the
-    /// app is in.
+    /// The encrypted pool that a message is sent to: the one that it names, else the only pool that
+    /// the app is in.
     pub(crate) fn sealed_pool(&self, pool: Option<&str>) -> Option<&Arc<SealedPool>> {
         if self.sealed.is_empty() {
             return None;
@@ -259,7 +259,7 @@ impl Core {
         handshake
     }
 
-    /// Who reads when no caller does.
+    /// What reads when no caller does.
     pub(crate) fn driver_kind(&self) -> DriverKind {
         #[cfg(feature = "tokio")]
         if self.on_tokio.load(Ordering::Acquire) {
@@ -268,8 +268,8 @@ impl Core {
         DriverKind::Threads
     }
 
-    /// Starts what drives the app while nobody waits: a task on the caller's runtime where
-    /// `may_use_runtime` and there is one, else a thread.
+    /// Starts what drives the app while nobody waits: a task on the caller's runtime if there is
+    /// one and `may_use_runtime` is set, else a thread.
     pub(crate) fn start(self: &Arc<Self>, may_use_runtime: bool) -> Result<(), Error> {
         #[cfg(feature = "tokio")]
         if may_use_runtime && crate::driver_tokio::has_runtime() {
@@ -282,7 +282,8 @@ impl Core {
         self.start_threads()
     }
 
-    /// Starts the background thread, at connect or where the runtime that drove the app is gone.
+    /// Starts the background thread, when connecting or when the runtime that drove the app has
+    /// ended.
     pub(crate) fn start_threads(self: &Arc<Self>) -> Result<(), Error> {
         #[cfg(feature = "tokio")]
         self.on_tokio.store(false, Ordering::Release);
@@ -294,7 +295,7 @@ impl Core {
         self.ended.load(Ordering::Acquire)
     }
 
-    /// Lets the driver look at the outbox, the connection and the end.
+    /// Makes the driver check the outbox, the connection, and whether the app has ended.
     pub(crate) fn notify_driver(&self) {
         match self.driver_kind() {
             DriverKind::Threads => self.workers.notify(),
@@ -303,7 +304,7 @@ impl Core {
         }
     }
 
-    /// Hands jobs to the driver.
+    /// Passes jobs to the driver.
     pub(crate) fn push_jobs(self: &Arc<Self>, jobs: &mut Vec<HandlerJob>) {
         if jobs.is_empty() {
             return;
@@ -340,7 +341,7 @@ impl Core {
         Poll::Ready(Ok(submitted))
     }
 
-    /// Sends what was appended, with the driver's next flush where a runtime drives.
+    /// Sends what was appended; if a runtime drives the app, with its next flush.
     pub(crate) fn flush_soon(&self) {
         match self.driver_kind() {
             DriverKind::Threads => self.flush(),
@@ -349,14 +350,14 @@ impl Core {
         }
     }
 
-    /// Sends what was appended; what the socket does not take is left to the driver.
+    /// Sends what was appended; the driver sends what the socket does not accept now.
     pub(crate) fn flush(&self) {
         if self.outbox.flush() == Flushed::Blocked {
             self.notify_driver();
         }
     }
 
-    /// Sees to it that deadlines are looked at, as long as anything waits.
+    /// Makes sure that deadlines are checked as long as anything waits.
     pub(crate) fn arm_tick(&self) {
         if !self.tick_armed.load(Ordering::Relaxed) && !self.tick_armed.swap(true, Ordering::AcqRel)
         {
@@ -364,12 +365,12 @@ impl Core {
         }
     }
 
-    /// Whether deadlines must be looked at.
+    /// Whether deadlines must be checked.
     pub(crate) fn is_tick_armed(&self) -> bool {
         self.tick_armed.load(Ordering::Acquire)
     }
 
-    /// Looks at the deadlines.
+    /// Checks the deadlines.
     pub(crate) fn tick(&self) {
         let mut wake = Vec::new();
         self.tick_armed.store(false, Ordering::Release);
@@ -385,14 +386,13 @@ impl Core {
         self.outbox.wake_waiting();
     }
 
-    /// Ends a call that its owner no longer wants; cancels it at the server if it is still in
-    /// flight.
+    /// Ends a call that its owner has dropped; cancels it at the server if it is still in flight.
     pub(crate) fn forget(&self, key: Key) {
         let mut wake = Vec::new();
         let in_flight = lock(&self.pending).forget(key, &mut wake);
         wake.into_iter().for_each(std::task::Waker::wake);
         if let Some(call) = in_flight {
-            // What the server keeps may be over only at its deadline.
+            // A call that the server has stored may end only at its deadline.
             self.arm_tick();
             self.cancel(&call);
         }
@@ -432,8 +432,8 @@ impl Core {
         lock(&self.pending).poll(key, cx)
     }
 
-    /// A connection was lost: its calls end but for those that the server keeps, and another one is
-    /// made.
+    /// A connection was lost: ends its calls, except those that the server has stored, and
+    /// reconnects.
     pub(crate) fn lost(self: &Arc<Self>, link: &Link, why: &str) {
         let Some(attempted) = self.outbox.down(link.epoch) else {
             return;
@@ -469,7 +469,7 @@ impl Core {
         self.handlers.cancel_all();
     }
 
-    /// Ends permanently: every call and every wait fails with `error`, threads and tasks stop.
+    /// Ends the app: every call and every wait fails with `error`, threads and tasks stop.
     pub(crate) fn end(&self, error: &Error) {
         self.ended.store(true, Ordering::Release);
         let ended = self.outbox.end(error.clone());
@@ -515,7 +515,7 @@ impl Core {
         }
     }
 
-    /// The next loss is the server's part of a clean close.
+    /// The next loss of the connection is the server's part of a clean close.
     pub(crate) fn begin_close(&self) {
         self.is_closing.store(true, Ordering::Release);
     }
@@ -525,12 +525,12 @@ impl Core {
         Error::new(Code::Disconnected, "the app was closed").with_ran(Ran::No)
     }
 
-    /// The number of the connection that there is just now.
+    /// The number of the current connection.
     pub(crate) fn epoch_now(&self) -> Option<u32> {
         self.outbox.link().map(|link| link.epoch)
     }
 
-    /// Whether there is a connection just now.
+    /// Whether there is a connection now.
     pub(crate) fn is_connected(&self) -> bool {
         matches!(self.outbox.phase(), Phase::Up(_))
     }

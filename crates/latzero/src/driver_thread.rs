@@ -1,14 +1,12 @@
-//! Threads that move an app along where no runtime does: they read while no caller does, and run
-//! handlers.
+//! Threads that drive an app without a runtime: they read while no caller does, and run handlers.
 //!
-//! One of them leads: it reads, and runs what it read on the spot, so a call costs no thread hop.
-//! Before a handler that was slow, or that never ran, it hands the lead to another thread; when a
-//! handler that used to be fast is stuck, a watching thread takes the lead. All of them stop with
-//! the app; those not needed for a while end.
+//! One of them is the leader: it reads, and runs handlers itself, so a call costs no thread hop.
+//! Before it runs a handler that was slow, or that has never run, it passes the lead to another
+//! thread. If a handler that used to be fast is stuck, a watching thread takes the lead. All
+//! threads stop with the app; those that are not needed for some time end.
 //!
-//! A caller that blocks reads for itself. The leader stays out of its way as long as callers were
-//! at it recently, and looks again after a few milliseconds; it costs such a caller nothing per
-//! call.
+//! A blocked caller reads for itself. The leader does not read while callers have done so recently,
+//! and checks again after a few milliseconds, so it costs such a caller nothing per call.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -29,17 +27,17 @@ use crate::sync::lock;
 /// A thread without work ends after this time.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// How long the leader first stays out of the way of callers that read for themselves.
+/// How long the leader at first does not read, because callers read for themselves.
 const AWAY_MIN: Duration = Duration::from_millis(2);
 
-/// How long it stays away at most, where the app serves and where it does not.
+/// How long it does not read at most, if the app serves triggers and if it does not.
 const AWAY_MAX: (Duration, Duration) = (Duration::from_millis(4), Duration::from_millis(16));
 
-/// How seldom the watching thread looks at a leader whose handlers are fast.
+/// How long the watching thread waits between checks of a leader whose handlers are fast.
 const WATCH_MAX: Duration = Duration::from_millis(8);
 
-/// Threads of one app at most, as a multiple of `handler_threads`: a handler that waits for a call
-/// of its own does not count against that limit, but against this one.
+/// The most threads of one app, as a multiple of `handler_threads`: a handler that waits for its
+/// own call does not count against that limit, but against this one.
 const NESTING: usize = 4;
 
 #[derive(Debug)]
@@ -47,7 +45,7 @@ struct State {
     queue: VecDeque<HandlerJob>,
     threads: usize,
     idle: usize,
-    /// Handlers that wait for a call of their own.
+    /// Handlers that wait for their own calls.
     nested: usize,
     has_leader: bool,
     is_stopped: bool,
@@ -66,15 +64,15 @@ pub(crate) struct Workers {
     wake: Condvar,
     /// Interrupts the leader's poll.
     bell: OwnedFd,
-    /// Whether the leader is, or is about to be, in a poll that the bell interrupts.
+    /// Whether the leader is, or is about to be, in a poll that the bell can interrupt.
     is_polling: AtomicBool,
     /// Whether the leader waits for the reading role.
     is_away: AtomicBool,
-    /// The lead changes hands with each number.
+    /// Incremented each time that the lead passes to another thread.
     lease: AtomicU64,
     /// When the leader's current handler began, in nanoseconds since `born`; 0 is none.
     busy_since: AtomicU64,
-    /// Jobs that leaders ran, for the watching thread to see that they move on.
+    /// How many jobs leaders ran, by which the watching thread sees that they make progress.
     runs: AtomicU64,
     /// Whether a thread watches the leader.
     is_watched: AtomicBool,
@@ -84,8 +82,8 @@ pub(crate) struct Workers {
 }
 
 thread_local! {
-    /// The app whose handler this thread runs, as an address; 0 is none. An address is enough to
-    /// know one's own by.
+    /// The app whose handler this thread runs, as an address, which is enough for a comparison; 0
+    /// is none.
     static IN_HANDLER_OF: Cell<usize> = const { Cell::new(0) };
 }
 
@@ -94,7 +92,7 @@ impl Workers {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| {
             Error::new(
                 Code::Internal,
-                format!("no event descriptor could be had: {e}"),
+                format!("cannot create an event descriptor: {e}"),
             )
             .with_ran(Ran::No)
             .with_source(e)
@@ -154,7 +152,7 @@ impl Workers {
         self.queued.load(Ordering::Acquire)
     }
 
-    /// Drops call `id` where it was not begun.
+    /// Drops call `id` if it has not been started.
     pub(crate) fn drop_queued(&self, id: &str) {
         if self.queued.load(Ordering::Acquire) == 0 {
             return;
@@ -167,16 +165,16 @@ impl Workers {
         drop(dropped);
     }
 
-    /// Interrupts the leader where it waits for the socket.
+    /// Interrupts the leader if it waits for the socket.
     pub(crate) fn interrupt(&self) {
         fence(Ordering::SeqCst);
         if self.is_polling.load(Ordering::SeqCst) {
-            // A full counter is as loud as a bell gets.
+            // A full counter already interrupts the poll.
             let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
         }
     }
 
-    /// Lets the leader look again at everything.
+    /// Makes the leader check everything again.
     pub(crate) fn notify(&self) {
         drop(lock(&self.state));
         self.wake.notify_all();
@@ -202,7 +200,7 @@ impl Workers {
             .0
     }
 
-    /// A thread that is free for queued jobs or for the lead: woken, or made.
+    /// Provides a thread for queued jobs or for the lead: wakes a free one, or starts one.
     fn another(&self, core: &Arc<Core>) -> bool {
         let mut state = lock(&self.state);
         if state.idle > 0 {
@@ -262,7 +260,7 @@ pub(crate) fn ensure_worker(core: &Arc<Core>) {
     }
 }
 
-/// What one thread does until the app ends or it is not needed.
+/// The loop of one thread, until the app ends or the thread is not needed.
 fn work(core: &Arc<Core>) {
     let workers = &core.workers;
     let mut runs_seen = workers.runs.load(Ordering::Relaxed);
@@ -290,7 +288,7 @@ fn work(core: &Arc<Core>) {
         if let Some(job) = workers.pop_from(&mut state) {
             let has_more = !state.queue.is_empty();
             drop(state);
-            // One wake may have stood for several jobs.
+            // One wakeup may be for several jobs.
             if has_more {
                 workers.another(core);
             }
@@ -313,7 +311,7 @@ fn work(core: &Arc<Core>) {
             is_watching = true;
             let busy = Duration::from_nanos(workers.now().saturating_sub(busy_since));
             if busy_since != 0 && busy > SLOW {
-                // Stuck. What it answered so far leaves now, and this thread leads.
+                // Stuck: its answers so far are sent now, and this thread takes the lead.
                 workers.busy_since.store(0, Ordering::Release);
                 state.has_leader = false;
                 drop(state);
@@ -348,7 +346,7 @@ fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instant {
     ended
 }
 
-/// Gives the lead up, if it is still this thread's.
+/// Gives up the lead, if this thread still has it.
 fn resign(workers: &Workers, lease: u64) {
     let mut state = lock(&workers.state);
     if workers.lease.load(Ordering::Acquire) == lease && state.has_leader {
@@ -412,8 +410,8 @@ fn lead(core: &Arc<Core>, lease: u64) {
         input.settle(core, received, &mut jobs);
         drop(input);
         core.reader.pass_on();
-        // A single job is run from the hand; several wait where others can take them if one is
-        // stuck.
+        // A single job is run directly; several are queued, so that other threads can take them if
+        // one is stuck.
         if jobs.len() > 1 {
             workers.push(&mut jobs);
         } else if let Some(job) = jobs.pop()
@@ -424,8 +422,8 @@ fn lead(core: &Arc<Core>, lease: u64) {
     }
 }
 
-/// Waits for bytes: in `recv` alone while calls come in, so that each costs one system call; else
-/// in a poll that can be interrupted.
+/// Waits for bytes: only in `recv` while calls arrive, so that each costs one system call; else in
+/// a poll that can be interrupted.
 fn receive(core: &Arc<Core>, input: &mut Input, is_quiet: bool) -> Received {
     let workers = &core.workers;
     if input.is_fresh {
@@ -476,7 +474,7 @@ fn receive(core: &Arc<Core>, input: &mut Input, is_quiet: bool) -> Received {
     received
 }
 
-/// Waits for `time` or news, and sends what the socket takes meanwhile.
+/// Waits for `time` or an event, and sends what the socket accepts in the meantime.
 fn stay_away(core: &Arc<Core>, time: Duration) {
     let workers = &core.workers;
     if core.outbox.is_blocked()
@@ -498,11 +496,11 @@ fn stay_away(core: &Arc<Core>, time: Duration) {
     workers.is_away.store(false, Ordering::SeqCst);
 }
 
-/// Runs a job, and the queued ones behind it; whether this thread still leads.
+/// Runs a job and the queued ones behind it; returns whether this thread still leads.
 fn run_as_leader(core: &Arc<Core>, lease: u64, job: HandlerJob) -> bool {
     let workers = &core.workers;
     let mut next = Some(job);
-    // One look at the clock per job: where one ends, the next begins.
+    // The clock is read once per job: the end of one is the start of the next.
     let mut now = Instant::now();
     while let Some(job) = next {
         if job.may_be_slow() && workers.threads_max > 1 {
@@ -533,7 +531,7 @@ fn run_as_leader(core: &Arc<Core>, lease: u64, job: HandlerJob) -> bool {
     true
 }
 
-/// Notes that a handler waits for a call of its own, so that another thread may take its place.
+/// Notes that a handler waits for its own call, so that another thread may take its place.
 pub(crate) struct Nested<'a>(Option<&'a Arc<Core>>);
 
 impl<'a> Nested<'a> {
@@ -542,7 +540,7 @@ impl<'a> Nested<'a> {
             return Nested(None);
         }
         lock(&core.workers.state).nested += 1;
-        // What arrived just before found this thread at work, and perhaps nobody else.
+        // When the last jobs arrived, this thread was busy, and there may have been no other.
         if core.workers.queued.load(Ordering::Acquire) > 0 {
             ensure_worker(core);
         }
@@ -560,7 +558,7 @@ impl Drop for Nested<'_> {
         let Some(core) = self.0 else { return };
         let workers = &core.workers;
         lock(&workers.state).nested -= 1;
-        // The role is free again, and the leader may be waiting for it.
+        // The reading role is free again, and the leader may be waiting for it.
         if workers.is_away.load(Ordering::SeqCst) {
             workers.wake.notify_all();
         }

@@ -1,8 +1,8 @@
-//! A task on the caller's tokio runtime that reads, flushes and drives handlers: a call crosses no
-//! thread.
+//! A task on the caller's tokio runtime that reads, flushes and drives handlers: a call needs no
+//! other thread.
 //!
-//! Calls issued in one turn of the scheduler are sent together: the first marks a flush as due, and
-//! this task does it when it comes round, behind the tasks that were ready before it.
+//! Calls that are made in one turn of the scheduler are sent together: the first marks a flush as
+//! due, and this task does it at its turn, after the tasks that were ready before it.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -22,10 +22,10 @@ use crate::outbox::Flushed;
 use crate::reader::Received;
 use crate::sync::{lock, set_waker};
 
-/// Reads in one turn before other tasks get theirs.
+/// How many reads it makes in one turn before other tasks run.
 const READS_MAX: usize = 16;
 
-/// How others reach the task.
+/// How others wake the task.
 #[derive(Debug, Default)]
 pub(crate) struct Signal {
     waker: Mutex<Option<Waker>>,
@@ -99,8 +99,7 @@ impl Future for Drive {
         }
         let mut must_flush = this.run_jobs();
         must_flush |= this.read(cx);
-        // A flush that is due waits one turn, so that tasks which are ready now have their say in
-        // it.
+        // A flush that is due waits one turn, so that tasks that are ready now can add to it.
         if this.core.signal.is_due.load(Ordering::Acquire) && !must_flush {
             if this.has_yielded {
                 must_flush = true;
@@ -121,7 +120,7 @@ impl Future for Drive {
 }
 
 impl Drive {
-    /// Runs what is queued; whether anything was.
+    /// Runs what is queued; returns whether there was anything.
     fn run_jobs(&mut self) -> bool {
         let mut has_run = false;
         let mut now = Instant::now();
@@ -140,7 +139,7 @@ impl Drive {
         has_run
     }
 
-    /// Reads what is there and runs what it asks for; whether anything ran.
+    /// Reads available messages and runs their handlers; returns whether anything ran.
     fn read(&mut self, cx: &mut Context<'_>) -> bool {
         let core = self.core.clone();
         let mut has_run = false;
@@ -195,7 +194,7 @@ impl Drive {
         has_run
     }
 
-    /// Sends what is left, as far as the socket takes it.
+    /// Sends as much of the rest as the socket accepts.
     fn write(&mut self, cx: &mut Context<'_>) {
         let Some(socket) = &self.socket else { return };
         while self.core.outbox.is_blocked() {
@@ -226,8 +225,8 @@ impl Drive {
 impl Drop for Drive {
     fn drop(&mut self) {
         self.socket = None;
-        // The runtime is shutting down and the app lives: a thread continues. Where even that
-        // fails, it ends.
+        // The runtime is shutting down while the app is in use: a thread continues. If that cannot
+        // be started, the app ends.
         if !self.is_done
             && !self.core.is_ended()
             && let Err(error) = self.core.start_threads()

@@ -20,7 +20,7 @@ struct Inner {
     message: Cow<'static, str>,
     ran: Option<Ran>,
     data: Option<Value>,
-    /// The server says so, in a pool where it can't speak for a handler.
+    /// The error is from the server, in a pool where it cannot speak for a handler.
     is_servers_word: bool,
     source: Option<std::sync::Arc<dyn std::error::Error + Send + Sync>>,
 }
@@ -38,14 +38,14 @@ impl Error {
         }))
     }
 
-    /// Of an encrypted pool, and not sealed.
+    /// The error came in an encrypted pool and is not sealed.
     pub(crate) fn of_server_alone(mut self) -> Self {
         self.0.is_servers_word = true;
         self
     }
 
-    /// False if the server alone says so: in an encrypted pool it can invent that nobody serves a
-    /// call or that it timed out, but not a handler's answer.
+    /// False if only the server says so: in an encrypted pool it can falsely claim that nobody
+    /// serves a call or that it timed out, but it cannot forge a handler's answer.
     #[must_use]
     pub fn is_authenticated(&self) -> bool {
         !self.0.is_servers_word
@@ -159,7 +159,7 @@ impl std::error::Error for Error {
     }
 }
 
-/// A failure that a handler answers with. Any error turns into one by `?`, with the code
+/// An error that a handler answers with. Any error converts into one with `?`, with the code
 /// `handler_error`; a [`latzero::Error`](Error) keeps its code.
 #[derive(Debug, Clone)]
 pub struct HandlerError {
@@ -169,7 +169,7 @@ pub struct HandlerError {
 }
 
 impl HandlerError {
-    /// A failure with a code of the handler's own, which the caller reads from [`Error::code`].
+    /// An error with the handler's own code, which the caller reads from [`Error::code`].
     pub fn new(code: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
         HandlerError {
             code: code.into(),
@@ -178,7 +178,7 @@ impl HandlerError {
         }
     }
 
-    /// Adds what the caller reads from [`Error::data`].
+    /// Adds data, which the caller reads from [`Error::data`].
     #[must_use]
     pub fn with_data(mut self, data: impl Into<Value>) -> Self {
         self.data = Some(data.into());
@@ -204,7 +204,7 @@ impl fmt::Display for HandlerError {
     }
 }
 
-// `HandlerError` is no `std::error::Error`, so that this can be there for every other error.
+// `HandlerError` is not a `std::error::Error`, so that this can be implemented for all others.
 impl<E: std::error::Error + 'static> From<E> for HandlerError {
     fn from(error: E) -> Self {
         match (&error as &dyn Any).downcast_ref::<Error>() {

@@ -1,4 +1,4 @@
-//! What arrives unasked: emits of other apps and the events of pools, as bounded queues.
+//! Emits of other apps and the events of pools, as bounded queues.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -14,10 +14,10 @@ use crate::payload::{self, FromPayload, Payload};
 use crate::request::{Origin, Request};
 use crate::sync::{lock, set_waker};
 
-/// Events that wait to be taken. Beyond them the newest are dropped and counted.
+/// How many events wait to be read. Beyond that the newest are dropped and counted.
 pub(crate) const EVENTS_MAX: usize = 1024;
 
-/// What an item says it lost before it.
+/// An item that records how many were lost before it.
 pub(crate) trait Lossy: Sized {
     fn add_lost(&mut self, lost: u64);
 
@@ -60,7 +60,7 @@ impl Emission {
         &self.pool
     }
 
-    /// Who sent it, as the server vouches for.
+    /// The sender, as confirmed by the server.
     #[must_use]
     pub fn origin(&self) -> &Origin {
         &self.origin
@@ -103,7 +103,7 @@ impl Lossy for Emission {
     }
 }
 
-/// An event of a pool: who came and went, what changed.
+/// An event of a pool: apps that join and leave, triggers and blocks that change.
 #[derive(Debug, Clone)]
 pub struct Presence {
     pub(crate) event: String,
@@ -119,7 +119,7 @@ impl Presence {
         &self.event
     }
 
-    /// The pool; `None` for what concerns the whole server.
+    /// The pool; `None` for an event of the whole server.
     #[must_use]
     pub fn pool(&self) -> Option<&str> {
         self.pool.as_deref()
@@ -163,7 +163,7 @@ impl Lossy for Presence {
     }
 }
 
-/// A bounded queue with one taker.
+/// A bounded queue with one reader.
 #[derive(Debug)]
 pub(crate) struct Queue<T>(Mutex<Inner<T>>);
 
@@ -185,7 +185,7 @@ impl<T: Lossy> Queue<T> {
         }))
     }
 
-    /// Adds an item, or counts it as lost where the queue is full. Returns who waits for it.
+    /// Adds an item, or counts it as lost if the queue is full. Returns who waits for it.
     pub(crate) fn push(&self, mut item: T) -> Option<Waker> {
         let mut inner = lock(&self.0);
         if inner.items.len() >= EVENTS_MAX {
@@ -197,7 +197,7 @@ impl<T: Lossy> Queue<T> {
         inner.waker.take()
     }
 
-    /// Losses that no item reports, once all items are taken.
+    /// Losses that no item reports, once all items were read.
     pub(crate) fn take_lost(&self) -> u64 {
         let mut inner = lock(&self.0);
         match inner.items.is_empty() {
@@ -232,8 +232,8 @@ impl<T: Lossy> Queue<T> {
 
 /// Events as they arrive, until the app is closed. Dropping it stops listening.
 ///
-/// At most 1024 wait to be taken; beyond them the newest are dropped, and the next event says how
-/// many, or [`Events::take_lost`] where none follows.
+/// At most 1024 wait to be read. Beyond that the newest are dropped; the next event says how many,
+/// or [`Events::take_lost`] if none follows.
 #[derive(Debug)]
 #[allow(
     private_bounds,
@@ -254,13 +254,13 @@ impl<T: Lossy> Events<T> {
         std::future::poll_fn(|cx| self.queue.poll_next(cx)).await
     }
 
-    /// As [`futures_core::Stream::poll_next`], without the pin.
+    /// Like [`futures_core::Stream::poll_next`], without the pin.
     pub fn poll_next_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<T>> {
         self.queue.poll_next(cx)
     }
 
-    /// How many events were dropped here behind the last one that was taken, where no other event
-    /// waits that would say so. They are reported once: here, or by the next event.
+    /// How many events were dropped after the last one that was read, if no other event waits that
+    /// would report them. They are reported once: here, or by the next event.
     pub fn take_lost(&mut self) -> u64 {
         self.queue.take_lost()
     }

@@ -1,4 +1,4 @@
-//! What an app serves: its handlers, the calls that they are at, and who listens to emits.
+//! An app's handlers, the calls that they are handling, and its listeners for emits.
 
 use std::borrow::Borrow;
 use std::future::Future;
@@ -20,21 +20,21 @@ use crate::events::{Emission, Queue};
 use crate::request::{self, Outcome, Request, Ticket};
 use crate::sync::lock;
 
-/// A handler that ran longer than this passes the reading on before it runs again.
+/// A handler that ran longer than this passes on the reading role before it runs again.
 pub(crate) const SLOW: Duration = Duration::from_millis(1);
 
 /// A handler's running future.
 type Running = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 
-/// What a handler is.
+/// The kind of a handler.
 pub(crate) enum Kind {
-    /// Its future is driven beside the reading.
+    /// Its future is polled by the driver.
     Async(Box<dyn Fn(Request) -> Running + Send + Sync>),
     /// It runs on the thread that read the call.
     Blocking(Box<dyn Fn(Request) -> Outcome + Send + Sync>),
 }
 
-/// How a trigger is offered.
+/// The options of a served trigger.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Spec {
     pub(crate) strategy: Strategy,
@@ -44,7 +44,7 @@ pub(crate) struct Spec {
 }
 
 impl Spec {
-    /// The trigger as the wire spells it.
+    /// The trigger in the form of the protocol.
     pub(crate) fn to_json(&self, name: &str) -> Value {
         let mut spec = json!({ "name": name, "strategy": self.strategy.as_str() });
         if let Some(concurrency) = self.concurrency {
@@ -60,7 +60,7 @@ impl Spec {
     }
 }
 
-/// A trigger whose emits alone are wanted, as the wire spells it: calls go to its handlers
+/// A trigger of which only emits are wanted, in the form of the protocol: calls go to handlers
 /// elsewhere.
 pub(crate) fn listener(name: &str) -> Value {
     json!({ "name": name, "concurrency": 0 })
@@ -71,7 +71,8 @@ pub(crate) struct Entry {
     pub(crate) name: Box<str>,
     pub(crate) spec: Spec,
     pub(crate) kind: Kind,
-    /// Whether its last run took long. Unknown handlers count as slow: they may block for ever.
+    /// Whether its last run took long. A handler that has not run yet counts as slow, because it
+    /// may block forever.
     pub(crate) is_slow: AtomicBool,
 }
 
@@ -84,7 +85,7 @@ pub(crate) enum HandlerJob {
 }
 
 impl HandlerJob {
-    /// Whether it may keep its thread for long.
+    /// Whether it may block its thread for long.
     pub(crate) fn may_be_slow(&self) -> bool {
         match self {
             HandlerJob::Start(entry, _) => {
@@ -100,7 +101,7 @@ impl HandlerJob {
     }
 }
 
-/// Who listens to emits of each name.
+/// The listeners for emits of each name.
 type Listeners = HashMap<Box<str>, Vec<Weak<Queue<Emission>>>>;
 
 /// The app's handlers and listeners.
@@ -111,15 +112,14 @@ pub(crate) struct Handlers {
     running: Mutex<RunningCalls>,
 }
 
-/// The calls that handlers are at.
+/// The calls that handlers are handling.
 #[derive(Default)]
 struct RunningCalls {
-    /// Those that keep a thread: never more than there are threads, so they are searched one by
-    /// one.
+    /// Those that occupy a thread: never more than there are threads, so a linear search is enough.
     blocking: Vec<Arc<Ticket>>,
     /// Those that are tasks.
     tasks: HashSet<Noted>,
-    /// Who waits for all of them to end.
+    /// Wakers of those that wait for all of them to end.
     idle: Vec<Waker>,
 }
 
@@ -128,7 +128,7 @@ impl RunningCalls {
         self.blocking.is_empty() && self.tasks.is_empty()
     }
 
-    /// Who is woken, where nothing runs any more.
+    /// The wakers to call if nothing runs any more.
     fn take_idle(&mut self) -> Vec<Waker> {
         match self.is_empty() {
             true => std::mem::take(&mut self.idle),
@@ -136,8 +136,7 @@ impl RunningCalls {
         }
     }
 
-    /// The place of a blocking call. The newest, where a new connection gave the id of a lost call
-    /// to another one.
+    /// The index of a blocking call; the newest if a new connection reused the id of a lost call.
     fn blocking(&self, id: &str) -> Option<usize> {
         self.blocking
             .iter()
@@ -159,7 +158,7 @@ impl RunningCalls {
     }
 }
 
-/// What a registration changed.
+/// The result of a registration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Registered {
     /// The server must be notified.
@@ -204,7 +203,7 @@ impl Handlers {
         }
     }
 
-    /// Forgets a listener; whether nobody listens to or serves `name` any more.
+    /// Removes a listener; returns whether nobody listens to or serves `name` any more.
     pub(crate) fn unlisten(&self, queue: &Arc<Queue<Emission>>) -> Vec<String> {
         let mut listeners = self
             .listeners
@@ -223,7 +222,7 @@ impl Handlers {
         gone
     }
 
-    /// Who listens to emits of `name`.
+    /// The listeners for emits of `name`.
     pub(crate) fn listeners(&self, name: &str) -> Vec<Arc<Queue<Emission>>> {
         let listeners = self
             .listeners
@@ -242,7 +241,7 @@ impl Handlers {
         !self.listeners(name).is_empty()
     }
 
-    /// Everything served and listened to, as a handshake lists it.
+    /// All served and listened triggers, in the form of a handshake.
     pub(crate) fn specs(&self) -> Vec<Value> {
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         let listeners = self
@@ -269,7 +268,7 @@ impl Handlers {
                 .is_empty()
     }
 
-    /// Notes a call whose handler keeps its thread.
+    /// Notes a call whose handler occupies a thread.
     fn begin_blocking(&self, ticket: &Arc<Ticket>) {
         if ticket.id().is_some() {
             lock(&self.running).blocking.push(ticket.clone());
@@ -279,7 +278,7 @@ impl Handlers {
     /// Notes a call whose handler is a task.
     fn begin(&self, ticket: &Arc<Ticket>) {
         if ticket.id().is_some() {
-            // A new connection may give the id of a lost call to another one.
+            // A new connection may reuse the id of a lost call.
             lock(&self.running).tasks.replace(Noted(ticket.clone()));
         }
     }
@@ -292,7 +291,7 @@ impl Handlers {
             if let Some(at) = running.blocking.iter().rposition(is_it) {
                 running.blocking.swap_remove(at);
             } else if running.tasks.get(id).is_some_and(|noted| is_it(&noted.0)) {
-                // A new connection may have given the same id to another call, so it was looked at
+                // A new connection may have reused the id for another call, so that is checked
                 // first.
                 running.tasks.remove(id);
             }
@@ -301,7 +300,7 @@ impl Handlers {
         idle.into_iter().for_each(Waker::wake);
     }
 
-    /// Whether no handler is at work that was noted as running.
+    /// Whether no handler is running.
     pub(crate) fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut running = lock(&self.running);
         if running.is_empty() {
@@ -311,7 +310,7 @@ impl Handlers {
         Poll::Pending
     }
 
-    /// The caller of `id` takes `count` items more.
+    /// The caller of `id` accepts `count` more items.
     pub(crate) fn grant(&self, id: &str, count: u64) {
         let ticket = lock(&self.running).find(id);
         if let Some(ticket) = ticket {
@@ -319,7 +318,7 @@ impl Handlers {
         }
     }
 
-    /// The caller of `id` does not want the answer any more.
+    /// The caller of `id` no longer wants the answer.
     pub(crate) fn cancel(&self, id: &str) {
         let ticket = lock(&self.running).take(id);
         if let Some(ticket) = ticket {
@@ -327,7 +326,7 @@ impl Handlers {
         }
     }
 
-    /// The connection is gone, and with it those who wait for answers.
+    /// The connection was lost, so nobody waits for the answers any more.
     pub(crate) fn cancel_all(&self) {
         let running = std::mem::take(&mut *lock(&self.running));
         running.blocking.iter().for_each(|ticket| ticket.cancel());
@@ -335,7 +334,7 @@ impl Handlers {
         running.idle.into_iter().for_each(Waker::wake);
     }
 
-    /// The end: drops handlers and listeners, with what they hold.
+    /// The app ends: drops handlers and listeners, with everything that they hold.
     pub(crate) fn close(&self) {
         self.cancel_all();
         let entries =
@@ -391,8 +390,8 @@ impl Hash for Noted {
     }
 }
 
-/// Runs a job that begins at `started`; returns when it ended, as far as that was looked at.
-/// Answers are appended, not flushed.
+/// Runs a job that starts at `started`; returns when it ended, if that was measured. Answers are
+/// appended, not flushed.
 pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instant {
     match job {
         HandlerJob::Poll(task) => {
@@ -414,8 +413,8 @@ pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instan
             }
             Kind::Async(handler) => {
                 let ticket = request.ticket.clone();
-                // Where one task reads and runs, nothing can be said about the call before its
-                // first poll ends.
+                // If one task reads and runs, no message about the call can arrive before its first
+                // poll ends.
                 let is_noted = ticket.has_window() || core.driver_kind() == DriverKind::Threads;
                 if is_noted {
                     core.handlers.begin(&ticket);
@@ -433,13 +432,13 @@ pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instan
     }
 }
 
-/// A handler's future, with who waits for it.
+/// A handler's future, with its call.
 pub(crate) struct Task {
     core: Weak<Core>,
     ticket: Arc<Ticket>,
     future: Mutex<Option<Running>>,
     is_queued: AtomicBool,
-    /// Whether the call stands among those that can be cancelled.
+    /// Whether the call is in the list of calls that can be cancelled.
     is_noted: AtomicBool,
 }
 
@@ -456,12 +455,12 @@ impl Task {
     }
 
     fn run(self: &Arc<Self>, core: &Arc<Core>) {
-        // A wake from here on is not lost: it queues the task again.
+        // A wakeup from here on is not lost: it queues the task again.
         self.is_queued.store(false, Ordering::Release);
         let mut place = lock(&self.future);
         let Some(future) = place.as_mut() else { return };
         if self.ticket.is_cancelled() {
-            // The future's own drop may use the app, but not this task.
+            // Dropping the future may use the app, but not this task.
             let dropped = place.take();
             drop(place);
             let _ = catch_unwind(AssertUnwindSafe(|| drop(dropped)));
@@ -479,7 +478,7 @@ impl Task {
                     core.handlers.begin(&self.ticket);
                 }
                 self.ticket.on_cancel(&waker);
-                // What was cancelled meanwhile had no one to wake.
+                // If it was cancelled in the meantime, there was no waker yet.
                 if self.ticket.is_cancelled() {
                     waker.wake();
                 }

@@ -21,15 +21,14 @@ use crate::reader::Input;
 use crate::request::Request;
 use crate::sync::lock;
 
-/// Descriptors that wait for their message, at most: a message whose frame is not whole yet may
-/// have some.
+/// The most descriptors that wait for their message, whose frame may not be complete yet.
 const DESCRIPTORS_KEPT_MAX: usize = 1024;
 
-/// Decodes every whole frame of `input`. What it brings callers is delivered; what it asks of
-/// handlers goes to `jobs`.
+/// Decodes every complete frame of `input`. Replies are delivered to callers; calls and emits are
+/// added to `jobs`.
 ///
 /// # Errors
-/// Why the bytes can't be what a server sends: the connection has no use any more.
+/// If the bytes cannot be from a server: the connection is then unusable.
 pub(crate) fn process(
     core: &Arc<Core>,
     input: &mut Input,
@@ -78,8 +77,8 @@ pub(crate) fn process(
     result
 }
 
-/// Takes the descriptors that travel with a message from those that came. They come with a
-/// message's first byte, so behind the last one that was received none can be left.
+/// Takes the descriptors of a message from those that were received. They arrive with the first
+/// byte of their message, so none can be left after the last message that was received.
 fn own_descriptors(
     e: &Envelope<'_>,
     came: &mut Vec<OwnedFd>,
@@ -92,7 +91,7 @@ fn own_descriptors(
     let count = usize::try_from(named).unwrap_or(usize::MAX);
     if count > came.len() || came.len() - count > DESCRIPTORS_KEPT_MAX {
         let text = format!(
-            "a message names {named} file descriptors, and {} came",
+            "a message names {named} file descriptors, but {} arrived",
             came.len()
         );
         return Err(text);
@@ -107,16 +106,16 @@ fn own_descriptors(
 struct Batch<'a> {
     core: &'a Arc<Core>,
     epoch: u32,
-    /// When the batch was read: near enough for what arrived in it.
+    /// When the batch was read, which is precise enough for the messages in it.
     now: Instant,
     jobs: &'a mut Vec<HandlerJob>,
     wake: Vec<Waker>,
     must_flush: bool,
-    /// The handler of the call before: most calls of a batch have the same.
+    /// The handler of the previous call: most calls of a batch have the same one.
     entry: Option<Arc<Entry>>,
 }
 
-/// What comes with few replies besides their payload.
+/// The parts that few replies have in addition to the payload.
 fn beside(e: &Envelope<'_>, descriptors: Vec<OwnedFd>) -> Option<Box<Beside>> {
     let json = e.attachment.and(e.response);
     if json.is_none() && descriptors.is_empty() {
@@ -132,7 +131,7 @@ fn beside(e: &Envelope<'_>, descriptors: Vec<OwnedFd>) -> Option<Box<Beside>> {
 enum CallEvent {
     Item(Payload),
     Progress(Payload),
-    /// The server keeps it; the answer comes when a handler has run.
+    /// The server has stored it; the answer arrives when a handler has run.
     Parked,
     End(Result<Reply, Error>),
 }
@@ -156,7 +155,7 @@ impl Batch<'_> {
             }
             "\"cancel\"" => {
                 if let Some(id) = e.id.and_then(Raw::as_str) {
-                    // The call may have come just before, with the same read.
+                    // The call may have arrived with the same read.
                     self.jobs.retain(|job| !job.is_start_of(&id));
                     self.core.workers.drop_queued(&id);
                     self.core.handlers.cancel(&id);
@@ -171,7 +170,7 @@ impl Batch<'_> {
                     self.must_flush = true;
                 }
             }
-            // The server closes after most of these; those of one message alone concern a request
+            // The server closes the connection after most of these; the others concern a request
             // without an id.
             "\"error\"" => {
                 let error = Error::from_wire(e.error.map_or("", Raw::text));
@@ -179,7 +178,7 @@ impl Batch<'_> {
                     return Err(error.to_string());
                 }
             }
-            // A newer server may say more than this client knows.
+            // A newer server may send messages that this client does not know.
             _ => {}
         }
         Ok(())
@@ -209,7 +208,8 @@ impl Batch<'_> {
                 epoch: self.epoch,
             }))
         };
-        // An id that is no place is a chosen one, or one of a call that may be of an earlier life.
+        // An id that is not an index was chosen, or belongs to a call that may be from an earlier
+        // process.
         let Some(key) = place else {
             return self.lasting(e, id, word);
         };
@@ -219,7 +219,8 @@ impl Batch<'_> {
     fn lasting(&mut self, e: &Envelope<'_>, id: Raw<'_>, word: CallEvent) {
         let Some(id) = id.as_str() else { return };
         let mut pending = lock(&self.core.pending);
-        // Under one lock: a call is detached before or after, so the answer is not lost between.
+        // Under one lock: a call is detached either before or after this, so the answer is not
+        // lost.
         if let Some(key) = pending.find_lasting(&id) {
             self.notify(&mut pending, key, word);
             return;
@@ -241,7 +242,7 @@ impl Batch<'_> {
         }
     }
 
-    /// A call or an emit as a handler sees it: opened, where it came in an encrypted pool.
+    /// A call or an emit as a handler sees it: decrypted, if it came in an encrypted pool.
     fn request(&self, action: Action, e: &Envelope<'_>) -> Option<Request> {
         let core = self.core;
         let pool = e.pool.filter(|_| core.has_sealed()).and_then(Raw::as_str);
@@ -338,7 +339,7 @@ impl Batch<'_> {
             self.core.blocks.event(&event, pool, e.text, &mut self.wake);
         }
         let watchers = lock(&self.core.watchers);
-        // What names no pool (draining) concerns every watcher.
+        // An event without a pool (draining) is for every watcher.
         let queues: Vec<_> = match &pool {
             Some(pool) => watchers
                 .get(&**pool)

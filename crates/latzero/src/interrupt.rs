@@ -1,4 +1,4 @@
-//! Waits that something outside may end: a language binding looks for signals this way.
+//! Waits that can be interrupted from outside, with which a language binding checks for signals.
 
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 /// Checks are at least this far apart.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// What ends a wait, and when it was last asked.
+/// The check that ends a wait, and when it was last called.
 struct Check {
     wants_end: Box<dyn FnMut() -> bool>,
     asked: Option<Instant>,
@@ -16,9 +16,9 @@ thread_local! {
     static CHECK: RefCell<Option<Check>> = const { RefCell::new(None) };
 }
 
-/// Runs `work`; where it waits on this thread, `wants_end` is called about every 100 ms, and after
+/// Runs `work`. While it waits on this thread, `wants_end` is called about every 100 ms, and after
 /// a signal that interrupted the wait. Once it returns true, the wait ends early, as if its time
-/// were over, and a call that was waited for is cancelled.
+/// were over, and the call that it waited for is cancelled.
 pub fn interruptible<T>(wants_end: impl FnMut() -> bool + 'static, work: impl FnOnce() -> T) -> T {
     struct Restore(Option<Check>);
     impl Drop for Restore {
@@ -36,7 +36,7 @@ pub fn interruptible<T>(wants_end: impl FnMut() -> bool + 'static, work: impl Fn
 
 /// Whether the wait on this thread is to end early.
 pub(crate) fn is_due() -> bool {
-    // Taken out meanwhile: the check may run code that waits itself.
+    // Removed during the check, which may run code that waits itself.
     let Some(mut check) = CHECK.take() else {
         return false;
     };

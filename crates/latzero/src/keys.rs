@@ -1,7 +1,7 @@
-//! Keys of encrypted pools and of apps, as files and variables hold them.
+//! Keys of encrypted pools and of apps, in files and variables.
 //!
-//! A key file is a regular file of its own user that nobody else may read. No key is ever printed,
-//! and none travels.
+//! A key file is a regular file of its user that nobody else may read. Keys are never printed or
+//! sent.
 
 use std::fs::OpenOptions;
 use std::io::Read as _;
@@ -34,31 +34,31 @@ impl std::fmt::Debug for Keys {
 }
 
 impl Keys {
-    /// Reads a key file: one token a line.
+    /// Reads a key file: one token per line.
     ///
     /// # Errors
-    /// `key_format` if it is no key file, or others may read it.
+    /// `key_format` if it is not a key file, or others may read it.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Keys, Error> {
         let path = path.as_ref();
         let set = KeySet::from_file(&read(path)?).map_err(|e| bad(path, &e.to_string()))?;
         Ok(Keys(Arc::new(set)))
     }
 
-    /// Takes tokens.
+    /// Reads tokens.
     ///
     /// # Errors
-    /// `key_format` if one is no token, or they do not belong together.
+    /// `key_format` if one is not a token, or they do not belong together.
     pub fn from_tokens<'a>(tokens: impl IntoIterator<Item = &'a str>) -> Result<Keys, Error> {
         let set = KeySet::from_tokens(tokens);
         let set = set.map_err(|error| Error::new(Code::KeyFormat, error.to_string()))?;
         Ok(Keys(Arc::new(set)))
     }
 
-    /// Forgets what was accepted of a pool, so that an older state of it is taken once: the
-    /// decision of a person who restored it on purpose. Says whether there was anything.
+    /// Deletes the accepted state of a pool, so that an older state is accepted once. A person
+    /// decides this after a backup was restored on purpose. Returns whether there was any.
     ///
     /// # Errors
-    /// `storage` if it can't be removed.
+    /// `storage` if it cannot be deleted.
     pub fn accept_restore(&self, pool: &str) -> Result<bool, Error> {
         let stored = Stored::of(&SealedPool::new(pool, self.clone(), None));
         stored
@@ -69,8 +69,8 @@ impl Keys {
             })
     }
 
-    /// The request that makes an encrypted pool of these keys, which must be all three. In a gated
-    /// pool the bytes of blocks are plain, and the keys decide who gets them.
+    /// The request that creates an encrypted pool with these keys, which must be all three. In a
+    /// gated pool blocks are not encrypted, and the keys decide who can open them.
     ///
     /// # Errors
     /// `key_format` if a key is missing.
@@ -98,7 +98,7 @@ impl Keys {
     }
 }
 
-/// The key that makes an AppID nobody else's.
+/// The key that reserves an AppID for its holder.
 #[derive(Clone)]
 pub struct AppKey(pub(crate) Arc<app_key::AppKey>);
 
@@ -112,7 +112,7 @@ impl AppKey {
     /// Reads the file that `latzero app key new` writes.
     ///
     /// # Errors
-    /// `key_format` if it is none, or others may read it.
+    /// `key_format` if it is not a key, or others may read it.
     pub fn from_file(path: impl AsRef<Path>) -> Result<AppKey, Error> {
         let path = path.as_ref();
         let bytes = read(path)?;
@@ -127,7 +127,7 @@ fn bad(path: &Path, why: &str) -> Error {
     Error::new(Code::KeyFormat, text)
 }
 
-/// Reads a file that only its own user may read, without following a link.
+/// Reads a file that only its user may read, without following a link.
 fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
     let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
     let file = OpenOptions::new()
@@ -152,7 +152,7 @@ fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
     Ok(bytes)
 }
 
-/// Random bytes, from the kernel each time: a fork repeats none.
+/// Random bytes, each time from the kernel, so that a fork does not repeat them.
 pub(crate) fn random<const N: usize>() -> Result<[u8; N], Error> {
     let mut bytes = [0; N];
     let mut filled = 0;

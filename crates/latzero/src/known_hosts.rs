@@ -12,7 +12,7 @@ pub use latzero_tls::Pin;
 
 use crate::error::Error;
 
-/// The file, below the directory of the user's settings.
+/// The file, in the directory of the user's settings.
 const NAME: &str = "latzero/known_hosts";
 
 /// Where it is; `None` without a home directory.
@@ -60,7 +60,8 @@ fn parse(line: &str) -> Result<Option<(&str, Pin)>, String> {
     Ok(Some((name, pin)))
 }
 
-/// Whether there is no such file: the home directory of a service may be no directory at all.
+/// Whether the error means that there is no such file: the home directory of a service may not be a
+/// directory.
 fn is_absent(kind: io::ErrorKind) -> bool {
     matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
@@ -76,7 +77,7 @@ fn read(path: &Path) -> Result<String, Error> {
 /// The pin of a server that is trusted. Without a home directory there is none.
 ///
 /// # Errors
-/// If the file can't be read, or has a line that is wrong.
+/// If the file cannot be read, or has an invalid line.
 pub fn find(host: &str, port: u16) -> Result<Option<Pin>, Error> {
     match path() {
         Some(path) => find_in(&path, host, port),
@@ -95,16 +96,16 @@ fn find_in(path: &Path, host: &str, port: u16) -> Result<Option<Pin>, Error> {
     Ok(None)
 }
 
-/// The pin of whoever answers at an address, who has shown to have its key. Whether it is the right
-/// one, a person has to say.
+/// The pin of the server at an address, which has proved that it has the key. A person has to
+/// decide whether it is the right one.
 ///
 /// # Errors
-/// If nothing answers there, or nothing that speaks TLS.
+/// If no server answers there, or it does not use TLS.
 pub fn look(host: &str, port: u16, timeout: Duration) -> Result<Pin, Error> {
     crate::connection::look_at(host, port, timeout)
 }
 
-/// Trusts a server from now on, in the place of what was trusted there before. Returns the file.
+/// Trusts a server from now on, instead of the one that was trusted there before. Returns the file.
 ///
 /// # Errors
 /// If the file can't be read or written.
@@ -130,7 +131,7 @@ fn add_to(path: &Path, host: &str, port: u16, pin: Pin) -> Result<(), Error> {
                 .mode(0o700)
                 .create(parent)?;
         }
-        // Beside and renamed, so that a crash leaves the old file or the new one.
+        // Written to a new file and renamed, so that a crash leaves the old file or the new one.
         let beside = path.with_extension(format!("new.{}", std::process::id()));
         let mut file = fs::OpenOptions::new()
             .write(true)

@@ -23,8 +23,8 @@
 //! Without async, [`blocking::App`] does the same. A handle is a cheap clone; when the last one
 //! drops, its socket closes and its threads end.
 //!
-//! A call may wait for a handler that is not there yet, and outlive connections, servers and the
-//! process itself:
+//! A call may wait for a handler that is not connected yet, and outlive connections, servers and
+//! the process itself:
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), latzero::Error> {
@@ -32,7 +32,7 @@
 //! let parked = app.call("ship", &17).id("order-17").redeliver().send_parked().await?;
 //! drop(parked); // It is on the server's disk; this process may end here.
 //!
-//! let mut answers = app.answers(); // Of this life of the process and of earlier ones.
+//! let mut answers = app.answers(); // To calls of this process and of earlier ones.
 //! if let Some(answer) = answers.next().await {
 //!     assert_eq!(answer.id(), "order-17");
 //!     let receipt: String = answer.into()?;
@@ -41,11 +41,10 @@
 //! # }
 //! ```
 //!
-//! Nothing stands between a call and the socket: the caller's own thread writes its frame, a
-//! blocking caller that is alone reads its own reply, and the async face runs on the caller's tokio
-//! runtime if there is one, else beside any executor on one background thread. No runtime's types
-//! are in the public face. This crate knows the wire protocol; it does not know how a server
-//! decides.
+//! A call needs no thread hop: the caller's own thread writes the frame, a blocking caller that is
+//! alone reads its own reply, and the async API runs on the caller's tokio runtime if there is one,
+//! else on one background thread, with any executor. The public API has no types of a runtime. This
+//! crate knows the wire protocol, but not how a server makes its decisions.
 
 mod answers;
 mod app;

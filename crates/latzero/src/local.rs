@@ -1,8 +1,7 @@
-//! Where the server of this machine listens: the rule of [`latzero_protocol::address`], followed by
-//! a client.
+//! Where the server of this machine listens: the client's side of [`latzero_protocol::address`].
 //!
-//! A directory outside the data directory counts only if it is this user's own and closed to
-//! others: anyone may create a name in `/tmp`.
+//! A directory outside the data directory is used only if it belongs to this user and is closed to
+//! others, because anyone may create a name in `/tmp`.
 
 use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;

@@ -13,17 +13,19 @@ use crate::error::Error;
 use crate::payload::{self, IntoPayload, Payload};
 use crate::pending::Id;
 
-/// A message that is not sent yet: an object still open, so that its id can be added last.
+/// A message that has not been sent yet: an unfinished JSON object, so that its id can be added
+/// last.
 ///
 /// The text begins with room for both length prefixes of an attachment frame, so that the finished
-/// frame is one piece of memory and never moves.
+/// frame is contiguous and never moves.
 #[derive(Debug)]
 pub(crate) struct Message {
     text: Vec<u8>,
     raw: Option<(&'static str, Vec<u8>)>,
-    /// Where the field of [`Message::body`] stands.
+    /// The position of the field of [`Message::body`].
     body: Range<usize>,
-    /// What travels with its first byte; it leaves only over a connection that passes descriptors.
+    /// The descriptor to send with its first byte; the message is sent only over a connection that
+    /// passes descriptors.
     pub(crate) descriptor: Option<Arc<OwnedFd>>,
 }
 
@@ -33,15 +35,15 @@ const FINISH_BYTES_MAX: usize = 64;
 /// First size of a message's text in bytes.
 const BUFFER_BYTES: usize = 256;
 
-/// Above this size in bytes a text's memory is not kept.
+/// Buffers above this size in bytes are not kept.
 const BUFFER_BYTES_KEPT: usize = 1024;
 
-/// Texts kept per thread at most.
+/// How many buffers are kept per thread at most.
 const BUFFERS_KEPT: usize = 64;
 
 thread_local! {
-    /// Memory of messages that left, for the next ones: with many calls in flight the allocator's
-    /// own is not near.
+    /// Buffers of messages that were sent, for the next ones: with many calls in flight fresh
+    /// memory from the allocator is not in the cache.
     static BUFFERS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -52,7 +54,7 @@ impl Drop for Message {
             return;
         }
         text.clear();
-        // On a thread that ends there is nothing to keep it for.
+        // A thread that ends keeps no buffers.
         let _ = BUFFERS.try_with(|buffers| {
             let mut buffers = buffers.borrow_mut();
             if buffers.len() < BUFFERS_KEPT {
@@ -81,7 +83,7 @@ impl Message {
         }
     }
 
-    /// A message whose text is there: a JSON object with an action and without an id.
+    /// A message with a given text: a JSON object with an action and without an id.
     pub(crate) fn from_object(json: &str) -> Self {
         let open = json.trim_end().strip_suffix('}').unwrap_or(json);
         let mut text = Vec::with_capacity(json.len() + FINISH_BYTES_MAX);
@@ -132,7 +134,7 @@ impl Message {
         }
     }
 
-    /// Adds a body, in `field` or next to the JSON. Nothing is added if it can't be written.
+    /// Adds a body, in `field` or next to the JSON. Nothing is added if it cannot be encoded.
     pub(crate) fn body<T: IntoPayload + ?Sized>(
         &mut self,
         field: &'static str,
@@ -154,14 +156,14 @@ impl Message {
         Ok(())
     }
 
-    /// Puts raw bytes in the place of what [`Message::body`] added.
+    /// Replaces what [`Message::body`] added with raw bytes.
     pub(crate) fn replace_body(&mut self, field: &'static str, bytes: Vec<u8>) {
         self.text.drain(std::mem::take(&mut self.body));
         self.raw = Some((field, bytes));
     }
 
-    /// Takes the body that [`Message::body`] or [`Message::replace_body`] added: JSON text or raw
-    /// bytes.
+    /// Removes and returns the body that [`Message::body`] or [`Message::replace_body`] added: JSON
+    /// text or raw bytes.
     pub(crate) fn take_body(&mut self, field: &'static str) -> Payload {
         if let Some((_, raw)) = self.raw.take() {
             return Payload::Bytes(raw);
@@ -183,8 +185,7 @@ impl Message {
         self.text.len() + raw + FINISH_BYTES_MAX
     }
 
-    /// Finishes the message and appends its frame to `out`. Raw bytes go there straight from where
-    /// they are.
+    /// Finishes the message and appends its frame to `out`. Raw bytes are copied there directly.
     pub(crate) fn finish(&mut self, id: Option<Id>, attachments: bool, out: &mut Vec<u8>) {
         if let Some(id) = id {
             self.text.extend_from_slice(b",\"id\":\"");

@@ -1,8 +1,8 @@
-//! What waits to be sent, and whether there is a connection to send it on.
+//! The messages that wait to be sent, and whether there is a connection to send them over.
 //!
-//! A sender appends its message and tries to write at once. While one thread writes, the others
-//! only append: it also writes their bytes. What the kernel does not accept stays here until the
-//! socket is writable, and above a bound appends wait.
+//! A sender appends its message and tries to write at once. While one thread writes, others only
+//! append, and that thread also writes their bytes. What the kernel does not accept stays here
+//! until the socket is writable; above a limit, senders wait.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -19,46 +19,46 @@ use crate::message::Message;
 use crate::pending::{Id, Key, Name, Pending, SentCall};
 use crate::sync::lock;
 
-/// Bytes that may wait to be sent before callers wait too. One message may exceed it.
+/// How many bytes may wait to be sent before callers wait too. One message may exceed it.
 pub(crate) const OUTBOX_BYTES_MAX: usize = 8 * 1024 * 1024;
 
-/// A send buffer above this size in bytes is given back once it is empty. It holds one message of
-/// the largest size that servers take by default: otherwise each such message would pay for fresh
-/// memory, more than for the copy.
+/// A send buffer above this size in bytes is freed once it is empty. It can hold one message of the
+/// largest size that servers accept by default: otherwise each such message would need fresh
+/// memory, which costs more than the copy.
 const BUFFER_BYTES_KEPT: usize = 17 * 1024 * 1024;
 
 /// Whether there is a connection.
 #[derive(Debug, Clone)]
 pub(crate) enum Phase {
-    /// There is.
+    /// There is one.
     Up(Arc<Link>),
-    /// Not now; it is being made again.
+    /// Not now; the app reconnects.
     Down,
-    /// Never again, and why.
+    /// Never again, for this reason.
     Ended(Error),
 }
 
 /// How a flush ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Flushed {
-    /// Nothing is left, or another thread is writing and takes it along.
+    /// Nothing is left, or another thread is writing and also writes this.
     Done,
-    /// The socket takes no more for now.
+    /// The socket accepts no more for now.
     Blocked,
 }
 
-/// By which connection a message may leave, and what for.
+/// Which connection a message may be sent over, and its purpose.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum By<'a> {
-    /// Any: it asks for no reply.
+    /// Any: it has no reply.
     Any,
-    /// That one alone: it belongs to a call that came by it.
+    /// Only this one: it belongs to a call that arrived over it.
     Connection(u32),
     /// Any: it is a call, which waits for its reply.
     Call {
         /// When to give up, if the server does not.
         deadline: Instant,
-        /// How many items of a stream are kept, where it is one.
+        /// How many items of a stream are kept, if it is one.
         window: Option<u64>,
         /// How it is named on the wire.
         name: Name<'a>,
@@ -74,10 +74,10 @@ pub(crate) struct Submitted {
     pub(crate) alone: bool,
 }
 
-/// A descriptor on its way.
+/// A descriptor that waits to be sent.
 #[derive(Debug)]
 struct Carried {
-    /// Where in the buffer the first byte of its message is.
+    /// The position of the first byte of its message in the buffer.
     at: usize,
     descriptor: Arc<OwnedFd>,
 }
@@ -86,15 +86,15 @@ struct Carried {
 struct Inner {
     phase: Phase,
     buf: Vec<u8>,
-    /// What of `buf` was sent already.
+    /// How many bytes of `buf` were already sent.
     head: usize,
-    /// What travels with bytes of `buf` that were not sent yet, in their order.
+    /// The descriptors of messages in `buf` that were not sent yet, in order.
     carried: VecDeque<Carried>,
     spare: Vec<u8>,
     writing: bool,
     /// Bytes appended on this connection so far.
     appended: u64,
-    /// Bytes of them that the kernel took or is just being offered.
+    /// How many of them the kernel has accepted or is being offered.
     attempted: u64,
     /// Who waits for room or for a connection.
     waiting: Vec<Waker>,
@@ -136,7 +136,7 @@ impl Outbox {
         self.blocked.load(Ordering::Acquire)
     }
 
-    /// Whether everything was sent, or can't be any more.
+    /// Whether everything was sent, or cannot be sent any more.
     pub(crate) fn poll_empty(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut inner = lock(&self.inner);
         if (inner.len() == 0 && !inner.writing) || !matches!(inner.phase, Phase::Up(_)) {
@@ -146,7 +146,7 @@ impl Outbox {
         Poll::Pending
     }
 
-    /// Notes who is woken at the end, if not before.
+    /// Registers a waker for the end of the app.
     pub(crate) fn wake_at_end(&self, cx: &mut Context<'_>) {
         lock(&self.inner).waiting.push(cx.waker().clone());
     }
@@ -168,13 +168,13 @@ impl Outbox {
         !lock(&self.inner).waiting.is_empty()
     }
 
-    /// Lets everyone who waits look again, be it at their deadline.
+    /// Wakes everyone who waits, so that they check again, at least their deadlines.
     pub(crate) fn wake_waiting(&self) {
         let waiting = std::mem::take(&mut lock(&self.inner).waiting);
         waiting.into_iter().for_each(Waker::wake);
     }
 
-    /// Appends a message, if there is a connection and room. Where `flush` says so, writes at once.
+    /// Appends a message, if there is a connection and room. If `flush` says so, writes at once.
     pub(crate) fn poll_submit(
         &self,
         pending: &Mutex<Pending>,
@@ -211,7 +211,7 @@ impl Outbox {
             return Poll::Ready(Err(Error::new(Code::TooLarge, text)));
         }
         if message.descriptor.is_some() && !link.takes_descriptors {
-            let text = "this connection passes no file descriptors; the server's Unix socket does";
+            let text = "this connection cannot pass file descriptors; use the server's Unix socket";
             return Poll::Ready(Err(Error::new(Code::BadMessage, text).with_ran(Ran::No)));
         }
         let (attachments, epoch) = (link.attachments, link.epoch);
@@ -255,8 +255,8 @@ impl Outbox {
         Poll::Ready(Ok((submitted, flushed)))
     }
 
-    /// Appends what `write` writes, over the bound too: answers and other small or counted things.
-    /// Nothing happens where connection `epoch` is gone.
+    /// Appends what `write` writes, even above the limit: for answers and other small or counted
+    /// messages. Does nothing if connection `epoch` has ended.
     pub(crate) fn append(&self, epoch: u32, write: impl FnOnce(&mut Vec<u8>, &Link)) {
         let mut inner = lock(&self.inner);
         let inner = &mut *inner;
@@ -269,7 +269,7 @@ impl Outbox {
         }
     }
 
-    /// Writes what the socket takes.
+    /// Writes as much as the socket accepts.
     pub(crate) fn flush(&self) -> Flushed {
         self.flush_inner(lock(&self.inner))
     }
@@ -293,7 +293,7 @@ impl Outbox {
                 match send(&link, &chunk, at, &mut carried) {
                     Ok(n) => at += n,
                     Err(rustix::io::Errno::AGAIN) => break true,
-                    // The reader will find out, after it has read what the server still said.
+                    // The reader will notice, after it has read the server's last messages.
                     Err(_) => break false,
                 }
                 if at == chunk.len() {
@@ -303,7 +303,7 @@ impl Outbox {
             inner = lock(&self.inner);
             let is_same = matches!(&inner.phase, Phase::Up(now) if now.epoch == link.epoch);
             if is_same {
-                // What the kernel did not take, for now or permanently, certainly did not leave.
+                // Bytes that the kernel did not accept were certainly not sent.
                 inner.attempted -= (chunk.len() - at) as u64;
             }
             if blocked && is_same {
@@ -336,7 +336,7 @@ impl Outbox {
         outcome
     }
 
-    /// Takes a new connection into use, with `first` as its first bytes. Refused after the end.
+    /// Starts to use a new connection, with `first` as its first bytes. Refused after the end.
     pub(crate) fn up(&self, link: Arc<Link>, first: &[u8]) -> Result<(), Error> {
         let mut inner = lock(&self.inner);
         if let Phase::Ended(error) = &inner.phase {
@@ -376,8 +376,8 @@ impl Outbox {
     }
 }
 
-/// Sends from `chunk[at]` on, up to where a descriptor is to travel next: bytes before its message
-/// carry none.
+/// Sends from `chunk[at]` on, up to the next message with a descriptor: bytes before that have
+/// none.
 fn send(
     link: &Link,
     chunk: &[u8],
@@ -392,9 +392,9 @@ fn send(
     }
     let end = carried.get(1).map_or(chunk.len(), |after| after.at);
     let sent = match link.try_send_with(&chunk[at..end], &next.descriptor) {
-        // Too many of this user's are on their way (unix(7)), and nobody says when they are not:
-        // the server refuses a message that comes without what it names, and everything behind it
-        // continues.
+        // Too many descriptors of this user are in flight (unix(7)), and nothing reports when that
+        // ends. So the message is sent without its descriptor: the server refuses it, and
+        // everything after it continues.
         Err(rustix::io::Errno::TOOMANYREFS) => link.try_send(&chunk[at..end]),
         sent => sent,
     }?;
@@ -405,7 +405,7 @@ fn send(
 fn disconnected() -> Error {
     Error::new(
         Code::Disconnected,
-        "the connection that the call came by is gone",
+        "the connection that the call arrived over has ended",
     )
 }
 
@@ -460,7 +460,7 @@ mod tests {
         let _theirs = server.join().unwrap();
         let outbox = Outbox::new();
         outbox.up(Arc::new(link), &[]).unwrap();
-        // One piece, of which the socket takes a part.
+        // One chunk, of which the socket accepts a part.
         let piece = [7; latzero_tls::PLAIN_BYTES_MAX];
         outbox.append(1, |out, _| out.extend_from_slice(&piece));
         assert_eq!(outbox.flush(), Flushed::Blocked);

@@ -1,4 +1,4 @@
-//! What calls, emits and answers carry: JSON values or raw bytes.
+//! The payloads of calls, emits and answers: JSON values or raw bytes.
 
 use std::borrow::Cow;
 use std::os::fd::OwnedFd;
@@ -19,16 +19,16 @@ use crate::sync::lock;
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Bytes(pub Vec<u8>);
 
-/// A payload of either kind, where only the value itself says which: JSON text, or raw bytes.
+/// A payload whose kind is only known at run time: JSON text, or raw bytes.
 #[derive(Debug, Clone)]
 pub enum Data {
-    /// One JSON value, sent as it is written.
+    /// One JSON value, sent with exactly this text.
     Json(Box<serde_json::value::RawValue>),
     /// Raw bytes.
     Bytes(Bytes),
 }
 
-/// A payload on its way.
+/// A payload that is sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Payload {
     /// Nothing.
@@ -39,7 +39,7 @@ pub(crate) enum Payload {
     Bytes(Vec<u8>),
 }
 
-/// What a type is read from.
+/// A received payload, from which a type is read.
 pub(crate) enum Body<'a> {
     /// Nothing.
     None,
@@ -54,7 +54,7 @@ pub(crate) fn raw_bytes(envelope: &Envelope<'_>, field: Option<Raw<'_>>) -> Opti
     if let Some(bytes) = envelope.attachment {
         return Some(bytes.to_vec());
     }
-    // A peer without attachments writes raw bytes as base64 text, and says so.
+    // A peer without attachments sends raw bytes as base64 text, and marks it.
     envelope.encoding.filter(|e| e.text() == "\"base64\"")?;
     let text = field?.as_str()?;
     base64::engine::general_purpose::STANDARD
@@ -72,7 +72,7 @@ impl Payload {
         }
     }
 
-    /// Its length in bytes, as it travels where raw bytes may.
+    /// Its length in bytes if raw bytes are sent as an attachment.
     pub(crate) fn len(&self) -> usize {
         match self {
             Payload::None => 0,
@@ -235,16 +235,16 @@ pub(crate) fn append<T: IntoPayload + ?Sized>(
     Ok(bytes)
 }
 
-/// Checks JSON by the rules of the protocol, which are narrower than those of a JSON library: sent
-/// all the same, it would fail at the server, and other messages with it.
+/// Checks JSON by the rules of the protocol, which are stricter than those of a JSON library.
+/// Invalid JSON would fail at the server.
 ///
 /// # Errors
-/// `bad_message`, with what is wrong and if.
+/// `bad_message`, with what is wrong and where.
 pub fn check_json(text: &str) -> Result<(), Error> {
     scan::value(text).map_err(|e| not_sent(&e))?;
     let is_bracket = |b: &&u8| matches!(b, b'{' | b'[');
     if text.as_bytes().iter().filter(is_bracket).count() >= JSON_DEPTH_MAX as usize {
-        // It may be as deep as is allowed, and the message around it adds a level.
+        // The message around it adds a level to its depth.
         scan::value(&format!("[{text}]")).map_err(|e| not_sent(&e))?;
     }
     Ok(())
@@ -261,7 +261,7 @@ fn not_sent(why: &impl std::fmt::Display) -> Error {
 fn not_written(e: serde_json::Error) -> Error {
     Error::new(
         Code::BadMessage,
-        format!("the payload can't be written as JSON: {e}"),
+        format!("the payload cannot be encoded as JSON: {e}"),
     )
     .with_source(e)
 }
@@ -291,21 +291,21 @@ pub(crate) fn read_body<T: FromPayload>(body: Body<'_>) -> Result<T, Error> {
     })
 }
 
-/// A reply as it came: its payload, not read yet, and its headers.
+/// A reply as received: its payload, which is not decoded yet, and its headers.
 #[derive(Debug, Clone)]
 pub struct Reply {
     pub(crate) payload: Payload,
     pub(crate) headers: Option<Box<str>>,
-    /// What came besides, with few replies.
+    /// The parts that few replies have.
     pub(crate) beside: Option<Box<Beside>>,
-    /// The connection that it came over.
+    /// The connection that it arrived over.
     pub(crate) epoch: u32,
 }
 
-/// What comes with few replies besides their payload.
+/// The parts that few replies have in addition to the payload.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Beside {
-    /// The JSON of the response, where the payload is raw bytes.
+    /// The JSON of the response, if the payload is raw bytes.
     pub(crate) json: Box<str>,
     pub(crate) descriptors: Arc<Mutex<Vec<OwnedFd>>>,
 }

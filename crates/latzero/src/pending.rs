@@ -1,9 +1,9 @@
-//! Calls that wait for their reply: a slab whose places are the ids on the wire, so a reply finds
-//! its call without a search, and a reply to an ended call finds nothing.
+//! Calls that wait for their reply: a slab whose keys are the ids on the wire, so a reply finds its
+//! call without a search, and a reply to an ended call finds nothing.
 //!
 //! A call that may be parked outlives its connection, and the process too. Its id says which
-//! process gave it, or its caller chose it, so that the answers of an earlier life reach no call of
-//! this one.
+//! process generated it, or its caller chose it, so that answers to calls of an earlier process do
+//! not reach a call of this one.
 
 use std::collections::VecDeque;
 use std::collections::hash_map::RandomState;
@@ -23,7 +23,7 @@ use crate::sync::set_waker;
 /// their turn.
 pub(crate) const IN_FLIGHT_MAX: usize = 65_536;
 
-/// A call's place, and how often that place was used before.
+/// A call's index, and how many times that index was used before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Key {
     pub(crate) slot: u32,
@@ -69,14 +69,14 @@ fn append_hex(out: &mut Vec<u8>, n: u32) {
     }
 }
 
-/// Digits of a life on the wire.
+/// Hex digits of a process's number on the wire.
 const LIFE_DIGITS: usize = 16;
 
 /// The id of a call that did not choose one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Id {
     pub(crate) key: Key,
-    /// Which run of which process gave it, where the call may outlive that.
+    /// The process that generated it, if the call may outlive that.
     pub(crate) life: Option<u64>,
 }
 
@@ -123,18 +123,18 @@ impl Id {
 /// How a call is named on the wire.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Name<'a> {
-    /// By its place: it ends with its connection at the latest.
+    /// By its index: it ends with its connection at the latest.
     Slot,
-    /// By its place and this life: it may be parked.
+    /// By its index and this process: it may be parked.
     Durable,
-    /// As its caller chose; the id stands in its message already.
+    /// By an id that its caller chose, which is already in its message.
     Chosen(&'a str),
 }
 
-/// What is known of a call when its frame is appended.
+/// What is known about a call when its frame is appended.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SentCall {
-    /// Which connection carries it.
+    /// The connection that it is sent over.
     pub(crate) epoch: u32,
     /// Where its frame ends in that connection's outgoing bytes.
     pub(crate) end: u64,
@@ -149,7 +149,7 @@ struct PendingCall {
     sent: SentCall,
     waker: Option<Waker>,
     stream: Option<Box<Items>>,
-    /// Of calls that are not named by their place alone.
+    /// The state of a call that is not named by its index alone.
     lasting: Option<Box<ParkedCall>>,
 }
 
@@ -163,27 +163,27 @@ impl PendingCall {
     }
 }
 
-/// What is known of a call that may outlive its connection, or whose id was chosen.
+/// What is known about a call that may outlive its connection, or whose id was chosen.
 #[derive(Debug, Default)]
 struct ParkedCall {
     chosen: Option<Box<str>>,
     /// The server has stored the call, whatever happens to the connection.
     is_parked: bool,
-    /// Its owner wants no answer. Its slot is kept until the server has finished it, so that its
-    /// answer is recognised and its id not reused.
+    /// Its owner no longer wants the answer. Its slot is kept until the server has ended it, so
+    /// that its answer is recognised and its id is not reused.
     is_unwanted: bool,
 }
 
-/// A call in flight, as the server knows it.
+/// A call in flight, as the server identifies it.
 #[derive(Debug)]
 pub(crate) struct InFlight {
-    /// The connection that carries it; a parked call's answer may come over any.
+    /// The connection that it was sent over; the answer to a parked call may arrive over any.
     pub(crate) epoch: Option<u32>,
     /// Its id, as JSON.
     pub(crate) id: Vec<u8>,
 }
 
-/// What a streamed call received and its owner has not taken.
+/// What a streamed call received and its owner has not read.
 #[derive(Debug, Default)]
 struct Items {
     queue: VecDeque<Payload>,
@@ -237,7 +237,7 @@ impl Pending {
             waiting: 0,
             in_flight_max: IN_FLIGHT_MAX,
             queue: VecDeque::new(),
-            // The standard library's hasher keys are the one source of randomness it has.
+            // The keys of its hasher are the only source of randomness in the standard library.
             life: RandomState::new().build_hasher().finish(),
             chosen: HashMap::new(),
         }
@@ -258,7 +258,7 @@ impl Pending {
         self.chosen.contains_key(id)
     }
 
-    /// The call in flight that has this id, if it is not named by its place alone.
+    /// The call in flight with this id, if it is not named by its index alone.
     pub(crate) fn find_lasting(&mut self, id: &str) -> Option<Key> {
         let key = match Id::parse(id) {
             Some(Id { key, life }) if life == Some(self.life) => key,
@@ -273,7 +273,7 @@ impl Pending {
         self.waiting
     }
 
-    /// Whether another call may be sent; if not, `waker` is called when one ended.
+    /// Whether another call may be sent; if not, `waker` is called when one has ended.
     pub(crate) fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if self.waiting < self.in_flight_max {
             return Poll::Ready(());
@@ -330,7 +330,7 @@ impl Pending {
         }
     }
 
-    /// How the server knows a call, while it waits for its reply.
+    /// How the server identifies a call, while it waits for its reply.
     pub(crate) fn in_flight(&mut self, key: Key) -> Option<InFlight> {
         let life = self.life;
         let State::Waiting(waiting) = &self.find(key)?.state else {
@@ -365,7 +365,7 @@ impl Pending {
             .collect()
     }
 
-    /// Notes that the server keeps a call until it is answered.
+    /// Notes that the server has stored a call until it is answered.
     pub(crate) fn parked(&mut self, key: Key, wake: &mut Vec<Waker>) {
         let Some(State::Waiting(waiting)) = self.find(key).map(|slot| &mut slot.state) else {
             return;
@@ -376,7 +376,7 @@ impl Pending {
         }
     }
 
-    /// Whether a call is parked or answered already; a failure is its end.
+    /// Whether a call is parked or already answered; an error if it failed.
     pub(crate) fn poll_parked(
         &mut self,
         key: Key,
@@ -439,7 +439,7 @@ impl Pending {
         state
     }
 
-    /// The reply to a call, once it is there.
+    /// The reply to a call, once it has arrived.
     pub(crate) fn poll(&mut self, key: Key, cx: &mut Context<'_>) -> Poll<Result<Reply, Error>> {
         match self.find(key).map(|slot| &mut slot.state) {
             Some(State::Waiting(waiting)) => {
@@ -454,12 +454,12 @@ impl Pending {
         }
     }
 
-    /// What a streamed call gives next.
+    /// The next item or report of a streamed call.
     pub(crate) fn poll_next(&mut self, key: Key, cx: &mut Context<'_>) -> Poll<Next> {
         match self.find(key).map(|slot| &mut slot.state) {
             Some(State::Waiting(waiting)) => {
                 let items = waiting.stream.as_deref_mut().expect("a stream has items");
-                // Progress says where the items stand, so it may overtake them.
+                // Progress may overtake the items.
                 if let Some(progress) = items.progress.take() {
                     return Poll::Ready(Next::Progress(progress));
                 }
@@ -485,7 +485,7 @@ impl Pending {
         }
     }
 
-    /// Forgets a call; how the server knows it, if it is still in flight.
+    /// Removes a call; returns how the server identifies it, if it is still in flight.
     pub(crate) fn forget(&mut self, key: Key, wake: &mut Vec<Waker>) -> Option<InFlight> {
         let in_flight = self.in_flight(key);
         if let State::Waiting(waiting) = &mut self.find(key)?.state {
@@ -523,14 +523,14 @@ impl Pending {
             wake.extend(self.queue.pop_front());
             return;
         }
-        // The id is free for another call once the answer is there.
+        // The id is free for another call once the answer has arrived.
         let chosen = waiting.lasting.as_mut().and_then(|l| l.chosen.take());
         if let Some(items) = waiting
             .stream
             .as_deref_mut()
             .filter(|i| !i.queue.is_empty())
         {
-            // The end comes after the items that wait to be taken.
+            // The end follows the items that wait to be read.
             if items.end.is_none() {
                 items.end = Some(result);
             }
@@ -564,7 +564,7 @@ impl Pending {
         }
     }
 
-    /// Keeps the newest report of a streamed call.
+    /// Keeps the newest progress report of a streamed call.
     pub(crate) fn progress(&mut self, key: Key, report: Payload, wake: &mut Vec<Waker>) {
         let Some(Slot {
             state: State::Waiting(waiting),
@@ -601,9 +601,9 @@ impl Pending {
         wake.extend(self.queue.drain(..));
     }
 
-    /// Ends every call of a connection but those that the server keeps. `attempted` is how much of
-    /// its bytes the kernel may have taken: a frame that ends beyond was never whole on its way, so
-    /// its handler certainly did not run.
+    /// Ends every call of a connection, except those that the server has stored. `attempted` is how
+    /// many of its bytes the kernel may have accepted: a frame that ends beyond that was not sent
+    /// completely, so its handler certainly did not run.
     pub(crate) fn end_connection(
         &mut self,
         epoch: u32,
@@ -623,7 +623,7 @@ impl Pending {
         });
     }
 
-    /// Ends every call that the server keeps, as far as this process goes.
+    /// Ends, for this process, every call that the server has stored.
     pub(crate) fn end_parked(&mut self, error: &Error, wake: &mut Vec<Waker>) {
         use latzero_protocol::Ran;
         self.end_where(wake, |waiting| {
@@ -643,7 +643,7 @@ impl Pending {
 pub(crate) fn silence() -> Error {
     Error::new(
         Code::Timeout,
-        "no answer came, not even the server's own; is it stuck?",
+        "no answer arrived, not even the server's own timeout; the server may be suspended",
     )
 }
 

@@ -1,4 +1,4 @@
-//! Proofs on a fresh connection: the app's key before the handshake, encrypted pools behind it.
+//! Proofs on a new connection: the app's key before the handshake, encrypted pools after it.
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -18,13 +18,13 @@ use crate::error::Error;
 use crate::keys::{AppKey, Keys, now_ms, random};
 use crate::sealed::{Joined, SealedPool};
 
-/// A connection that is not in use yet: what is asked is answered before anything else is read.
+/// A connection that is not in use yet: it sends requests one at a time and waits for each reply.
 pub(crate) struct Talk<'a> {
     link: &'a Link,
     deadline: Instant,
     accept: Accept,
     buf: Vec<u8>,
-    /// Whole frames that answer nothing that was asked, in their order.
+    /// Complete frames that answer none of its requests, in order.
     early: Vec<u8>,
     descriptors: Vec<OwnedFd>,
 }
@@ -34,7 +34,9 @@ fn lost(what: String) -> Error {
 }
 
 fn no_server(why: impl std::fmt::Display) -> Error {
-    lost(format!("what answers is not a LatZero server: {why}"))
+    lost(format!(
+        "the program at this address is not a LatZero server: {why}"
+    ))
 }
 
 impl<'a> Talk<'a> {
@@ -52,16 +54,16 @@ impl<'a> Talk<'a> {
         }
     }
 
-    /// What is read from now on may have attachments.
+    /// From now on received frames may have attachments.
     pub(crate) fn accept(&mut self, accept: Accept) {
         self.accept = accept;
     }
 
-    /// What came and was not asked for: bytes, and descriptors.
+    /// The bytes and descriptors of other messages that arrived.
     pub(crate) fn finish(mut self) -> (Vec<u8>, Vec<OwnedFd>) {
         let mut chunk = [0; 4096];
         while self.link.has_buffered() {
-            // What goes wrong goes wrong again when it is read the next time.
+            // An error will occur again at the next read.
             match self.link.try_recv(&mut chunk, &mut self.descriptors) {
                 Ok(n @ 1..) => self.buf.extend_from_slice(&chunk[..n]),
                 Ok(0) | Err(_) => break,
@@ -78,15 +80,15 @@ impl<'a> Talk<'a> {
         sent.map_err(|error| self.explain_send(error))
     }
 
-    /// Why nothing can be sent. The server may have said so before it closed, where only a read
-    /// finds it.
+    /// Why nothing can be sent. The server may have sent the reason before it closed the
+    /// connection, so it has to be read.
     fn explain_send(&self, error: io::Error) -> Error {
         let read = self.link.try_recv(&mut [0; 4096], &mut Vec::new());
         let known = read.err().and_then(|read| self.link.explain(&read));
         known.unwrap_or_else(|| lost(format!("the handshake failed: {error}")).with_source(error))
     }
 
-    /// The next message that `wanted` accepts; others wait for later reads.
+    /// The next message that `wanted` accepts; others are kept for later reads.
     pub(crate) fn hear<T>(
         &mut self,
         wanted: impl Fn(&[u8]) -> Result<Option<T>, Error>,
@@ -94,8 +96,8 @@ impl<'a> Talk<'a> {
         let mut chunk = [0; 4096];
         loop {
             if latzero_tls::is_tls(&self.buf) {
-                let text = "the server speaks TLS there; run `latzero trust HOST:PORT`, and say \
-                            `?tls` in the address";
+                let text = "the server speaks TLS there; run `latzero trust HOST:PORT`, and add \
+                            `?tls` to the address";
                 return Err(lost(text.into()));
             }
             while let Some((frame, used)) =
@@ -137,7 +139,7 @@ impl<'a> Talk<'a> {
         }
     }
 
-    /// Asks, and gives the reply's `response`.
+    /// Sends a request; returns the reply's `response`.
     fn ask(&mut self, mut request: Value) -> Result<Value, Error> {
         const ID: &str = "proof";
         request["id"] = ID.into();
@@ -153,7 +155,7 @@ impl<'a> Talk<'a> {
         }
     }
 
-    /// What this connection's proofs are bound to.
+    /// The channel binding of this connection's proofs.
     fn binding(&self, may_be_unbound: bool) -> Result<ChannelBinding, Error> {
         check_bound(self.link.binding, may_be_unbound)
     }
@@ -196,15 +198,14 @@ impl<'a> Talk<'a> {
     }
 }
 
-/// Refuses to prove anything where nothing binds the proof to the connection, unless that was
-/// allowed.
+/// Refuses to send a proof that is not bound to the connection, unless that was allowed.
 pub(crate) fn check_bound(
     binding: ChannelBinding,
     may_be_unbound: bool,
 ) -> Result<ChannelBinding, Error> {
     if binding == ChannelBinding::None && !may_be_unbound {
-        let text = "nothing binds a proof to a plain TCP connection, so whoever listens there \
-        could pass it on: use the Unix socket, or say `&unbound` in the address";
+        let text = "a proof cannot be bound to a plain TCP connection, so another program on that \
+        port could forward it: use the Unix socket or TLS, or add `&unbound` to the address";
         return Err(Error::new(Code::Downgrade, text));
     }
     Ok(binding)
@@ -225,7 +226,7 @@ pub(crate) fn exchange(challenge: &Value, binding: ChannelBinding) -> Result<Exc
     })
 }
 
-/// What a challenge said of a pool.
+/// The challenge for a pool.
 struct Said {
     name: String,
     pool_id: [u8; 16],
@@ -233,7 +234,7 @@ struct Said {
     suite: u16,
 }
 
-/// The `pool_join` that answers a challenge, and what its reply must have.
+/// The `pool_join` that answers a challenge, and what its reply must contain.
 fn answer(
     challenge: &Value,
     pool: &str,
@@ -285,7 +286,7 @@ fn read_joined(reply: &Value, said: &Said, asked: Roles) -> Result<Joined, Error
         epoch: said.epoch,
         suite: said.suite,
     };
-    // The name stays with the pool; the rest is compared where the keys are.
+    // The name belongs to the pool; the rest is compared where the keys are.
     if (descriptor.pool_id(), descriptor.epoch()) != (expected.pool_id, expected.epoch)
         || descriptor.suite().number() != expected.suite
     {
@@ -301,7 +302,7 @@ fn read_joined(reply: &Value, said: &Said, asked: Roles) -> Result<Joined, Error
     })
 }
 
-/// A descriptor that is not taken, as an error.
+/// The error for a descriptor that is not accepted.
 pub(crate) fn unfit(error: &latzero_crypto::descriptor::DescriptorError) -> Error {
     use latzero_crypto::descriptor::DescriptorError;
     let code = match error {

@@ -23,30 +23,30 @@ use crate::inbound;
 use crate::interrupt::is_over;
 use crate::sync::{lock, thread_waker};
 
-/// First size of the receive buffer in bytes; it grows with what arrives, not with what is
+/// Initial size of the receive buffer in bytes. It grows with what arrives, not with what is
 /// announced.
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// A receive buffer above this size in bytes is given back once it is empty. As for the send
-/// buffer, it holds one large message, at the next power of two.
+/// A receive buffer above this size in bytes is freed once it is empty. Like the send buffer, it
+/// can hold one large message, rounded up to a power of two.
 const BUFFER_BYTES_KEPT: usize = 32 * 1024 * 1024;
 
-/// The receive side, with what arrived and was not decoded yet.
+/// The receiving side, with the bytes that were not decoded yet.
 #[derive(Debug)]
 pub(crate) struct Input {
     pub(crate) link: Option<Arc<Link>>,
     pub(crate) buf: Vec<u8>,
     pub(crate) start: usize,
     pub(crate) end: usize,
-    /// Descriptors that came and that no message has taken yet, in order.
+    /// Received descriptors that no message has taken yet, in order.
     pub(crate) descriptors: Vec<OwnedFd>,
-    /// Whether the buffer holds what came with the handshake and was not decoded yet.
+    /// Whether the buffer has bytes that came with the handshake and were not decoded yet.
     pub(crate) is_fresh: bool,
-    /// Why the connection is over, once what is in the buffer was decoded.
+    /// Why the connection ends, once the bytes in the buffer are decoded.
     lost: Option<String>,
 }
 
-/// What a read brought.
+/// The result of a read.
 #[derive(Debug)]
 pub(crate) enum Received {
     /// Bytes; fewer than there was room for if `short`, so the socket is likely empty.
@@ -94,7 +94,7 @@ impl Input {
         true
     }
 
-    /// Makes room behind what is buffered.
+    /// Makes room after the buffered bytes.
     fn make_room(&mut self) {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
@@ -107,7 +107,7 @@ impl Input {
                 self.buf.copy_within(self.start..self.end, 0);
                 (self.start, self.end) = (0, self.end - self.start);
             } else {
-                // One frame fills the buffer: what has arrived earns as much again.
+                // One frame fills the buffer: it grows by as much as has arrived.
                 self.buf.resize(self.buf.len() * 2, 0);
             }
         }
@@ -127,8 +127,8 @@ impl Input {
         }
     }
 
-    /// Takes all that was read from the socket and decrypted, and what went wrong behind it: no
-    /// poll would report it.
+    /// Takes everything that was read from the socket and decrypted, and an error that follows it:
+    /// no poll would report them.
     fn received_by_tls(&mut self, link: &Link, result: io::Result<usize>) -> Received {
         let received = self.received(result);
         if !matches!(received, Received::Bytes { .. }) {
@@ -151,7 +151,7 @@ impl Input {
         }
     }
 
-    /// Reads what is there.
+    /// Reads available bytes.
     pub(crate) fn try_receive(&mut self) -> Received {
         if std::mem::take(&mut self.is_fresh) {
             return Received::Bytes { short: false };
@@ -185,7 +185,7 @@ impl Input {
         self.received(result)
     }
 
-    /// Decodes what was read, or notes the loss.
+    /// Decodes what was read, or handles the loss of the connection.
     pub(crate) fn settle(
         &mut self,
         core: &Arc<Core>,
@@ -209,13 +209,13 @@ impl Input {
     }
 }
 
-/// The reading role and who waits for it.
+/// The reading role and its waiters.
 #[derive(Debug)]
 pub(crate) struct Reader {
     input: Mutex<Input>,
     waiting: Mutex<VecDeque<Thread>>,
     waiting_count: AtomicUsize,
-    /// How often a blocked caller took the role.
+    /// How many times a blocked caller took the role.
     turns: AtomicU64,
 }
 
@@ -238,13 +238,13 @@ impl Reader {
         }
     }
 
-    /// Takes the role, for a driver that shares it with nobody.
+    /// Takes the role, for a driver that does not share it.
     #[cfg(feature = "tokio")]
     pub(crate) fn take(&self) -> MutexGuard<'_, Input> {
         lock(&self.input)
     }
 
-    /// How often a blocked caller took the role so far.
+    /// How many times a blocked caller has taken the role so far.
     pub(crate) fn turns(&self) -> u64 {
         self.turns.load(Ordering::Relaxed)
     }
@@ -257,7 +257,7 @@ impl Reader {
 
     /// Lets the next waiting caller try for the role; called after releasing it.
     pub(crate) fn pass_on(&self) {
-        // Pairs with the fence of a beginning wait: one of the two sees the other.
+        // Pairs with the fence at the start of a wait: one of the two sees the other.
         if !self.is_wanted() {
             return;
         }
@@ -289,8 +289,8 @@ impl Reader {
 }
 
 impl Core {
-    /// Blocks until `attempt` is ready, reading meanwhile if nobody else does. `None` if `deadline`
-    /// has passed or the wait was interrupted.
+    /// Blocks until `attempt` is ready, and reads in the meantime if nobody else does. `None` if
+    /// `deadline` has passed or the wait was interrupted.
     pub(crate) fn block_on<T>(
         self: &Arc<Self>,
         deadline: Option<Instant>,
@@ -312,7 +312,7 @@ impl Core {
                 self.reader.begin_waiting();
                 waited = true;
                 self.workers.interrupt();
-                // Between the two, the role may have become free with nobody notified.
+                // Between the two, the role may have become free without anybody being notified.
                 if let Some(input) = self.reader.try_take() {
                     drop(input);
                 } else if let Poll::Ready(value) = attempt(cx) {
@@ -330,8 +330,8 @@ impl Core {
                 }
                 continue;
             };
-            // A handler's own call is no sign that callers are at work: the leader comes back at
-            // once.
+            // A handler's own call does not mean that callers read: the leader takes the role back
+            // at once.
             if !nested.is_nested() {
                 self.reader.turns.fetch_add(1, Ordering::Relaxed);
             }
@@ -355,7 +355,7 @@ impl Core {
                     waited = true;
                     break result;
                 }
-                // No connection: whatever is waited for is woken by the next one, or by the end.
+                // No connection: the next one, or the end of the app, wakes this wait.
                 None => {
                     self.reader.pass_on();
                     if let Poll::Ready(value) = attempt(cx) {
@@ -397,7 +397,7 @@ impl Core {
         }
     }
 
-    /// Waits until another reader has news; sends what the socket takes meanwhile.
+    /// Waits for another reader; sends what the socket accepts in the meantime.
     fn park(&self, deadline: Option<Instant>) {
         match self
             .outbox
@@ -408,15 +408,14 @@ impl Core {
             None => std::thread::park_timeout(wait_time(deadline)),
             Some(link) => {
                 let mut fds = [PollFd::from_borrowed_fd(link.as_fd(), PollFlags::OUT)];
-                // Short, since news of the reader does not end it.
+                // Short, because the reader does not interrupt it.
                 let _ = poll(&mut fds, Some(&timespec(Duration::from_millis(5))));
                 self.outbox.flush();
             }
         }
     }
 
-    /// Waits for bytes as a blocked caller does; sends what waits to be sent when the socket takes
-    /// it.
+    /// Waits for bytes, for a blocked caller; sends waiting messages when the socket accepts them.
     fn receive_until(self: &Arc<Self>, input: &mut Input, deadline: Option<Instant>) -> Received {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let is_short = left.is_some_and(|left| left < RECV_TIMEOUT);
@@ -445,7 +444,7 @@ impl Core {
     }
 }
 
-/// How long to sleep before looking again, at most.
+/// How long to sleep at most before checking again.
 fn wait_time(deadline: Option<Instant>) -> Duration {
     let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
     left.unwrap_or(RECV_TIMEOUT).min(RECV_TIMEOUT)

@@ -1,5 +1,5 @@
-//! Connecting again after a loss: full jitter over a growing pause, so that a server that restarts
-//! is not met by everybody at once.
+//! Reconnects after the connection was lost. Full jitter over a growing pause, so that not all
+//! clients connect to a restarted server at once.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -11,14 +11,14 @@ use latzero_protocol::{Code, Ran};
 use crate::core::Core;
 use crate::error::Error;
 
-/// A random part of `most`. The standard library's hasher keys are the one source of randomness it
-/// has.
+/// A random part of `most`. The keys of its hasher are the only source of randomness in the
+/// standard library.
 fn jitter(most: Duration) -> Duration {
     let random = RandomState::new().build_hasher().finish();
     most.mul_f64((random >> 11) as f64 / (1_u64 << 53) as f64)
 }
 
-/// The pause before attempt `n`, counted from 0, is drawn from this much.
+/// The limit of the random pause before attempt `n`, counted from 0.
 fn pause_max(core: &Core, n: u32) -> Duration {
     let reconnect = &core.config.reconnect;
     reconnect
@@ -27,7 +27,7 @@ fn pause_max(core: &Core, n: u32) -> Duration {
         .min(reconnect.pause_max)
 }
 
-/// Whether another attempt can end differently without anybody changing anything.
+/// Whether another attempt may succeed without anybody changing anything.
 fn is_final(error: &Error) -> bool {
     matches!(
         error.kind(),
@@ -39,14 +39,14 @@ fn is_final(error: &Error) -> bool {
     )
 }
 
-/// Starts a thread that connects again, and ends with that.
+/// Starts a thread that reconnects and then ends.
 pub(crate) fn spawn(core: &Arc<Core>) -> Result<(), Error> {
     let core = core.clone();
     let spawned = std::thread::Builder::new()
         .name("latzero-connect".into())
         .spawn(move || reconnect(&core));
     spawned.map(drop).map_err(|e| {
-        Error::new(Code::Internal, "no thread could be started to reconnect")
+        Error::new(Code::Internal, "cannot start a thread to reconnect")
             .with_ran(Ran::No)
             .with_source(e)
     })
@@ -59,7 +59,7 @@ fn reconnect(core: &Arc<Core>) {
         }
         match core.dial(&core.next_handshake()) {
             Ok(link) => {
-                // An app that ended meanwhile drops the connection.
+                // If the app has ended in the meantime, the connection is dropped.
                 if core.install(link).is_ok() {
                     core.notify_driver();
                     core.blocks.restore(core);

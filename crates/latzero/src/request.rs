@@ -24,7 +24,7 @@ use crate::payload::{self, Body, FromPayload, IntoPayload, Payload};
 use crate::sealed::SealedReply;
 use crate::sync::{lock, set_waker};
 
-/// Who called or emitted, as the server vouches for.
+/// The caller or sender, as confirmed by the server.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct Origin {
@@ -42,8 +42,8 @@ impl Origin {
     }
 }
 
-/// One call or emit as it came, and what the server may still say about it. One piece of memory,
-/// and one for its text.
+/// One call or emit as received, and the later messages about it. It takes one allocation, and one
+/// for its text.
 #[derive(Debug)]
 pub(crate) struct Ticket {
     text: Box<str>,
@@ -54,16 +54,16 @@ pub(crate) struct Ticket {
     origin: Range<usize>,
     headers: Range<usize>,
     key: Range<usize>,
-    /// The payload where it is JSON; empty if it is not.
+    /// The payload if it is JSON; else empty.
     data: Range<usize>,
-    /// The payload where it is raw bytes.
+    /// The payload if it is raw bytes.
     bytes: Option<Vec<u8>>,
     received: Instant,
     ttl_ms: Option<u64>,
     pub(crate) epoch: u32,
     cancelled: AtomicBool,
     state: std::sync::Mutex<TicketState>,
-    /// What answers are sealed with, in an encrypted pool.
+    /// The keys to seal answers, in an encrypted pool.
     pub(crate) sealed: std::sync::OnceLock<SealedReply>,
     /// Blocks that came with the call: each with its name and, until it is used, its description
     /// and descriptor.
@@ -83,11 +83,11 @@ struct Lent {
 struct TicketState {
     /// Items that may still be sent; `None` is no limit.
     credits: Option<u64>,
-    /// Who waits for credits or for the cancellation.
+    /// Wakers of those that wait for credits or for the cancellation.
     wakers: [Option<Waker>; 2],
 }
 
-/// Which of a ticket's wakers: the one that waits for credits, or the handler's task.
+/// One of the two wakers of a ticket: the one that waits for credits, or the handler's task.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Waits {
     ForCredits,
@@ -119,7 +119,7 @@ impl Ticket {
         self.wake();
     }
 
-    /// The caller takes `count` items more.
+    /// The caller accepts `count` more items.
     pub(crate) fn grant(&self, count: u64) {
         let waker = {
             let mut state = lock(&self.state);
@@ -159,10 +159,7 @@ impl Ticket {
 }
 
 fn cancelled() -> Error {
-    Error::new(
-        Code::Cancelled,
-        "the caller does not want the answer any more",
-    )
+    Error::new(Code::Cancelled, "the caller no longer wants the answer")
 }
 
 /// A call, or an emit, as its handler sees it.
@@ -172,20 +169,20 @@ pub struct Request {
     pub(crate) core: Arc<Core>,
 }
 
-/// Where `part` stands in `whole`, of which it is a piece.
+/// The position of `part` in `whole`, of which it is a part.
 fn place(whole: &str, part: Option<&str>) -> Range<usize> {
     let Some(part) = part else { return 0..0 };
     let start = part.as_ptr() as usize - whole.as_ptr() as usize;
     start..start + part.len()
 }
 
-/// The inside of a JSON string. Names have no escapes, so it is the name.
+/// The content of a JSON string. Names have no escapes, so it is the name.
 fn inside(raw: Raw<'_>) -> Option<&str> {
     raw.text().strip_prefix('"')?.strip_suffix('"')
 }
 
 impl Request {
-    /// Takes a trigger or an emit of the server; `None` if it lacks what it must have.
+    /// Decodes a call or an emit from the server; `None` if a required field is missing.
     pub(crate) fn received(
         core: &Arc<Core>,
         epoch: u32,
@@ -205,7 +202,9 @@ impl Request {
         let json = e.data.filter(|_| bytes.is_none());
         let data = place(e.text, json.map(Raw::text));
         let (text, id) = match id {
-            // No server writes an id with escapes. Undone, such a one stands behind the text.
+            // Servers do not write ids with escapes. If there are any, the decoded id is appended
+            // to the
+            // text.
             Some(Cow::Owned(id)) => {
                 let range = e.text.len()..e.text.len() + id.len();
                 ([e.text, &id].concat().into(), Some(range))
@@ -259,28 +258,28 @@ impl Request {
             description,
             block: std::sync::Mutex::new(None),
         });
-        // It is called once, before anybody else has the request.
+        // Called once, before anybody else has the request.
         let _ = self.ticket.blocks.set(lent.collect());
     }
 
-    /// The names of the memory blocks that the caller gave along.
+    /// The names of the memory blocks that the caller passed.
     #[must_use]
     pub fn block_ids(&self) -> Vec<&str> {
         let lent = self.ticket.blocks.get().into_iter().flatten();
         lent.map(|lent| lent.id.as_str()).collect()
     }
 
-    /// A memory block that the caller gave along, for as long as the call lasts.
+    /// A memory block that the caller passed, for use during the call.
     ///
     /// # Errors
-    /// `no_block` if it gave no such block.
+    /// `no_block` if the caller passed no such block.
     pub fn block(&self, id: &str) -> Result<Block, Error> {
         let lent = self.ticket.blocks.get().into_iter().flatten();
         let Some(lent) = lent.into_iter().find(|lent| lent.id == id) else {
             return Err(Error::new(
                 Code::NoBlock,
                 format!(
-                    "the call brought no block '{id}'; it brought {:?}",
+                    "the caller passed no block '{id}', but {:?}",
                     self.block_ids()
                 ),
             ));
@@ -312,7 +311,7 @@ impl Request {
         self.part(&self.ticket.pool)
     }
 
-    /// Who calls, as the server vouches for.
+    /// The caller, as confirmed by the server.
     #[must_use]
     pub fn origin(&self) -> Origin {
         serde_json::from_str(self.part(&self.ticket.origin)).unwrap_or_default()
@@ -344,10 +343,10 @@ impl Request {
         serde_json::from_str(self.part(&self.ticket.key)).ok()
     }
 
-    /// Which attempt at the call this is. More than 1 says that a handler may have run before and
-    /// died, or that the server was restarted in between: only calls that are parked or may be
-    /// redelivered are redelivered. What must happen once is then looked up by an id of the
-    /// caller's own, such as one in the data.
+    /// The number of this attempt at the call. More than 1 means that a handler may have run before
+    /// and died, or that the server was restarted in between. This happens only to calls that are
+    /// parked or may be redelivered. If something must happen only once, look it up by an id of the
+    /// caller, such as one in the data.
     #[must_use]
     pub fn attempt(&self) -> u32 {
         #[derive(Deserialize)]
@@ -358,13 +357,13 @@ impl Request {
         fn first() -> u32 {
             1
         }
-        // Read when it is asked for: most handlers do not. What may stand behind the message is
-        // left alone.
+        // Decoded on demand, because most handlers do not use it. Bytes after the message are
+        // ignored.
         let mut text = serde_json::Deserializer::from_str(&self.ticket.text);
         Attempt::deserialize(&mut text).map_or(1, |read| read.attempt.max(1))
     }
 
-    /// What is left of the call's time to live; `None` for an emit.
+    /// The remaining time to live of the call; `None` for an emit.
     #[must_use]
     pub fn time_left(&self) -> Option<Duration> {
         let deadline = self.ticket.received + Duration::from_millis(self.ticket.ttl_ms?);
@@ -380,7 +379,7 @@ impl Request {
     /// The payload as `T`.
     ///
     /// # Errors
-    /// `bad_message` if it is not a `T`; handlers pass it to the caller by `?`.
+    /// `bad_message` if it is not a `T`; handlers return it to the caller with `?`.
     pub fn data<T: FromPayload>(&self) -> Result<T, HandlerError> {
         payload::read_body(self.body()).map_err(HandlerError::from)
     }
@@ -415,15 +414,15 @@ impl Request {
         }
     }
 
-    /// Whether the caller does not want the answer any more, or the connection that it came by is
-    /// gone.
+    /// Whether the caller no longer wants the answer, or the connection that the call arrived over
+    /// has ended.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.ticket.is_cancelled()
     }
 
-    /// The app that handles this, for calls of its own. A handler that kept a handle of its app
-    /// would keep the app alive for ever; this one is lent.
+    /// The app that handles this, for further calls. A handler that captured a handle of its app
+    /// would keep the app alive forever; this one does not.
     #[must_use]
     pub fn app(&self) -> App {
         App::lent(&self.core)
@@ -432,17 +431,17 @@ impl Request {
     /// Sends one item of a streamed answer, once the caller has room for it.
     ///
     /// # Errors
-    /// `cancelled` if the caller is gone, `bad_message` if the item can't be written.
+    /// `cancelled` if the caller has gone, `bad_message` if the item cannot be encoded.
     pub async fn partial<T: IntoPayload + ?Sized>(&self, item: &T) -> Result<(), Error> {
         let mut sending = self.sending("partial", payload::write(item)?)?;
         poll_fn(|cx| sending.poll(self, cx)).await
     }
 
-    /// Reports how far the work is. Reports are not items: the caller may see only the newest, and
-    /// none in an encrypted pool.
+    /// Reports the progress of the work. Reports are not items: the caller may see only the newest,
+    /// and none in an encrypted pool.
     ///
     /// # Errors
-    /// `cancelled` if the caller is gone, `bad_message` if the report can't be written.
+    /// `cancelled` if the caller has gone, `bad_message` if the report cannot be encoded.
     pub async fn progress<T: IntoPayload + ?Sized>(&self, report: &T) -> Result<(), Error> {
         if self.ticket.sealed.get().is_some() {
             return Ok(());
@@ -477,7 +476,7 @@ impl Request {
     }
 }
 
-/// An item or report on its way.
+/// An item or report that is being sent.
 pub(crate) struct Sending {
     message: Message,
     pub(crate) has_credit: bool,
@@ -510,7 +509,7 @@ impl Sending {
 /// Bytes that an answer's frame may need around its payload.
 const ENVELOPE_BYTES_MAX: usize = 512;
 
-/// What a handler answers.
+/// A handler's answer.
 pub(crate) type Outcome = Result<Payload, HandlerError>;
 
 /// Seals a handler's answer.
@@ -532,7 +531,7 @@ fn seal(sealed: &SealedReply, outcome: Outcome) -> Outcome {
     }
 }
 
-/// Appends a handler's answer. It leaves with the next flush.
+/// Appends a handler's answer, which is sent with the next flush.
 pub(crate) fn answer(core: &Core, ticket: &Ticket, outcome: Outcome) {
     let Some(id) = ticket.id() else {
         return;

@@ -1,7 +1,7 @@
-//! Encrypted pools: what is sealed before it leaves, and opened before anybody sees it.
+//! Encrypted pools: messages are sealed before they are sent, and opened before anybody sees them.
 //!
-//! The server routes envelopes and can neither read nor make one. Its own errors about a call (that
-//! nobody serves it, or that it timed out) are marked: [`Error::is_authenticated`].
+//! The server routes envelopes, and can neither read nor forge them. Its own errors about a call
+//! (that nobody serves it, or that it timed out) are marked: [`Error::is_authenticated`].
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -27,23 +27,23 @@ use crate::payload::Payload;
 use crate::prove::unfit;
 use crate::sync::lock;
 
-/// An encrypted pool that the app has keys of.
+/// An encrypted pool for which the app has keys.
 pub(crate) struct SealedPool {
     name: Box<str>,
     keys: Keys,
-    /// Where what was accepted of it is kept.
+    /// Where its accepted state is stored.
     state_dir: Option<PathBuf>,
     open: Mutex<Option<Open>>,
 }
 
-/// What a member that reads works with.
+/// The state of a member that can read.
 struct Open {
     epochs: Epochs,
     sender: Sender,
     receiver: Receiver,
 }
 
-/// What the server said to a proof.
+/// The server's reply to a proof.
 pub(crate) struct Joined {
     pub(crate) descriptor: Descriptor,
     pub(crate) chain: Vec<Descriptor>,
@@ -65,22 +65,22 @@ pub(crate) struct SealedCall {
     msg_id: [u8; 16],
 }
 
-/// What is needed to answer a call of an encrypted pool.
+/// What is needed to answer a call in an encrypted pool.
 pub(crate) struct SealedReply {
     pool: Arc<SealedPool>,
     to: ReplyTo,
-    /// Items that were sent.
+    /// How many items were sent.
     items: AtomicU64,
 }
 
-/// A message as it would have come in any other pool.
+/// A message in the form that it would have in an unencrypted pool.
 pub(crate) struct Plain {
     pub(crate) text: String,
     pub(crate) bytes: Option<Vec<u8>>,
     pub(crate) reply: SealedReply,
 }
 
-/// An answer as it would have come in any other pool.
+/// An answer in the form that it would have in an unencrypted pool.
 pub(crate) struct PlainAnswer {
     pub(crate) payload: Payload,
     pub(crate) headers: Option<Box<str>>,
@@ -131,20 +131,20 @@ impl SealedPool {
         Some(open.epochs.current().descriptor().suite())
     }
 
-    /// Gives `f` the epochs that are known.
+    /// Calls `f` with the known epochs.
     pub(crate) fn with_epochs<R>(&self, f: impl FnOnce(&Epochs) -> R) -> Result<R, Error> {
         self.with_open(|epochs, _| f(epochs))
     }
 
-    /// Gives `f` the epochs that are known, and the id of the session.
+    /// Calls `f` with the known epochs and the id of the session.
     pub(crate) fn with_open<R>(&self, f: impl FnOnce(&Epochs, [u8; 16]) -> R) -> Result<R, Error> {
         let open = lock(&self.open);
         let open = open.as_ref().ok_or_else(|| self.not_open())?;
         Ok(f(&open.epochs, open.sender.session()))
     }
 
-    /// Takes the descriptor that the server gave, where keys, pin and what was accepted before
-    /// agree. A new connection has a session of its own.
+    /// Accepts the server's descriptor if it agrees with the keys, the pin and the state that was
+    /// accepted before. Each connection is a new session.
     pub(crate) fn joined(&self, app_id: &str, joined: &Joined) -> Result<(), Error> {
         let Joined {
             descriptor, chain, ..
@@ -173,7 +173,7 @@ impl SealedPool {
         let receiver = open.take().map(|open| open.receiver);
         let receiver = receiver.unwrap_or_else(|| Receiver::new(app_id, joined.at_ms));
         let mut epochs = Epochs::new(again, key, joined.at_ms);
-        // For content that was written before a rotation.
+        // To read content that was written before a rotation.
         for older in chain.iter().rev() {
             let older = Descriptor::parse(older.as_bytes()).map_err(|error| unfit(&error))?;
             if !matches!(epochs.add_older(older), Ok(true)) {
@@ -250,8 +250,8 @@ impl SealedPool {
 
     fn not_open(&self) -> Error {
         let text = format!(
-            "the keys of pool '{}' are missing or not those of its epoch: nothing can be sealed \
-            or opened",
+            "the keys of pool '{}' are missing, or are not those of its epoch: nothing can be \
+            sealed or opened",
             self.name
         );
         Error::new(Code::StaleEpoch, text).with_ran(Ran::No)
@@ -296,8 +296,8 @@ impl SealedPool {
         Ok((sealed, Some(SealedCall { pool, msg_id })))
     }
 
-    /// Opens a call or an emit. What does not open is dropped and counted: it is not what a member
-    /// sent.
+    /// Opens a call or an emit. One that cannot be opened is dropped and counted, because no member
+    /// sent it.
     pub(crate) fn open(self: &Arc<Self>, action: Action, e: &Envelope<'_>) -> Option<Plain> {
         let sealed = envelope_of(&Payload::received(e, e.data))?;
         let fields: BTreeMap<String, Box<RawValue>> = serde_json::from_str(e.text).ok()?;
@@ -373,7 +373,7 @@ impl SealedPool {
 }
 
 impl SealedCall {
-    /// Opens an answer or an item, as the frame's `status` says.
+    /// Opens an answer or an item, depending on the frame's `status`.
     pub(crate) fn open(&self, status: &str, payload: &Payload) -> Result<PlainAnswer, Error> {
         let wrong = |why: &dyn std::fmt::Display| {
             let text = format!(
@@ -405,8 +405,7 @@ impl SealedCall {
         })
     }
 
-    /// Opens what a handler failed with. What the server says by itself is not sealed, and marked
-    /// so.
+    /// Opens a handler's error. An error of the server is not sealed, and is marked.
     pub(crate) fn open_error(&self, error: Error) -> Error {
         let sealed = error.data().filter(|_| error.code() == "sealed");
         let Some(sealed) = sealed.and_then(Value::as_str) else {
@@ -471,7 +470,7 @@ impl SealedReply {
 
 impl Drop for SealedReply {
     fn drop(&mut self) {
-        // Where it was answered there is nothing to abandon.
+        // If it was answered, there is nothing to abandon.
         if let Some(open) = lock(&self.pool.open).as_mut() {
             open.receiver.abandon(&self.to);
         }
@@ -486,7 +485,7 @@ fn unsealable(error: &dyn std::fmt::Display) -> Error {
     .with_ran(Ran::No)
 }
 
-/// The envelope of a payload, which travels as bytes or as text.
+/// The envelope of a payload, which is sent as bytes or as text.
 fn envelope_of(payload: &Payload) -> Option<Vec<u8>> {
     match payload {
         Payload::Bytes(bytes) => Some(bytes.clone()),
@@ -506,8 +505,8 @@ fn payload_of(opened: &Opened) -> Payload {
     }
 }
 
-/// Where the newest accepted descriptor of a pool is kept, by its pin and name: replacing the pool
-/// by another, or by an older state of it, is detected.
+/// The store of the newest accepted descriptor of each pool, by its pin and name. With it a client
+/// detects that a pool was replaced by another one, or by an older state.
 pub(crate) struct Stored(PathBuf);
 
 impl Stored {
@@ -531,7 +530,7 @@ impl Stored {
         Some(state.join("latzero/pools"))
     }
 
-    /// Forgets it; says whether there was anything.
+    /// Deletes it; returns whether there was anything.
     pub(crate) fn forget(&self) -> std::io::Result<bool> {
         match std::fs::remove_file(&self.0) {
             Ok(()) => Ok(true),
@@ -544,7 +543,7 @@ impl Stored {
         Descriptor::parse(&std::fs::read(&self.0).ok()?).ok()
     }
 
-    /// Where it can't be kept, a later start trusts what it sees first.
+    /// If it cannot be stored, a later process trusts the first descriptor that it gets.
     fn write(&self, descriptor: &Descriptor) {
         if std::fs::read(&self.0).is_ok_and(|bytes| bytes == descriptor.as_bytes()) {
             return;

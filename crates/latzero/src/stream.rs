@@ -1,4 +1,4 @@
-//! Streamed answers: items as they come, no more under way than the caller has room for.
+//! Streamed answers: items as they arrive, and never more in flight than the caller has room for.
 
 use std::marker::PhantomData;
 use std::pin::Pin;
@@ -24,7 +24,7 @@ pub struct Stream<R> {
     app: App,
     outgoing: Outgoing,
     window: u64,
-    /// Items taken and not yet acknowledged.
+    /// Items that were read and not yet acknowledged.
     taken: u64,
     progress: Option<Payload>,
     end: Option<Reply>,
@@ -33,7 +33,7 @@ pub struct Stream<R> {
     item: PhantomData<fn() -> R>,
 }
 
-/// What a stream gives: an item, or a report on the way.
+/// An element of a stream: an item or a progress report.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Step {
     Item(Payload),
@@ -65,7 +65,7 @@ impl<R: FromPayload> Stream<R> {
         std::future::poll_fn(|cx| self.poll_either(Leave::Soon, cx)).await
     }
 
-    /// The newest report of the handler on its progress, once; older ones are not kept.
+    /// The newest progress report of the handler, once; older ones are not kept.
     ///
     /// # Errors
     /// `bad_message` if it is not a `T`.
@@ -73,7 +73,7 @@ impl<R: FromPayload> Stream<R> {
         self.progress.take().map(payload::read)
     }
 
-    /// What the handler answered at the end, behind the last item.
+    /// The handler's final answer, after the last item.
     #[must_use]
     pub fn end(&self) -> Option<&Reply> {
         self.end.as_ref()
@@ -110,7 +110,7 @@ impl<R: FromPayload> Stream<R> {
                     }
                 };
                 self.taken += 1;
-                // In halves: an acknowledgement per item would cost a frame each.
+                // After half a window, because an acknowledgement per item would cost a frame each.
                 if self.taken * 2 >= self.window {
                     self.acknowledge();
                 }
@@ -201,24 +201,24 @@ impl<R: FromPayload> Stream<R> {
                 self.is_done = true;
                 Some(Err(Error::new(
                     Code::Timeout,
-                    "the stream did not end in its time",
+                    "the stream did not end in time",
                 )))
             }
         }
     }
 
-    /// The next item, waited for on this thread.
+    /// Waits for the next item on this thread.
     pub(crate) fn wait_next(&mut self) -> Option<Result<R, Error>> {
         self.block(|stream, cx| stream.poll_item(Leave::Now, cx))
     }
 
-    /// The next item or report, waited for on this thread.
+    /// Waits for the next item or report on this thread.
     pub(crate) fn wait_either(&mut self) -> Option<Result<ItemOrProgress<R>, Error>> {
         self.block(|stream, cx| stream.poll_either(Leave::Now, cx))
     }
 }
 
-/// What a streamed call brings: items, and reports of how far its handler is.
+/// What a streamed call returns: items and progress reports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ItemOrProgress<R> {
     /// One item.

@@ -1,11 +1,11 @@
-//! Small pieces that the rest locks and wakes with.
+//! Helpers for locking and waking.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
 use std::thread::Thread;
 
-/// Locks `mutex`. A panic elsewhere never leaves our data half changed (user code does not run
-/// under a lock), so poison carries no meaning here.
+/// Locks `mutex`. Poison is ignored: user code does not run under a lock, so a panic never leaves
+/// data half changed.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

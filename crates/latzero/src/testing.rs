@@ -1,4 +1,4 @@
-//! A private server for tests: its own process, data directory, socket and port.
+//! A private server for tests, with its own process, data directory, socket and port.
 //!
 //! ```no_run
 //! let server = latzero::testing::server().expect("the program `latzero` is built");
@@ -14,13 +14,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
-/// How long a server may take until it is ready.
+/// How long a server may take to become ready.
 const READY_TIME: Duration = Duration::from_secs(10);
 
 /// Lines that a server may print before its ready line.
 const LINES_MAX: usize = 100;
 
-/// Why no server could be started.
+/// Why a server could not be started.
 #[derive(Debug)]
 pub struct StartError(String);
 
@@ -32,7 +32,7 @@ impl fmt::Display for StartError {
 
 impl std::error::Error for StartError {}
 
-/// A running server of one's own. It is killed, and its directory removed, when this is dropped.
+/// A running private server. When this is dropped, the server is killed and its directory removed.
 #[derive(Debug)]
 pub struct Server {
     child: Child,
@@ -42,9 +42,9 @@ pub struct Server {
     args: Vec<String>,
 }
 
-/// Starts a server with a data directory and a port of its own. The program is the one that
-/// `LATZERO_BIN` names, else `latzero` beside the running executable or one of its parent
-/// directories, else the one in `PATH`.
+/// Starts a server with its own data directory and port. The program is the one that `LATZERO_BIN`
+/// names, else `latzero` beside the running executable or in one of its parent directories, else
+/// the one on the `PATH`.
 ///
 /// # Errors
 /// If the program is not found or does not become ready; the text says what it printed.
@@ -52,7 +52,7 @@ pub fn server() -> Result<Server, StartError> {
     server_with(&[])
 }
 
-/// As [`server`], with further arguments for `latzero start`.
+/// Like [`server`], with further arguments for `latzero start`.
 ///
 /// # Errors
 /// As [`server`].
@@ -61,7 +61,7 @@ pub fn server_with(args: &[&str]) -> Result<Server, StartError> {
     let program = program();
     let result = start(&program, &dir, args);
     if result.is_err() {
-        // What could not be removed lies in the system's directory for such things.
+        // Files that could not be removed are left in the system's temporary directory.
         let _ = std::fs::remove_dir_all(&dir);
     }
     result
@@ -107,8 +107,8 @@ fn start(program: &OsString, dir: &Path, args: &[&str]) -> Result<Server, StartE
 /// Waits for the line that begins with `latzero ready` and names `tcp://HOST:PORT` and `unix:PATH`.
 fn ready_line(stdout: std::process::ChildStdout) -> Result<(String, PathBuf), String> {
     let (tx, rx) = mpsc::channel();
-    // A thread, since a pipe can't be read with a deadline. It reads on to the end: a server whose
-    // output nobody takes would stop at a full pipe.
+    // A thread, because a pipe cannot be read with a deadline. It reads to the end: a server whose
+    // output nobody reads would block at a full pipe.
     let reading = std::thread::Builder::new()
         .name("latzero-output".into())
         .spawn(move || {
@@ -131,7 +131,7 @@ fn ready_line(stdout: std::process::ChildStdout) -> Result<(String, PathBuf), St
         Ok(Ok(addresses)) => Ok(addresses),
         Ok(Err(printed)) => Err(format!("it ended, having printed {printed:?}")),
         Err(_) => Err(format!(
-            "no ready line came within {} s",
+            "no ready line appeared within {} s",
             READY_TIME.as_secs()
         )),
     }
@@ -158,7 +158,12 @@ fn private_dir() -> Result<PathBuf, StartError> {
         match std::fs::DirBuilder::new().mode(0o700).create(&dir) {
             Ok(()) => return Ok(dir),
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => last = Some(e),
-            Err(e) => return Err(StartError(format!("{} can't be made: {e}", dir.display()))),
+            Err(e) => {
+                return Err(StartError(format!(
+                    "{} cannot be created: {e}",
+                    dir.display()
+                )));
+            }
         }
     }
     Err(StartError(format!("no directory could be made: {last:?}")))
@@ -223,8 +228,7 @@ impl Server {
         self.child.id()
     }
 
-    /// Starts it again on its directory, with the arguments that it had. Its TCP port may be
-    /// another.
+    /// Restarts it on its directory with the same arguments. Its TCP port may change.
     ///
     /// # Errors
     /// As [`server`].
@@ -233,14 +237,14 @@ impl Server {
         let args: Vec<&str> = self.args.iter().map(String::as_str).collect();
         let mut fresh = start(&program(), &self.dir, &args)?;
         std::mem::swap(self, &mut fresh);
-        // What is dropped is the one that was killed; the directory is still in use.
+        // The dropped value is the killed server; the directory is still in use.
         fresh.dir = PathBuf::new();
         Ok(())
     }
 
     /// Kills it at once, as a crash would.
     pub fn kill(&mut self) {
-        // One that ended by itself is as dead.
+        // It may have ended by itself, which is the same.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,4 +1,4 @@
-//! TLS on a connection: whom the client accepts, and the records beside the socket.
+//! TLS on a connection: which servers the client accepts, and reading and writing records.
 
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -20,10 +20,10 @@ use crate::known_hosts;
 use crate::reader::timespec;
 use crate::sync::lock;
 
-/// Bytes that are read from the socket at once: four records.
+/// How many bytes are read from the socket at once: four records.
 const READ_BYTES: usize = 64 * 1024;
 
-/// What an address says of TLS.
+/// What an address says about TLS.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct TlsOptions {
     /// The server's key.
@@ -35,7 +35,7 @@ pub(crate) struct TlsOptions {
     pub(crate) key: Option<PathBuf>,
 }
 
-/// Bytes of the socket that were not decrypted yet.
+/// Bytes from the socket that were not decrypted yet.
 #[derive(Debug)]
 struct Inbox {
     buf: Vec<u8>,
@@ -56,7 +56,7 @@ impl Read for Inbox {
     }
 }
 
-/// Writes to a socket what it takes at once.
+/// Writes to a socket as much as it accepts without blocking.
 struct Sink<'a>(BorrowedFd<'a>);
 
 impl Write for Sink<'_> {
@@ -77,12 +77,12 @@ pub(crate) struct Tls {
     inbox: Mutex<Inbox>,
     stream: Mutex<Stream>,
     seen: Seen,
-    /// The last read of the socket filled the inbox, or was of an end: there is more to read.
+    /// The last read of the socket filled the inbox, or reached the end: there is more to read.
     may_have_more: AtomicBool,
 }
 
 impl Tls {
-    /// Agrees on TLS, within the time that is left.
+    /// Makes the TLS handshake, within the time that is left.
     pub(crate) fn connect(
         socket: BorrowedFd<'_>,
         (host, port): (&str, u16),
@@ -107,7 +107,7 @@ impl Tls {
         Ok(tls)
     }
 
-    /// The pin of whoever answers on `socket`, which proves that it has the key, and nothing else.
+    /// The pin of the server on `socket`, which only proves that it has the key.
     pub(crate) fn look(
         socket: BorrowedFd<'_>,
         (host, port): (&str, u16),
@@ -119,7 +119,7 @@ impl Tls {
             .map_err(|error| tls.explain(&error, &trust, (host, port)))?;
         tls.seen
             .pin()
-            .ok_or_else(|| lost("the server showed no certificate"))
+            .ok_or_else(|| lost("the server presented no certificate"))
     }
 
     fn begin(host: &str, trust: &Trust<'_>, own: Option<(&Path, &Path)>) -> Result<Tls, Error> {
@@ -161,7 +161,7 @@ impl Tls {
         }
     }
 
-    /// What binds proofs to the connection.
+    /// The channel binding of the connection.
     pub(crate) fn binding(&self) -> Result<ChannelBinding, Error> {
         let exported = lock(&self.stream).binding();
         exported
@@ -185,7 +185,7 @@ impl Tls {
                 Err(error) if Unfinished::is(&error) => continue,
                 other => return other,
             }
-            // Without the stream, so that others can write while this one waits.
+            // The stream is not held, so that others can write while this one waits.
             let received = rustix::io::retry_on_intr(|| {
                 rustix::net::recv(socket, &mut inbox.buf[..], flags).map(|(n, _)| n)
             });
@@ -198,18 +198,18 @@ impl Tls {
         }
     }
 
-    /// Whether something has come that is not in the socket any more.
+    /// Whether there is data that was already read from the socket.
     pub(crate) fn has_buffered(&self) -> bool {
         let inbox = lock(&self.inbox);
         inbox.start < inbox.end || lock(&self.stream).has_buffered()
     }
 
-    /// Whether the socket may have more, as far as the last read tells.
+    /// Whether the socket may have more data, judging by the last read.
     pub(crate) fn may_have_more(&self) -> bool {
         self.may_have_more.load(Ordering::Acquire)
     }
 
-    /// Sends what the socket takes at once.
+    /// Sends as much as the socket accepts without blocking.
     pub(crate) fn send(&self, socket: BorrowedFd<'_>, bytes: &[u8]) -> rustix::io::Result<usize> {
         let sent = lock(&self.stream).write(&mut Sink(socket), bytes);
         sent.map_err(|error| {
@@ -217,17 +217,17 @@ impl Tls {
         })
     }
 
-    /// Bytes that [`Tls::send`] did not report, though they may have left.
+    /// How many bytes may have been sent although [`Tls::send`] did not report them.
     pub(crate) fn owed(&self) -> u64 {
         u64::from(lock(&self.stream).owes_byte())
     }
 
-    /// Says that nothing more will be sent.
+    /// Ends the sending side.
     pub(crate) fn finish(&self, socket: BorrowedFd<'_>) {
         lock(&self.stream).finish(&mut Sink(socket));
     }
 
-    /// What a failed read after the handshake was about, if TLS knows.
+    /// The cause of a failed read after the handshake, if TLS knows it.
     pub(crate) fn refusal(&self, error: &io::Error) -> Option<Error> {
         match client::explain(error, &self.seen) {
             Fault::Refused(why) => Some(refused(&why)),
@@ -246,8 +246,8 @@ impl Tls {
         }
         if error.kind() == io::ErrorKind::UnexpectedEof {
             return lost(&format!(
-                "the server at {place} closed the connection while TLS was agreed on; it may be \
-                 full, or speak something else there"
+                "the server at {place} closed the connection during the TLS handshake; it may have \
+                 too many connections, or not use TLS there"
             ));
         }
         match (client::explain(error, &self.seen), trust) {
@@ -259,7 +259,7 @@ impl Tls {
                 Code::Unauthenticated,
                 format!(
                     "the server at {place} is not the one that you trust: its pin is {pin}, and \
-                     {wanted} was expected. Somebody may be in between. If its certificate was \
+                     {wanted} was expected. This may be another server. If its certificate was \
                      replaced on purpose, compare with `latzero status` on the server, and then \
                      change the pin in the address or run `latzero trust --replace {place}`"
                 ),
@@ -290,9 +290,8 @@ fn refused(alert: &str) -> Error {
     Error::new(
         Code::Unauthenticated,
         format!(
-            "the server refused this client's part of TLS ({alert}); where it asks for client \
-             certificates, give one with `&cert=FILE&key=FILE` in the address, from an authority \
-             that it knows"
+            "the server refused the TLS handshake ({alert}); if it requires client certificates, \
+             name one with `&cert=FILE&key=FILE` in the address, from an authority that it accepts"
         ),
     )
     .with_ran(Ran::No)
@@ -301,13 +300,13 @@ fn refused(alert: &str) -> Error {
 fn unknown(host: &str, port: u16) -> Error {
     let remedy = match known_hosts::path() {
         Some(_) => format!("run `latzero trust {host}:{port}`"),
-        None => "set HOME, where trusted servers are looked up".to_owned(),
+        None => "set HOME, which contains the list of trusted servers".to_owned(),
     };
     Error::new(
         Code::Unauthenticated,
         format!(
-            "the server at {host}:{port} is not known yet; {remedy}, or say `&pin=PIN` or \
-             `&ca=FILE` in the address"
+            "the server at {host}:{port} is not trusted yet; {remedy}, or add `&pin=PIN` or \
+             `&ca=FILE` to the address"
         ),
     )
     .with_ran(Ran::No)
@@ -315,7 +314,7 @@ fn unknown(host: &str, port: u16) -> Error {
 
 #[allow(clippy::needless_pass_by_value, reason = "it is for map_err")]
 fn unusable(error: SetupError) -> Error {
-    Error::new(Code::BadMessage, format!("TLS can't be set up: {error}")).with_ran(Ran::No)
+    Error::new(Code::BadMessage, format!("cannot set up TLS: {error}")).with_ran(Ran::No)
 }
 
 /// Waits until a socket is ready, and no longer than there is time.

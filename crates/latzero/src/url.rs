@@ -9,7 +9,7 @@ use latzero_tls::Pin;
 use crate::error::Error;
 use crate::tls::TlsOptions;
 
-/// Where the server is.
+/// The address of the server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Endpoint {
     /// The Unix socket of the default data directory, else the default port of this machine.
@@ -18,7 +18,7 @@ pub(crate) enum Endpoint {
     Socket(PathBuf),
     /// A host and port.
     Tcp(String, u16),
-    /// A host and port, by TLS.
+    /// A host and port, with TLS.
     Tls(String, u16, TlsOptions),
 }
 
@@ -28,10 +28,10 @@ pub(crate) struct Url {
     pub(crate) app_id: AppId,
     pub(crate) place: Endpoint,
     pub(crate) pools: Vec<PoolName>,
-    /// The key files of pools, by the pool that is named before.
+    /// The key files of pools; each belongs to the pool that is named before it.
     pub(crate) keys: Vec<(PoolName, PathBuf)>,
     pub(crate) app_key: Option<PathBuf>,
-    /// Whether proofs may be given over a connection that they are not bound to.
+    /// Whether proofs may be sent over a connection that they are not bound to.
     pub(crate) unbound: bool,
 }
 
@@ -119,7 +119,7 @@ impl Url {
     }
 }
 
-/// The place, by TLS if the address says so. A pin without `tls` would protect nothing.
+/// The address, with TLS if the URL says so. A pin without `tls` would protect nothing.
 fn with_tls(url: &str, place: Endpoint, tls: bool, options: TlsOptions) -> Result<Endpoint, Error> {
     if !tls && options != TlsOptions::default() {
         return Err(bad(url, "has an option of TLS without `tls`"));
@@ -141,7 +141,7 @@ fn with_tls(url: &str, place: Endpoint, tls: bool, options: TlsOptions) -> Resul
 }
 
 fn host_and_port(url: &str, text: &str) -> Result<Endpoint, Error> {
-    // An IPv6 address stands in brackets, since it has colons of its own.
+    // An IPv6 address is in brackets, because it contains colons.
     let (host, port) = match text.strip_prefix('[').and_then(|t| t.split_once(']')) {
         Some((host, "")) => (host, None),
         Some((host, port)) => (host, Some(port.strip_prefix(':').unwrap_or(port))),
@@ -163,7 +163,7 @@ fn host_and_port(url: &str, text: &str) -> Result<Endpoint, Error> {
     Ok(Endpoint::Tcp(host.to_owned(), port))
 }
 
-/// Undoes percent-encoding (RFC 3986, section 2.1).
+/// Decodes percent-encoding (RFC 3986, section 2.1).
 fn unescape(url: &str, text: &str) -> Result<String, Error> {
     let mut out = Vec::with_capacity(text.len());
     let mut bytes = text.bytes();

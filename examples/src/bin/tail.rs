@@ -48,7 +48,7 @@ fn send_lines(request: &Request) -> Result<(), HandlerError> {
     let mut lines = BufReader::new(file);
     let mut line = String::new();
     while !request.is_cancelled() {
-        // A line without its end is not over yet: what is there so far is kept.
+        // A line without its end is incomplete: the part so far is kept.
         if lines.read_line(&mut line)? == 0 || !line.ends_with('\n') {
             std::thread::sleep(LOOK_EVERY);
             continue;

@@ -68,7 +68,7 @@ pub(crate) fn connect(py: Python<'_>, url: &str, options: &Bound<'_, PyDict>) ->
     Ok(PyApp { app, tracebacks })
 }
 
-/// Sets what calls and emits have in common.
+/// Sets the options that calls and emits have in common.
 macro_rules! address {
     ($sending:ident, $options:ident) => {
         if let Some(to) = text($options, "to")? {
@@ -195,14 +195,14 @@ impl PyApp {
         self.app.is_stored()
     }
 
-    /// The descriptor of the live connection.
+    /// The descriptor of the current connection.
     #[getter]
     fn descriptor(&self) -> Option<i32> {
         self.app.descriptor()
     }
 
-    /// Keeps the connection from ever being dropped: in a forked child that would touch what
-    /// belongs to the parent.
+    /// Prevents the connection from being dropped: in a forked child that would affect the parent's
+    /// connection.
     fn leak(slf: Py<Self>) {
         std::mem::forget(slf);
     }
@@ -221,7 +221,7 @@ impl PyApp {
         codec::read(py, &answer)
     }
 
-    /// As `call`, with the headers.
+    /// Like `call`, with the headers.
     fn reply(
         &self,
         name: &Bound<'_, PyString>,
@@ -320,7 +320,7 @@ impl PyApp {
     }
 
     /// Serves `name`: `handler` is called with each request, on a thread of the client, or with
-    /// `on_loop` as a task of its event loop.
+    /// `on_loop` as a task of the app's event loop.
     fn serve(
         &self,
         py: Python<'_>,
@@ -426,7 +426,7 @@ impl PyApp {
         })
     }
 
-    /// Closes, and waits on this thread, for as many seconds at most.
+    /// Closes, and waits on this thread for at most this many seconds.
     fn close(&self, py: Python<'_>, within: Option<f64>) -> PyResult<()> {
         let app = latzero::blocking::App::from(self.app.clone());
         let within = within.map(seconds).transpose()?;
@@ -442,7 +442,7 @@ impl PyApp {
     }
 }
 
-/// A call that the server keeps until it is answered.
+/// A call that the server stores until it is answered.
 #[pyclass(name = "Parked", frozen, module = "latzero._latzero")]
 pub(crate) struct PyParked {
     app: App,
@@ -473,7 +473,7 @@ impl PyParked {
     }
 }
 
-/// Connects on a thread of its own; an event loop waits for it.
+/// Connects on a separate thread; an event loop waits for it.
 #[pyfunction]
 pub(crate) fn connecting(py: Python<'_>, url: &str, options: &Bound<'_, PyDict>) -> PyResult<Op> {
     let (builder, tracebacks) = builder(py, url, options)?;
@@ -492,7 +492,7 @@ pub(crate) fn forked() {
 /// This process; 0 until it is known to be a forked child.
 static PROCESS: AtomicU32 = AtomicU32::new(0);
 
-/// Refuses to wait for a connection of the process that this one was forked from.
+/// Refuses to wait for a connection of the parent process.
 pub(crate) fn check_process(py: Python<'_>, app: &App) -> PyResult<()> {
     let process = PROCESS.load(Ordering::Relaxed);
     if process == 0 || process == app.process() {

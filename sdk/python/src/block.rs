@@ -1,4 +1,4 @@
-//! Memory blocks: handles, versions under way, and locks.
+//! Memory blocks: handles, versions that are being written, and locks.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -39,13 +39,13 @@ impl Layout {
     }
 }
 
-/// A block that the app takes part in.
+/// A block that the app is attached to.
 #[pyclass(name = "Block", frozen, module = "latzero._latzero")]
 pub(crate) struct PyBlock {
     pub(crate) block: Block,
 }
 
-/// Opens a block: makes it, or attaches it.
+/// Opens a block: creates it, or attaches to it.
 pub(crate) fn open(app: &App, id: &str, options: &Bound<'_, PyDict>) -> PyResult<Op> {
     let mut name = app.block(id);
     if let Some(pool) = text(options, "pool")? {
@@ -111,7 +111,7 @@ impl PyBlock {
         PyBlock { block }
     }
 
-    /// As a block of this face.
+    /// The block in this API.
     pub(crate) fn wrapped<'py>(self, py: Python<'py>, face: Face) -> PyResult<Bound<'py, PyAny>> {
         let module = match face {
             Face::Blocking => "latzero._block",
@@ -177,8 +177,8 @@ impl PyBlock {
         Layout::of(&self.block).to_python(py)
     }
 
-    /// Copies a version from `offset` on into a buffer, on this thread and without the GIL; the
-    /// version.
+    /// Copies a version from `offset` on into a buffer, on this thread and without the GIL; returns
+    /// the version.
     fn read_into(&self, py: Python<'_>, offset: u64, out: &Bound<'_, PyAny>) -> PyResult<u64> {
         let _ = py;
         let block = latzero::blocking::Block::from(self.block.clone());
@@ -205,7 +205,7 @@ impl PyBlock {
         self.op(write, |py, version| version.into_py_any(py))
     }
 
-    /// `None` if the bytes were swapped, else those that are there.
+    /// `None` if the bytes were swapped, else the present bytes.
     fn cas(&self, offset: u64, expected: Vec<u8>, bytes: Vec<u8>) -> Op {
         let swap = async move |block: Block| block.cas(offset, &expected, &bytes).await;
         self.op(swap, |py, swapped| match swapped {
@@ -300,7 +300,7 @@ impl PyBlock {
     }
 }
 
-/// A version under way, under a lock of its own. Dropped, it is discarded.
+/// A version that is being written, under its own lock. Dropping it discards the version.
 #[pyclass(name = "Draft", frozen, module = "latzero._latzero")]
 pub(crate) struct PyDraft {
     app: App,
@@ -317,7 +317,7 @@ impl Drop for PyDraft {
 
 #[pymethods]
 impl PyDraft {
-    /// The bytes in place; `None` where the block is not mapped.
+    /// The bytes in place; `None` if the block is not mapped.
     fn expose(
         &self,
         py: Python<'_>,
@@ -345,7 +345,7 @@ impl PyDraft {
         written.map_err(|e| exception(py, &e))
     }
 
-    /// Publishes it and gives the lock back; the version.
+    /// Publishes it and releases the lock; returns the version.
     fn commit(&self, py: Python<'_>) -> PyResult<Op> {
         let draft = lock(&self.draft).take().ok_or_else(|| not_open(py))?;
         Ok(plain(&self.app, draft.commit()))
@@ -372,7 +372,7 @@ impl PyWriter {
 
 #[pymethods]
 impl PyWriter {
-    /// Begins a version; `None` where the block is not mapped.
+    /// Begins a version; `None` if the block is not mapped.
     fn begin(&self, py: Python<'_>) -> PyResult<Option<PyVersion>> {
         let writer = self.open(py)?;
         let held = writer.lock();
@@ -386,7 +386,7 @@ impl PyWriter {
         }))
     }
 
-    /// Writes one version by copying; its number.
+    /// Writes one version by copying; returns its number.
     fn write(&self, py: Python<'_>, offset: u64, bytes: Vec<u8>) -> PyResult<Op> {
         let writer = self.open(py)?;
         Ok(plain(&self.app, async move {
@@ -394,14 +394,14 @@ impl PyWriter {
         }))
     }
 
-    /// Gives the lock back.
+    /// Releases the lock.
     fn close(&self, py: Python<'_>) {
         let writer = lock(&self.writer).take();
         detach(py, || drop(writer));
     }
 }
 
-/// A version of a [`PyWriter`] under way.
+/// A version that a [`PyWriter`] is writing.
 #[pyclass(name = "Version", frozen, module = "latzero._latzero")]
 pub(crate) struct PyVersion {
     writer: Arc<BlockWriter>,
@@ -461,20 +461,20 @@ impl PyLock {
         Ok(done(&self.app, async move {
             match Arc::try_unwrap(held) {
                 Ok(held) => held.unlock().await,
-                // It is being renewed, and given back after that.
+                // It is being renewed, and is released after that.
                 Err(_) => Ok(()),
             }
         }))
     }
 
-    /// Gives it back without waiting for the server.
+    /// Releases it without waiting for the server.
     fn close(&self, py: Python<'_>) {
         let held = lock(&self.held).take();
         detach(py, || drop(held));
     }
 }
 
-/// Marks a block that a call gives its handler to write too.
+/// Marks a block that the handler of a call may write.
 #[pyclass(name = "Writable", frozen, module = "latzero._latzero")]
 pub(crate) struct PyWritable(pub(crate) Py<PyBlock>);
 

@@ -63,7 +63,7 @@ unsafe fn fill(
 }
 
 /// One version of a block in place, read-only. The memory stays readable for as long as this or an
-/// array of it exists. Newer versions may be written over it: `valid` tells.
+/// array of it exists. Newer versions may overwrite it, which `valid` shows.
 #[pyclass(name = "View", frozen, module = "latzero")]
 pub(crate) struct PyView {
     pub(crate) id: String,
@@ -88,7 +88,7 @@ impl PyView {
         self.view.get().version()
     }
 
-    /// Whether the version has not been written over.
+    /// Whether the version has not been overwritten.
     #[getter]
     fn valid(&self) -> bool {
         self.view.get().is_valid()
@@ -157,7 +157,7 @@ impl PySlot {
 
 #[pymethods]
 impl PySlot {
-    /// Gives out nothing writable any more.
+    /// Prevents further writable buffers.
     fn close(&self) {
         self.is_closed.store(true, Ordering::Release);
     }

@@ -16,10 +16,10 @@ use crate::block::{PyBlock, PyWritable};
 use crate::errors::bad_request;
 use crate::handlers::Face;
 
-/// Levels of nesting that JSON may have.
+/// How many levels of nesting JSON may have.
 const DEPTH_MAX: usize = 128;
 
-/// Where in the payload an object stands, for messages.
+/// The path of an object in the payload, for messages.
 enum Place<'a> {
     Top,
     Key(&'a Place<'a>, &'a str),
@@ -85,14 +85,14 @@ fn text<'a>(object: &'a Bound<'_, PyString>, place: &Place<'_>) -> PyResult<&'a 
         .map_err(|_| place.refuse(py, "the text has lone surrogates, which UTF-8 has not"))
 }
 
-/// JSON as it is written, and the blocks that it refers to.
+/// The JSON that is being written, and the blocks that it refers to.
 #[derive(Default)]
 struct Out {
     json: Vec<u8>,
     blocks: Vec<LentBlock>,
 }
 
-/// A block that travels with a call.
+/// A block that is passed with a call.
 pub(crate) struct LentBlock {
     pub(crate) block: latzero::Block,
     pub(crate) is_writable: bool,
@@ -234,7 +234,7 @@ pub(crate) fn write(object: &Bound<'_, PyAny>) -> PyResult<Data> {
     }
 }
 
-/// The payload of a call, and the blocks that travel with it.
+/// The payload of a call, and the blocks that are passed with it.
 pub(crate) fn write_call(object: &Bound<'_, PyAny>) -> PyResult<(Data, Vec<LentBlock>)> {
     if let Some(bytes) = whole_bytes(object)? {
         return Ok((Data::Bytes(Bytes(bytes)), Vec::new()));
@@ -302,7 +302,7 @@ fn key<'py>(py: Python<'py>, text: &str) -> Bound<'py, PyString> {
     object
 }
 
-/// The request whose payload is read: what refers to one of its blocks becomes that block.
+/// The request whose payload is read: references to its blocks become these blocks.
 #[derive(Clone, Copy)]
 pub(crate) struct Lender<'a> {
     pub(crate) request: &'a latzero::Request,
@@ -453,7 +453,7 @@ pub(crate) fn read_lent<'py>(
     lender: &Lender<'_>,
 ) -> PyResult<Bound<'py, PyAny>> {
     match data {
-        // Most requests bring no blocks.
+        // Most requests have no blocks.
         Data::Json(json) if !lender.request.block_ids().is_empty() => {
             read_text(py, json.get(), Some(lender))
         }

@@ -1,4 +1,4 @@
-//! Errors of the client as exceptions of the face, and back.
+//! Converts errors of the client to Python exceptions, and back.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -81,7 +81,7 @@ pub(crate) fn raised(py: Python<'_>, code: Code, message: &str, ran: Option<&str
     make().unwrap_or_else(|e| e)
 }
 
-/// What a handler that raised `error` answers.
+/// The answer of a handler that raised `error`.
 pub(crate) fn handler_error(py: Python<'_>, error: &PyErr, tracebacks: bool) -> HandlerError {
     let describe = || -> PyResult<HandlerError> {
         let describe = py.import("latzero._errors")?.getattr("describe")?;
@@ -107,7 +107,7 @@ pub(crate) fn wait<T: Send>(
     wait_any(py, work)?.map_err(|e| exception(py, &e))
 }
 
-/// As [`wait`], for any result.
+/// Like [`wait`], for any result.
 pub(crate) fn wait_any<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> PyResult<T> {
     let (result, raised) = detach(py, || {
         let raised = Rc::new(RefCell::new(None));

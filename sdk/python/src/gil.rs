@@ -1,8 +1,8 @@
-//! Leaving the interpreter and coming back.
+//! Releases the GIL and takes it again.
 //!
-//! While the interpreter ends, it takes threads that come back out of the process's hands: before
-//! Python 3.14 it ends them by unwinding their stacks. Nothing of ours may run then, so such a
-//! thread stops where it is. The process ends soon.
+//! While the interpreter ends, threads that try to take the GIL are stopped: before Python 3.14 it
+//! ends them by unwinding their stacks. No code of this module may run then, so such a thread stops
+//! where it is. The process ends soon.
 
 #![allow(
     unsafe_code,
@@ -40,7 +40,7 @@ pub(crate) fn detach<T: Ungil>(py: Python<'_>, work: impl Ungil + FnOnce() -> T)
     guarded(|| py.detach(work))
 }
 
-/// Runs `work` with the GIL, on a thread that has not got it; `None` if the interpreter ends.
+/// Runs `work` with the GIL, on a thread that does not have it; `None` if the interpreter ends.
 pub(crate) fn attach<T>(work: impl FnOnce(Python<'_>) -> T) -> Option<T> {
     guarded(|| Python::try_attach(|py| guarded(|| work(py))))
 }

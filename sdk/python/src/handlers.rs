@@ -16,11 +16,11 @@ use crate::errors::{self, exception, handler_error};
 use crate::gil::{attach, call, detach};
 use crate::op::{Mailbox, Op, done, lock};
 
-/// What the requests of one trigger have in common.
+/// The state that the requests of one trigger share.
 pub(crate) struct Trigger {
     /// Called with the request and the payload.
     pub(crate) handler: Py<PyAny>,
-    /// A weak reference to the app's face.
+    /// A weak reference to the Python app.
     pub(crate) owner: Py<PyAny>,
     pub(crate) tracebacks: bool,
 }
@@ -42,7 +42,7 @@ pub(crate) fn answer(request: Request, trigger: &Trigger) -> Result<Data, Handle
         .unwrap_or_else(|| Err(ended()))
 }
 
-/// Which face the objects of a request have.
+/// The API of the objects of a request: blocking or asyncio.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Face {
     Blocking,
@@ -79,7 +79,7 @@ fn arrive<'py>(
     Ok((object, data))
 }
 
-/// Streams what a generator yields; what it returned is the end.
+/// Streams what a generator yields; its return value is the final answer.
 fn stream_items(items: &Bound<'_, PyIterator>, request: &Request) -> PyResult<Data> {
     let py = items.py();
     let progress = py.import("latzero._app")?.getattr("Progress")?;
@@ -141,7 +141,7 @@ impl PyRequest {
         self.request.pool()
     }
 
-    /// Who calls: the AppID and the instance.
+    /// The caller: its AppID and instance.
     #[getter]
     fn origin(&self) -> (String, String) {
         let origin = self.request.origin();
@@ -163,7 +163,7 @@ impl PyRequest {
         self.request.attempt()
     }
 
-    /// Seconds that are left, or `None` for an emit.
+    /// How many seconds are left, or `None` for an emit.
     #[getter]
     fn time_left(&self) -> Option<f64> {
         self.request.time_left().map(|time| time.as_secs_f64())
@@ -180,13 +180,13 @@ impl PyRequest {
         self.owner.bind(py).call0()
     }
 
-    /// A block that came with the call, for as long as the call lasts.
+    /// A block that was passed with the call, for use during the call.
     fn block<'py>(&self, py: Python<'py>, id: &str) -> PyResult<Bound<'py, PyAny>> {
         let block = self.request.block(id).map_err(|e| exception(py, &e))?;
         PyBlock::new(block).wrapped(py, self.face)
     }
 
-    /// Reports how far the work is.
+    /// Reports the progress of the work.
     fn progress(&self, py: Python<'_>, report: &Bound<'_, PyAny>) -> PyResult<Py<PyAny>> {
         self.reporting(report)?.wait(py)
     }
@@ -203,7 +203,7 @@ pub(crate) struct PyAioRequest;
 
 #[pymethods]
 impl PyAioRequest {
-    /// Reports how far the work is: awaitable.
+    /// Reports the progress of the work: awaitable.
     fn progress<'py>(
         slf: PyRef<'py, Self>,
         report: &Bound<'py, PyAny>,
@@ -222,13 +222,13 @@ impl PyAioRequest {
         ))
     }
 
-    /// The operation that reports how far the work is.
+    /// The operation that reports the progress of the work.
     fn _report(slf: PyRef<'_, Self>, report: &Bound<'_, PyAny>) -> PyResult<Op> {
         slf.into_super().reporting(report)
     }
 }
 
-/// Where the answer of a task is left for the client.
+/// Where a task leaves its answer for the client.
 #[derive(Default)]
 struct Slot {
     result: Option<Result<Data, HandlerError>>,
@@ -236,7 +236,7 @@ struct Slot {
     task: Option<Py<PyAny>>,
 }
 
-/// The client's half: ready once the task has answered. Dropped before, it cancels the task.
+/// The client's half: ready once the task has answered. Dropping it earlier cancels the task.
 pub(crate) struct Answering {
     slot: Arc<Mutex<Slot>>,
     mailbox: Arc<Mailbox>,
@@ -279,19 +279,19 @@ pub(crate) struct Unanswered {
     slot: Arc<Mutex<Slot>>,
 }
 
-/// News of requests for an event loop.
+/// An event about a request, for an event loop.
 pub(crate) enum Incoming {
-    /// A request is to be answered.
+    /// A new request.
     Begin {
         request: Request,
         trigger: Arc<Trigger>,
         slot: Unanswered,
     },
-    /// The caller does not want the answer any more.
+    /// The caller no longer wants the answer.
     Cancel(Unanswered),
 }
 
-/// Gives a request to an event loop.
+/// Passes a request to an event loop.
 pub(crate) fn hand_over(
     request: Request,
     trigger: Arc<Trigger>,

@@ -1,5 +1,5 @@
-//! The private half of the Python package `latzero`: connections, calls, handlers, events and
-//! blocks. The documented face is `python/latzero`.
+//! The private part of the Python package `latzero`: connections, calls, handlers, events and
+//! blocks. The public API is `python/latzero`.
 
 mod app;
 mod block;

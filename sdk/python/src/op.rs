@@ -1,8 +1,7 @@
-//! Operations that take time: one description, which the blocking face waits for and the asyncio
-//! face awaits.
+//! Operations that take time. The blocking API waits for them, and the asyncio API awaits them.
 //!
-//! On asyncio a [`Loop`] polls the operations on the event loop's own thread. What becomes ready
-//! is queued by its waker, and a byte on a socket wakes the event loop once for all of it.
+//! With asyncio a [`Loop`] polls the operations on the event loop's own thread. A waker queues the
+//! operation that becomes ready, and a byte on a socket wakes the event loop once for all of them.
 
 use std::collections::HashMap;
 use std::io::{Read as _, Write as _};
@@ -24,11 +23,11 @@ use crate::errors::{exception, wait_any};
 use crate::gil::detach;
 use crate::handlers::Incoming;
 
-/// Makes the Python object of a result.
+/// Converts a result to a Python object.
 type Make = Box<dyn FnOnce(Python<'_>) -> PyResult<Py<PyAny>> + Send>;
 type Running = Pin<Box<dyn Future<Output = Result<Make, Error>> + Send>>;
 
-/// An operation that has not begun yet.
+/// An operation that has not been started yet.
 #[pyclass(frozen, module = "latzero._latzero")]
 pub(crate) struct Op {
     /// The app whose connection the waiting thread reads.
@@ -47,7 +46,7 @@ pub(crate) fn lock<T>(place: &Mutex<T>) -> MutexGuard<'_, T> {
     place.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// `future` as an operation; `read` makes the Python object of its result.
+/// `future` as an operation; `read` converts its result to a Python object.
 pub(crate) fn op<T: Send + 'static>(
     app: &App,
     future: impl Future<Output = Result<T, Error>> + Send + 'static,
@@ -56,7 +55,7 @@ pub(crate) fn op<T: Send + 'static>(
     Op::new(Some(app.clone()), future, read)
 }
 
-/// As [`op`], for an operation without a result.
+/// Like [`op`], for an operation without a result.
 pub(crate) fn done(
     app: &App,
     future: impl Future<Output = Result<(), Error>> + Send + 'static,
@@ -64,7 +63,7 @@ pub(crate) fn done(
     op(app, future, |py, ()| Ok(py.None()))
 }
 
-/// As [`op`], for a result that is a Python object as it is.
+/// Like [`op`], for a result that is already a Python object.
 pub(crate) fn plain<T>(
     app: &App,
     future: impl Future<Output = Result<T, Error>> + Send + 'static,
@@ -111,7 +110,7 @@ impl Op {
 
 #[pymethods]
 impl Op {
-    /// Begins it without waiting; whether it is done.
+    /// Starts it without waiting; returns whether it is done.
     fn poll(&self, py: Python<'_>) -> PyResult<bool> {
         self.app
             .as_ref()
@@ -136,7 +135,8 @@ impl Op {
         }
     }
 
-    /// Waits on this thread for as many seconds; in a list of one, or `None` if it is not done.
+    /// Waits on this thread for at most this many seconds; returns the result in a list of one, or
+    /// `None` if it is not done.
     fn wait_within(&self, py: Python<'_>, timeout: f64) -> PyResult<Option<(Py<PyAny>,)>> {
         let deadline = Instant::now().checked_add(seconds(timeout)?);
         Ok(self.wait_for(py, deadline)?.map(|result| (result,)))
@@ -175,7 +175,7 @@ fn finish(py: Python<'_>, result: Result<Make, Error>) -> PyResult<Py<PyAny>> {
     result.map_err(|e| exception(py, &e))?(py)
 }
 
-/// What woke since the event loop last looked.
+/// The operations that were woken since the event loop last checked.
 #[derive(Default)]
 struct Ready {
     tokens: Vec<u64>,
@@ -183,7 +183,7 @@ struct Ready {
     is_signalled: bool,
 }
 
-/// How other threads reach the event loop.
+/// How other threads wake the event loop.
 pub(crate) struct Mailbox {
     ready: Mutex<Ready>,
     bell: UnixStream,
@@ -221,7 +221,7 @@ impl Wake for Bell {
     }
 }
 
-/// An operation under way, with the asyncio future that waits for it.
+/// An operation in progress, with the asyncio future that waits for it.
 struct Task {
     running: Running,
     future: Py<PyAny>,
@@ -229,7 +229,7 @@ struct Task {
     waker: Waker,
 }
 
-/// What an event loop has under way. Its methods are called on the loop's thread.
+/// The operations of an event loop. Its methods are called on the loop's thread.
 #[pyclass(frozen, module = "latzero._latzero")]
 pub(crate) struct Loop {
     pub(crate) mailbox: Arc<Mailbox>,
@@ -239,7 +239,7 @@ pub(crate) struct Loop {
 }
 
 impl Loop {
-    /// Polls a task; keeps it where it is not done.
+    /// Polls a task; keeps it if it is not done.
     fn poll(&self, py: Python<'_>, token: u64, mut task: Task) -> PyResult<()> {
         task.bell.is_queued.store(false, Ordering::Release);
         let polled = detach(py, || {
@@ -286,7 +286,7 @@ impl Loop {
         self.inbox.as_raw_fd()
     }
 
-    /// Begins an operation, whose result `future` gets; its number, for `cancel`.
+    /// Starts an operation, whose result is set on `future`; returns its number, for `cancel`.
     fn start(&self, py: Python<'_>, op: &Op, future: Py<PyAny>) -> PyResult<u64> {
         let token = self.next.fetch_add(1, Ordering::Relaxed);
         let bell = Arc::new(Bell {
@@ -312,7 +312,7 @@ impl Loop {
         Ok(token)
     }
 
-    /// Ends an operation early, if it is under way.
+    /// Ends an operation early, if it is in progress.
     fn cancel(&self, py: Python<'_>, token: u64) {
         let task = lock(&self.tasks).remove(&token);
         if let Some(Task { running, .. }) = task {
@@ -320,9 +320,9 @@ impl Loop {
         }
     }
 
-    /// Does what is ready: completes operations, and gives `begin` the requests that came.
+    /// Completes the operations that are ready, and passes new requests to `begin`.
     fn turn(&self, py: Python<'_>, begin: &Bound<'_, PyAny>) -> PyResult<()> {
-        // Before the queue is looked at: what comes after that signals again.
+        // Before the queue is read: later entries signal again.
         let _ = (&self.inbox).read(&mut [0; 64]);
         let (tokens, incoming) = {
             let mut ready = lock(&self.mailbox.ready);
@@ -344,7 +344,7 @@ impl Loop {
         Ok(())
     }
 
-    /// Drops everything that is under way.
+    /// Drops all operations.
     fn close(&self, py: Python<'_>) {
         let tasks = std::mem::take(&mut *lock(&self.tasks));
         let incoming = std::mem::take(&mut lock(&self.mailbox.ready).incoming);

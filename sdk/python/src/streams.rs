@@ -1,5 +1,5 @@
-//! What comes bit by bit: streamed answers, events, presence, answers to parked calls, and new
-//! versions of blocks.
+//! Streams: streamed answers, events, presence, answers to parked calls, and new versions of
+//! blocks.
 
 use std::sync::{Arc, Mutex};
 
@@ -18,7 +18,7 @@ use crate::op::{Op, lock, op};
 /// A source that one operation at a time reads.
 pub(crate) struct Source<T>(Arc<Mutex<Option<T>>>);
 
-/// A source taken out of its place, given back when this is dropped.
+/// A source that is in use, and is put back when this is dropped.
 struct Taken<T> {
     source: Option<T>,
     place: Arc<Mutex<Option<T>>>,
@@ -94,7 +94,7 @@ impl PyItems {
         }))
     }
 
-    /// The newest report of the handler that was not read yet, else `None`.
+    /// The newest progress report that was not read yet, else `None`.
     #[getter]
     fn progress<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let report = self.stream.with(|stream| stream.progress::<Data>())?;
@@ -104,7 +104,7 @@ impl PyItems {
         }
     }
 
-    /// What the handler answered behind the last item.
+    /// The handler's final answer after the last item.
     #[getter]
     fn end<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let end = self.stream.with(|stream| stream.end().cloned())?;
@@ -121,7 +121,7 @@ impl PyItems {
     }
 }
 
-/// What an [`Inflow`] reads from.
+/// The source of an [`Inflow`].
 enum Inner {
     Emissions(Events<Emission>),
     Presences(Events<Presence>),
@@ -129,7 +129,7 @@ enum Inner {
     Changes(latzero::Changes),
 }
 
-/// One of what an [`Inflow`] reads.
+/// An item of an [`Inflow`].
 enum Item {
     Emission(Emission),
     Presence(Presence),
@@ -176,7 +176,7 @@ impl Inner {
 }
 
 impl Item {
-    /// Its fields, as the face's class takes them.
+    /// Its fields, in the form that the Python class takes.
     fn read(self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         match self {
             Item::Emission(event) => {
@@ -226,7 +226,7 @@ fn read_reply(py: Python<'_>, reply: Result<Reply, Error>) -> PyResult<Py<PyAny>
 
 #[pymethods]
 impl Inflow {
-    /// The next one in a list of one; `None` at the end.
+    /// The next item in a list of one; `None` at the end.
     fn next(&self) -> PyResult<Op> {
         let mut source = self.source.take()?;
         let next = async move { Ok::<_, Error>(source.get().next().await) };

@@ -156,7 +156,7 @@ enum State {
     Back,
 }
 
-/// Apps on their way back.
+/// Apps that are reconnecting.
 struct Crowd<'s> {
     server: &'s Running,
     poll: Poll,

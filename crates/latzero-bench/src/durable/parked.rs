@@ -183,7 +183,7 @@ fn make_database(dir: &Path) -> Result<(), Failure> {
         .map_err(|error| Failure::said(error.to_string()))
 }
 
-/// A server of its own, its callers, and a look into its database after its death.
+/// A private server, its callers, and a check of its database after it was killed.
 fn take_turn(crowd: Crowd, time: Duration) -> Result<Turn, Failure> {
     let scratch = tempfile::tempdir().during("make a directory for the server")?;
     // Nobody takes the calls: all of a turn wait side by side.

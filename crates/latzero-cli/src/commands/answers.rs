@@ -20,7 +20,7 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
     let connection = args.reach.connect(&ConnectOptions::once("answers"))?;
     let deadline = args.wait.map(|wait| Instant::now() + wait);
     join(&connection, args, output)?;
-    // What was kept was sent before this is answered.
+    // The server sends all kept answers before it answers this ping.
     connection.app.ping()?;
     let mut answers = connection.app.answers();
     let mut seen = 0;
@@ -54,14 +54,14 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
         }
         _ => {
             if seen == 0 && output.is_for_people() {
-                output.note(format_args!("there are no answers for {app_id}"));
+                output.note(format_args!("no answers for {app_id}"));
             }
             Ok(Exit::Ok)
         }
     }
 }
 
-/// Joins the pools whose answers are wanted: the server sends them to members.
+/// Joins the pools whose answers are wanted: the server sends answers only to members.
 fn join(connection: &Connection, args: &AnswersArgs, output: &Output) -> Result<(), Failure> {
     let app = &connection.app;
     for pool in &args.pool {
@@ -88,7 +88,8 @@ fn join(connection: &Connection, args: &AnswersArgs, output: &Output) -> Result<
     Ok(())
 }
 
-/// An answer on one line, its payload's own text: nothing of it is reordered or rounded.
+/// An answer on one line, with the payload's text as it arrived: no fields are reordered and no
+/// numbers rounded.
 pub(crate) fn line(answer: &Answer) -> String {
     let mut head = json!({"id": answer.id()});
     if let Some(pool) = answer.pool() {

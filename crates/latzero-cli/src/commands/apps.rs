@@ -10,7 +10,7 @@ use crate::exit::{CommandResult, Exit, Failure};
 use crate::names::{did_you_mean, nearest};
 use crate::output::{Cell, Output, Tone, ago, toned};
 
-/// Names of one kind that a row of the table shows; `--json` shows all.
+/// How many names of one kind a row of the table shows; `--json` shows all.
 const NAMES_MAX: usize = 8;
 
 pub(crate) fn run(args: &AppsArgs, output: &Output) -> CommandResult {
@@ -30,7 +30,7 @@ pub(crate) fn run(args: &AppsArgs, output: &Output) -> CommandResult {
         output.value(&json!({"apps": apps}))?;
         return Ok(Exit::Ok);
     }
-    // This command's own connection is not what people look for.
+    // This command's own connection is not listed.
     let own = connection.app.app_id();
     let is_own = |app: &Value| app["app_id"] == own && app["instances_total"] == 1;
     let rows: Vec<Vec<Cell>> = apps.iter().filter(|app| !is_own(app)).map(row).collect();

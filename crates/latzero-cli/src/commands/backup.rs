@@ -44,8 +44,8 @@ pub(crate) fn run(args: &BackupArgs, output: &Output) -> CommandResult {
     Ok(Exit::Ok)
 }
 
-/// The store's own words end with what to do, behind a semicolon; what `storage` means in general
-/// helps less.
+/// The store's message says what to do after a semicolon, which helps more than the general remedy
+/// for `storage`.
 fn explained(mut failure: Failure) -> Failure {
     let wire = failure.wire.as_ref();
     let message = wire.and_then(|wire| wire["message"].as_str()).unwrap_or("");

@@ -1,7 +1,7 @@
 //! `bench`: measures calls or events per second, and response times.
 //!
-//! With one call at a time, the caller reads its own answers, as a program that waits for each one
-//! does. With several, one thread keeps that many in flight.
+//! With one call at a time, the caller reads its own answers, like a program that waits for each
+//! answer. With several, one thread keeps that many in flight.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -153,8 +153,7 @@ pub(crate) fn run(args: &BenchArgs, output: &Output) -> CommandResult {
     print(args, &connection, &record, took, output)
 }
 
-/// Nothing more is sent once the server is gone: everything would fail at once, for as many as were
-/// asked for.
+/// Stops sending once the server is gone: all remaining calls would fail.
 fn stop_if_lost(result: &Result<u64, Error>, left: &Cell<u64>) {
     if matches!(result, Err(error) if error.kind() == Code::Disconnected) {
         left.set(0);
@@ -167,7 +166,7 @@ fn own_handler(args: &BenchArgs, pool: String) -> Result<(Connection, Arc<Atomic
         pools: vec![pool],
         ..ConnectOptions::once("bench")
     };
-    // Two connections: both ends of the way are measured, as with two programs.
+    // Two connections, so that both ends are measured, as with two programs.
     let mut reach = args.reach.clone();
     reach.app = None;
     let connection = reach.connect(&options)?;
@@ -182,7 +181,7 @@ fn own_handler(args: &BenchArgs, pool: String) -> Result<(Connection, Arc<Atomic
     Ok((connection, events))
 }
 
-/// Sends one, without waiting; the future ends with how many handlers it connection.
+/// Sends one, without waiting; the future returns how many handlers it reached.
 fn send(
     connection: &Connection,
     measured: BenchKind,

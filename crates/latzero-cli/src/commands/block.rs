@@ -21,7 +21,7 @@ use crate::parse::{self, Target};
 use super::trigger::{enter, proved};
 use npy::Array;
 
-/// Bytes of a block that a terminal shows.
+/// How many bytes of a block are shown on a terminal.
 const SHOWN_BYTES: usize = 256;
 
 /// How long a write waits for the block's lock.
@@ -45,7 +45,7 @@ pub(crate) fn run(command: &BlockCommand, output: &Output) -> CommandResult {
     }
 }
 
-/// A connection that is in the pool of a block, and the block's name there.
+/// A connection that has joined the block's pool, and the block's name in it.
 struct BlockHandle {
     connection: Connection,
     pool: Option<String>,
@@ -72,10 +72,11 @@ impl BlockHandle {
         BlockHandle::find(at, reach, ConnectOptions::once("block"))
     }
 
-    /// As [`At::once`], in a pool that is made where there is none: for a block that is to be made.
+    /// Like [`At::once`], but creates the pool if it does not exist, for a block that will be
+    /// created.
     fn to_make(at: &BlockAt, reach: &ServerArgs) -> Result<BlockHandle, Failure> {
         let target = BlockHandle::target(at)?;
-        // One whose keys are here is there already.
+        // A pool whose keys are here was already created.
         let made = target.pool.as_deref();
         let made = made.filter(|_| proved(reach, &target).is_none());
         BlockHandle::find(at, reach, ConnectOptions::once("block").in_pool(made))
@@ -305,7 +306,7 @@ fn array_bytes(array: &Array) -> Result<u64, Failure> {
     bytes.ok_or_else(|| Failure::usage("the array is too large"))
 }
 
-/// Says what was done with a block.
+/// Reports what was done to a block.
 fn report(at: &BlockHandle, block: &Block, done: &str, output: &Output) -> CommandResult {
     let version = block.version();
     if output.json {
@@ -422,7 +423,7 @@ fn cas(args: &BlockCasArgs, output: &Output) -> CommandResult {
             if output.json {
                 output.value(&json!({"swapped": false, "current": digits}))?;
             } else {
-                output.note("the block has other bytes there; nothing was written");
+                output.note("the block does not have the EXPECTED bytes; nothing was written");
                 for (n, line) in current.chunks(16).take(SHOWN_BYTES / 16).enumerate() {
                     output.line(hex_line(args.from.offset + 16 * n as u64, line))?;
                 }

@@ -25,7 +25,7 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a call stays parked by default.
 const TTL: Duration = Duration::from_secs(24 * 3600);
 
-/// Adds the flags to a call, a blocking one or an async one.
+/// Applies the flags to a call, blocking or async.
 macro_rules! with_flags {
     ($call:expr, $args:expr, $pool:expr) => {{
         let (mut call, args) = ($call, $args);
@@ -63,7 +63,7 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> CommandResult {
     let timeout = args.timeout.unwrap_or(TIMEOUT);
     let started = Instant::now();
     let mut options = match args.park {
-        // A restart of the server does not end the wait for a parked call.
+        // The wait for a parked call continues over a restart of the server.
         true => ConnectOptions::lasting("call"),
         false => ConnectOptions::once("call").within(timeout),
     };
@@ -91,7 +91,8 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> CommandResult {
         let call = connection.app.as_async().call(&target.trigger, &data);
         let call = call.timeout(args.ttl.or(args.timeout).unwrap_or(TTL));
         let call = with_flags!(call, args, &pool);
-        // A caller that leaves needs it on disk even if a handler could take it at once.
+        // A caller that does not wait needs the call on disk, even if a handler could take it at
+        // once.
         let parking = match args.no_wait {
             true => call.always_park().send_parked(),
             false => call.send_parked(),
@@ -203,7 +204,7 @@ fn stream(
         }
     }
     output.progress_done();
-    // The final answer is no item.
+    // The final answer is not an item.
     let end = stream.end().and_then(Reply::json).unwrap_or("null");
     if output.json {
         output.json_line(&format!("{{\"end\":{end}}}"))?;

@@ -14,7 +14,7 @@ use crate::output::{Cell, Output, Tone, toned};
 
 use super::store::duration;
 
-/// Who looked.
+/// Who did the check.
 const SERVER: &str = "by the server";
 const FILES: &str = "read from the files, because no server is running";
 
@@ -36,7 +36,7 @@ fn check(args: &DbCheckArgs, output: &Output) -> CommandResult {
             let asked = output.while_working("checking", || connection.administer(&request))?;
             (asked, SERVER)
         }
-        // Files are looked at where a directory is meant, not where a server somewhere is.
+        // Files are read only if the flags name a data directory, not another server's address.
         Err(failure) if failure.exit == Exit::NotRunning && !args.reach.is_elsewhere() => {
             (check_files(args, failure, output)?, FILES)
         }
@@ -75,12 +75,12 @@ fn check(args: &DbCheckArgs, output: &Output) -> CommandResult {
     if exit != Exit::Ok && output.is_for_people() {
         output.note(match by {
             SERVER => {
-                "the next start moves it aside and restores the newest valid backup; list \
-                them with `latzero backup ls --verify`"
+                "the next start moves the database aside and restores the newest valid backup; \
+                list the backups with `latzero backup ls --verify`"
             }
             _ => {
-                "a start moves it aside and restores the newest valid backup; to choose one: \
-                `latzero backup ls --verify`, then `latzero restore FILE`"
+                "the next start moves the database aside and restores the newest valid backup; to \
+                choose another: `latzero backup ls --verify`, then `latzero restore FILE`"
             }
         });
     }

@@ -64,7 +64,7 @@ pub(crate) fn run(args: &SettingsArgs, output: &Output) -> CommandResult {
     Ok(exit)
 }
 
-/// What the server that runs on the directory says of its store; nothing where none does.
+/// What the server that runs on the directory reports about its store; nothing if none runs.
 fn store(settings: &Settings) -> Option<Finding> {
     let dir = settings.data_dir.canonicalize().ok()?;
     lock::holder(&dir)?;
@@ -72,7 +72,7 @@ fn store(settings: &Settings) -> Option<Finding> {
         data_dir: Some(dir.clone()),
         ..ServerArgs::default()
     };
-    // One that does not answer is what other findings are about.
+    // Other findings report a server that does not answer.
     let connection = reach.connect(&ConnectOptions::once("doctor")).ok()?;
     let health = connection.app.request(&json!({"action": "health"})).ok()?;
     let part = &health["components"]["store"];
@@ -97,7 +97,7 @@ fn store(settings: &Settings) -> Option<Finding> {
     })
 }
 
-/// Whether there is something to restore when it is needed.
+/// Whether there is a backup to restore.
 fn backups(settings: &Settings) -> Option<Finding> {
     let dir = &settings.data_dir;
     if !dir.join("data.db").exists() {

@@ -39,7 +39,7 @@ pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
             "store" => lines.extend(sentences(&part["seen"])),
             _ => lines.push(seen(&part["seen"])),
         }
-        // A line each for people; one for all of them for scripts.
+        // One line per finding for people, one line in all for scripts.
         let lines = match output.is_terminal {
             true => lines,
             false => vec![lines.join("; ")],

@@ -1,4 +1,5 @@
-//! `keys` and `app key`: key files of encrypted pools and of apps. They do not contact a server.
+//! `keys` and `app key`: key files of encrypted pools and of apps. Only `keys rotate` contacts a
+//! server.
 
 use std::fmt::Write as _;
 use std::fs::{DirBuilder, File, Permissions};
@@ -32,22 +33,22 @@ pub(crate) struct KeysArgs {
     command: KeysCommand,
 }
 
-/// What can be done with the keys of a pool.
+/// The commands for the keys of a pool.
 #[derive(Debug, Subcommand)]
 enum KeysCommand {
     /// Create the keys of a new encrypted pool
     New(NewArgs),
     /// Show which keys a file has, without printing them
     Show(FileArgs),
-    /// Write the keys of one role to a new file, to pass on
+    /// Write the keys that one role needs to a new file, to give to somebody
     Export(ExportArgs),
     /// Check that a key file is well formed and private; exit code 4 if not
     Check(FileArgs),
-    /// Move a pool to its next epoch, with new keys where somebody is to be removed
+    /// Start the next epoch of a pool, with new keys to remove readers or writers
     Rotate(RotateArgs),
-    /// Take an older state of a pool once: it was restored on purpose
+    /// Accept an older state of a pool once, after a backup was restored
     AcceptRestore(FileArgs),
-    /// Derive the keys of a new pool from a passphrase, which is read from stdin
+    /// Derive the keys of a new pool from a passphrase that is read from stdin
     FromPassphrase(FileArgs),
 }
 
@@ -73,14 +74,14 @@ struct NewArgs {
 struct RotateArgs {
     /// The pool
     pool: String,
-    /// Make new keys for joining and reading: who has the old ones reads nothing new
+    /// Replace the keys for joining and reading: holders of the old keys cannot read new content
     #[arg(long)]
     remove_reader: bool,
-    /// Make all keys new: who has the old ones writes nothing either, and content of before counts
-    /// no more
+    /// Replace all keys: holders of the old keys cannot write either, and old content is no
+    /// longer accepted
     #[arg(long, conflicts_with = "remove_reader")]
     remove_writer: bool,
-    /// Keep from who has the new keys alone what was before
+    /// Do not let holders of only the new keys read content from before
     #[arg(long)]
     cut_history: bool,
     #[command(flatten)]
@@ -102,11 +103,11 @@ struct ExportArgs {
 /// What keys allow.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Role {
-    /// Be a member
+    /// Join the pool
     Join,
-    /// And read
+    /// Join and read
     Read,
-    /// And write
+    /// Join, read and write
     Write,
 }
 
@@ -126,7 +127,7 @@ pub(crate) struct AppArgs {
     command: AppCommand,
 }
 
-/// What can be done with the identity of an app.
+/// The commands for the identity of an app.
 #[derive(Debug, Subcommand)]
 enum AppCommand {
     /// Create or show the key that reserves an AppID for its holder
@@ -353,7 +354,7 @@ fn accept_restore(args: &FileArgs, output: &Output) -> CommandResult {
         output.value(&json!({"pool": args.pool, "forgotten": forgotten}))?;
     } else if forgotten {
         output.line(format_args!(
-            "the next state of pool {} is taken as it is",
+            "the next state of pool {} will be accepted, even if it is older",
             args.pool
         ))?;
     } else {
@@ -468,8 +469,8 @@ fn random() -> Result<Secret, Failure> {
     })
 }
 
-/// The file that was named, or the one that a name has by default. Never in the data directory: who
-/// has a copy of that must not have the keys.
+/// The file given with `--file`, or the default file for the name. It is never in the data
+/// directory: a copy of that directory must not contain the keys.
 fn place(named: Option<&Path>, folder: &str, name: &str) -> Result<PathBuf, Failure> {
     let is_file_name = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     if name.is_empty()
@@ -477,16 +478,17 @@ fn place(named: Option<&Path>, folder: &str, name: &str) -> Result<PathBuf, Fail
         || !name.chars().all(is_file_name)
         || name.starts_with('.')
     {
-        return Err(
-            Failure::usage(format!("'{}' is not a name", name.escape_debug()))
-                .with_help("use 1 to 128 of A-Z a-z 0-9 . _ -, and do not start with '.'"),
-        );
+        return Err(Failure::usage(format!(
+            "'{}' is not a name for a key file",
+            name.escape_debug()
+        ))
+        .with_help("use 1 to 128 of A-Z a-z 0-9 . _ -, and do not start with '.'"));
     }
     if let Some(path) = named {
         return Ok(path.to_owned());
     }
     default_file(folder, name).ok_or_else(|| {
-        Failure::usage("HOME is not set, so there is no place for keys")
+        Failure::usage("HOME is not set, so there is no default directory for keys")
             .with_help("name a file with --file")
     })
 }
@@ -569,7 +571,7 @@ fn refused(path: &Path, error: KeyError) -> Failure {
 /// Reads a key file, which must be a private regular file of this user.
 fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let bad = |what: &str| Failure::usage(format!("the key file {} {what}", path.display()));
-    // Links are not followed, and a pipe does not make the opening wait.
+    // Links are not followed, and opening a pipe does not block.
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let flags = i32::try_from(flags.bits()).expect("flags fit");
     let opened = File::options().read(true).custom_flags(flags).open(path);

@@ -128,9 +128,9 @@ impl Log {
         }
     }
 
-    /// Goes on with the new file once the old one was put aside.
+    /// Continues with the new file after a rotation.
     fn reopen_if_rotated(&mut self, output: &Output) -> Result<(), Failure> {
-        // Between the two there is no file for a moment.
+        // During a rotation there is no file for a moment.
         let Ok(metadata) = self.path.metadata() else {
             return Ok(());
         };
@@ -155,7 +155,7 @@ fn print_line(line: &[u8], output: &Output) -> io::Result<()> {
     }
 }
 
-/// An entry in words: its level and time, and the rest.
+/// A log entry as text: time, level, and the rest.
 fn for_people(entry: &Value) -> (String, Tone, String) {
     let text = |name: &str| entry[name].as_str().unwrap_or("");
     let level = text("level");

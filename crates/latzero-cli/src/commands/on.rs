@@ -30,7 +30,7 @@ struct Listening {
 /// What [`next`] found.
 enum Next {
     Event(Emission),
-    /// So many events of a trigger were dropped, and none follows that would say so.
+    /// Events of a trigger were dropped, and no later event reports how many.
     Lost(Target, u64),
     /// The connection is over.
     End,
@@ -83,7 +83,7 @@ fn lock(listening: &Mutex<Vec<Listening>>) -> MutexGuard<'_, Vec<Listening>> {
     listening.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The next event of any, or what was lost behind the last one.
+/// The next event of any trigger, or how many were lost after the last one.
 async fn next(listening: &Mutex<Vec<Listening>>) -> Next {
     poll_fn(|cx| {
         for Listening { target, events } in lock(listening).iter_mut() {
@@ -91,8 +91,8 @@ async fn next(listening: &Mutex<Vec<Listening>>) -> Next {
                 let Some(emission) = emission else {
                     return Poll::Ready(Next::End);
                 };
-                // The app hears the name in every pool that it is in, also in those of other
-                // targets.
+                // The app gets the event in every pool that it has joined, including those of the
+                // other targets.
                 let pool = target.pool.as_deref();
                 if pool.is_none_or(|pool| pool == emission.pool()) {
                     return Poll::Ready(Next::Event(emission));

@@ -120,7 +120,7 @@ fn row(call: &Value) -> Vec<Cell> {
 
 fn show(connection: &Connection, number: u64, output: &Output) -> CommandResult {
     let request = json!({"action": "parked_info", "number": number});
-    // The payload as it came: numbers keep their digits.
+    // The payload as received: numbers keep their digits.
     if output.json {
         let call: Box<RawValue> = connection.administer_as(&request)?;
         output.json_text(call.get())?;

@@ -9,7 +9,7 @@ use crate::exit::{CommandResult, Exit, Failure};
 use crate::names::{did_you_mean, nearest};
 use crate::output::{Cell, Output, Tone, toned};
 
-/// What a policy may say.
+/// The rights in a policy.
 const RIGHTS: [&str; 2] = ["join", "serve"];
 
 pub(crate) fn run(args: &PoolsArgs, output: &Output) -> CommandResult {
@@ -111,7 +111,7 @@ fn policy(rights: &[(String, String)]) -> Result<Option<Value>, Failure> {
 
 fn info(args: &PoolArgs, output: &Output) -> CommandResult {
     let mut options = ConnectOptions::once("pools info");
-    // An encrypted pool is there for its members alone.
+    // Only members can see an encrypted pool.
     if args.reach.key_file(&args.pool).is_some() {
         options = options.in_pool(Some(&args.pool));
     }
@@ -144,7 +144,7 @@ fn info(args: &PoolArgs, output: &Output) -> CommandResult {
     Ok(Exit::Ok)
 }
 
-/// A value without the marks of JSON, where it needs none.
+/// A value as plain text: a string without its quotes.
 fn plain(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),

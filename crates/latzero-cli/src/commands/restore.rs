@@ -15,7 +15,7 @@ use crate::output::{Cell, Output, count};
 use super::store::{contents, creation_time, to_json};
 
 pub(crate) fn run(args: &RestoreArgs, output: &Output) -> CommandResult {
-    // A server reads these files later; no other user may.
+    // A server reads these files later; no other user may read them.
     private_umask();
     let file = &args.file;
     if let Err(error) = std::fs::File::open(file) {
@@ -25,7 +25,7 @@ pub(crate) fn run(args: &RestoreArgs, output: &Output) -> CommandResult {
                 directory",
         ));
     }
-    // Checked before anything is read: it is the likeliest mistake.
+    // Checked before anything is read, because it is the likeliest mistake.
     let dir = args.dir.path();
     refuse_running(&dir)?;
     let summary =

@@ -58,7 +58,7 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> CommandResult {
         (false, None) => thread::available_parallelism().map_or(1, usize::from),
     };
     let connection = args.reach.connect(&options)?;
-    // Before anything is served: a program that was started must not outlive a Ctrl-C.
+    // Before anything is served, so that no program outlives a Ctrl-C.
     let signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| {
         Failure::new(
             Exit::Failure,
@@ -92,7 +92,7 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> CommandResult {
             .as_async()
             .handler(&target.trigger)
             .strategy(Strategy::LeastBusy)
-            // A call that waits here cannot go to another handler that is idle.
+            // A call that waits here cannot go to an idle handler elsewhere.
             .concurrency(u32::try_from(workers).unwrap_or(u32::MAX))
             .pools(target.pool.clone());
         if let Some(doc) = &args.doc {
@@ -131,8 +131,8 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> CommandResult {
     }
 }
 
-/// A thread that closes the app at the first signal: calls that run are finished, for a while. A
-/// second signal ends everything at once.
+/// Starts a thread that closes the app at the first signal: running calls get some time to finish.
+/// A second signal ends everything at once.
 fn end_on_signal(
     mut signals: Signals,
     app: &latzero::blocking::App,
@@ -154,7 +154,7 @@ fn end_on_signal(
             let (app, names) = (app.clone(), names.clone());
             let close = move || {
                 for name in &names {
-                    // A server that is gone sends no calls either.
+                    // If the server is gone, no more calls can arrive.
                     let _ = app.unserve(name);
                 }
                 let _ = app.close();
@@ -176,7 +176,7 @@ fn end_on_signal(
         .map_err(|error| Failure::new(Exit::Failure, format!("cannot start a thread: {error}")))
 }
 
-/// The AppID of a program: the name of its file, as far as an AppID may have it.
+/// The AppID of a program: the name of its file, without characters that an AppID cannot have.
 fn app_id(command: &str) -> String {
     let name = command.rsplit('/').next().unwrap_or(command);
     let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
@@ -187,7 +187,7 @@ fn app_id(command: &str) -> String {
     }
 }
 
-/// What a program's end says, for people.
+/// Describes how a program ended, for people.
 fn how_it_ended(command: &str, status: std::process::ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt as _;
     match (status.code(), status.signal()) {

@@ -29,7 +29,7 @@ pub(crate) fn run(args: &ServiceArgs, output: &Output) -> CommandResult {
     }
 }
 
-/// Where units of this user are.
+/// The directory of this user's units.
 fn path() -> PathBuf {
     let config = variable("XDG_CONFIG_HOME").unwrap_or_else(|| "~/.config".to_owned());
     expand_home(&config).join("systemd/user").join(UNIT)
@@ -154,7 +154,7 @@ fn install(settings: &SettingsArgs, output: &Output) -> CommandResult {
     steps.add(format!("wrote {}", path.display()))?;
     steps.systemctl(&["daemon-reload"])?;
     steps.systemctl(&["enable", UNIT])?;
-    // A service that runs already gets the new settings.
+    // Restarted, so that a running service gets the new settings.
     steps.systemctl(&["restart", UNIT])?;
     steps.end()
 }

@@ -37,7 +37,7 @@ pub(crate) fn run(args: &StartArgs, output: &Output) -> CommandResult {
     })
 }
 
-/// Says which variables look like settings and are none.
+/// Warns about variables that look like settings but are not.
 fn warn(environment: &Environment, output: &Output) {
     for warning in unknown_variables(environment) {
         output.note(format_args!("warning: {warning}"));
@@ -58,7 +58,7 @@ fn detach(output: &Output) -> CommandResult {
         .arg("--background")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        // What it logs is in its log file.
+        // Its messages are in its log file.
         .stderr(Stdio::null())
         .spawn()
         .map_err(failed)?;
@@ -134,15 +134,15 @@ fn serve(args: &StartArgs, output: &Output) -> CommandResult {
 struct Ready<'a> {
     addresses: &'a [String],
     data_dir: &'a Path,
-    /// What clients know the TLS port by.
+    /// The pin by which clients recognise the TLS server.
     pin: Option<String>,
     program: String,
     home: Option<PathBuf>,
 }
 
 impl Ready<'_> {
-    /// Two lines: one for programs that wait for it, and one for people to try. The addresses end
-    /// the first, the Unix socket last of all: paths may have blanks.
+    /// Two lines: one that programs can wait for, and one that people can try. The first line ends
+    /// with the addresses, and those with the Unix socket, because its path may contain blanks.
     fn text(&self) -> String {
         let pin = self.pin.as_ref().map(|pin| format!("pin {pin} "));
         format!(

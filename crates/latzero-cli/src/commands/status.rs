@@ -62,7 +62,7 @@ pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
         false => Tone::Warn,
     };
     let store = sentences(&store["seen"]);
-    // A line each for people; one for all of them for scripts.
+    // One line per address for people, one line in all for scripts.
     let store = match output.is_terminal {
         true => store,
         false => vec![store.join("; ")],
@@ -103,7 +103,7 @@ pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
         ),
     ];
     if let Some(pin) = server["pin"].as_str() {
-        // Behind the addresses, which it belongs to.
+        // The pin belongs to the addresses, so it follows them.
         facts.insert(5, ("pin", pin.into()));
     }
     let parked = &stats["parked"];
@@ -146,7 +146,7 @@ pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
 fn not_running(reach: &ServerArgs, mut failure: Failure, output: &Output) -> CommandResult {
     let dir = reach.data_dir().0;
     let dir = dir.canonicalize().unwrap_or(dir);
-    // The server of the directory has nothing to do with an address that was named.
+    // If an address was given, the server of the data directory is irrelevant.
     let holder = lock::holder(&dir).filter(|_| !reach.is_elsewhere());
     let pid = holder.as_ref().and_then(|holder| holder.pid);
     if output.json {
@@ -167,7 +167,7 @@ fn not_running(reach: &ServerArgs, mut failure: Failure, output: &Output) -> Com
             "{} is in use by another process, {pid}",
             dir.display()
         ));
-        failure.help = Some("check `latzero logs`; end that process if it hangs".to_owned());
+        failure.help = Some("check `latzero logs`; kill the process if it hangs".to_owned());
     }
     Err(failure)
 }

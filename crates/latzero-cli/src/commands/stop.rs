@@ -70,8 +70,8 @@ pub(crate) fn run(args: &StopArgs, output: &Output) -> CommandResult {
     Ok(Exit::Ok)
 }
 
-/// The server's process, where it is one of this machine: where the kernel says that it has the
-/// directory's lock. The kernel drops the lock when that process ends.
+/// The server's process if it runs on this machine, which is so if the kernel says that it holds
+/// the directory's lock. The kernel drops the lock when the process ends.
 fn process_of(data_dir: &str, pid: u64) -> Option<rustix::fd::OwnedFd> {
     let pid = u32::try_from(pid).ok()?;
     let holder = lock::holder(data_dir.as_ref())?;
@@ -82,7 +82,7 @@ fn process_of(data_dir: &str, pid: u64) -> Option<rustix::fd::OwnedFd> {
     pidfd_open(pid, PidfdFlags::empty()).ok()
 }
 
-/// Waits for the end of a process; a descriptor of one can be read when it ended (pidfd_open(2)).
+/// Waits for the end of a process; its descriptor becomes readable then (pidfd_open(2)).
 fn has_ended(process: &rustix::fd::OwnedFd, wait: Duration) -> Result<bool, Failure> {
     let wait = Timespec::try_from(wait).expect("it is at most one tick");
     let mut fds = [PollFd::new(process, PollFlags::IN)];

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::output::{ago, bytes, count, time};
 
-/// What a backup holds, as the server says it too.
+/// The contents of a backup, as the server reports them.
 pub(crate) fn to_json(summary: &Summary) -> Value {
     json!({
         "made": summary.made, "schema": summary.schema, "apps": summary.apps,
@@ -17,7 +17,7 @@ pub(crate) fn to_json(summary: &Summary) -> Value {
     })
 }
 
-/// What a backup holds, in words.
+/// The contents of a backup, as text.
 pub(crate) fn contents(holds: &Value) -> String {
     let number = |field: &str| holds[field].as_u64().unwrap_or(0);
     let mut parts = vec![
@@ -41,7 +41,7 @@ pub(crate) fn creation_time(summary: &Summary) -> String {
     ago(u64::try_from(summary.made).unwrap_or(0))
 }
 
-/// How long something took, as the server counts it.
+/// How long something took, as the server measured it.
 pub(crate) fn duration(done: &Value) -> String {
     match done["took_ms"].as_u64().unwrap_or(0) {
         0 => "less than 1 ms".to_owned(),
@@ -49,15 +49,15 @@ pub(crate) fn duration(done: &Value) -> String {
     }
 }
 
-/// What `health` saw of the store, the worst first; one sentence each.
+/// What `health` reports about the store, one sentence each, the worst first.
 pub(crate) fn sentences(seen: &Value) -> Vec<String> {
     let mut sentences = Vec::new();
     let waiting = seen["retained"].as_u64().unwrap_or(0);
     if let Some(reason) = seen["failing"].as_str() {
         let since = seen["failing_since"].as_u64().map(ago);
         let since = since.unwrap_or_else(|| "just now".to_owned());
-        sentences.push(format!("failing since {since}: {reason}"));
-        // Where the disk takes what comes, some are always on their way.
+        sentences.push(format!("failing, first {since}: {reason}"));
+        // Shown only while writes fail: otherwise a few changes are always on their way.
         sentences.push(format!("{} not on disk yet", count(waiting, "change")));
     }
     sentences.push(match seen["last_backup"].as_u64() {
@@ -67,7 +67,7 @@ pub(crate) fn sentences(seen: &Value) -> Vec<String> {
     sentences
 }
 
-/// What `health` says was lost of one part of the server, or of all of them; one sentence each.
+/// The losses that `health` reports for one component or for all, one sentence each.
 pub(crate) fn losses(health: &Value, of: Option<&str>) -> Vec<String> {
     let shown = health["losses"].as_array().into_iter().flatten();
     let shown = shown.filter(|loss| of.is_none_or(|part| loss["component"] == part));
@@ -84,7 +84,7 @@ pub(crate) fn losses(health: &Value, of: Option<&str>) -> Vec<String> {
         .collect()
 }
 
-/// How many losses `health` counts beyond those that it names.
+/// How many losses `health` counts without describing them.
 pub(crate) fn further_losses(health: &Value) -> Option<String> {
     let named = health["losses"].as_array().map_or(0, Vec::len) as u64;
     let further = health["losses_total"]
@@ -110,7 +110,7 @@ mod tests {
                 "retained": 2, "last_backup": 0, "failing": "disk full", "failing_since": u64::MAX,
             }),
             &[
-                "failing since just now: disk full",
+                "failing, first just now: disk full",
                 "2 changes not on disk yet",
                 &format!("last backup {}", ago(0)),
             ],

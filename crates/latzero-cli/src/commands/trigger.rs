@@ -41,7 +41,7 @@ pub(crate) fn enter(
     Ok(Some(pool.to_owned()))
 }
 
-/// As [`enter`], in a pool that is made where there is none.
+/// Like [`enter`], but creates the pool if it does not exist.
 pub(crate) fn enter_or_make(
     connection: &Connection,
     reach: &ServerArgs,
@@ -56,12 +56,12 @@ pub(crate) fn enter_or_make(
     Ok(Some(pool.to_owned()))
 }
 
-/// The pool to be in from the start on: an encrypted one is joined by a proof.
+/// The pool to join while connecting: joining an encrypted one takes a proof.
 pub(crate) fn proved<'a>(reach: &ServerArgs, target: &'a Target) -> Option<&'a str> {
     pool_of(reach, target).filter(|pool| reach.key_file(pool).is_some())
 }
 
-/// The pool that is meant; none where the address names the pools.
+/// The pool to use; none if the address names the pools.
 fn pool_of<'a>(reach: &ServerArgs, target: &'a Target) -> Option<&'a str> {
     match &target.pool {
         Some(pool) => Some(pool.as_str()),
@@ -70,7 +70,7 @@ fn pool_of<'a>(reach: &ServerArgs, target: &'a Target) -> Option<&'a str> {
     }
 }
 
-/// What went wrong with a call or an emit, with the names that may have been meant.
+/// The failure of a call or an emit, with similar names as suggestions.
 pub(crate) fn explain(
     connection: &Connection,
     target: &Target,
@@ -89,7 +89,7 @@ pub(crate) fn explain(
         (Code::NoApp | Code::NotMember | Code::Offline, Some(to)) => {
             let live = apps.iter().filter(|app| app["live"] == true);
             let names = live.filter_map(|app| app["app_id"].as_str());
-            // The very app that was typed is no suggestion.
+            // Do not suggest the app that was typed.
             let names: Vec<&str> = names.filter(|name| *name != to).collect();
             suggest(error, &nearest(to, names))
         }
@@ -101,13 +101,13 @@ pub(crate) fn explain(
                 &target.trigger,
                 triggers.iter().map(|(_, name)| name.as_str()),
             );
-            // For each near name: where it is served, this pool before others.
+            // For each similar name: the pools that serve it, this pool first.
             let mut names: Vec<&str> = Vec::new();
             for name in near {
                 let served = triggers.iter().filter(|(_, trigger)| trigger == name);
                 let mut places: Vec<&str> = served.map(|(full, _)| full.as_str()).collect();
                 places.sort_by_key(|full| !full.starts_with(&here));
-                // The very name that was typed is no suggestion.
+                // Do not suggest the name that was typed.
                 names.extend(places.into_iter().filter(|full| *full != wanted));
             }
             names.dedup();
@@ -126,7 +126,7 @@ fn suggest(error: Error, names: &[&str]) -> Failure {
 }
 
 fn known_apps(app: &App) -> Vec<Value> {
-    // Without them there is no suggestion, but the error is still reported.
+    // Without the list there is no suggestion, but the error is still reported.
     list(app, &json!({"action": "app_list"}), ListKind::Apps).unwrap_or_default()
 }
 
@@ -138,7 +138,7 @@ fn live_triggers(apps: &[Value]) -> Vec<(String, String)> {
             let Some(name) = trigger["name"].as_str() else {
                 continue;
             };
-            // One that names no pools is served in every pool of its app.
+            // A trigger that names no pools is served in every pool of its app.
             let own = trigger["pools"]
                 .as_array()
                 .filter(|pools| !pools.is_empty());

@@ -1,4 +1,4 @@
-//! `trust`: remembers the pin of a TLS server, after a person or a script has compared it.
+//! `trust`: stores the pin of a TLS server after a person or a script has compared it.
 
 use std::io::IsTerminal as _;
 
@@ -18,14 +18,13 @@ pub(crate) fn run(args: &TrustArgs, output: &Output) -> CommandResult {
     if let Some(wanted) = args.pin.filter(|wanted| *wanted != pin) {
         let text = format!("the server at {place} has the pin {pin}, not {wanted}");
         return Err(Failure::new(Exit::Denied, text).with_help(
-            "somebody may be in between; compare with `latzero status` on the server's machine",
+            "compare it with `latzero status` on the server's machine: this may be another server",
         ));
     }
     if let Some(before) = known.filter(|before| *before != pin && !args.replace) {
-        let text =
-            format!("the server at {place} was trusted with the pin {before}, and has {pin}");
+        let text = format!("the server at {place} has the pin {pin}, but {before} is trusted");
         return Err(Failure::new(Exit::Denied, text).with_help(
-            "somebody may be in between; if its certificate was replaced on purpose, add --replace",
+            "this may be another server; if its certificate was replaced on purpose, add --replace",
         ));
     }
     if known != Some(pin) {
@@ -47,12 +46,12 @@ pub(crate) fn run(args: &TrustArgs, output: &Output) -> CommandResult {
 fn is_wanted(place: &str, pin: known_hosts::Pin, output: &Output) -> Result<bool, Failure> {
     if !std::io::stdin().is_terminal() {
         let text =
-            format!("the server at {place} has the pin {pin}, and nobody is there to compare");
-        return Err(Failure::usage(&text).with_help("give the expected one with --pin"));
+            format!("the server at {place} has the pin {pin}; stdin is no terminal to confirm it");
+        return Err(Failure::usage(&text).with_help("give the expected pin with --pin"));
     }
     output.note(format_args!(
-        "The server at {place} has the pin\n  {pin}\n`latzero status` on its machine shows the \
-         right one."
+        "The server at {place} has the pin\n  {pin}\n`latzero status` on the server's machine \
+         shows the right one."
     ));
     Ok(output.asks("Are they the same?")?)
 }
@@ -64,7 +63,7 @@ fn parse(text: &str) -> Result<(String, u16), Failure> {
         Some((host, "")) => (host, None),
         Some((host, port)) => (host, port.strip_prefix(':').or(Some(port))),
         None => match text.rsplit_once(':') {
-            // An address of IPv6 without brackets has no port.
+            // An IPv6 address without brackets has no port.
             Some((host, port)) if !host.contains(':') => (host, Some(port)),
             _ => (text, None),
         },

@@ -43,13 +43,13 @@ pub(crate) fn run(args: &WatchArgs, output: &Output) -> CommandResult {
     Ok(Exit::Ok)
 }
 
-/// The connection ended for good.
+/// The connection was closed and will not be opened again.
 pub(crate) fn over() -> Failure {
     Failure::new(Exit::Failure, "the server closed the connection")
         .with_help("another instance may have taken over the AppID; choose another one with --app")
 }
 
-/// What an event is about, its fields in one line.
+/// The fields of an event, on one line.
 fn about(fields: &Value) -> String {
     let fields = fields.as_object().into_iter().flatten();
     let fields: Vec<String> = fields

@@ -4,7 +4,7 @@ use latzero_protocol::frame::Frame;
 use latzero_protocol::message::{Response, Status};
 use latzero_protocol::{Body, Envelope, Raw, Refusal};
 
-/// An answer, in pieces of its own.
+/// An answer that owns its parts.
 #[derive(Clone)]
 pub(super) struct Answered {
     pub(super) status: Status,

@@ -44,22 +44,22 @@ use record::record;
 /// The key of a block in its pool.
 pub type BlockKey = Key<BlockTag>;
 
-/// Marks keys of blocks, whatever their pool's connections are.
+/// Marks keys of blocks, which are not generic over connections.
 #[derive(Debug)]
 pub enum BlockTag {}
 
-/// Attachments that a block's description shows one by one.
+/// How many attachments a block's description lists.
 const ATTACHMENTS_SHOWN_MAX: usize = 100;
 
-/// One instance that takes part in a block.
+/// One instance that is attached to a block.
 #[derive(Debug)]
 struct Attachment {
     member: MemberKey,
-    /// Explicitly.
+    /// The access of an explicit attachment.
     own: Option<Access>,
     /// The reservation of an explicit attachment.
     held: Option<Reservation>,
-    /// For calls that name the block: how many allow reading only, and how many writing too.
+    /// Attachments by calls that name the block: how many allow only reading, and how many writing.
     reading_calls: u32,
     writing_calls: u32,
 }
@@ -78,7 +78,7 @@ impl Attachment {
         self.reading_calls + self.writing_calls
     }
 
-    /// The count of calls that allow this.
+    /// The number of calls that allow this access.
     fn lent(&mut self, access: Access) -> &mut u32 {
         match access {
             Access::Read => &mut self.reading_calls,
@@ -92,7 +92,7 @@ impl Attachment {
 struct BlockWaiter {
     member: MemberKey,
     id: Option<Box<str>>,
-    /// How it wants to be attached.
+    /// The access that it requested.
     attach: Option<Access>,
     _seat: Seat,
 }
@@ -113,7 +113,7 @@ pub(super) struct Seat {
     _bytes: Reservation,
 }
 
-/// Bytes of a waiting request besides its id, with its index entries.
+/// Bytes of a waiting request in addition to its id, including its index entries.
 const WAIT_BYTES: usize = 384;
 
 impl Seat {
@@ -162,19 +162,19 @@ enum Phase {
     },
 }
 
-/// What the content of a sealed block is bound to.
+/// The identity that the content of a sealed block is bound to.
 #[derive(Debug, Clone, Copy)]
 pub struct SealedContent {
-    /// 16 bytes that its creator drew.
+    /// 16 random bytes chosen by its creator.
     pub uid: [u8; 16],
     /// The most plaintext in bytes.
     pub size: u64,
-    /// How ciphertext lies in a slot.
+    /// The layout of ciphertext in a slot.
     pub geometry: SealedGeometry,
 }
 
 impl SealedContent {
-    /// A block for `size` bytes of plaintext; `None` where it is too large to be sealed.
+    /// A block for `size` bytes of plaintext; `None` if that is too large.
     #[must_use]
     pub fn new(uid: [u8; 16], size: u64) -> Option<SealedContent> {
         let geometry = SealedGeometry::of(size)?;
@@ -192,7 +192,7 @@ struct Block {
     storage: StorageId,
     kind: Kind,
     geometry: Geometry,
-    /// What it is in a sealed pool; its slots hold ciphertext then.
+    /// Its identity in a sealed pool, where its slots hold ciphertext.
     sealed: Option<SealedContent>,
     layout: Option<Layout>,
     permissions: Permissions,
@@ -203,12 +203,12 @@ struct Block {
     room: Room,
     lifetime: Lifetime,
     generation: u64,
-    /// When it was made, in milliseconds since the Unix epoch.
+    /// When it was created, in milliseconds since the Unix epoch.
     created: u64,
     phase: Phase,
     attachments: Vec<Attachment>,
     subscribers: BTreeMap<MemberKey, Reservation>,
-    /// Members that know of it ([`Member::blocks`]).
+    /// Members that refer to it ([`Member::blocks`]).
     involved: BTreeSet<MemberKey>,
     lock: Lock,
     /// No lease and no wait ends before this.
@@ -226,7 +226,7 @@ impl Block {
         self.geometry.total().expect("checked when it was made")
     }
 
-    /// Bytes that it takes as its users count them.
+    /// Its size in bytes as clients see it.
     fn size(&self) -> u64 {
         self.sealed.map_or(self.geometry.size, |sealed| sealed.size)
     }
@@ -235,7 +235,7 @@ impl Block {
         self.attachments.iter().find(|a| a.member == member)
     }
 
-    /// What an app may do whenever it likes.
+    /// What an app may do at any time.
     fn allows_app(&self, app: &AppId) -> Option<Access> {
         if *app == self.owner || self.permissions.write.contain(app) {
             Some(Access::Write)
@@ -244,13 +244,13 @@ impl Block {
         }
     }
 
-    /// What a member may do now: through its own rights, or those of a call.
+    /// What a member may do now, by its own rights or those of a call.
     fn allows(&self, app: &AppId, member: MemberKey) -> Option<Access> {
         let lent = self.attachment(member).map(Attachment::access);
         self.allows_app(app).max(lent)
     }
 
-    /// Whether a member is attached in a way in which it writes through its mapping.
+    /// Whether a member has mapped the block for writing.
     fn could_write(&self, member: MemberKey) -> bool {
         self.attachment(member)
             .is_some_and(|a| a.access() == Access::Write)
@@ -301,8 +301,8 @@ pub(super) struct Blocks {
     tickets: u64,
     /// The deadlines of blocks, indexed because the pool is asked after every message.
     deadlines: BTreeSet<(Time, BlockKey)>,
-    /// Waits for locks that can be cancelled: by whom, under which id, for which block, at which
-    /// place in line.
+    /// Waits for locks that can be cancelled: the member, its request id, the block, and the place
+    /// in the queue.
     waits: BTreeSet<(MemberKey, Box<str>, BlockKey, u64)>,
 }
 
@@ -323,7 +323,7 @@ impl Blocks {
         self.blocks.at_mut(stored(key))
     }
 
-    /// When something is due at the latest; it may be early, never late.
+    /// The next deadline; it may be too early, but never too late.
     pub(super) fn next_deadline(&self) -> Option<Time> {
         self.deadlines.first().map(|(at, _)| *at)
     }
@@ -341,14 +341,14 @@ impl Blocks {
         }
     }
 
-    /// A claim of a block's lock waits.
+    /// A claim of a block's lock starts to wait.
     fn wait_begun(&mut self, key: BlockKey, (member, id): (MemberKey, Option<Box<str>>), at: u64) {
         if let Some(id) = id {
             self.waits.insert((member, id, key, at));
         }
     }
 
-    /// A claim of a block's lock waits no longer.
+    /// A claim of a block's lock stops waiting.
     fn wait_over(&mut self, key: BlockKey, claim: &Claim) {
         if let Some(id) = &claim.id {
             self.waits
@@ -445,7 +445,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// A block that `member` has this access to.
+    /// A block to which `member` has this access.
     fn allowed(
         &self,
         member: MemberKey,
@@ -771,7 +771,7 @@ impl<D: Driver> Pool<D> {
         Ok(link.account().app().reserve(what, 1)?)
     }
 
-    /// Detaches a member; what it was attached to for a call stays until the call's end.
+    /// Detaches a member; an attachment by a call stays until the call ends.
     ///
     /// # Errors
     /// `no_block`, `not_member`.
@@ -791,7 +791,7 @@ impl<D: Driver> Pool<D> {
         Ok(Some("{}".into()))
     }
 
-    /// Removes a block, whoever is attached. An administrator needs no permission.
+    /// Removes a block, even if clients are attached. An administrator needs no permission.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `locked`.
@@ -815,7 +815,7 @@ impl<D: Driver> Pool<D> {
         Ok(Some("{}".into()))
     }
 
-    /// Releases what a removed pool holds.
+    /// Releases the reservations of a removed pool.
     pub fn close_held(&mut self, turn: &mut Turn<'_, D>) {
         self.close_parked(turn);
         self.close_blocks(turn);
@@ -916,7 +916,8 @@ impl<D: Driver> Pool<D> {
         counts
     }
 
-    /// Checks what must hold of blocks between any two inputs; for the simulator and tests.
+    /// Checks the invariants of blocks, which hold between any two inputs; for the simulator and
+    /// tests.
     pub(super) fn check_blocks(&self) {
         assert_eq!(self.blocks.by_id.len(), self.blocks.blocks.len());
         let mut bytes = 0;
@@ -960,7 +961,7 @@ impl<D: Driver> Pool<D> {
     }
 }
 
-/// What the ledger counts of a pool's blocks, besides their bytes.
+/// What the ledger counts for a pool's blocks, in addition to their bytes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct BlockCounts {
     /// Requests that wait.
@@ -978,7 +979,7 @@ pub struct LockRequest {
     pub mode: LockMode,
     /// How long to wait in milliseconds; 0 is not at all.
     pub wait_ms: u64,
-    /// The lease in milliseconds; absent is as long as its holder lives.
+    /// The lease in milliseconds; if absent, the lock is held until its holder disconnects.
     pub lease_ms: Option<u64>,
 }
 

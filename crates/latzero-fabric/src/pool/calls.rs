@@ -1,4 +1,4 @@
-//! The calls under way in a pool: found by key, by their caller's id, and by their deadline.
+//! The calls in progress in a pool, found by key, by their caller's id, and by their deadline.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap};
@@ -14,7 +14,7 @@ use super::{BlockKey, Handler, MemberKey, NOBODY};
 use crate::now::Time;
 use crate::slab::{Key, Slab};
 
-/// One call under way.
+/// One call in progress.
 pub(super) struct Call {
     pub(super) caller: MemberKey,
     /// The user whose share it counts in: a stranger's.
@@ -25,9 +25,9 @@ pub(super) struct Call {
     pub(super) handler: Key<Handler>,
     pub(super) started: Time,
     pub(super) deadline: Time,
-    /// Items that the handler may still send, where the caller set a window.
+    /// Items that the handler may still send, if the caller set a window.
     pub(super) credit: Option<u64>,
-    /// Blocks that its handler is attached to for as long as it lasts.
+    /// Blocks that its handler is attached to during the call.
     pub(super) blocks: Option<Box<[(BlockKey, Access)]>>,
     /// What redelivery to another handler needs.
     pub(super) lasting: Option<Box<DurableCall>>,
@@ -39,13 +39,13 @@ pub(super) struct Calls {
     calls: Slab<Call>,
     /// The places of calls with an id, by caller and id.
     by_id: HashTable<u32>,
-    /// Deadlines in order. Ended calls stay until they come up or are swept out, so that ending a
-    /// call is cheap.
+    /// Deadlines in order. Ended calls stay until their deadline or the next sweep, so that ending
+    /// a call is cheap.
     deadlines: BinaryHeap<Reverse<(Time, u32, u32)>>,
     hash_seed: u64,
-    /// How many calls each stranger made.
+    /// How many calls of each stranger are in progress.
     by_user: HashMap<u64, u32>,
-    /// How many calls each caller has at each handler.
+    /// How many calls each caller has in progress at each handler.
     by_pair: HashMap<(MemberKey, MemberKey), u32>,
 }
 
@@ -61,12 +61,12 @@ impl Calls {
         }
     }
 
-    /// How many calls a stranger made.
+    /// How many calls of a stranger are in progress.
     pub(super) fn of_user(&self, user: u64) -> usize {
         self.by_user.get(&user).map_or(0, |&count| count as usize)
     }
 
-    /// How many calls of one member another one has.
+    /// How many calls of one member another one is handling.
     pub(super) fn between(&self, caller: MemberKey, handler: MemberKey) -> u32 {
         self.by_pair.get(&(caller, handler)).copied().unwrap_or(0)
     }
@@ -134,7 +134,7 @@ impl Calls {
         Some(call)
     }
 
-    /// Detaches a call from its caller, who has gone: its id no longer finds it.
+    /// Detaches a call from its caller, which has left: the caller's id no longer finds it.
     pub(super) fn detach(&mut self, key: Key<Call>) {
         let Some(call) = self.calls.at(key) else {
             return;
@@ -186,7 +186,7 @@ impl Calls {
             .map(|Reverse((deadline, ..))| *deadline)
     }
 
-    /// A call whose deadline has come.
+    /// Removes and returns a call whose deadline has passed.
     pub(super) fn pop_due(&mut self, now: Time) -> Option<Key<Call>> {
         while let Some(&Reverse((deadline, slot, generation))) = self.deadlines.peek() {
             let key = Key::new(slot, generation);
@@ -235,7 +235,7 @@ impl Calls {
     }
 }
 
-/// One fewer; what is none is forgotten.
+/// Decrements a count, and removes it at 0.
 fn count_down<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, u32>, key: K) {
     if let hashbrown::hash_map::Entry::Occupied(mut entry) = counts.entry(key) {
         *entry.get_mut() -= 1;

@@ -20,13 +20,13 @@ use crate::turn::Turn;
 /// How a call ends.
 #[derive(Clone, Copy)]
 pub(super) enum EndReason<'a> {
-    /// Its handler answered; the answer is already on its way.
+    /// Its handler answered, and the answer has been sent.
     Answered { failed: bool },
     /// Its handler's connection or membership ended.
     HandlerGone,
     /// Its caller's connection or membership ended.
     CallerGone,
-    /// Its caller ended it.
+    /// Its caller cancelled it.
     Cancelled,
     /// It timed out.
     TimedOut,
@@ -40,8 +40,7 @@ pub(super) enum EndReason<'a> {
 }
 
 impl<D: Driver> Pool<D> {
-    /// Takes a handler's answer and passes it on. An answer to an ended call is dropped and
-    /// counted.
+    /// Forwards a handler's answer. An answer to an ended call is dropped and counted.
     ///
     /// # Errors
     /// If the call was sent to another handler.
@@ -66,7 +65,7 @@ impl<D: Driver> Pool<D> {
             ));
         }
         if let Some(number) = call.lasting.as_ref().and_then(|lasting| lasting.number) {
-            // Its caller may be gone: it has one answer, and nothing on the way to it.
+            // Its caller may have left: such a call gets only its answer, no items or progress.
             if response.status.is_final() {
                 let failed = response.status == Status::Error;
                 self.parked_answered(number, response, turn);
@@ -158,7 +157,7 @@ impl<D: Driver> Pool<D> {
             }
             (Sent::Queued, false) => turn.count(Count::Partial),
             (Sent::Full, is_final) => {
-                // Never dropped silently: a short error replaces what did not fit.
+                // Never dropped silently: a short error replaces an answer that does not fit.
                 let message = "the answer did not fit in the caller's outbox \
                     (limits.outbox_bytes_max): read faster";
                 self.end(
@@ -170,7 +169,7 @@ impl<D: Driver> Pool<D> {
                     turn,
                 );
             }
-            // The caller's connection has ended; its leaving ends the call.
+            // The caller's connection has ended, and the call ends when the caller leaves.
             (Sent::Gone, _) => {}
         }
         Ok(())
@@ -192,7 +191,7 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// Grants `count` further items of a stream; false if the caller has no such call here.
+    /// Allows `count` further items of a stream; false if the caller has no such call here.
     pub fn ack(&mut self, caller: MemberKey, id: &str, count: u64, turn: &mut Turn<'_, D>) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
             return false;
@@ -250,7 +249,7 @@ impl<D: Driver> Pool<D> {
         }
         let refusal = match how {
             EndReason::Answered { .. } => None,
-            // One that left its pool but not the server still waits.
+            // A caller that left the pool but not the server still waits.
             EndReason::CallerGone => Some(Refusal::new(
                 Code::Cancelled,
                 "the caller is no longer in the call's pool",
@@ -292,7 +291,7 @@ impl<D: Driver> Pool<D> {
                 return;
             };
             match (lasting.number, &refusal) {
-                // The server is ending, not the handler: the next one delivers the call again.
+                // The server is stopping, not the handler: the next server delivers the call again.
                 (Some(number), Some(_))
                     if matches!(how, EndReason::HandlerGone) && turn.driver.is_draining() =>
                 {
@@ -346,7 +345,7 @@ impl<D: Driver> Pool<D> {
 
     pub(super) fn end_calls_of(&mut self, key: MemberKey, turn: &mut Turn<'_, D>) {
         let mut slot = 0;
-        // Stops as soon as the member has none left: most have few, and many leave with none.
+        // Stops as soon as the member has no calls left: most have few, and many leave with none.
         while let Some(member) = self.member(key)
             && member.calling + member.serving > 0
         {
@@ -368,8 +367,8 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// The caller of a call with an idempotency key has left and may come back for the answer, so
-    /// its handler continues.
+    /// The caller of a call with an idempotency key has left. It may return for the answer, so the
+    /// handler continues.
     pub(super) fn detach(&mut self, key: Key<Call>, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let call = self.calls.at_mut(key).expect("its caller found it");

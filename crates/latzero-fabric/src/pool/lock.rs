@@ -1,7 +1,7 @@
 //! The lock of one block: who holds it, who waits, and until when.
 //!
-//! First come, first served; readers share it. Each grant has a greater fence, so writes under an
-//! older one can be recognised. Time is an input.
+//! Claims are granted in order, and readers share the lock. Each grant has a greater fence, so
+//! writes under an older fence can be recognised. Time is an input.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,7 +11,7 @@ use super::MemberKey;
 use super::blocks::Seat;
 use crate::now::Time;
 
-/// Who asks for a lock.
+/// A request for a lock.
 #[derive(Debug)]
 pub(super) struct Claim {
     pub(super) member: MemberKey,
@@ -19,7 +19,7 @@ pub(super) struct Claim {
     pub(super) id: Option<Box<str>>,
     pub(super) mode: LockMode,
     pub(super) lease_ms: Option<u64>,
-    /// Its place in line, which no other claim of this lock has had.
+    /// Its place in the queue, which is never reused.
     pub(super) place: u64,
     /// Its reservation, while it waits.
     pub(super) seat: Option<Seat>,
@@ -29,7 +29,7 @@ pub(super) struct Claim {
 #[derive(Debug)]
 pub(super) enum Claimed {
     Granted(Grant),
-    /// It waits, at this place in line.
+    /// It waits, at this place in the queue.
     Waits(u64),
     Refused,
 }
@@ -62,7 +62,7 @@ pub(super) enum Expired {
 pub(super) struct Lock {
     fence: u64,
     holders: Vec<Holder>,
-    /// Who waits and until when, by their places in line.
+    /// The waiting claims and their deadlines, by their places in the queue.
     waiting: BTreeMap<u64, (Claim, Time)>,
     /// When waits end, and their places.
     ends: BTreeSet<(Time, u64)>,
@@ -72,7 +72,7 @@ pub(super) struct Lock {
 }
 
 impl Lock {
-    /// Nobody holds it, and fences continue from `fence`.
+    /// A free lock whose fences continue from `fence`.
     pub(super) fn after(fence: u64) -> Lock {
         Lock {
             fence,
@@ -108,7 +108,8 @@ impl Lock {
             }
     }
 
-    /// Asks for the lock: granted, or waited for until `until`, or (`None`) neither.
+    /// Requests the lock. The claim is granted, or waits until `until`; with `None` it does not
+    /// wait.
     pub(super) fn claim(&mut self, now: Time, mut claim: Claim, until: Option<Time>) -> Claimed {
         if self.waiting.is_empty() && self.admits(claim.mode) {
             return Claimed::Granted(self.grant(now, claim));
@@ -123,7 +124,7 @@ impl Lock {
         Claimed::Waits(self.places)
     }
 
-    /// Takes a wait out by its place in line.
+    /// Removes a wait by its place in the queue.
     pub(super) fn take(&mut self, place: u64) -> Option<Claim> {
         let (claim, until) = self.waiting.remove(&place)?;
         self.ends.remove(&(until, place));
@@ -155,7 +156,7 @@ impl Lock {
         Some(self.grant(now, claim))
     }
 
-    /// Gives the lock back; `None` if `member` does not hold it under `fence`.
+    /// Releases the lock; `None` if `member` does not hold it under `fence`.
     pub(super) fn release(&mut self, member: MemberKey, fence: u64) -> Option<Holder> {
         let at = self
             .holders
@@ -182,8 +183,7 @@ impl Lock {
         })
     }
 
-    /// Removes `member`, except from the modes that it may keep; returns what it held and waited
-    /// for.
+    /// Removes `member`, except in modes that it may keep; returns what it held and waited for.
     pub(super) fn leave(
         &mut self,
         member: MemberKey,
@@ -202,7 +202,7 @@ impl Lock {
         (held, waited)
     }
 
-    /// Ends everything; returns who waited.
+    /// Ends all holds and waits; returns the waiting claims.
     pub(super) fn end_all(&mut self) -> Vec<Claim> {
         self.holders.clear();
         self.ends.clear();
@@ -211,12 +211,13 @@ impl Lock {
     }
 
     fn end(&mut self, at: usize) -> Holder {
-        // The end counts too: late writes under the old fence are recognised.
+        // The end of a hold raises the fence too, so that late writes under the old one are
+        // recognised.
         self.fence += 1;
         self.holders.remove(at)
     }
 
-    /// Begins an exclusive operation of the server.
+    /// Starts an exclusive operation of the server.
     pub(super) fn begin_server(&mut self) {
         self.held_by_server += 1;
     }
@@ -261,7 +262,7 @@ impl Lock {
         assert!(exclusive == 0 || self.holders.len() == 1, "one alone");
         assert!(self.holders.iter().all(|h| h.fence <= self.fence));
         assert_eq!(self.ends.len(), self.waiting.len());
-        // Nobody waits who could hold the lock.
+        // No waiting claim could be granted.
         if let Some((_, (claim, _))) = self.waiting.first_key_value() {
             assert!(
                 !self.admits(claim.mode),
@@ -319,7 +320,7 @@ mod tests {
     fn one_alone_or_readers_side_by_side() {
         assert_eq!(holders(&after(&["1", "2"])), [1]);
         assert_eq!(holders(&after(&["1s", "2s"])), [1, 2]);
-        // A reader who comes after a waiting writer does not overtake it.
+        // A reader does not overtake a writer that already waits.
         assert_eq!(holders(&after(&["1s", "2", "3s"])), [1]);
     }
 

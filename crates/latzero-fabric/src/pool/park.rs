@@ -47,13 +47,13 @@ use turns::{Lines, QueuedCalls};
 /// Parked calls or answers sent in one step; the rest follow when the driver calls again.
 const GIVEN_AT_ONCE_MAX: usize = 256;
 
-/// The place of a parked call, and of its answer, in the ledger.
+/// The bytes that a parked call, or its answer, takes in the ledger.
 struct HeldCall {
     bytes: Reservation,
     _count: Reservation,
 }
 
-/// About how many bytes the answer to a dead call takes.
+/// Approximate size of the answer to a dead call, in bytes.
 const SMALL_BYTES: usize = 512;
 
 impl HeldCall {
@@ -65,12 +65,12 @@ impl HeldCall {
         })
     }
 
-    /// Room in the same account for a short answer, whatever the limits are.
+    /// Reserves room in the same account for a short answer, even beyond the limits.
     fn small(&self) -> HeldCall {
         HeldCall::restored(self.bytes.account(), SMALL_BYTES)
     }
 
-    /// A reservation for what an earlier run stored, whatever the limits are now.
+    /// Reserves room for what an earlier run stored, even beyond the present limits.
     fn restored(account: &Arc<Account>, bytes: usize) -> HeldCall {
         let forced = |what: Resource, amount: u64| {
             let mut hold = account.hold(what);
@@ -84,24 +84,24 @@ impl HeldCall {
     }
 }
 
-/// What a parked call is doing.
+/// The state of a parked call.
 enum State {
     /// It waits for a handler.
     Waiting(Box<DurableCall>),
     /// It waits for the answer of the call that it repeats.
     Following(Box<DurableCall>),
-    /// It pauses before it waits for a handler again: the last one died.
+    /// It pauses before it waits for a handler again, because the last one died.
     Paused(Box<DurableCall>, Time),
     /// A handler has it.
     Given(Key<Call>),
-    /// Every attempt failed. Its caller knows.
+    /// Every attempt failed, and its caller was notified.
     Dead(Box<DurableCall>),
 }
 
 /// A parked call that is between two states.
 const NO_CALL: Key<Call> = Key::new(u32::MAX, u32::MAX);
 
-/// A parked call as the queue has it.
+/// A parked call in the queue.
 struct Parked {
     state: State,
     process: TriggerName,
@@ -132,7 +132,7 @@ impl Parked {
         matches!(self.state, State::Dead(_))
     }
 
-    /// Whether no attempt is left.
+    /// Whether it has no attempt left.
     fn is_last_attempt(&self) -> bool {
         self.attempt >= self.attempts
     }
@@ -181,7 +181,7 @@ impl Parked {
     }
 
     /// Whether a handler may have run it: it was delivered, or an earlier run of the server may
-    /// have died before it stored that.
+    /// have ended before it stored the delivery.
     fn ran(&self) -> Ran {
         if self.attempt == 0 && self.from != NOBODY && !self.is_following() {
             Ran::No
@@ -236,7 +236,7 @@ pub(super) struct ParkedCalls {
     calls: BTreeMap<u64, Parked>,
     /// Calls that wait for a handler, by trigger.
     lines: HashMap<TriggerName, Lines>,
-    /// How many wait for the answers of others.
+    /// How many calls wait for the answers of others.
     following: usize,
     /// When pauses end.
     pauses: BTreeSet<(Time, u64)>,
@@ -259,7 +259,7 @@ pub(super) struct ParkedCalls {
 }
 
 impl ParkedCalls {
-    /// The handlers of a trigger may take more: at the end of this step.
+    /// The handlers of a trigger may take more: dispatches at the end of this step.
     pub(super) fn note_room(&mut self, process: &TriggerName) {
         if self.lines.contains_key(process) {
             self.room.insert(process.clone());
@@ -276,13 +276,13 @@ impl ParkedCalls {
         ])
     }
 
-    /// Bytes of calls and answers.
+    /// The bytes of its calls and answers.
     pub(super) fn bytes(&self) -> u64 {
         let calls = self.calls.values().map(|parked| parked.held.bytes.amount());
         calls.sum::<u64>() + self.answers.bytes()
     }
 
-    /// Whether calls like this one wait already: a later one must not overtake them.
+    /// Whether similar calls already wait, which this one must not overtake.
     pub(super) fn waits_for(&self, process: &str, destination: Option<&str>) -> bool {
         let lines = self.lines.get(process);
         lines.is_some_and(|lines| lines.has(destination))
@@ -365,7 +365,7 @@ impl ParkedCalls {
         }
     }
 
-    /// Changes a call, its state perhaps with it.
+    /// Changes a call, and its index entries if its state changes.
     fn change<R>(&mut self, number: u64, change: impl FnOnce(&mut Parked) -> R) -> Option<R> {
         let mut parked = self.calls.remove(&number)?;
         self.unlink(number, &parked);
@@ -469,7 +469,7 @@ impl<D: Driver> Pool<D> {
         Ok(number)
     }
 
-    /// Parks a repeat of a call that is under way: it gets the same answer.
+    /// Parks a repeat of a call that is in progress: it gets the same answer.
     pub(super) fn park_repeat(
         &mut self,
         caller: MemberKey,
@@ -487,7 +487,7 @@ impl<D: Driver> Pool<D> {
         Ok(number)
     }
 
-    /// Promises a caller that came back that its parked call is on disk.
+    /// Promises a caller that reconnected that its parked call is on disk.
     pub(super) fn promise_parked(
         &mut self,
         number: u64,
@@ -495,12 +495,12 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) {
         if let Some(parked) = self.parked.calls.get(&number) {
-            // It changes nothing, and follows what was written of the call before.
+            // It changes nothing, and follows the earlier writes of the call.
             turn.store(StoreChange::Attempt(number, parked.attempt), Some(promise));
         }
     }
 
-    /// Whether a parked call waits still, or its handler has it.
+    /// Whether a parked call still waits, or a handler has it.
     #[must_use]
     pub fn is_parked(&self, number: u64) -> bool {
         self.parked.calls.contains_key(&number)
@@ -518,8 +518,8 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// A parked call ended without an answer from its handler: so do those that repeat it, unless
-    /// it never ran and one of them can take its place.
+    /// A parked call ended without an answer from its handler: ends its repeats too, unless it never
+    /// ran and one of them can take its place.
     fn drop_key(&mut self, number: u64, parked: &Parked, turn: &mut Turn<'_, D>) {
         match &parked.idempotency_key {
             Some(key) if parked.is_following() => {
@@ -565,7 +565,7 @@ impl<D: Driver> Pool<D> {
         ) else {
             return false;
         };
-        // Never longer than requested, whatever the clock says now.
+        // Never longer than requested, even if the clock has changed.
         let longest = row.expires.saturating_sub(row.death_or_parked());
         let left = row.expires.saturating_sub(turn.steady_ms()).min(longest);
         let deadline = now.after_ms(left);
@@ -650,7 +650,7 @@ impl<D: Driver> Pool<D> {
         Some(parked)
     }
 
-    /// Cancels a parked call for its caller; false if it has none of that id.
+    /// Cancels a parked call for its caller; false if there is none with that id.
     pub(super) fn cancel_parked(
         &mut self,
         caller: MemberKey,
@@ -690,7 +690,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Ends waits that are over, and tries what is to be tried again.
+    /// Ends pauses that are over, and retries what is due.
     pub(super) fn handle_parked_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         while let Some(&(at, number)) = self.parked.deadlines.first() {
@@ -718,7 +718,8 @@ impl<D: Driver> Pool<D> {
     pub(super) fn close_parked(&mut self, turn: &mut Turn<'_, D>) {
         let refusal = Refusal::new(Code::NoPool, "the pool was removed while the call waited");
         let mut calls: Vec<_> = self.parked.calls.iter().collect();
-        // Repeats first: they hear of the pool's end, and not of the first call's.
+        // Repeats first, so that they are told of the pool's removal and not of the first call's
+        // end.
         calls.sort_by_key(|(_, parked)| !parked.is_following());
         let numbers: Vec<u64> = calls.into_iter().map(|(number, _)| *number).collect();
         for number in numbers {
@@ -744,7 +745,7 @@ fn destination(trigger: &Trigger<'_>) -> Result<Option<AppId>, Refusal> {
     Ok(app.transpose()?)
 }
 
-/// The next moment: the driver handles what else is due first.
+/// The next moment, so that the driver first handles what else is due.
 fn soon(now: Time) -> Time {
     Time(now.0 + 1)
 }

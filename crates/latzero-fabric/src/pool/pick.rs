@@ -15,7 +15,7 @@ use crate::slab::Slab;
 pub(super) enum Offer {
     /// It has the call.
     Taken,
-    /// It can't take it now.
+    /// It cannot take it now.
     Busy,
     /// The call is not meant for it.
     NotMeant,
@@ -24,15 +24,15 @@ pub(super) enum Offer {
 /// Why no handler took a call, for the caller's error.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Seen {
-    /// A handler was of the destination that the caller named.
+    /// A handler belonged to the destination that the caller named.
     pub(super) matching: bool,
-    /// One would need the payload as base64, which is too large.
+    /// A handler needs the payload as base64, which is too large.
     pub(super) too_large: bool,
-    /// One has as many calls of this caller as it may have.
+    /// A handler has as many calls of this caller as it may have.
     pub(super) silent: bool,
 }
 
-/// Where to begin among the handlers.
+/// Where to start among the handlers.
 pub(super) fn start(served: &Served, prng: &mut Prng) -> usize {
     match served.strategy {
         Strategy::Random if !served.handlers.is_empty() => prng.below(served.handlers.len()),
@@ -70,7 +70,7 @@ pub(super) fn each<D: Driver>(
             })
         }
         Strategy::LeastBusy => {
-            // The first minimum: among equals the turn decides.
+            // The first minimum: among equals the next in turn is used.
             let (position, key, handler, member) =
                 in_turn().min_by_key(|(_, _, handler, _)| handler.in_flight)?;
             if offer(handler, member) == Offer::Taken {
@@ -93,7 +93,7 @@ pub(super) fn each<D: Driver>(
             for (position, key, handler, member) in order {
                 match offer(handler, member) {
                     Offer::Taken => return Some((position, key)),
-                    // The key's own handler is busy, and another one lacks its state.
+                    // The handler of this key is busy, and another one lacks its state.
                     Offer::Busy => return None,
                     Offer::NotMeant => {}
                 }

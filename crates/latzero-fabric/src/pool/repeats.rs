@@ -1,11 +1,11 @@
-//! Repeats of a call, known by their caller and its idempotency key: they get the first one's
-//! answer, and the handler runs once.
+//! Repeats of a call, recognised by the caller and its idempotency key: they get the answer of the
+//! first call, and the handler runs once.
 //!
-//! While the first call is under way its repeats wait with it, each for as long as its own ttl; a
-//! repeat that is cancelled or expires does not affect the first call. The answer is kept for a
-//! time, so that a caller that lost its connection may ask again. A call that ends without an
-//! answer (its time was over, its handler died) is forgotten: a repeat is then a call of its own,
-//! and may be the second that the handler sees.
+//! While the first call is in progress its repeats wait with it, each within its own ttl. A repeat
+//! that is cancelled or expires does not affect the first call. The answer is kept for some time,
+//! so that a caller that lost its connection can ask again. A call that ends without an answer (it
+//! expired, or its handler died) is forgotten: a repeat is then a new call, and may be the second
+//! one that the handler sees.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -28,13 +28,13 @@ use crate::turn::Turn;
 /// Repeats that wait for the answer of one call.
 const WAITING_MAX: usize = 16;
 
-/// Who calls, and its key as [`scoped`] has it.
+/// The caller and its key, in the form of [`scoped`].
 type Known = (AppId, Box<str>);
 
-/// A key belongs to the trigger and the destination that it was used for: one order may be billed
-/// and shipped under one number.
+/// A key belongs to the trigger and the destination that it was used with, so that one order can be
+/// billed and shipped under the same number.
 pub(super) fn scoped(process: &str, destination: Option<&str>, key: &str) -> Box<str> {
-    // No name has a line break.
+    // Names contain no line breaks.
     format!("{process}\n{}\n{key}", destination.unwrap_or_default()).into()
 }
 
@@ -43,7 +43,7 @@ pub(super) fn unscoped(scoped: &str) -> &str {
     scoped.splitn(3, '\n').nth(2).unwrap_or_default()
 }
 
-/// As [`scoped`], of a call.
+/// Like [`scoped`], for a call.
 pub(super) fn scoped_key(trigger: &Trigger<'_>) -> Option<Box<str>> {
     let key = trigger.idempotency_key.as_deref()?;
     let destination = trigger.destination.as_ref().map(|d| &*d.app_id);
@@ -72,9 +72,9 @@ enum Repeat {
     Running {
         /// Repeats that wait for the answer.
         waiting: Repeaters,
-        /// Where the answer will count.
+        /// The account in which the answer will be counted.
         account: Arc<Account>,
-        /// Repeats that are parked until then.
+        /// Parked repeats that wait for the answer.
         followers: Vec<u64>,
     },
     Answered {
@@ -91,25 +91,25 @@ struct Wait {
     deadline: Time,
 }
 
-/// Calls with an idempotency key: those under way, and the answers of others.
+/// Calls with an idempotency key: those in progress, and the answers of others.
 #[derive(Default)]
 pub(super) struct Repeats {
     known: HashMap<Known, Repeat>,
     /// When answers expire.
     expires: BTreeSet<(Time, Known)>,
     bytes: usize,
-    /// The repeats that wait, by who does.
+    /// The repeats that wait, by member.
     waits: BTreeMap<Waiter, Wait>,
-    /// When they have waited long enough.
+    /// When they expire.
     wait_deadlines: BTreeSet<(Time, Waiter)>,
 }
 
-/// What a call is, by its key.
+/// What the key of a call says about it.
 pub(super) enum Seen {
     First,
-    /// Its answer comes, or came, with the first one's.
+    /// It is a repeat: it got, or will get, the answer of the first call.
     Repeat,
-    /// It is the first one, which is parked under this number: its caller came back.
+    /// It is the first call, which is parked under this number: its caller has reconnected.
     Itself(u64),
 }
 
@@ -120,7 +120,7 @@ impl Repeats {
         earliest([answer, wait])
     }
 
-    /// Whether a repeat of this id waits.
+    /// Whether a repeat with this id waits.
     pub(super) fn awaits(&self, member: MemberKey, id: &str) -> bool {
         !self.waits.is_empty() && self.waits.contains_key(&waiter(member, id))
     }
@@ -151,7 +151,8 @@ impl Repeats {
         Some(wait)
     }
 
-    /// Ends a call that is under way; returns who waits with it, connected and parked.
+    /// Ends a call that is in progress; returns the repeats that wait with it, connected and
+    /// parked.
     fn take_running(&mut self, known: &Known) -> Option<(Repeaters, Vec<u64>, Arc<Account>)> {
         let Some(Repeat::Running { .. }) = self.known.get(known) else {
             return None;
@@ -170,7 +171,7 @@ impl Repeats {
         Some((waiting, followers, account))
     }
 
-    /// A member leaves: it waits for nothing any more.
+    /// A member leaves: removes its waiting repeats.
     pub(super) fn leave(&mut self, member: MemberKey) {
         let first = waiter(member, "");
         let own = self.waits.range(first.clone()..);
@@ -183,7 +184,7 @@ impl Repeats {
         }
     }
 
-    /// A call that an earlier run parked waits on.
+    /// Restores the key of a call that an earlier run parked.
     pub(super) fn restore(&mut self, caller: &AppId, key: &str, account: &Arc<Account>) {
         let known = (caller.clone(), key.into());
         self.begin(known, account);
@@ -201,7 +202,7 @@ impl Repeats {
         self.known.insert(known, repeat);
     }
 
-    /// The parked repeats of a call that is under way, and room for one more.
+    /// The parked repeats of a call that is in progress, with room for one more.
     pub(super) fn followers(
         &mut self,
         caller: &AppId,
@@ -216,7 +217,7 @@ impl Repeats {
         }
     }
 
-    /// A parked repeat waits no longer.
+    /// A parked repeat stops waiting.
     pub(super) fn unfollow(&mut self, caller: &AppId, key: &str, number: u64) {
         let known = (caller.clone(), Box::from(key));
         if let Some(Repeat::Running { followers, .. }) = self.known.get_mut(&known) {
@@ -244,8 +245,8 @@ impl Repeats {
         }
     }
 
-    /// As [`Repeats::restore`], of one that has its answer, which is sent next. False if there is
-    /// no room for it, or it is known.
+    /// Like [`Repeats::restore`], for a call that has its answer, which is sent next. False if
+    /// there is no room for it, or it is already known.
     pub(super) fn restore_answered(
         &mut self,
         caller: &AppId,
@@ -265,7 +266,7 @@ impl Repeats {
         self.bytes as u64
     }
 
-    /// When the oldest answer is given up.
+    /// When the oldest answer expires.
     pub(super) fn oldest(&self) -> Option<Time> {
         self.expires.first().map(|(expires, _)| *expires)
     }
@@ -322,7 +323,7 @@ impl<D: Driver> Pool<D> {
         let member = self.members.at(caller).expect("it calls");
         let account = Arc::clone(member.peer.link().account());
         let mut known = (member.app.clone(), Box::from(key));
-        // Of a server that knew no scopes: its answers are under the bare key.
+        // An older server stored answers under the key without its scope.
         if let Some((_, bare)) = key.rsplit_once('\n')
             && !self.repeats.known.contains_key(&known)
         {
@@ -331,7 +332,7 @@ impl<D: Driver> Pool<D> {
                 known = unscoped;
             }
         }
-        // The very call that is parked, said again by a caller that came back: it waits by itself.
+        // The caller has reconnected and sent the parked call again: it waits as itself.
         let itself = id.and_then(|id| self.parked.find(&known.0, id));
         match self.repeats.known.get_mut(&known) {
             Some(Repeat::Running { .. }) if let Some(number) = itself => Ok(Seen::Itself(number)),
@@ -388,7 +389,8 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// The first call is answered: so are those that wait with it, and for a time those that come.
+    /// The first call is answered: answers the repeats that wait, and stores the answer for later
+    /// ones.
     pub(super) fn repeats_answered(
         &mut self,
         caller: &AppId,
@@ -428,7 +430,7 @@ impl<D: Driver> Pool<D> {
         let mut held = account.hold(Resource::Repeats);
         while let Err(full) = held.resize(bytes as u64) {
             if full.is_of_server() {
-                // The oldest answers of all pools are forgotten, once this pool is released.
+                // The oldest answers of all pools are dropped once this pool is released.
                 held.force(bytes as u64);
                 turn.driver.effects().is_over_repeats = true;
             } else if !self.repeats.forget_oldest() {
@@ -471,7 +473,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Cancels a repeat for its caller; false if it has none of that id.
+    /// Cancels a repeat for its caller; false if there is none with that id.
     pub(super) fn cancel_repeat(
         &mut self,
         caller: MemberKey,

@@ -1,4 +1,4 @@
-//! An encrypted pool moves to its next epoch: calls and answers sealed for the previous one end.
+//! Moves an encrypted pool to its next epoch: ends calls and drops answers sealed for the last one.
 
 use super::Pool;
 use crate::driver::Driver;

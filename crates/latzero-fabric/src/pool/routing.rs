@@ -22,19 +22,19 @@ use crate::outbox::{Class, SHARE_BYTES, Sent, SharedBody};
 use crate::slab::Key;
 use crate::turn::Turn;
 
-/// Where a call is that was not refused.
+/// The state of a call that was not refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Routed {
-    /// A handler has it, or it is a repeat whose answer comes with the first one's.
+    /// A handler has it, or it is a repeat that gets the answer of the first call.
     Begun,
     /// It is parked under this number; the caller's reply waits for the disk.
     Parked(u64),
-    /// It was parked under this number before its caller came back; the caller's reply waits for
-    /// the disk.
+    /// It was already parked under this number when its caller reconnected; the caller's reply
+    /// waits for the disk.
     ParkedBefore(u64),
 }
 
-/// An emit as it is sent to all who take the same form.
+/// An emit, encoded for all receivers of the same form.
 enum Encoded {
     /// In the pool's scratch buffer.
     Here(std::ops::Range<usize>),
@@ -119,7 +119,7 @@ impl<D: Driver> Pool<D> {
             let message = "a call with \"park\" or \"redeliver\" cannot name blocks";
             return Err(Refusal::new(Code::BadMessage, message).into());
         }
-        // Those that wait already come first.
+        // Calls that already wait come first.
         let app_named = trigger.destination.as_ref().map(|d| &*d.app_id);
         let must_wait = match trigger.park {
             Park::No => false,
@@ -150,7 +150,7 @@ impl<D: Driver> Pool<D> {
                 Ok(Routed::Begun)
             }
             Err(error) => {
-                // Nobody can take it now.
+                // No handler can take it now.
                 let may_wait = match &error {
                     CallError::UnknownDestination => true,
                     CallError::Refused(refusal) => {
@@ -171,7 +171,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Offers a call to the trigger's handlers, and begins it where one takes it.
+    /// Offers a call to the trigger's handlers, and starts it if one takes it.
     pub(super) fn route(
         &mut self,
         from: Caller<'_>,
@@ -248,7 +248,7 @@ impl<D: Driver> Pool<D> {
                 if !matches(trigger.destination.as_ref(), to) {
                     return Offer::NotMeant;
                 }
-                // It listens to emits, and is no handler of calls.
+                // It receives only emits and handles no calls.
                 if handler.concurrency == 0 {
                     return Offer::NotMeant;
                 }
@@ -349,8 +349,8 @@ impl<D: Driver> Pool<D> {
         Ok(key)
     }
 
-    /// Whether the pool takes one more call. One untrusted user's calls leave half of the pool to
-    /// others, and those of all untrusted users an eighth.
+    /// Whether the pool accepts one more call. The calls of one untrusted user leave half of the
+    /// pool to others, and those of all untrusted users leave an eighth.
     fn check_room(&self, caller: Option<&Member<D>>) -> Result<(), Refusal> {
         let (max, all) = (self.limits.pending_max, self.calls.len());
         let stranger = caller.filter(|m| m.is_stranger);
@@ -369,7 +369,7 @@ impl<D: Driver> Pool<D> {
         Err(Refusal::new(Code::Overloaded, message))
     }
 
-    /// Passes an emit to the trigger's handlers; returns how many it was appended for.
+    /// Sends an emit to the trigger's handlers; returns how many it was appended for.
     ///
     /// # Errors
     /// If the sender is not a member, or the name is invalid.
@@ -533,8 +533,8 @@ impl<D: Driver> Pool<D> {
     }
 }
 
-/// What a sticky trigger hashes: the key, else the caller. A call and an emit with one key go to
-/// one handler.
+/// What a sticky trigger hashes: the key, or else the caller. A call and an emit with the same key
+/// go to the same handler.
 pub(super) fn sticky(seed: u64, key: Option<&str>, from: InstanceId) -> u64 {
     match key {
         Some(key) => crate::prng::hash(seed, key.as_bytes()),
@@ -569,8 +569,8 @@ pub(super) fn not_member(pool: &PoolName) -> Refusal {
     )
 }
 
-/// About how many bytes a forwarded message takes: the body in the form that its receiver takes,
-/// and what always stands around it.
+/// Approximate size of a forwarded message in bytes: the body in the form that its receiver
+/// accepts, and the fields around it.
 pub(super) fn forwarded_length(body: Body<'_>, attachments: Attachments) -> usize {
     let body = match (body, attachments) {
         (Body::Bytes(bytes), Attachments::NotTaken) => base64_length(bytes),

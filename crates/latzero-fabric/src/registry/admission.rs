@@ -1,4 +1,4 @@
-//! Handshakes: who is let in, and with what.
+//! Handshakes: which apps are admitted, and what they are granted.
 //!
 //! A changed registration is stored first; the app is admitted once that is on disk.
 
@@ -19,12 +19,12 @@ use crate::rows::StoreChange;
 use crate::turn::Turn;
 
 impl<D: Driver> Registry<D> {
-    /// Admits an app's instance, or says why not. If the handshake changes the registration, that
-    /// is stored first, and `peer` waits for it. Then the handshake is repeated, with `kept` from
+    /// Admits an instance of an app, or refuses it. If the handshake changes the registration, the
+    /// change is stored first, and `peer` waits for it. Then this is called again, with `kept` from
     /// [`Admitted::Later`].
     ///
     /// # Errors
-    /// `forbidden`, `unauthenticated`, `app_in_use`, `quota`, `too_large`: nothing changed then.
+    /// `forbidden`, `unauthenticated`, `app_in_use`, `quota`, `too_large`; nothing was changed.
     #[allow(
         clippy::too_many_lines,
         reason = "one decision after the other, none of which can be moved"
@@ -41,7 +41,7 @@ impl<D: Driver> Registry<D> {
         let unix_ms = turn.unix_ms();
         let app_id = &handshake.app_id;
         self.check_identity(app_id, who, transport)?;
-        // Instances from before the AppID had an owner make way for the owner.
+        // Instances that connected before the AppID had an owner are displaced by the owner.
         let is_known_now = who.uid.is_some() || who.proved.is_some();
         let stays = |instance: &Instance<D>| instance.is_known || !is_known_now;
         let known = self.apps.get(app_id);
@@ -55,7 +55,7 @@ impl<D: Driver> Registry<D> {
             && handshake.triggers.is_none()
             && !handshake.names_encrypted
             && remembered.is_some();
-        // What was stored just now is not what the app had.
+        // The registration that was just stored is not what the app had before.
         let rehydrated = kept.unwrap_or(wants_back);
         let mut registration = match &remembered {
             Some(remembered) if wants_back => Registration::clone(remembered),
@@ -66,13 +66,13 @@ impl<D: Driver> Registry<D> {
             },
         };
         if wants_back {
-            // A pool that closed itself to the app meanwhile is not asked for.
+            // Pools whose policy now excludes the app are left out.
             registration.pools.retain(|name| {
                 let is_kept = self.is_reserved(app_id, name, now);
                 self.is_sealed(name)
                     || !is_kept && self.pools.get(name).is_none_or(|p| p.admits(app_id))
             });
-            // Nor a trigger if it may no longer be served.
+            // So are triggers that it may no longer serve.
             registration.triggers.retain(|spec| {
                 self.check_service(app_id, std::slice::from_ref(spec))
                     .is_ok()
@@ -102,7 +102,7 @@ impl<D: Driver> Registry<D> {
         }
         let is_same = remembered.as_ref().is_some_and(|remembered| {
             let meta = registration.meta.clone();
-            // An app's metadata is not worth a wait for the disk.
+            // A change of only the metadata does not wait for the disk.
             let remembered = Registration {
                 meta,
                 ..Registration::clone(remembered)
@@ -136,7 +136,7 @@ impl<D: Driver> Registry<D> {
         self.check_room_for_pools(new_pools)?;
         let account = Arc::clone(peer.link().account());
         let user = Arc::clone(account.user());
-        // It does not make room for itself by being forgotten.
+        // The app itself must not be forgotten to make room.
         let own = self.apps.get(app_id);
         let own = own.filter(|app| app.instances.is_empty());
         let own = own.map(|app| (app.user, app.last_seen));
@@ -152,7 +152,7 @@ impl<D: Driver> Registry<D> {
         for _ in 0..new_pools {
             places.push(account.reserve(Resource::Pools, 1).map_err(Refusal::from)?);
         }
-        // The last that can fail: from here on things change.
+        // The last step that can fail: state changes from here on.
         if !is_known {
             self.make_room(&user, turn)?;
         }
@@ -170,8 +170,8 @@ impl<D: Driver> Registry<D> {
             self.offline.insert(app.user, app.last_seen, app_id.clone());
         }
         let becomes_lasting = is_lasting && !app.is_lasting;
-        // A tool's visit under an app's name does not make the app less lasting, and an app may
-        // follow a tool.
+        // A transient instance does not make a remembered app transient, and a later instance may
+        // make a transient app a remembered one.
         app.is_lasting |= is_lasting;
         app.registration = Remembered::Read(registration.clone());
         app.held.force(app.bytes());
@@ -182,7 +182,7 @@ impl<D: Driver> Registry<D> {
         }
 
         let instance = InstanceId(turn.driver.fresh_id(&mut self.prng));
-        // An encrypted pool is joined by a proof, and gives back nothing before.
+        // An encrypted pool is joined, and its state restored, only after a proof.
         let joined = registration
             .pools
             .iter()
@@ -217,7 +217,7 @@ impl<D: Driver> Registry<D> {
             since: now,
             is_known: is_known_now,
         });
-        // From now on it is its newest user's.
+        // From now on it belongs to its newest user.
         app.user = user.id();
         app.held = held;
         app.held.force(app.bytes());
@@ -238,8 +238,8 @@ impl<D: Driver> Registry<D> {
         })))
     }
 
-    /// Forgets an app that was offline for long if there is no room for another. New names of an
-    /// untrusted user push out its own first.
+    /// Forgets the app that was offline longest if there is no room for another. For a new app of
+    /// an untrusted user, an app of the same user is forgotten first.
     fn make_room(&mut self, user: &Arc<Account>, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
         if self.apps.len() < self.limits.apps_max {
             return Ok(());
@@ -276,7 +276,7 @@ impl<D: Driver> Registry<D> {
     }
 
     /// Reserves memory for what an app registers and one more instance of it. Apps that were
-    /// offline for long make room.
+    /// offline longest are forgotten to make room.
     fn reserve_app(
         &mut self,
         app_id: &AppId,
@@ -291,7 +291,7 @@ impl<D: Driver> Registry<D> {
         let needed = registered + registration.live() * (instances + 1);
         let mut held = user.hold(Resource::Registrations);
         loop {
-            // What it has now goes when it is replaced.
+            // Its present registration is released when it is replaced.
             let more = needed.saturating_sub(had);
             let Err(full) = held.resize(more) else {
                 held.force(needed);
@@ -319,7 +319,7 @@ impl<D: Driver> Registry<D> {
         registration.subscriptions.extend(subscriptions.cloned());
     }
 
-    /// Whether the pools' rules let an app in, and serve where it says that it does.
+    /// Whether the policies of pools allow an app to join, and to serve its triggers where it says.
     pub(super) fn check_policies(
         &self,
         app_id: &AppId,
@@ -350,7 +350,7 @@ impl<D: Driver> Registry<D> {
             let Some(entry) = self.pools.get(name) else {
                 continue;
             };
-            // Whether it may is decided when the pool is proved.
+            // This is decided when the pool is proved.
             if entry.sealed.is_some() {
                 continue;
             }
@@ -393,7 +393,7 @@ impl<D: Driver> Registry<D> {
         Ok(())
     }
 
-    /// JSON that an app may say freely, within its size.
+    /// Checks JSON that the server does not interpret: only its size is limited.
     pub(super) fn free_json(&self, field: &str, text: &str) -> Result<Value, Refusal> {
         if text.len() > self.limits.meta_bytes_max {
             let message = format!(
@@ -421,7 +421,7 @@ pub(super) fn dedup_pools(pools: &mut Vec<PoolName>) {
     pools.retain(|name| seen.insert(name.clone()));
 }
 
-/// Of triggers named twice the last counts.
+/// If a trigger is named twice, the last one counts.
 pub(crate) fn dedup_triggers(triggers: &mut Vec<TriggerSpec>) {
     let mut seen = BTreeSet::new();
     triggers.reverse();
@@ -454,7 +454,7 @@ pub(super) fn check_reserved(triggers: &[TriggerSpec]) -> Result<(), Refusal> {
     }
 }
 
-/// Whether an app, or one instance of it, may be in that many pools.
+/// Checks whether an app, or one instance of it, may be in that many pools.
 pub(crate) fn check_pools(pools: usize, limits: &Limits) -> Result<(), Refusal> {
     if pools > limits.pools_per_app_max {
         return Err(too_many("pools", limits.pools_per_app_max));
@@ -462,7 +462,7 @@ pub(crate) fn check_pools(pools: usize, limits: &Limits) -> Result<(), Refusal> 
     Ok(())
 }
 
-/// Whether an app, or one instance of it, may serve these triggers.
+/// Checks whether an app, or one instance of it, may serve these triggers.
 pub(crate) fn check_triggers(triggers: &[TriggerSpec], limits: &Limits) -> Result<(), Refusal> {
     if triggers.len() > limits.triggers_per_app_max {
         return Err(too_many("triggers", limits.triggers_per_app_max));

@@ -1,4 +1,4 @@
-//! Whose an AppID is.
+//! The owners of AppIDs.
 //!
 //! An AppID belongs to the user of this machine who first used it over the Unix socket, as long as
 //! the app is remembered, or permanently to the holder of the key bound to it. Nobody else may use
@@ -15,7 +15,7 @@ use crate::turn::Turn;
 /// The AppID of a server that takes over.
 const TAKEOVER_APP: &str = "latzero-takeover";
 
-/// Who is at the other end of a connection, as far as that is known.
+/// What is known about the other end of a connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Who {
     /// The user of this machine, if the kernel reports it.
@@ -24,18 +24,18 @@ pub struct Who {
     pub is_own: bool,
     /// The AppID whose key was proved, and the key.
     pub proved: Option<(AppId, [u8; 32])>,
-    /// The AppIDs that its TLS certificate names, where it has shown one: it may use no other.
+    /// The AppIDs that its TLS certificate names, if it has presented one: it may use no others.
     pub certified: Option<Vec<AppId>>,
 }
 
-/// Whose an AppID is.
+/// The owner of an AppID.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Binding {
-    /// The user whose it is while the app is remembered.
+    /// The user that owns it while the app is remembered.
     uid: Option<u32>,
-    /// The key that it must prove.
+    /// The key that must be proved for it.
     key: Option<[u8; 32]>,
-    /// Since when, in milliseconds since the Unix epoch.
+    /// Since when it is owned, in milliseconds since the Unix epoch.
     since: u64,
     /// Whether it outlives the server.
     is_kept: bool,
@@ -54,7 +54,7 @@ impl<D: Driver> Registry<D> {
         self.bindings.insert(row.app_id.clone(), binding);
     }
 
-    /// Whether a client may use an AppID.
+    /// Checks whether a client may use an AppID.
     ///
     /// # Errors
     /// `forbidden`, `unauthenticated`.
@@ -96,7 +96,8 @@ impl<D: Driver> Registry<D> {
         self.bindings.get(app_id)?.key
     }
 
-    /// Whether a key may be bound to an AppID that has none: it is new, or of that user.
+    /// Checks whether a key may be bound to an AppID without a key: it must be new or owned by that
+    /// user.
     ///
     /// # Errors
     /// `unauthenticated`, `quota`.
@@ -119,7 +120,7 @@ impl<D: Driver> Registry<D> {
     }
 
     /// Records the owner of an admitted AppID; returns whether earlier instances had no owner and
-    /// must go.
+    /// must be removed.
     pub(super) fn bind(
         &mut self,
         app_id: &AppId,
@@ -152,7 +153,7 @@ impl<D: Driver> Registry<D> {
         (was.uid, was.key) == (None, None)
     }
 
-    /// An app is forgotten: its AppID is free, unless it has a key.
+    /// An app is forgotten: its AppID becomes free, unless it has a key.
     pub(super) fn unbind(&mut self, app_id: &AppId, turn: &mut Turn<'_, D>) {
         let Some(binding) = self.bindings.get_mut(app_id) else {
             return;
@@ -173,7 +174,7 @@ impl<D: Driver> Registry<D> {
         }
     }
 
-    /// Takes the key of an AppID away, as an administrator asks.
+    /// Removes the key of an AppID, for an administrator.
     ///
     /// # Errors
     /// `no_app` if it has none.
@@ -201,14 +202,14 @@ impl<D: Driver> Registry<D> {
         Ok(())
     }
 
-    /// Something of an app outlives its last instance, a call that waits for instance: so it is
-    /// remembered, and its AppID stays whose it is.
+    /// Something of an app outlives its last instance, such as a waiting call. So the app is
+    /// remembered, and its AppID keeps its owner.
     pub fn outlast(&mut self, app_id: &AppId, turn: &mut Turn<'_, D>) {
         let is_users = self.bindings.get(app_id).is_some_and(|b| b.uid.is_some());
         let Some(app) = self.apps.get_mut(app_id).filter(|app| !app.is_lasting) else {
             return;
         };
-        // Its tools' names are a user's permanently.
+        // The AppIDs of a user's tools belong to that user permanently.
         if !is_users || tool_of(app_id).is_some() {
             return;
         }
@@ -240,7 +241,7 @@ impl Binding {
     }
 }
 
-/// Some names are the server's own, and some a user's.
+/// Checks names that are reserved for the server or for a user.
 fn check_name(app_id: &AppId, who: &Who) -> Result<(), Refusal> {
     let name = app_id.as_str();
     // A server that takes over asks the running one, as the same user.
@@ -285,7 +286,7 @@ fn check_certificate(app_id: &AppId, who: &Who) -> Result<(), Refusal> {
     Err(Refusal::new(Code::Forbidden, message))
 }
 
-/// The user for whose tools an AppID is: `cli-1000`, and `cli-1000-` with more behind it.
+/// The user whose tools an AppID is reserved for: `cli-1000`, and `cli-1000-` followed by more.
 fn tool_of(app_id: &AppId) -> Option<u32> {
     let rest = app_id.as_str().strip_prefix("cli-")?;
     let uid = rest.split_once('-').map_or(rest, |(uid, _)| uid);

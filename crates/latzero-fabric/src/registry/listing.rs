@@ -1,7 +1,7 @@
 //! Listings of apps and pools, in pages.
 //!
-//! A page is bounded in entries, in bytes and in what is looked at to fill it, so that a listing
-//! never holds up others.
+//! A page is bounded in entries, in bytes and in what is examined to fill it, so that a listing
+//! never delays others.
 
 use std::ops::Bound;
 
@@ -22,10 +22,10 @@ pub(crate) const PAGE_BYTES_MAX: usize = 128 * 1024;
 /// one begins.
 const LOOKED_AT_MAX: usize = 10_000;
 
-/// Instances of one app that a listing shows one by one.
+/// How many instances of one app a listing shows.
 const INSTANCES_SHOWN_MAX: usize = 100;
 
-/// Bytes of one entry, so that each fits on a page.
+/// Most bytes of one entry, so that each fits on a page.
 const ENTRY_BYTES_MAX: usize = PAGE_BYTES_MAX - 1024;
 
 /// Where the first parts of an app's entry end, in bytes from its beginning: each leaves room for
@@ -34,7 +34,7 @@ const META_END: usize = 24 * 1024;
 const POOLS_END: usize = 48 * 1024;
 const INSTANCES_END: usize = 80 * 1024;
 
-/// What the registry holds, in numbers.
+/// Counters of the registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub struct Counts {
     /// Apps that are remembered.
@@ -47,14 +47,14 @@ pub struct Counts {
     pub pools: usize,
 }
 
-/// Who looks: what it may not join, it does not see.
+/// The client that requests a listing: it does not see pools that it may not join.
 #[derive(Debug, Clone, Copy)]
 pub struct View<'a> {
-    /// The app that asks.
+    /// Its app.
     pub app: &'a AppId,
     /// Whether it may see what administrators may.
     pub is_admin: bool,
-    /// Which instance of it, if any: an encrypted pool is there for the one that proved it.
+    /// Its instance, if any: an encrypted pool is visible to the instance that proved it.
     pub instance: Option<InstanceId>,
 }
 
@@ -76,7 +76,7 @@ impl<D: Driver> Registry<D> {
     /// A pool that is visible to this connection.
     ///
     /// # Errors
-    /// `no_pool`: one that it may not join is not there for it.
+    /// `no_pool` if it does not exist or is hidden.
     pub(super) fn shown_pool(
         &self,
         name: &PoolName,
@@ -99,14 +99,14 @@ impl<D: Driver> Registry<D> {
         Some((entry.pool.clone(), pool_json(name, entry, true)))
     }
 
-    /// Whether a name is not that of a hidden pool.
+    /// Whether no hidden pool has this name.
     fn is_shown(&self, name: &PoolName, view: &View<'_>) -> bool {
         self.pools
             .get(name)
             .is_none_or(|entry| self.shows(entry, view))
     }
 
-    /// A pool's handle and what the registry knows of it.
+    /// A pool's handle and what the registry knows about it.
     ///
     /// # Errors
     /// `no_pool`.
@@ -193,14 +193,14 @@ impl<D: Driver> Registry<D> {
         Ok(text.finish())
     }
 
-    /// The visible pools; without it, all.
+    /// The visible pools, or all.
     pub fn seen_pools(&self, view: Option<&View<'_>>) -> Vec<D::Pool> {
         let is_seen = |entry: &&PoolEntry<D>| view.is_none_or(|view| self.shows(entry, view));
         let seen = self.pools.values().filter(is_seen);
         seen.map(|entry| entry.pool.clone()).collect()
     }
 
-    /// How many apps are known, how many of them live, and how many instances and pools there are.
+    /// The numbers of known apps, connected apps, instances and pools.
     #[must_use]
     pub fn counts(&self) -> Counts {
         Counts {
@@ -213,8 +213,7 @@ impl<D: Driver> Registry<D> {
 }
 
 impl<D: Driver> App<D> {
-    /// Whether the app registered for a pool or is in it, and how much was looked at to find that
-    /// out.
+    /// Whether the app registered for a pool or is in it, and how much was examined to find out.
     fn is_in(&self, pool: &PoolName) -> (bool, usize) {
         let (registered, mut cost) = match &self.registration {
             Remembered::Read(registration) => (
@@ -247,7 +246,7 @@ pub(crate) struct PageText {
     entries: usize,
     limit: usize,
     is_more: bool,
-    /// The last name that the page covers, shown or passed over.
+    /// The last name that the page covers, listed or skipped.
     last: String,
 }
 
@@ -283,13 +282,13 @@ impl PageText {
         false
     }
 
-    /// Goes past an entry that is not listed.
+    /// Skips an entry that is not listed.
     fn passed(&mut self, name: &str) {
         self.last.clear();
         self.last.push_str(name);
     }
 
-    /// The page, and where the next one begins: behind `after`.
+    /// The page, and where the next one begins: after `after`.
     pub(crate) fn finish(self) -> String {
         let mut text = self.text;
         text.push(']');
@@ -337,7 +336,7 @@ fn pool_json<D: Driver>(name: &PoolName, entry: &PoolEntry<D>, is_inside: bool) 
     description
 }
 
-/// Appends the entry of one app. What is too long is cut, and the entry says so.
+/// Appends the entry of one app. An entry that is too long is shortened, and says so.
 fn app_json<D: Driver>(
     out: &mut String,
     id: &AppId,
@@ -377,7 +376,7 @@ fn app_json<D: Driver>(
     let shown = app.instances.iter().take(INSTANCES_SHOWN_MAX);
     is_cut |= array(out, start + INSTANCES_END, shown.map(instance));
     out.push_str(",\"triggers\":");
-    // What is served in hidden pools alone is hidden with them.
+    // Triggers that are served only in hidden pools are hidden too.
     let serves = |pools: &[PoolName]| pools.is_empty() || pools.iter().any(&is_shown);
     let is_everywhere_hidden = !serves(&registration.pools);
     let triggers = registration.triggers.iter().filter_map(|spec| {

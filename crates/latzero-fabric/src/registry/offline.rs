@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use latzero_protocol::AppId;
 
-/// Apps without an instance: of each user, the longest gone first.
+/// Apps without an instance: for each user, the one that was offline longest first.
 #[derive(Default)]
 pub(super) struct Offline {
     of: BTreeMap<u64, BTreeSet<(u64, AppId)>>,
@@ -31,7 +31,7 @@ impl Offline {
         }
     }
 
-    /// Takes the app that was gone longest of a user.
+    /// Removes and returns a user's app that was offline longest.
     pub(super) fn pop_of(&mut self, user: u64) -> Option<AppId> {
         let own = self.of.get_mut(&user)?;
         let (_, app) = own.pop_first()?;
@@ -42,7 +42,7 @@ impl Offline {
         Some(app)
     }
 
-    /// Takes an app of the user that has most.
+    /// Removes and returns an app of the user that has the most.
     pub(super) fn pop(&mut self) -> Option<AppId> {
         let most = self.of.iter().max_by_key(|(_, own)| own.len());
         let (&user, _) = most?;

@@ -16,22 +16,22 @@ use crate::registration::{Registration, Remembered};
 use crate::rows::{PoolRow, StoreChange};
 use crate::turn::Turn;
 
-/// How long the name of a non-durable pool with rules is reserved for its owner after a restart.
+/// How long the name of a non-durable pool with a policy is reserved for its owner after a restart.
 const GRACE_MS: u64 = 30_000;
 
 impl<D: Driver> Registry<D> {
-    /// Whether a name is reserved for another app: that of a pool with rules is, for its owner from
-    /// before the server's start.
+    /// Whether a name is reserved for another app: the owner of a pool with a policy from before
+    /// the server's start.
     pub(super) fn is_reserved(&self, app_id: &AppId, name: &PoolName, now: Time) -> bool {
         let kept = self.reserved.get(name);
         kept.is_some_and(|(owner, until)| owner != app_id && *until > now)
     }
 
-    /// Restores a pool of an earlier run, whatever the limit on pools is now.
+    /// Restores a pool of an earlier run, even beyond the limit on pools.
     ///
     /// # Errors
-    /// `storage` if its policy is invalid. The pool then exists, but only for its owner: a pool
-    /// without rules would be worse.
+    /// `storage` if its policy is invalid. The pool then exists, but only for its owner, because a
+    /// pool without its policy would be open to everybody.
     pub fn restore_pool(&mut self, row: PoolRow, now: Time) -> Result<(), Refusal> {
         if !row.is_durable {
             if let Some(owner) = row.owner {
@@ -72,8 +72,8 @@ impl<D: Driver> Registry<D> {
         closed.map_or(Ok(()), Err)
     }
 
-    /// Notes that a member has left a pool (or could not join it after all). A pool that was not
-    /// created explicitly goes with its last member.
+    /// Notes that a member has left a pool, or could not join it. A pool that was not created
+    /// explicitly is removed with its last member.
     pub fn member_left(&mut self, name: &PoolName, number: u32) {
         let Some(entry) = self.pools.get_mut(name) else {
             return;
@@ -86,7 +86,7 @@ impl<D: Driver> Registry<D> {
     }
 
     /// The number of blocks, parked calls and answers in a pool changed. A pool that was not
-    /// created explicitly goes with the last of them and its last member. False if the pool no
+    /// created explicitly is removed when it has neither them nor members. False if the pool no
     /// longer exists.
     pub fn count_held(&mut self, name: &PoolName, number: u32, change: i32) -> bool {
         let Some(entry) = self.pools.get_mut(name).filter(|e| e.number == number) else {
@@ -125,7 +125,7 @@ impl<D: Driver> Registry<D> {
         Ok((entry.number, entry.pool.clone()))
     }
 
-    /// Creates a pool that stays until it is removed; returns whether a reply waits for the disk.
+    /// Creates a pool that stays until it is removed; returns whether the reply waits for the disk.
     ///
     /// # Errors
     /// `pool_exists`, `quota`, `too_large`.
@@ -156,7 +156,7 @@ impl<D: Driver> Registry<D> {
                 format!("pool '{name}' exists; join it, or choose another name"),
             ));
         }
-        // Its owner is about to come back, and must find it open.
+        // Its owner is about to reconnect and must be able to join it.
         let awaited = turn.driver.awaited_owner(&name, None);
         if awaited.is_some_and(|of| of != *owner) || self.is_reserved(owner, &name, turn.time()) {
             return Err(not_open(owner, &name));
@@ -199,8 +199,8 @@ impl<D: Driver> Registry<D> {
         Ok(durable)
     }
 
-    /// A durable pool could not be stored: it goes with its last member. Returned if it has rules,
-    /// which its content must not outlive now ([`Pool::set_outlives`]).
+    /// A durable pool could not be stored: it is removed with its last member. Its handle is
+    /// returned if it has a policy, which its content must not outlive ([`Pool::set_outlives`]).
     pub fn release_pool(&mut self, name: &PoolName) -> Option<D::Pool> {
         let entry = self.pools.get_mut(name).filter(|entry| entry.durable)?;
         entry.durable = false;
@@ -211,8 +211,8 @@ impl<D: Driver> Registry<D> {
         pool
     }
 
-    /// Takes a pool out of the registry; its handle is to be closed. Returns whether a reply waits
-    /// for the disk.
+    /// Removes a pool from the registry and returns its handle, which the caller closes, and
+    /// whether the reply waits for the disk.
     ///
     /// # Errors
     /// `no_pool`, `forbidden`.
@@ -319,7 +319,7 @@ impl<D: Driver> Registry<D> {
             self.limits.clone(),
             Prng::new(self.prng.next_u64()),
         );
-        // Before anybody can reach it.
+        // Before anybody can use it.
         pool.set_outlives(outlives);
         let entry = PoolEntry {
             number,
@@ -347,8 +347,8 @@ impl<D: Driver> Registry<D> {
     }
 }
 
-/// Takes a pool out of what is remembered of an app; says whether it was there. An instance of the
-/// app may have watched it since another one registered without it.
+/// Removes a pool from an app's registration; returns whether it was there. An instance of the app
+/// may have watched it after another one registered without it.
 pub(super) fn forget_pool(registration: &mut Registration, name: &PoolName) -> bool {
     let count = |r: &Registration| r.pools.len() + r.watches.len() + r.subscriptions.len();
     let before = count(registration);

@@ -18,26 +18,26 @@ use crate::driver::Driver;
 use crate::rows::{PoolRow, StoreChange};
 use crate::turn::Turn;
 
-/// Descriptors of earlier epochs in the reply to a proof.
+/// How many descriptors of earlier epochs the reply to a proof has.
 const CHAIN_TOLD: usize = 16;
 
-/// Bytes of a descriptor: it has a name of 255 bytes at most.
+/// Most bytes of a descriptor, which has a name of at most 255 bytes.
 const DESCRIPTOR_BYTES_MAX: usize = 1024;
 
-/// What makes a pool an encrypted one.
+/// The descriptors of an encrypted pool.
 pub(super) struct Sealed {
     pub(super) descriptor: Arc<Descriptor>,
-    /// Those of the epochs before, ascending.
+    /// The descriptors of earlier epochs, ascending.
     older: Vec<Arc<[u8]>>,
 }
 
-/// What a proof opens.
+/// What a proof grants.
 pub struct Proved<D: Driver> {
     /// What the join needs; absent for a member.
     pub entrance: Option<Entrance<D>>,
     /// The newest descriptors before the current one, ascending.
     pub chain: Vec<Arc<[u8]>>,
-    /// Whether the app had something here.
+    /// Whether the app's state in the pool was restored.
     pub rehydrated: bool,
     /// What it watched.
     pub watch: Option<EventSet>,
@@ -49,20 +49,20 @@ pub struct Proved<D: Driver> {
 pub struct Rotated<D: Driver> {
     /// The new descriptor.
     pub descriptor: Arc<Descriptor>,
-    /// Members that stay.
+    /// How many members stay.
     pub kept: Vec<D::Peer>,
     /// The pool.
     pub pool: D::Pool,
-    /// Whether what was sealed for the epoch before is to end.
+    /// Whether calls and answers sealed for the previous epoch end.
     pub purges: bool,
-    /// Whether blocks are to move to new generations.
+    /// Whether blocks move to new generations.
     pub moves: bool,
     /// Members that must prove the pool again, and leave.
     pub dropped: Vec<(D::Peer, Membership<D>)>,
 }
 
 impl Sealed {
-    /// What there is to read of a new pool.
+    /// Reads the descriptor of a new pool.
     ///
     /// # Errors
     /// `bad_message`.
@@ -79,7 +79,7 @@ impl Sealed {
         })
     }
 
-    /// Of an earlier run.
+    /// Restores the descriptor of an earlier run.
     pub(super) fn restore(bytes: &[u8]) -> Option<Sealed> {
         let descriptor = Descriptor::parse(bytes).ok()?;
         Some(Sealed {
@@ -88,7 +88,7 @@ impl Sealed {
         })
     }
 
-    /// What members see of it.
+    /// What members see of it in a description.
     pub(super) fn describe(&self, description: &mut Value) {
         let descriptor = &self.descriptor;
         let is_gated = descriptor.suite() == Suite::Gated;
@@ -133,7 +133,7 @@ impl<D: Driver> Registry<D> {
         sealed.any(|sealed| sealed.descriptor.pool_id() == id)
     }
 
-    /// Adds a descriptor of an earlier epoch; they come in the order of their epochs.
+    /// Adds a descriptor of an earlier epoch; they must be added in the order of their epochs.
     pub fn restore_descriptor(&mut self, name: &PoolName, epoch: u32, bytes: Vec<u8>) {
         let entry = self.pools.get_mut(name);
         if let Some(sealed) = entry.and_then(|entry| entry.sealed.as_mut())
@@ -159,7 +159,7 @@ impl<D: Driver> Registry<D> {
         let unix_ms = turn.unix_ms();
         let entry = self.pools.get(name).ok_or_else(Refusal::unproved)?;
         let sealed = entry.sealed.as_ref().ok_or_else(Refusal::unproved)?;
-        // A rotation may have come in between.
+        // The pool may have been rotated in the meantime.
         if !Arc::ptr_eq(&sealed.descriptor, descriptor) {
             return Err(Refusal::unproved());
         }

@@ -1,9 +1,9 @@
-//! New work that waits inside its session: while its connection has all the calls in flight that it
-//! may have, or as many requests as may wait for the disk.
+//! New work that waits in its session, while its connection has as many calls in flight, or as many
+//! requests that wait for the disk, as it may have.
 //!
-//! Only new work waits. Answers, acknowledgements and cancels behind it are read and handled, since
-//! they are what makes room; so are questions and pings. What waits keeps its order and is counted
-//! before it is copied. The driver stops reading where [`Session::must_pause`] says so.
+//! Only new work waits. Answers, acknowledgements and cancels behind it are read and handled,
+//! because they make room; so are queries and pings. Waiting messages keep their order and are
+//! counted before they are copied. The driver stops reading if [`Session::must_pause`] says so.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,7 +20,7 @@ use crate::now::Time;
 use crate::pool::id_in_use;
 use crate::turn::Turn;
 
-/// About what one message takes that waits, besides its bytes.
+/// Approximate size of a waiting message in addition to its bytes.
 const OVERHEAD: usize = 256;
 
 /// What a message waits for.
@@ -30,18 +30,18 @@ enum For {
     Calls,
     /// Until fewer of its requests wait for the disk.
     Disk,
-    /// Until those before it have gone.
+    /// Until the messages before it are handled.
     Turn,
 }
 
-/// A message that waited.
+/// A message that has waited.
 pub struct DeferredFrame {
     why: For,
     id: Option<Box<str>>,
     json: Box<[u8]>,
     attachment: Option<Box<[u8]>>,
     came: Time,
-    /// When a call has waited for all of its ttl.
+    /// When a call expires.
     deadline: Option<Time>,
     _held: Reservation,
 }
@@ -49,7 +49,7 @@ pub struct DeferredFrame {
 /// The messages of one connection that wait.
 #[derive(Default)]
 pub(super) struct DeferredFrames {
-    /// In the order in which they came.
+    /// In the order in which they arrived.
     messages: BTreeMap<u64, DeferredFrame>,
     by_id: HashMap<Box<str>, u64>,
     deadlines: BTreeSet<(Time, u64)>,
@@ -72,7 +72,7 @@ impl DeferredFrames {
 }
 
 impl DeferredFrame {
-    /// When it came.
+    /// When it arrived.
     #[must_use]
     pub fn came(&self) -> Time {
         self.came
@@ -100,8 +100,8 @@ impl<D: Driver> Session<D> {
         self.held.bytes >= limits.held_bytes_max
     }
 
-    /// Nothing more comes from the other end. Whether requests still wait for the disk, which the
-    /// driver lets finish; calls that would have to wait for others would end with the connection.
+    /// The other end sends nothing more. Returns whether requests still wait for the disk, which
+    /// the driver lets finish; calls that wait for other calls end with the connection.
     pub fn finish(&mut self, turn: &mut Turn<'_, D>) -> bool {
         let calls = self.held.messages.iter();
         let calls = calls.filter(|(_, waiting)| waiting.why == For::Calls);
@@ -118,7 +118,7 @@ impl<D: Driver> Session<D> {
         self.held.bytes
     }
 
-    /// Why a request must wait, if it must.
+    /// What a request must wait for, if anything.
     fn reason(&self, request: &Request<'_>, turn: &Turn<'_, D>) -> Option<For> {
         let is_first = self.held.messages.is_empty();
         match request {
@@ -200,8 +200,8 @@ impl<D: Driver> Session<D> {
         self.held.deadlines.first().map(|(at, _)| *at)
     }
 
-    /// Ends the calls whose ttl ended while they waited here; true if there were any, and others
-    /// may go on ([`Session::resume`]).
+    /// Ends the calls that expired while they waited here; true if there were any, so that others
+    /// may continue ([`Session::resume`]).
     pub fn handle_timeout(&mut self, turn: &mut Turn<'_, D>) -> bool {
         let before = self.held.messages.len();
         while let Some(&(at, number)) = self.held.deadlines.first() {
@@ -226,7 +226,7 @@ impl<D: Driver> Session<D> {
         Flow::Continue
     }
 
-    /// The first message that need no longer wait.
+    /// Removes and returns the first message that no longer has to wait.
     pub fn next_waiting(&mut self, turn: &Turn<'_, D>) -> Option<DeferredFrame> {
         let (&number, first) = self.held.messages.first_key_value()?;
         let must_wait = match first.why {
@@ -240,12 +240,12 @@ impl<D: Driver> Session<D> {
         self.held.remove(number)
     }
 
-    /// Handles a message that waited.
+    /// Handles a message that has waited.
     pub fn handle_waiting(&mut self, waiting: &DeferredFrame, turn: &mut Turn<'_, D>) -> Flow {
         self.run(waiting.frame(), Some(waiting.came), turn)
     }
 
-    /// Ends a call that waits; false if none of that id does.
+    /// Ends a waiting call; false if none has this id.
     pub(super) fn cancel_held(&mut self, id: &str, turn: &mut Turn<'_, D>) -> bool {
         let Some(&number) = self.held.by_id.get(id) else {
             return false;
@@ -256,7 +256,7 @@ impl<D: Driver> Session<D> {
         true
     }
 
-    /// Forgets what waits.
+    /// Drops all waiting messages.
     pub(super) fn drop_held(&mut self) {
         self.held = DeferredFrames::default();
     }

@@ -21,14 +21,14 @@ use crate::turn::Turn;
 #[derive(Clone, Copy)]
 pub(super) struct StoredRegistration {
     pub(super) is_on_disk: bool,
-    /// Whether what the app had is restored, as it was found when the handshake came.
+    /// Whether the app's registration is restored, as determined when the handshake arrived.
     pub(super) rehydrated: bool,
 }
 
 /// The state of a handshake that was not refused.
 pub(super) enum Entry {
     In,
-    /// Another instance took over meanwhile.
+    /// Another instance took over in the meantime.
     Overtaken,
     /// It must be stored first.
     Later {
@@ -69,7 +69,7 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// Admits an app. `stored` is absent if nothing was stored yet, else the result of that.
+    /// Admits an app. `stored` is the result of storing the handshake, if that was done.
     pub(super) fn admit(
         &mut self,
         id: Option<&str>,
@@ -130,8 +130,8 @@ impl<D: Driver> Session<D> {
         }
         self.features = handshake.features.and(Features {
             attachments: true,
-            // Descriptors only travel over Unix sockets, and what they replace travels as
-            // attachments.
+            // Descriptors can only be sent over Unix sockets, and the bytes that they replace are
+            // sent as attachments.
             fd_passing: transport == Transport::Unix && handshake.features.attachments,
         });
         let site = std::sync::Arc::clone(turn.driver.context());
@@ -152,8 +152,8 @@ impl<D: Driver> Session<D> {
             ack["in_reply_to"] = id.into();
         }
         if stored.is_some_and(|stored| !stored.is_on_disk) {
-            // An app must be able to work while the disk is full, and to know what that means for
-            // it.
+            // An app must be able to work while the disk is full, and to know that it is not
+            // stored.
             ack["stored"] = false.into();
         }
         if rehydrated && !watches.is_empty() {
@@ -164,7 +164,8 @@ impl<D: Driver> Session<D> {
             ack["subscriptions"] = subscriptions.iter().cloned().map(subscription).collect();
         }
         let ack = ack.to_string();
-        // Before the joins: the acknowledgement is the first thing that a client sees.
+        // Before the joins, because the acknowledgement must be the first message that a client
+        // gets.
         self.send(Class::Control, ack.len(), turn, |out| {
             encode::message(out, &ack)
         });
@@ -188,7 +189,7 @@ impl<D: Driver> Session<D> {
             let blocks = subscriptions.iter().filter(|(pool, _)| *pool == name);
             if let Some(m) = self.memberships.last().filter(|m| m.name == name) {
                 for (_, block) in blocks {
-                    // A removed block has no changes.
+                    // A removed block does not change any more.
                     let _ = turn.with_pool(&m.pool, |pool, turn| {
                         pool.subscribe_block(m.member, block, turn)
                     });
@@ -248,7 +249,8 @@ impl<D: Driver> Session<D> {
                 may_serve,
                 grant,
             }),
-            // Removed since the registry's reply: as if it had been removed right after.
+            // Removed after the registry's reply: handled as if it had been removed right
+            // afterwards.
             None => {
                 let json = format!(
                     "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{name}\"}}"
@@ -260,7 +262,8 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// Tells the registry where this session is; false if it was displaced meanwhile.
+    /// Reports this session's memberships to the registry; false if it was displaced in the
+    /// meantime.
     pub(super) fn settle(&self, turn: &mut Turn<'_, D>) -> bool {
         let Some(ready) = &self.ready else {
             return false;

@@ -220,7 +220,7 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// An app that comes back has its subscriptions again.
+    /// Restores the subscriptions of an app that reconnects.
     fn remember_subscription(
         &self,
         pool: &PoolName,
@@ -253,7 +253,7 @@ impl<D: Driver> Session<D> {
     }
 }
 
-/// Whether the roles that were proved in an encrypted pool allow something about blocks.
+/// Checks whether the roles that were proved in an encrypted pool allow a request about blocks.
 fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(), Refusal> {
     let Some(grant) = m.grant else {
         return Ok(());
@@ -297,7 +297,7 @@ fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(),
     }
 }
 
-/// What the content of a new block is bound to.
+/// The identity that the content of a new block is bound to.
 fn uid(create: &Create, is_sealed: bool) -> Result<Option<[u8; 16]>, Refusal> {
     let uid = create.block_uid.as_deref().map(text::decode);
     let message = match (is_sealed, uid) {
@@ -309,8 +309,8 @@ fn uid(create: &Create, is_sealed: bool) -> Result<Option<[u8; 16]>, Refusal> {
     Err(Refusal::new(Code::BadMessage, message))
 }
 
-/// Checks a slot of a sealed block, without any key of the pool but the public ones. Returns the
-/// version that it takes the place of.
+/// Checks a slot of a sealed block, with only the public keys of the pool. Returns the version
+/// that it replaces.
 fn check_written<D: Driver>(
     name: &PoolName,
     plan: &WritePlan,
@@ -322,7 +322,7 @@ fn check_written<D: Driver>(
         let message = format!("pool '{name}' was just removed");
         return Err(Refusal::new(Code::NoPool, message));
     };
-    // As the block itself says: whoever wrote last may not have announced it.
+    // From the block itself: the last writer may not have announced its version.
     let version = turn.version_noted(plan.storage, u64::MAX);
     let checks = Checks {
         id: SealedId {
@@ -364,7 +364,7 @@ fn check<D: Driver>(
     }
 }
 
-/// The bytes that a read asks for.
+/// The bytes that a read requests.
 fn range(
     block: &BlockId,
     plan: ReadPlan,

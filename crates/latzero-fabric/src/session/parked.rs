@@ -1,5 +1,5 @@
-//! Requests about parked calls: of one's own, of all in a pool that one owns, and of all there are
-//! for administrators.
+//! Requests about parked calls: an app's own, all in a pool for its owner, and all for
+//! administrators.
 
 use latzero_protocol::parked::{Parked, ParkedAction, ParkedChange, ParkedFilter};
 use latzero_protocol::{Code, Refusal};
@@ -12,10 +12,10 @@ use crate::registry::PAGE_BYTES_MAX;
 use crate::rows::StoreChange;
 use crate::turn::Turn;
 
-/// Calls that one request changes.
+/// How many calls one request changes at most.
 const CHANGED_AT_ONCE_MAX: usize = 1000;
 
-/// A call or an answer, and where it is.
+/// A call or an answer, and its pool.
 struct Found<D: Driver> {
     number: u64,
     pool: D::Pool,
@@ -94,7 +94,7 @@ impl<D: Driver> Session<D> {
         Ok(Reply::Kept(reply, PendingReply::Removal))
     }
 
-    /// The calls and answers that a filter names, as far as this connection may see them.
+    /// The calls and answers that match a filter and that this connection may see.
     fn find(
         &self,
         filter: &ParkedFilter,

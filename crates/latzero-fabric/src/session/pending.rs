@@ -19,12 +19,12 @@ pub(super) enum Awaited<D: Driver> {
         id: Option<Box<str>>,
         pool: D::Pool,
         number: u64,
-        /// Whether it was parked for this reply, and not before.
+        /// Whether it was parked by this request, and not before.
         is_new: bool,
     },
-    /// A handshake, as it came; nothing more is read before it is answered.
+    /// A handshake, as received; nothing more is read before it is answered.
     Handshake { json: Box<[u8]>, rehydrated: bool },
-    /// The reply, and what to undo if the change can't be stored.
+    /// The reply, and what to undo if the change cannot be stored.
     Reply {
         id: Option<Box<str>>,
         reply: Box<str>,
@@ -42,7 +42,7 @@ pub(super) enum PendingReply {
     Removal,
 }
 
-/// A reply to a request: at once, or when its change is on disk.
+/// When the reply to a request is sent: at once, or when its change is on disk.
 pub(super) enum Reply {
     Now(String),
     Kept(String, PendingReply),
@@ -61,7 +61,7 @@ impl Reply {
 }
 
 impl<D: Driver> Session<D> {
-    /// The first pending change of this connection is stored, or can't be.
+    /// The first pending change of this connection is stored, or cannot be stored.
     pub fn handle_stored(&mut self, result: Result<(), Refusal>, turn: &mut Turn<'_, D>) -> Flow {
         match self.awaited.pop_front() {
             None => self.flow(),
@@ -109,7 +109,7 @@ impl<D: Driver> Session<D> {
                             self.send(Class::Control, 256, turn, |out| encode::parked(out, &id));
                         }
                     }
-                    // It waits for its answer all the same.
+                    // It still waits for its answer.
                     Err(_) if !is_new => {}
                     Err(refusal) => {
                         if turn.with_pool(&pool, |pool, turn| pool.unpark(number, turn)) {

@@ -1,5 +1,5 @@
-//! What a connection asks about its registration and about pools: joined, left, made, removed,
-//! watched, served.
+//! Requests about a connection's registration and about pools: join, leave, create, remove, watch,
+//! serve.
 
 use std::collections::BTreeMap;
 
@@ -27,8 +27,8 @@ impl<D: Driver> Session<D> {
         let mut triggers = ready.triggers.clone();
         triggers.extend_from_slice(specs);
         dedup_triggers(&mut triggers);
-        // What this instance serves counts besides what the app is remembered with: another
-        // instance may have replaced that.
+        // The triggers of this instance count in addition to the app's registration, which another
+        // instance may have replaced.
         crate::registry::check_triggers(&triggers, turn.limits())?;
         let is_promised = turn.with_registry(|registry, turn| {
             registry.remember_triggers(&ready.app, specs, transport, &peer, turn)
@@ -249,14 +249,14 @@ pub(super) fn pool_info<D: Driver>(
     Ok(with_stats(&pool, description, turn))
 }
 
-/// A description with what the pool itself knows.
+/// A description, with the part that the pool itself knows.
 fn with_stats<D: Driver>(
     pool: &D::Pool,
     mut description: serde_json::Value,
     turn: &mut Turn<'_, D>,
 ) -> String {
     let (stats, triggers) = turn.with_pool(pool, |pool, _| (pool.stats(), pool.triggers_json()));
-    // What is hidden hides with the owner.
+    // Without the policy, the content of the pool is hidden from this client.
     if !description["policy"].is_null() {
         description["triggers"] = triggers;
     }
@@ -269,7 +269,7 @@ fn with_stats<D: Driver>(
     description.to_string()
 }
 
-/// Names that the audit log lists one by one.
+/// How many names an entry of the audit log lists.
 pub(super) const NAMES_SHOWN_MAX: usize = 32;
 
 /// The names of triggers that the audit log lists.

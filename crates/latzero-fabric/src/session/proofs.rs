@@ -1,7 +1,7 @@
 //! Authentication by proof: an app by its key, an administrator by the token, a member of an
 //! encrypted pool by the pool's keys.
 //!
-//! A challenge is good for one proof on one connection. A refusal does not say what was wrong, and
+//! A challenge is valid for one proof on one connection. A refusal does not say what was wrong, and
 //! the third one closes the connection.
 
 use latzero_crypto::Suite;
@@ -26,18 +26,18 @@ use crate::turn::Turn;
 /// Refused proofs after which a connection is closed.
 const REFUSED_MAX: u32 = 3;
 
-/// What a connection was asked to prove, and how often it failed.
+/// The challenges of a connection, and how many of its proofs were refused.
 #[derive(Default)]
 pub(super) struct Proofs {
-    /// The challenge for an app or an administrator, and when it was given.
+    /// The challenge for an app or an administrator, and when it was issued.
     challenge: Option<([u8; 32], Time)>,
-    /// Those for pools.
+    /// The challenges for pools.
     pools: proof::Challenges,
     refused: u32,
 }
 
 impl<D: Driver> Session<D> {
-    /// Answers what may come before the handshake.
+    /// Handles the messages that are allowed before the handshake.
     pub(super) fn prove(
         &mut self,
         id: Option<&str>,
@@ -63,7 +63,7 @@ impl<D: Driver> Session<D> {
         self.answer_proof(id, result.map(Some), turn)
     }
 
-    /// Gives a challenge, in the place of an earlier one.
+    /// Issues a challenge, which replaces an earlier one.
     pub(super) fn challenge(&mut self, turn: &mut Turn<'_, D>) -> String {
         let server_nonce = turn.driver.nonce();
         self.proofs.challenge = Some((server_nonce, turn.time()));
@@ -100,7 +100,7 @@ impl<D: Driver> Session<D> {
         Ok("{}".into())
     }
 
-    /// Makes this an administrator's connection, and shows that the server has the token too.
+    /// Gives this connection administrator rights, and proves that the server has the token too.
     pub(super) fn admin_proof(
         &mut self,
         said: &AdminProof<'_>,
@@ -122,7 +122,7 @@ impl<D: Driver> Session<D> {
         Ok(json!({"mac": text::encode(&answer)}).to_string())
     }
 
-    /// Gives a challenge for a pool. A name that is no encrypted pool's looks like one.
+    /// Issues a challenge for a pool. The challenge for another name looks the same.
     pub(super) fn pool_challenge(&mut self, pool: &PoolName, turn: &mut Turn<'_, D>) -> String {
         let current = turn.with_registry(|registry, _| registry.descriptor(pool));
         let site = turn.driver.context();
@@ -155,8 +155,8 @@ impl<D: Driver> Session<D> {
         .to_string()
     }
 
-    /// Joins an encrypted pool, or changes the roles there. The reply goes out first: what waits
-    /// for the app in the pool comes behind it.
+    /// Joins an encrypted pool, or changes the roles there. The reply is sent first, and then what
+    /// waits for the app in the pool.
     pub(super) fn pool_prove(
         &mut self,
         id: Option<&str>,
@@ -218,7 +218,7 @@ impl<D: Driver> Session<D> {
         self.enter(entrance, watch, turn);
         if let Some(m) = self.memberships.last().filter(|m| m.name == *pool) {
             for block in &subscriptions {
-                // A removed block has no changes.
+                // A removed block does not change any more.
                 let _ = turn.with_pool(&m.pool, |pool, turn| {
                     pool.subscribe_block(m.member, block, turn)
                 });
@@ -230,7 +230,7 @@ impl<D: Driver> Session<D> {
         Ok(())
     }
 
-    /// The descriptors of a pool's epochs before one.
+    /// The descriptors of a pool's epochs before a given one.
     pub(super) fn pool_chain(
         &mut self,
         asked: &Chain,
@@ -243,7 +243,7 @@ impl<D: Driver> Session<D> {
         Ok(json!({"chain": chain, "more": more}).to_string())
     }
 
-    /// Serves what the roles in a pool allow now, and no more.
+    /// Serves only the triggers that the present roles in a pool allow.
     fn change_roles(&mut self, pool: &PoolName, roles: Roles, turn: &mut Turn<'_, D>) {
         let Some(m) = self.memberships.iter_mut().find(|m| m.name == *pool) else {
             return;
@@ -295,7 +295,7 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// The exchange that a proof is about; the challenge is spent by it.
+    /// The exchange that a proof refers to; this uses up the challenge.
     fn exchange(
         &mut self,
         client_nonce: [u8; 32],
@@ -313,7 +313,7 @@ impl<D: Driver> Session<D> {
         })
     }
 
-    /// Whether what binds proofs to this channel is enough here.
+    /// Whether the channel binding of this connection is sufficient.
     fn takes_binding(&self, turn: &Turn<'_, D>) -> bool {
         match self.terms.binding {
             ChannelBinding::None => {
@@ -323,7 +323,7 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// Answers a request that proves something.
+    /// Answers a request with a proof.
     pub(super) fn answer_proof(
         &mut self,
         id: Option<&str>,
@@ -393,7 +393,7 @@ impl<D: Driver> Session<D> {
     }
 }
 
-/// A binary field of exactly that size.
+/// A binary field of exactly `N` bytes.
 fn binary<const N: usize>(field: &str, said: &str) -> Result<[u8; N], Refusal> {
     text::decode(said).ok_or_else(|| {
         let message = format!("field '{field}' must be {N} bytes in base64url without padding");

@@ -23,7 +23,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
 /// Largest record that is read, in bytes.
 const RECORD_BYTES_MAX: u64 = 64 * 1024;
 
-/// What the files of one generation of a block are called.
+/// The names of the files of one generation of a block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Names {
     id: String,
@@ -71,7 +71,7 @@ impl fmt::Display for Names {
     }
 }
 
-/// Reads a file from its start, wherever others who have it open are.
+/// Reads a file from its start, independent of the position of others that have it open.
 struct FromStart {
     bytes: File,
     at: u64,
@@ -104,7 +104,7 @@ impl Files {
         })
     }
 
-    /// Makes the bytes of a new generation, under the name that says that they are not whole yet.
+    /// Creates the bytes of a new generation, under a name that marks them as incomplete.
     pub(super) fn create(
         &self,
         description: &Description,
@@ -123,8 +123,8 @@ impl Files {
         }
     }
 
-    /// Gives the bytes of a generation, which are on the disk, their name, and writes its record
-    /// beside the one that holds.
+    /// Renames the bytes of a generation, which are on disk, to their final name, and writes its
+    /// record beside the active one.
     pub(super) fn prepare(&self, names: &Names, record: &str) -> io::Result<()> {
         renameat(
             &self.directory,
@@ -132,7 +132,7 @@ impl Files {
             &self.directory,
             names.bytes(),
         )?;
-        // Before any record can name them.
+        // Before a record can name them.
         self.sync()?;
         self.write_new_record(names, record)
     }
@@ -160,7 +160,7 @@ impl Files {
         Ok(Some(record))
     }
 
-    /// Writes a record beside the one that holds.
+    /// Writes a record beside the active one.
     pub(super) fn write_new_record(&self, names: &Names, record: &str) -> io::Result<()> {
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW;
@@ -175,19 +175,19 @@ impl Files {
         file.sync_all()
     }
 
-    /// Has no record hold any more.
+    /// Removes the active record.
     pub(super) fn remove_record(&self, names: &Names) -> io::Result<()> {
         unlinkat(&self.directory, names.record(), AtFlags::empty())?;
         Ok(())
     }
 
-    /// Where the bytes of a generation lie.
+    /// The path of the bytes of a generation.
     pub(super) fn path_of(&self, names: &Names) -> PathBuf {
         self.path.join(names.bytes())
     }
 
-    /// Writes the bytes of an open file under their name, which is gone. Its record is made again
-    /// at the next start, from the database.
+    /// Writes the bytes of an open file under their name, which was removed. The next start
+    /// recreates the record from the database.
     pub(super) fn put_back(&self, names: &Names, bytes: &OwnedFd) -> io::Result<()> {
         let flags = OFlags::WRONLY
             | OFlags::CREATE
@@ -226,8 +226,8 @@ impl Files {
         self.unlink(&names.bytes());
     }
 
-    /// Removes a generation; its record too, unless a newer generation has taken it over. A mark
-    /// stays of a block that is gone, until its row is gone from the database too: see
+    /// Removes a generation, and its record unless a newer generation has taken it over. For a
+    /// block that was removed, a mark stays until its row is deleted from the database too: see
     /// [`Files::forget`].
     pub(super) fn remove(&self, names: &Names, is_superseded: bool) {
         if !is_superseded {

@@ -7,7 +7,7 @@ use latzero_protocol::{Code, Refusal};
 use super::{Blocks, StoredBlock};
 
 impl Blocks {
-    /// The file of each persistent block, and whether it is where its name says.
+    /// The file of each persistent block, and whether it still has its name.
     pub(crate) fn places(&self) -> Vec<(String, bool)> {
         let all = self.all();
         let persistent = all.iter().filter(|stored| stored.names.is_some());
@@ -36,7 +36,7 @@ impl Blocks {
         let Some(names) = &stored.names else {
             return true;
         };
-        // One that is being made has its name only once it is whole; one that was given up needs
+        // A file that is being created gets its name only when it is complete; a dropped one needs
         // none.
         if !*stored.is_wanted() {
             return true;
@@ -46,8 +46,8 @@ impl Blocks {
         matches!((found, known), (Ok(found), Ok(known)) if (found.dev(), found.ino()) == known)
     }
 
-    /// Writes the file of a block again if it was removed, so that the next start finds it. For the
-    /// stop of the server.
+    /// Writes the file of a block again if it was removed, so that the next start finds it. Used
+    /// when the server stops.
     pub(super) fn put_back(&self, stored: &StoredBlock) -> std::io::Result<()> {
         let Some(names) = &stored.names else {
             return Ok(());

@@ -34,7 +34,7 @@ struct Present {
     fence: u64,
 }
 
-/// A block that is whole, and has not got its name yet.
+/// A block that is complete but does not have its name yet.
 struct Made {
     pool: PoolName,
     block: BlockId,
@@ -124,7 +124,7 @@ impl Restoring {
         let created = self.files.create(&description);
         let (custodian, names) =
             created.map_err(|error| io::Error::other(senseless(error.to_string())))?;
-        // From here on it is among those that go again.
+        // From here on it is deleted if the restore is not committed.
         self.made.push(Made {
             pool,
             block,
@@ -142,7 +142,7 @@ impl Restoring {
     /// Moves every created block into place. Returns how many others were moved aside for them.
     ///
     /// # Errors
-    /// The first that fails; those before it stay, and the others are as they were.
+    /// The first failure. The blocks before it are restored, and the others are unchanged.
     pub(crate) fn commit(mut self) -> io::Result<usize> {
         let mut set_aside = 0;
         while let Some(made) = self.made.last() {
@@ -157,7 +157,7 @@ impl Restoring {
             committed
                 .and_then(|()| self.files.commit(&made.names))
                 .map_err(failed)?;
-            // After it: of two that have one name, a start takes the newer one.
+            // After that, because a start uses the newer of two blocks with the same name.
             let is_same =
                 |present: &Present| present.pool == made.pool && present.block == made.block;
             for present in self.present.iter().filter(|present| is_same(present)) {
@@ -179,15 +179,15 @@ impl Drop for Restoring {
     }
 }
 
-/// When the machine started; none where the kernel does not say (proc_uptime(5)).
+/// When the machine was booted; none if the kernel does not report it (proc_uptime(5)).
 fn booted() -> Option<SystemTime> {
     let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
     let seconds = uptime.split_ascii_whitespace().next()?.parse().ok()?;
     SystemTime::now().checked_sub(Duration::try_from_secs_f64(seconds).ok()?)
 }
 
-/// What was last written before that may have been torn by a loss of power, and a checksum made now
-/// would hide it.
+/// A version that was written before that may have been torn by a power loss, which a checksum
+/// computed now would hide.
 fn is_written_since(file: &Path, booted: Option<SystemTime>) -> bool {
     let modified = std::fs::metadata(file).and_then(|file| file.modified());
     booted.is_some_and(|booted| modified.is_ok_and(|modified| modified > booted))
@@ -222,7 +222,7 @@ mod tests {
         restoring.commit().unwrap()
     }
 
-    /// What a start finds: generation, version, fence, bytes.
+    /// The block that a start finds: generation, version, fence, bytes.
     fn found(directory: &TempDir) -> (u64, u64, u64, Vec<u8>) {
         let mut kept = Files::open(directory.path()).unwrap().scan();
         assert_eq!(kept.len(), 1);

@@ -18,12 +18,12 @@ use serde_json::Value;
 
 use super::StoredBlock;
 
-/// How long clients have to offer what they hold, in milliseconds.
+/// How long clients have to offer the blocks that they hold, in milliseconds.
 pub(super) const GRACE_MS: u64 = 30_000;
 
 type Name = (PoolName, BlockId);
 
-/// The rows, and which of them wait for their memory.
+/// The rows, and for which of them clients may still offer the memory.
 #[derive(Default)]
 pub(crate) struct Rows {
     /// Absent in tests of blocks alone.
@@ -31,7 +31,7 @@ pub(crate) struct Rows {
     boot_id: String,
     awaited: Mutex<HashMap<Name, BlockRow>>,
     is_awaiting: AtomicBool,
-    /// No block that ended was of a generation beyond this one.
+    /// The greatest generation of all ended blocks.
     ended: AtomicU64,
 }
 
@@ -47,8 +47,8 @@ impl Rows {
         }
     }
 
-    /// This run of the machine as a number that is not 0; none where the system does not tell it:
-    /// then no two are the same.
+    /// This boot of the machine as a number that is not 0; none if the system does not report it,
+    /// and then no two boots are equal.
     pub(super) fn boot(&self) -> Option<u64> {
         let bytes = self.boot_id.bytes();
         // FNV-1a.
@@ -58,8 +58,8 @@ impl Rows {
         (!self.boot_id.is_empty()).then_some(hash | 1)
     }
 
-    /// Sorts out the rows of an earlier run: shared blocks of this boot are awaited; the others'
-    /// rows go, but those of persistent ones, which are returned.
+    /// Sorts the rows of an earlier run: clients may offer shared blocks of this boot; the rows of
+    /// persistent blocks are returned, and all others are deleted.
     pub(super) fn expect_blocks(&self, rows: Vec<BlockRow>) -> Vec<BlockRow> {
         let mut persistent = Vec::new();
         for row in rows {
@@ -93,7 +93,7 @@ impl Rows {
         self.awaited.lock().expect("nothing panics under this lock")
     }
 
-    /// Whether any block waits for its memory.
+    /// Whether clients may still offer any block.
     pub(crate) fn is_awaiting(&self) -> bool {
         self.is_awaiting.load(Relaxed)
     }
@@ -154,7 +154,7 @@ impl Rows {
         let Ok(record) = serde_json::from_str::<Value>(record) else {
             return;
         };
-        // It ends with the server, like the policy of its pool.
+        // The block ends with the server, like the policy of its pool.
         if record["outlives"] == false {
             return;
         }
@@ -196,7 +196,7 @@ impl Rows {
         })
     }
 
-    /// A block ended in this generation: one of its name that a later run makes begins beyond it.
+    /// A block ended in this generation: a block of a later run with its name starts after it.
     pub(super) fn note_end(&self, generation: u64) {
         if self.ended.fetch_max(generation, Relaxed) < generation {
             self.submit(RowChange::PutSetting {
@@ -210,7 +210,7 @@ impl Rows {
         self.ended.fetch_max(generation, Relaxed);
     }
 
-    /// A block is gone.
+    /// A block was removed.
     pub(super) fn forget(&self, pool: &PoolName, block: &BlockId) {
         self.settle(pool, block);
         self.submit(RowChange::RemoveBlock {
@@ -219,10 +219,10 @@ impl Rows {
         });
     }
 
-    /// Waits until the rows that were written so far are on disk, or can't be.
+    /// Waits until the rows that were written so far are on disk, or cannot be stored.
     pub(super) fn settle_on_disk(&self) {
         let Some(store) = &self.store else { return };
-        // Nothing has this number: it only stands behind what came before.
+        // This number does not exist: the request only serves to be queued after the others.
         if let Err(error) = store.commit(vec![RowChange::RemoveAnswer { number: 0 }]) {
             tracing::warn!(%error, "cannot store the record of a block");
         }
@@ -237,7 +237,7 @@ impl Rows {
     }
 }
 
-/// The record that a row was made of.
+/// The record that a row was made from.
 pub(super) fn record(row: &BlockRow) -> String {
     let json = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
     let mut record = serde_json::json!({

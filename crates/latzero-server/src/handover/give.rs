@@ -22,20 +22,20 @@ use crate::socket::User;
 /// A shared block and its memory.
 type Block = (PoolName, BlockId, Arc<OwnedFd>);
 
-/// Where a hand-over is.
+/// The state of a hand-over.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Step {
-    /// The new server asks for everything.
+    /// The new server has requested everything.
     Give,
     /// It has everything.
     Taken,
 }
 
-/// What was given, to whom, and whether that one has it.
+/// What was handed over, to whom, and whether the receiver has it.
 #[derive(Debug, Default)]
 pub(crate) struct Handover {
     state: Mutex<State>,
-    /// Loops that run nothing more of anybody but the new server.
+    /// Loops that no longer handle messages, except from the new server.
     quiet_loops: AtomicUsize,
 }
 
@@ -53,7 +53,7 @@ impl Handover {
         self.state.lock().expect("no panic happens under this lock")
     }
 
-    /// Whether the sockets are another server's now.
+    /// Whether the sockets belong to another server now.
     pub(crate) fn is_taken(&self) -> bool {
         self.state().is_taken
     }
@@ -64,7 +64,7 @@ impl Handover {
         state.is_taken.then(|| state.to.upgrade()).flatten()
     }
 
-    /// Notes that one more loop runs nothing for anybody but the taker.
+    /// Notes that one more loop handles messages only from the new server.
     pub(crate) fn note_quiet(&self) {
         self.quiet_loops.fetch_add(1, SeqCst);
     }
@@ -75,11 +75,11 @@ impl Handover {
     }
 }
 
-/// Whether who asks may have the server: a process of this user, or root's, whatever token it
-/// knows.
+/// Checks whether a client may take over the server: only a process of this user or of root may,
+/// whatever token it has.
 ///
 /// # Errors
-/// `forbidden` if it is another's.
+/// `forbidden` if it may not.
 pub(crate) fn check_asker(asker: &Peer) -> Result<(), Refusal> {
     match asker.socket.as_ref().map(crate::socket::Socket::user) {
         Some(User::Uid(uid)) if is_trusted(uid) => Ok(()),
@@ -90,9 +90,9 @@ pub(crate) fn check_asker(asker: &Peer) -> Result<(), Refusal> {
     }
 }
 
-/// Gives the listening sockets and the shared blocks to a server that takes over, and begins to
-/// stop when that says that it has them all: one that dies before leaves this one as it was.
-/// `passed` are the paths of sockets that a service manager made.
+/// Hands the listening sockets and the shared blocks over to a new server, and starts to stop when
+/// the new server reports that it has them all. If it dies before that, this server is unchanged.
+/// `passed` are the paths of sockets that a service manager created.
 pub(crate) fn hand_over(
     host: &mut IoHost,
     (listeners, passed): (&[Listener], &[PathBuf]),
@@ -187,7 +187,7 @@ fn sockets(listeners: &[Listener], passed: &[PathBuf]) -> io::Result<(Value, Vec
     Ok((Value::Array(listed), descriptors))
 }
 
-/// Whether all of them are on their way.
+/// Whether all of them were sent.
 fn send_blocks(host: &mut IoHost, to: &Arc<Peer>, blocks: &[Block]) -> bool {
     blocks.chunks(BLOCKS_AT_ONCE).all(|some| {
         let listed: Vec<_> = some
@@ -220,7 +220,7 @@ fn confirm(host: &mut IoHost, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Re
         return refusal("nothing was handed over to this connection, or another one asked since");
     }
     if by.has_hung_up() {
-        // It died after it reported that it has everything, so no server would be left.
+        // The new server died after it reported that it has everything, so no server would be left.
         *shared.handover.state() = State::default();
         return refusal("the server that asked to take over has ended");
     }
@@ -240,7 +240,8 @@ fn confirm(host: &mut IoHost, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Re
     Ok(())
 }
 
-/// Gives the blocks that were made since, or have other memory. Nothing changes any more.
+/// Hands over the blocks that were created since, or have different memory. Nothing changes any
+/// more.
 pub(crate) fn send_rest(host: &mut IoHost, to: &Arc<Peer>) {
     let shared = Arc::clone(&host.shared);
     let mut blocks = shared.blocks.shared();

@@ -13,7 +13,7 @@ use crate::startup::StartupError;
 use crate::startup::data_dir::DataDir;
 use crate::startup::sockets::{self, BoundSocket, SocketFile};
 
-/// Where the new settings have the Unix socket, and so where the old one most likely listens.
+/// The path of the Unix socket in the new settings, where the old server most likely listens too.
 pub(super) fn candidates(settings: &Settings, environment: &Environment) -> Vec<PathBuf> {
     match &settings.socket {
         SocketChoice::Off => Vec::new(),
@@ -29,9 +29,8 @@ pub(super) fn candidates(settings: &Settings, environment: &Environment) -> Vec<
     }
 }
 
-/// Binds the Unix socket that the settings want, if that is not one of the old server's. As only
-/// one server at a time is given everything, this is as safe as under the lock of the data
-/// directory.
+/// Binds the Unix socket of the settings, unless it is one of the old server's. Only one server at
+/// a time is given everything, so this is as safe as under the lock of the data directory.
 pub(super) fn bind_unix(
     settings: &Settings,
     environment: &Environment,
@@ -47,8 +46,8 @@ pub(super) fn bind_unix(
     }
 }
 
-/// Takes the old server's TCP sockets where the settings want them, or binds what they want. What
-/// they don't want is closed.
+/// Takes over the old server's TCP sockets that the settings name, and binds others that they name.
+/// The rest is closed.
 pub(super) fn settle_tcp(
     given: Vec<TcpListener>,
     settings: &Settings,
@@ -66,7 +65,7 @@ pub(super) fn settle_tcp(
     if tcp.is_empty() {
         match sockets::bind_tcp(host, port) {
             Ok(listener) => tcp.push(listener),
-            // By the old server, and until its end: it is bound after that.
+            // The old server uses it until its end: it is bound after that.
             Err(StartupError::PortInUse { .. }) if left.iter().any(is_on_it) => {}
             Err(error) => return Err(error),
         }
@@ -74,13 +73,13 @@ pub(super) fn settle_tcp(
     Ok(())
 }
 
-/// A Unix socket of the old server, whose file is not to be touched until that has ended.
+/// A Unix socket of the old server, whose file must not be touched until that server has ended.
 pub(super) struct GivenUnix {
     listener: UnixListener,
     path: PathBuf,
     /// The inode of its file; absent if the file is gone and no client can find it.
     identity: Option<(u64, u64)>,
-    /// A service manager made it.
+    /// A service manager created it.
     is_passed: bool,
 }
 
@@ -106,7 +105,7 @@ impl GivenUnix {
                 .any(|path| sockets::identity(path).ok() == self.identity)
     }
 
-    /// Makes it this server's; nothing if its file is another's now, or gone.
+    /// Makes it a socket of this server; nothing if its file was replaced or removed.
     pub(super) fn inherit(self) -> Option<BoundSocket> {
         let identity = self
             .identity
@@ -123,7 +122,7 @@ impl GivenUnix {
         })
     }
 
-    /// Removes its file, as the old server, which gave it away, does not.
+    /// Removes its file, because the old server, which handed it over, does not.
     pub(super) fn remove(self) {
         if let Some(identity) = self.identity.filter(|_| !self.is_passed) {
             drop(SocketFile::taken_over(self.path, identity));
@@ -154,11 +153,11 @@ mod tests {
         let (socket, path) = given("unwanted", false);
         socket.remove();
         assert!(!path.exists());
-        // A service manager's stay.
+        // Sockets of a service manager stay.
         let (socket, path) = given("passed", true);
         drop(socket.inherit().unwrap());
         assert!(path.exists());
-        // One whose file has gone can't be found by anybody.
+        // Nobody can connect to a socket whose file was removed.
         let (socket, path) = given("gone", false);
         std::fs::remove_file(&path).unwrap();
         assert!(socket.inherit().is_none());

@@ -1,4 +1,5 @@
-//! The new server's side: asks the old one, receives what it hands over, and waits for its end.
+//! The new server's side: connects to the old one, receives what it hands over, and waits for its
+//! end.
 //!
 //! Everything that can be checked is checked before the old server must stop. Until then an error
 //! leaves the old one unchanged, including its socket files.
@@ -29,30 +30,29 @@ use crate::startup::descriptors::raise_limit;
 use crate::startup::lock::{InstanceLock, holder};
 use crate::startup::systemd::Activation;
 
-/// How long the old server may take to give everything; and how long for its end, beyond what it
-/// gives running calls.
+/// How long the old server may take to hand over everything; and how long it may take to end, in
+/// addition to the time for running calls.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the lock of a server that died may take to fall.
+/// How long it may take until the lock of a server that died is released.
 const FALL: Duration = Duration::from_secs(1);
 
 /// How often the lock is tried.
 const TRY_EVERY: Duration = Duration::from_millis(10);
 
-/// The most that is believed of how long the old server gives running calls: what the setting
-/// allows.
+/// The longest time for running calls that the old server may name: the maximum of the setting.
 const DRAIN_MAX: Duration = Duration::from_secs(3600);
 
-/// The AppID under which a new server asks.
+/// The AppID of a new server that takes over.
 const APP: &str = "latzero-takeover";
 
-/// What a new server begins with.
+/// What a new server starts with.
 pub(crate) struct Inherited {
-    /// Listening sockets that take the place of those that would be bound.
+    /// Listening sockets that replace those that would be bound.
     pub(crate) sockets: Activation,
     /// Shared blocks, with a descriptor of each.
     pub(crate) blocks: Vec<(PoolName, BlockId, OwnedFd)>,
-    /// The lock of the data directory, where a server had it before.
+    /// The lock of the data directory, if a server held it before.
     pub(crate) lock: Option<InstanceLock>,
     pub(crate) before: Before,
 }
@@ -69,20 +69,20 @@ impl Inherited {
     }
 }
 
-/// Who served before, to be logged as soon as there is a log.
+/// The previous server, to be logged as soon as there is a log.
 pub(crate) enum Before {
     Nobody,
-    /// One that stopped in an orderly way, and its number of blocks.
+    /// A server that stopped in an orderly way, and its number of blocks.
     HandedOver {
         pid: i32,
         blocks: usize,
     },
-    /// One that ended while it was asked.
+    /// A server that ended during the hand-over.
     Died(io::Error),
 }
 
 impl Before {
-    /// Whether there was a server that ended in order.
+    /// Whether there was a server that stopped in an orderly way.
     pub(crate) fn is_handed_over(&self) -> bool {
         matches!(self, Before::HandedOver { .. })
     }
@@ -101,12 +101,12 @@ impl Before {
     }
 }
 
-/// Asks the server of the data directory to hand over, and waits until it has ended; where none
-/// runs, nothing is inherited but what a service manager `passed`.
+/// Takes over from the server of the data directory, and waits until that has ended. If none runs,
+/// only what a service manager `passed` is inherited.
 ///
 /// # Errors
-/// If it refuses, does not understand, or does not end in time; and if this server could not
-/// listen. Unless it has told the old one to end by then, that one continues as before.
+/// If the old server refuses, does not understand, or does not end in time; or if this server could
+/// not listen. Unless the old server has been told to end, it continues as before.
 pub(crate) fn ask(
     settings: &Settings,
     environment: &Environment,
@@ -121,7 +121,7 @@ pub(crate) fn ask(
     let Some(stream) = reach(settings, &candidates).map_err(&failed)? else {
         return Ok(Inherited::nothing(passed));
     };
-    // It may have more blocks than a process usually has descriptors.
+    // The old server may have more blocks than a process usually has descriptors.
     raise_limit();
     let data_dir = DataDir::prepare(&settings.data_dir)?;
     let mut old = Old {
@@ -180,7 +180,7 @@ pub(crate) fn ask(
             (lock, Before::Died(error))
         }
     };
-    // Their files were the old one's until now.
+    // Their files belonged to the old server until now.
     sockets
         .unix
         .extend(taken.into_iter().filter_map(GivenUnix::inherit));
@@ -196,7 +196,7 @@ pub(crate) fn ask(
 /// A connection to the server of the data directory; `None` if none runs.
 fn reach(settings: &Settings, candidates: &[PathBuf]) -> Result<Option<UnixStream>, String> {
     let holder = holder(&settings.data_dir);
-    // It may have been started with other settings than this one.
+    // The old server may have been started with other settings.
     let recorded = holder.as_ref().and_then(|holder| holder.record.as_ref());
     let recorded = recorded.into_iter().flat_map(|record| &record.addresses);
     let recorded = recorded.filter_map(|address| address.strip_prefix("unix:"));
@@ -225,7 +225,7 @@ fn reach(settings: &Settings, candidates: &[PathBuf]) -> Result<Option<UnixStrea
     ))
 }
 
-/// Connects, and waits so long where the queue of who listens is full (`SO_SNDTIMEO` in socket(7));
+/// Connects. If the queue of the listener is full, it waits this long (`SO_SNDTIMEO` in socket(7));
 /// `EAGAIN` after that.
 fn connect_within(path: &Path, timeout: Duration) -> rustix::io::Result<UnixStream> {
     let socket = socket_with(
@@ -239,7 +239,7 @@ fn connect_within(path: &Path, timeout: Duration) -> rustix::io::Result<UnixStre
     Ok(UnixStream::from(socket))
 }
 
-/// The lock of a server that seems to have died while it was asked, of which `error` was the sign.
+/// The lock of a server that seems to have died during the hand-over, as `error` suggests.
 fn fallen(data_dir: &Path, error: &io::Error) -> Result<InstanceLock, String> {
     lock_by(data_dir, Instant::now() + FALL).map_err(|_| {
         format!(
@@ -250,8 +250,8 @@ fn fallen(data_dir: &Path, error: &io::Error) -> Result<InstanceLock, String> {
 }
 
 /// Takes the lock of the data directory as soon as it is free. Another server, which a service
-/// manager may start at just this moment, can be first; but as it does not have the sockets, it
-/// ends again.
+/// manager may start at this moment, can be first; but it ends again, because it does not have the
+/// sockets.
 fn lock_by(data_dir: &Path, end: Instant) -> Result<InstanceLock, StartupError> {
     loop {
         match InstanceLock::acquire(data_dir) {
@@ -263,9 +263,8 @@ fn lock_by(data_dir: &Path, end: Instant) -> Result<InstanceLock, StartupError> 
     }
 }
 
-/// Ends a server that has handed over and does not end by itself. What it confirmed is on disk, and
-/// memory of blocks is in files and descriptors that outlive it: this loses no more than a crash
-/// does, which is nothing.
+/// Kills a server that has handed over and does not end by itself. What it acknowledged is on disk,
+/// and memory of blocks is in files and descriptors that outlive it, so this loses nothing.
 fn insist(pid: i32, process: Option<&OwnedFd>, waited: Duration) {
     let waited = waited.as_secs();
     report_progress(&format!(
@@ -278,8 +277,8 @@ fn insist(pid: i32, process: Option<&OwnedFd>, waited: Duration) {
     }
 }
 
-/// Takes the lock of a server that has handed over, however long the disk holds that one up.
-/// Another server, which a service manager may have started at just this moment, ends again, as it
+/// Takes the lock of a server that has handed over, however long the disk delays that server.
+/// Another server, which a service manager may have started at this moment, ends again, because it
 /// does not have the sockets.
 fn lock_after(data_dir: &Path, pid: i32) -> Result<InstanceLock, StartupError> {
     let since = Instant::now();
@@ -302,14 +301,14 @@ fn lock_after(data_dir: &Path, pid: i32) -> Result<InstanceLock, StartupError> {
 
 /// Reports progress on stderr, before the log is open.
 fn report_progress(text: &str) {
-    // Nobody may be listening.
+    // stderr may be closed.
     let _ = writeln!(io::stderr(), "latzero: {text}");
 }
 
 /// What the old server offers.
 struct Offer {
     pid: i32,
-    /// Absent if it has ended, or is in another pid namespace (pid_namespaces(7)).
+    /// Its process; absent if it has ended, or is in another pid namespace (pid_namespaces(7)).
     process: Option<OwnedFd>,
     drain_timeout: Duration,
     tcp: Vec<TcpListener>,
@@ -320,7 +319,7 @@ struct Offer {
 /// Why nothing was handed over.
 #[derive(Debug)]
 enum Failure {
-    /// It ended the connection, perhaps as it has died.
+    /// It ended the connection, perhaps because it died.
     Gone(io::Error),
     /// Anything else; the text says what.
     Refuses(String),
@@ -356,13 +355,13 @@ struct Old {
     stream: UnixStream,
     received: Vec<u8>,
     descriptors: VecDeque<OwnedFd>,
-    /// Nothing is waited for any longer.
+    /// The deadline of every wait.
     deadline: Instant,
 }
 
 impl Old {
-    /// The process that listens here must belong to this user, or root: it gets nothing, but what
-    /// it sends is trusted.
+    /// The process that listens here must belong to this user or to root: it gets nothing, but its
+    /// messages are trusted.
     fn check_user(&self) -> Result<(), String> {
         let (_, uid) = credentials(&self.stream).map_err(|error| error.to_string())?;
         if is_trusted(uid) {
@@ -418,7 +417,7 @@ impl Old {
                     let is_passed = listed["passed"] == true;
                     offer.unix.push(GivenUnix::new(fd, is_passed)?);
                 }
-                // Of a later version: closed.
+                // From a later version: closed.
                 _ => {}
             }
         }
@@ -431,7 +430,7 @@ impl Old {
         Ok(offer)
     }
 
-    /// Takes the blocks of a message, and says how many they are.
+    /// Takes the blocks of a message; returns how many there are.
     fn take_blocks(
         &mut self,
         message: &Value,
@@ -461,9 +460,9 @@ impl Old {
         Ok(())
     }
 
-    /// Reads its last messages, and waits for its end. False if it has not ended in time. Without
-    /// its process, the end of the connection has to do: the lock of the data directory tells the
-    /// rest.
+    /// Reads its last messages, and waits for its end. False if it has not ended in time. If its
+    /// process is unknown, this waits for the end of the connection; after that the lock of the
+    /// data directory shows when it has ended.
     fn wait_for_exit(
         mut self,
         blocks: &mut Vec<(PoolName, BlockId, OwnedFd)>,
@@ -503,7 +502,7 @@ impl Old {
         self.stream.write_all(&out)
     }
 
-    /// The next message that `is_it`; others are passed over.
+    /// The next message that `is_it` accepts; others are skipped.
     fn next(&mut self, is_it: impl Fn(&Value) -> bool) -> io::Result<Value> {
         loop {
             let message = self.receive()?;
@@ -548,8 +547,8 @@ impl Old {
                     self.descriptors.extend(came);
                     self.received.extend_from_slice(&buffer[..n]);
                 }
-                // A wait with a bound is not taken up again by itself (signal(7)); the deadline is
-                // looked at above.
+                // A wait with a timeout is not restarted after a signal (signal(7)); the deadline
+                // is checked above.
                 Err(error)
                     if matches!(
                         error.kind(),

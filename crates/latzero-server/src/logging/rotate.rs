@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-/// `server.log`, and behind it `server.log.1` (newest) to `server.log.N`.
+/// `server.log`, and the rotated files `server.log.1` (newest) to `server.log.N`.
 #[derive(Debug)]
 pub(super) struct RotatingFile {
     path: PathBuf,
@@ -58,7 +58,7 @@ impl RotatingFile {
     }
 
     fn reopen(&mut self) -> io::Result<()> {
-        // A pipe would be waited for.
+        // Opening a pipe would block.
         if fs::metadata(&self.path).is_ok_and(|found| !found.is_file()) {
             return Err(io::Error::other("it is not a regular file; move it away"));
         }
@@ -88,8 +88,8 @@ impl RotatingFile {
         self.reopen()
     }
 
-    /// Removes files that a lower bound leaves behind. They are numbered without gaps, so the first
-    /// that is missing ends it.
+    /// Removes files beyond the bound after it was lowered. They are numbered without gaps, so the
+    /// first missing one ends the search.
     fn remove_beyond(&self) {
         let mut place = self.files_max;
         while fs::remove_file(self.aside(place)).is_ok() {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// that hangs.
 const QUEUE_LINES_MAX: usize = 4096;
 
-/// The longest line, in bytes; what is beyond it is cut off.
+/// The longest line, in bytes; longer lines are truncated.
 const LINE_BYTES_MAX: usize = 16 << 10;
 
 /// How long [`Sink::flush`] waits for a destination that hangs.
@@ -58,7 +58,7 @@ impl Sink {
         self.lost.load(Ordering::Relaxed)
     }
 
-    /// Waits until what is queued is written, [`FLUSH_MAX`] at most.
+    /// Waits until the queued lines are written, at most [`FLUSH_MAX`].
     pub(super) fn flush(&self) {
         let deadline = Instant::now() + FLUSH_MAX;
         let (done, is_done) = sync_channel(1);
@@ -73,8 +73,8 @@ impl Sink {
                 Err(_) => return,
             }
         }
-        // Ends early where the thread is gone; past the deadline the destination hangs. Neither is
-        // worth more.
+        // Ends early if the thread has ended; after the deadline the destination hangs. In both
+        // cases nothing more can be done.
         let _done_or_not = is_done.recv_timeout(deadline.saturating_duration_since(Instant::now()));
     }
 }

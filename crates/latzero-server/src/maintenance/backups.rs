@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use latzero_store::{BACKUPS, BackupError, Summary, open_backup};
 
-/// How closely a backup is looked at.
+/// How thoroughly a backup is checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Depth {
-    /// What it says of itself.
+    /// Its header.
     Glance,
     /// Every byte, against its checksums.
     Whole,
@@ -22,15 +22,15 @@ pub struct BackupEntry {
     pub file: PathBuf,
     /// Its size in bytes.
     pub bytes: u64,
-    /// What it holds, or why it can't be used.
+    /// Its contents, or why it cannot be used.
     pub summary: Result<Summary, BackupError>,
 }
 
-/// The files that may be backups, newest first; those with names of their own come last. A
-/// directory that is not there has none.
+/// The files that may be backups, newest first; those with other names come last. None if the
+/// directory does not exist.
 ///
 /// # Errors
-/// If the directory can't be read.
+/// If the directory cannot be read.
 pub fn files(data_dir: &Path) -> io::Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(data_dir.join(BACKUPS)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -39,7 +39,7 @@ pub fn files(data_dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in entries {
         let path = entry?.path();
-        // What begins with a dot is being made.
+        // A name that begins with a dot is an incomplete backup.
         let is_hidden = path
             .file_name()
             .is_some_and(|name| name.to_string_lossy().starts_with('.'));
@@ -47,7 +47,7 @@ pub fn files(data_dir: &Path) -> io::Result<Vec<PathBuf>> {
             files.push(path);
         }
     }
-    // By their numbers; what has another name comes last.
+    // By their numbers; other names come last.
     let known = latzero_store::backups(data_dir);
     let place = |path: &PathBuf| known.iter().position(|known| known == path);
     files.sort_by_cached_key(|path| (place(path).unwrap_or(known.len()), path.clone()));
@@ -57,11 +57,11 @@ pub fn files(data_dir: &Path) -> io::Result<Vec<PathBuf>> {
 /// Examines a backup at any path.
 ///
 /// # Errors
-/// Why it can't be used.
+/// Why it cannot be used.
 pub fn inspect(file: &Path, look: Depth) -> Result<Summary, BackupError> {
     let backup = open_backup(file)?;
     let summary = backup.summary();
-    // Where it is no backup at all, that says what it is.
+    // If it is not a backup at all, this error says what it is.
     if look == Depth::Whole || summary.is_err() {
         backup.verify()?;
     }

@@ -17,47 +17,47 @@ use crate::startup::data_dir::DataDir;
 use crate::startup::lock::InstanceLock;
 use crate::startup::{StartupError, descriptors, lock};
 
-/// Where a database is copied to, so that looking for damage changes nothing.
+/// The directory to which a database is copied, so that a check changes nothing.
 const COPY: &str = ".check";
 
-/// A data directory that is held against servers until this is dropped.
+/// A data directory that is locked, so that no server can use it until this is dropped.
 #[derive(Debug)]
 pub struct Offline {
     data_dir: DataDir,
     _lock: InstanceLock,
 }
 
-/// What restoring did.
+/// The result of a restore.
 #[derive(Debug)]
 pub struct Restored {
-    /// What the backup held.
+    /// The contents of the backup.
     pub summary: Summary,
     /// Where the former database's files are now.
     pub set_aside: Vec<PathBuf>,
-    /// How many blocks were moved aside under `memory/.orphans/`, since the backup has them too.
+    /// How many blocks were moved aside to `memory/.orphans/`, because the backup has them too.
     pub blocks_set_aside: usize,
 }
 
-/// Why upkeep of a directory without a server failed.
+/// Why maintenance of a directory without a server failed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum MaintenanceError {
     /// The directory is not available.
     #[error(transparent)]
     Startup(#[from] StartupError),
-    /// The backup can't be used.
+    /// The backup cannot be used.
     #[error(transparent)]
     Backup(#[from] BackupError),
-    /// The database can't be replaced or opened.
+    /// The database cannot be replaced or opened.
     #[error(transparent)]
     Store(OpenError),
-    /// The database is restored, and not every block is.
+    /// The database was restored, but not every block.
     #[error(
         "the database was restored, but not every persistent block: {0}; restore the same backup \
          again"
     )]
     Blocks(#[source] io::Error),
-    /// The system refused something else.
+    /// Another operation of the system failed.
     #[error("{action} {}: {source}", path.display())]
     System {
         /// What was tried.
@@ -79,16 +79,16 @@ impl From<OpenError> for MaintenanceError {
 }
 
 impl Offline {
-    /// Takes a data directory, which is made if there is none.
+    /// Locks a data directory, which is created if it does not exist.
     ///
     /// # Errors
-    /// [`StartupError::AnotherServer`] if a server runs on it; and whatever would keep one from
-    /// starting on it.
+    /// [`StartupError::AnotherServer`] if a server uses it, and everything that would prevent a
+    /// server from starting on it.
     pub fn lock(path: &Path) -> Result<Offline, MaintenanceError> {
         lock::refuse_held(path)?;
         let data_dir = DataDir::prepare(path)?;
         let lock = InstanceLock::acquire(data_dir.path())?;
-        // Each block that is looked at takes a few.
+        // Each block that is checked needs a few descriptors.
         descriptors::raise_limit();
         // Without it, a write beyond the limit ends the process.
         let _ = survive_file_size_limit();
@@ -104,21 +104,21 @@ impl Offline {
         self.data_dir.path()
     }
 
-    /// Whether there is a database to look at, or to take the place of.
+    /// Whether there is a database.
     #[must_use]
     pub fn has_database(&self) -> bool {
         fs::metadata(self.path().join(DATABASE)).is_ok_and(|file| file.len() > 0)
     }
 
-    /// Makes a backup the database, and puts its persistent blocks back. The whole backup is
-    /// verified first; what it takes the place of is moved aside.
+    /// Replaces the database with a backup, and restores its persistent blocks. The whole backup is
+    /// verified first; what it replaces is moved aside.
     ///
     /// # Errors
-    /// If the backup is not good, or the disk refuses: then nothing has changed, but for
-    /// [`UpkeepError::Blocks`].
+    /// If the backup is invalid, or the disk fails: then nothing has changed, except with
+    /// [`MaintenanceError::Blocks`].
     pub fn restore(&self, backup: &Path) -> Result<Restored, MaintenanceError> {
         let memory = self.path().join("memory");
-        // Where a backup turns out bad, not even what a start does about blocks was done.
+        // If the backup is invalid, even the checks of blocks that a start makes were not done.
         let mut restoring: Option<Restoring> = None;
         let restored = latzero_store::restore(backup, self.path(), |head, bytes| {
             let restoring = match &mut restoring {
@@ -138,11 +138,11 @@ impl Offline {
         })
     }
 
-    /// Looks for damage in a copy of the database; `is_thorough` reads everything. No findings mean
-    /// that all is well.
+    /// Checks a copy of the database for damage; `is_thorough` reads everything. No findings mean
+    /// that there is no damage.
     ///
     /// # Errors
-    /// If it can't be looked at.
+    /// If it cannot be read.
     pub fn check(&self, is_thorough: bool) -> Result<Vec<String>, MaintenanceError> {
         let copy = Copy::of_database(self.path())?;
         let opened = match latzero_store::open(&copy.directory, Options::default()) {
@@ -170,10 +170,10 @@ impl Offline {
 }
 
 impl Offline {
-    /// Answers one SELECT about the database, of which nothing changes.
+    /// Runs one SELECT on the database, which does not change.
     ///
     /// # Errors
-    /// If it can't be looked at, or the question is none.
+    /// If it cannot be read, or the query is invalid.
     pub fn query(&self, sql: &str) -> Result<Value, MaintenanceError> {
         let copy = Copy::of_database(self.path())?;
         let path = copy.directory.join(DATABASE);
@@ -181,20 +181,20 @@ impl Offline {
         Ok(super::answer_json(&answer))
     }
 
-    /// Writes the database as SQL that makes it again.
+    /// Writes the database as SQL that recreates it.
     ///
     /// # Errors
-    /// If it can't be read, or the text not be written.
+    /// If it cannot be read, or the text cannot be written.
     pub fn dump(&self, out: &mut dyn io::Write) -> Result<(), MaintenanceError> {
         let copy = Copy::of_database(self.path())?;
         Ok(latzero_store::dump(&copy.directory.join(DATABASE), out)?)
     }
 }
 
-/// Writes a backup's records as SQL that makes them again.
+/// Writes a backup's records as SQL that recreates them.
 ///
 /// # Errors
-/// If it can't be read, or the text not be written.
+/// If it cannot be read, or the text cannot be written.
 pub fn dump_backup(file: &Path, out: &mut dyn io::Write) -> Result<(), MaintenanceError> {
     Ok(latzero_store::dump(file, out)?)
 }
@@ -238,8 +238,8 @@ impl Copy {
         Ok(copy)
     }
 
-    /// What opening the copy said, as it holds for the original. What it did about the copy is of
-    /// no interest.
+    /// The findings of opening the copy, as they apply to the original. Repairs of the copy are
+    /// left out.
     fn in_words_of_the_original(&self, text: &str) -> String {
         let copy = self.directory.display().to_string();
         let text = text.replace(&copy, &self.original.display().to_string());
@@ -250,7 +250,7 @@ impl Copy {
     }
 
     fn remove(&self) {
-        // What can't be removed is found by the next look.
+        // Files that cannot be removed are found by the next check.
         let _ = fs::remove_dir_all(&self.directory);
     }
 }

@@ -29,7 +29,7 @@ pub(super) enum StoreReply {
 }
 
 impl StoreReply {
-    /// The loop that passes it on, of `count`, and how.
+    /// The loop that delivers it, of `count` loops, and the command for it.
     fn command(self, count: usize) -> (usize, Command) {
         match self {
             StoreReply::Connection(peer, result) => (peer.home, Command::StoreReply(peer, result)),
@@ -163,7 +163,7 @@ mod tests {
         let peer = || Peer::new(0, None, ledger.connection(&ledger.user(true)));
         let (a, b) = (peer(), peer());
         let mut words = Vec::new();
-        // Nothing is before it, so it is sent at once.
+        // No reply precedes it, so it is sent at once.
         let before = line.promise(1, &a);
         let word = line.refused((1, before), refusal()).unwrap();
         assert_eq!(of_connection(&word, &a), Some(false));

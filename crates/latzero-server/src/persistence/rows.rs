@@ -3,7 +3,7 @@
 use latzero_fabric::rows::{AnswerRow, AppRow, BindingRow, CallRow, Death, PoolRow, StoreChange};
 use latzero_protocol::{AppId, PoolName, Refusal};
 
-/// The kind of a pool that goes with the server, but whose name does not.
+/// The kind of a pool that ends with the server, but whose name is reserved.
 const PASSING: &str = "passing";
 
 pub(super) fn ms(unix_ms: i64) -> u64 {
@@ -14,8 +14,8 @@ fn time(unix_ms: u64) -> i64 {
     i64::try_from(unix_ms).unwrap_or(i64::MAX)
 }
 
-/// When an app was seen last, where it lives. As long as a time is, so that the row keeps its size
-/// when the app comes and goes; what is before 1970 is read as 0.
+/// The stored time of an app that is connected. It is as long as a time, so that the row keeps its
+/// size when the app connects and disconnects; times before 1970 are read as 0.
 const LIVES: i64 = -(1 << 46);
 
 fn seen(unix_ms: u64) -> i64 {
@@ -52,7 +52,7 @@ pub(super) fn pool_of(row: latzero_store::PoolRow) -> Result<PoolRow, Refusal> {
     let policy = row.policy.unwrap_or_else(|| "{}".into());
     Ok(PoolRow {
         name: PoolName::new(&row.name)?,
-        // Without its owner, its rules would be different.
+        // Without its owner, its policy would mean something else.
         policy: if owner.is_ok() { policy } else { String::new() },
         owner: owner.unwrap_or(None),
         properties: row.properties,
@@ -97,7 +97,7 @@ pub(super) fn answer_of(row: latzero_store::AnswerRow) -> Result<AnswerRow, Refu
     })
 }
 
-/// A change as the store has it.
+/// A change in the form of the store.
 pub(super) fn row(change: StoreChange) -> latzero_store::RowChange {
     use latzero_store::RowChange as Stored;
     match change {

@@ -43,7 +43,7 @@ pub struct Position {
 pub struct SettingsError {
     /// Where it was written.
     pub source: Source,
-    /// Where in the file, as far as that is known.
+    /// Where in the file, if that is known.
     pub at: Option<Position>,
     /// What is wrong.
     pub problem: Problem,
@@ -56,16 +56,16 @@ pub enum Problem {
     UnknownKey {
         /// The key, or the variable, as written.
         key: String,
-        /// The known one that looks most like it.
+        /// The known one that is most similar to it.
         nearest: Option<String>,
     },
-    /// The value is not of the setting's kind, or out of its bounds.
+    /// The value is not of the setting's kind, or is out of its bounds.
     BadValue {
         /// The setting.
         key: &'static str,
-        /// What would do.
+        /// What is accepted.
         expected: String,
-        /// What was there, shortened.
+        /// What was written, shortened.
         found: String,
     },
     /// The file is not TOML.
@@ -83,12 +83,12 @@ pub enum Problem {
         /// The setting.
         key: &'static str,
     },
-    /// The setting asks for what this build cannot do.
+    /// The setting asks for something that is not implemented.
     NotInThisBuild {
         /// The setting.
         key: &'static str,
     },
-    /// The server would listen for other machines, and what travels is not encrypted.
+    /// The server would listen for other machines without encryption.
     Exposed {
         /// The address.
         host: String,
@@ -142,8 +142,8 @@ impl fmt::Display for SettingsError {
             ),
             Problem::Exposed { host } => write!(
                 f,
-                ": other machines reach `{host}`, and nothing that travels there is encrypted; \
-                 use --tls (docs/security.md), or say --insecure"
+                ": other machines can reach `{host}`, and the traffic would not be encrypted; \
+                 use --tls (docs/security.md), or allow it with --insecure"
             ),
             Problem::NotInThisBuild { key } => write!(
                 f,

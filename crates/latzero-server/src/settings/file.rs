@@ -29,7 +29,7 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Lays the file's values over what is there.
+    /// Overrides the current values with the file's.
     pub(super) fn apply(
         self,
         found: Found,
@@ -55,11 +55,11 @@ impl Layer {
     }
 }
 
-/// Parses the text of a settings file. `path` is only used in messages. Never panics, whatever the
-/// text.
+/// Parses the text of a settings file. `path` is only used in messages. It never panics, whatever
+/// the text is.
 ///
 /// # Errors
-/// Every unknown key and bad value with its line and column, or where the text is not TOML.
+/// Every unknown key and invalid value with its line and column, or where the text is not TOML.
 pub fn parse_file(path: &Path, text: &str) -> Result<Layer, SettingsErrors> {
     let error = |offset: Option<usize>, problem| SettingsError {
         source: Source::File(path.to_owned()),
@@ -175,13 +175,12 @@ fn position(text: &str, offset: usize) -> Position {
     }
 }
 
-/// Reads what the machine has and puts the settings together. With `named` (from `--config`), that
-/// file is the only one; otherwise the files `<data-dir>/config/*.toml` are read in lexical order,
-/// those whose name begins with a dot left out. A config directory that is not there holds no
-/// files.
+/// Reads all sources and combines them. With `named` (from `--config`), only that file is read;
+/// otherwise the files `<data-dir>/config/*.toml` in lexical order, except those whose name begins
+/// with a dot. A missing config directory counts as empty.
 ///
 /// # Errors
-/// Every unknown key and bad value there is, or the file that cannot be read.
+/// Every unknown key and invalid value, or the file that cannot be read.
 pub fn load(
     environment: &Environment,
     command_line: &[Override],

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-/// What every variable of this project begins with.
+/// The prefix of all variables of this project.
 pub(super) const VARIABLE_PREFIX: &str = "LATZERO_";
 
-/// Variables that are no settings: clients read them, handlers that `latzero serve` runs, and crash
-/// tests.
+/// Variables that are not settings: they are for clients, for handlers that `latzero serve` runs,
+/// and for crash tests.
 pub const OTHER_VARIABLES: &[&str] = &[
     "LATZERO_URL",
     "LATZERO_ADMIN_TOKEN",
@@ -27,7 +27,7 @@ pub const OTHER_VARIABLES: &[&str] = &[
     "LATZERO_FAILPOINT",
 ];
 
-/// The environment, as far as settings and start-up look at it.
+/// The environment variables that settings and startup use.
 #[derive(Clone, Debug, Default)]
 pub struct Environment(pub(super) BTreeMap<String, OsString>);
 
@@ -35,7 +35,7 @@ impl Environment {
     /// The environment of this process.
     #[must_use]
     pub fn of_process() -> Self {
-        // A variable whose name is not UTF-8 is none of ours.
+        // A variable whose name is not UTF-8 is not one of this project.
         std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
             .collect()
@@ -69,7 +69,7 @@ pub struct Override {
     pub name: String,
     /// Its value as typed.
     pub value: String,
-    /// The flag as a person knows it: `--port`.
+    /// The flag as it is typed: `--port`.
     pub flag: String,
 }
 
@@ -102,13 +102,13 @@ pub struct ConfigFile {
 /// How a settings file was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// In `<data-dir>/config/`; so it cannot say where the data directory is.
+    /// In `<data-dir>/config/`, so it cannot set the data directory.
     InDataDir,
     /// Named with `--config`.
     Named,
 }
 
-/// Everything that settings are made of.
+/// All sources of settings.
 #[derive(Clone, Debug, Default)]
 pub struct Inputs {
     /// The environment.

@@ -109,7 +109,7 @@ mod tests {
             return;
         }
         std::fs::write(&path, current).unwrap();
-        panic!("default-config.toml was stale and has been written anew; check it and commit it");
+        panic!("default-config.toml was stale and has been rewritten; check it and commit it");
     }
 
     #[test]

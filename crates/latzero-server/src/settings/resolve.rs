@@ -6,10 +6,10 @@ use super::resolved::{Entry, Resolved};
 use super::value::{self, Kind, Value};
 use super::{SETTINGS, Setting, parse_file};
 
-/// Puts the settings together.
+/// Combines the sources into settings.
 ///
 /// # Errors
-/// Every unknown key and bad value there is, each with where it was written.
+/// Every unknown key and invalid value, each with where it was written.
 pub fn resolve(inputs: &Inputs) -> Result<Resolved, SettingsErrors> {
     let mut errors = Vec::new();
     let mut entries: Vec<Entry> = SETTINGS
@@ -84,8 +84,8 @@ fn apply_environment(
     }
 }
 
-/// A warning for each variable that begins as settings do and is none. It may be a typing error, or
-/// belong to another program, so it is ignored.
+/// A warning for each variable that has the prefix of settings but is not a setting. It may be a
+/// typing error, or belong to another program, so it is ignored.
 #[must_use]
 pub fn unknown_variables(environment: &Environment) -> Vec<String> {
     let is_unknown = |variable: &&String| {
@@ -139,7 +139,7 @@ fn apply_text(
     }
 }
 
-/// Replaces a leading `~` of paths by the home directory.
+/// Replaces a leading `~` of paths with the home directory.
 fn expand_home(environment: &Environment, entries: &mut [Entry], errors: &mut Vec<SettingsError>) {
     let home = environment.var("HOME").and_then(|home| home.to_str());
     for (setting, entry) in SETTINGS.iter().zip(entries) {
@@ -162,9 +162,9 @@ fn expand_home(environment: &Environment, entries: &mut [Entry], errors: &mut Ve
     }
 }
 
-/// The known key that looks most like `key`, where one does.
+/// The known key that is most similar to `key`, if one is similar.
 pub(super) fn nearest_key(key: &str) -> Option<String> {
-    // A key in the wrong table is near to the same key in the right one.
+    // A key in the wrong table is similar to the same key in the right one.
     let last = key.rsplit('.').next().unwrap_or(key);
     if let Some(setting) = SETTINGS
         .iter()

@@ -57,22 +57,22 @@ pub struct Shown {
 pub struct SettingChange {
     /// The key.
     pub name: &'static str,
-    /// The value so far, as people read it.
+    /// The current value, as people read it.
     pub from: String,
-    /// The new one.
+    /// The new value, as people read it.
     pub to: String,
-    /// Where the new one comes from.
+    /// Where the new value comes from.
     pub source: String,
 }
 
 /// What a reload did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Reload {
-    /// In force from now on.
+    /// Changed and in force.
     pub applied: Vec<SettingChange>,
     /// Changed, but in force only after a restart.
     pub needs_restart: Vec<SettingChange>,
-    /// The pin of the TLS port's certificate, which was read again.
+    /// The pin of the TLS port's certificate, which was reloaded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pin: Option<String>,
 }
@@ -117,8 +117,8 @@ impl Resolved {
             .collect()
     }
 
-    /// Refuses settings that ask for what this build cannot do, naming where they were set. Apart
-    /// from [`resolve`], so that `config show` still shows them.
+    /// Refuses settings that ask for something that is not implemented, naming where they were set.
+    /// Separate from [`resolve`], so that `config show` still shows them.
     ///
     /// # Errors
     /// One [`Problem::NotInThisBuild`] for each, and [`Problem::Exposed`].
@@ -149,8 +149,8 @@ impl Resolved {
         SettingsErrors::check(errors)
     }
 
-    /// The settings after a reload that found `fresh`: what may change live is taken over, the rest
-    /// stays as it is until a restart.
+    /// The settings after a reload that found `fresh`: settings that may change live are applied,
+    /// the others keep their value until a restart.
     #[must_use]
     pub fn reload(&self, fresh: &Resolved) -> (Resolved, Reload) {
         let mut reload = Reload::default();
@@ -182,8 +182,8 @@ impl Resolved {
     }
 }
 
-/// Whether other machines reach an address. A name counts as what it is resolved to; one that has
-/// no address is refused later.
+/// Whether other machines can reach an address. A host name counts as the addresses that it
+/// resolves to; one without an address is refused later.
 fn is_beyond_this_machine(host: &str) -> bool {
     use std::net::ToSocketAddrs as _;
     let bare = host

@@ -66,8 +66,7 @@ impl Setting {
     }
 }
 
-/// Every setting there is, in the order in which people read them: those of the table, then the
-/// limits.
+/// All settings, in the order in which people read them: those of the table, then the limits.
 pub static SETTINGS: LazyLock<Vec<Setting>> = LazyLock::new(|| {
     let mut settings = table();
     settings.extend(LIMITS.iter().map(Setting::of_limit));
@@ -89,7 +88,7 @@ macro_rules! settings {
             pub limits: Limits,
         }
 
-        /// The settings that are no limits.
+        /// The settings that are not limits.
         fn table() -> Vec<Setting> {
             vec![
                 $( Setting {
@@ -124,7 +123,7 @@ settings! {
     port: u16 = "45227", Kind::Integer { min: 0, max: 65_535 }, Restart;
     /// Address to listen on. Other machines can reach any address but a loopback address.
     host: String = "127.0.0.1", Kind::Text, Restart;
-    /// Listen beyond loopback although nothing that travels there is encrypted.
+    /// Allow listening on other addresses than loopback without TLS: traffic is not encrypted.
     insecure: bool = "false", Kind::Bool, Restart;
     /// Data directory: where the server keeps its files. A file inside it cannot set it.
     data_dir: PathBuf = "~/.latzero", Kind::Path, Restart;
@@ -135,21 +134,21 @@ settings! {
         Kind::Choice(&["error", "warn", "info", "debug", "trace"]), Live;
     /// Format of log lines: human, json, or auto (human on stderr, json in the file).
     log_format: LogFormat = "auto", Kind::Choice(&["auto", "human", "json"]), Restart;
-    /// Use TLS on the TCP port, which then speaks nothing else. The Unix socket stays as it is.
+    /// Accept only TLS on the TCP port. The Unix socket is not affected.
     enable_tls: bool = "false", Kind::Bool, Restart;
-    /// Certificate of the TLS port, in PEM form, with the chain behind it. "auto" is one that the
-    /// server makes for itself at its first start, in config/tls.
+    /// Certificate and chain of the TLS port, in PEM format. "auto" is a self-signed certificate
+    /// that the server creates at its first start, in config/tls.
     tls_cert: PathBuf = "auto", Kind::Path, Live;
-    /// Private key of the certificate, in PEM form; "auto" goes with that of tls_cert.
+    /// Private key of the certificate, in PEM format. Set it if and only if tls_cert is set.
     tls_key: PathBuf = "auto", Kind::Path, Live;
-    /// Authorities, in PEM form, whose certificates clients must show; each names its AppIDs.
-    /// "off" asks for no certificate.
+    /// CAs that must have signed the certificates of clients, in PEM format. A client certificate
+    /// names the AppIDs of its holder. "off" requires no certificates.
     tls_client_ca: PathBuf = "off", Kind::Path, Live;
-    /// Take proofs of administrators over plain TCP, where nothing binds them to the connection.
+    /// Accept administrators over plain TCP, where a proof cannot be bound to the connection.
     admin_over_plain_tcp: bool = "false", Kind::Bool, Restart;
-    /// Keep the admin token over starts; else each start writes a new one.
+    /// Keep the admin token across restarts; otherwise each start writes a new one.
     admin_token_pinned: bool = "false", Kind::Bool, Restart;
-    /// Refuse proofs that nothing binds to their connection: those over plain TCP.
+    /// Refuse proofs that are not bound to their connection: those over plain TCP.
     require_channel_binding: bool = "false", Kind::Bool, Restart;
     /// Join other servers in a cluster. Not implemented yet.
     cluster_mode: bool = "false", Kind::Bool, Restart;

@@ -67,7 +67,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Reads the text of a variable or a flag. `None` means that the text is not such a value.
+    /// Parses the text of a variable or a flag. `None` means that the text is not such a value.
     pub(super) fn parse_text(self, text: &str) -> Option<Value> {
         match self {
             Kind::Integer { min, max } => in_bounds(text.trim().parse().ok()?, min, max),
@@ -229,7 +229,7 @@ fn parse_millis(text: &str) -> Option<u64> {
     number.checked_mul(factor)
 }
 
-/// How much the log tells.
+/// The level of detail of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogLevel {
@@ -265,7 +265,7 @@ impl fmt::Display for LogLevel {
     }
 }
 
-/// How a log line looks.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
@@ -277,7 +277,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// What a promise to outlive the server waits for.
+/// What the acknowledgement of a durable change waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StoreDurability {

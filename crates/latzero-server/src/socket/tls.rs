@@ -1,8 +1,8 @@
 //! TLS on a connection of the TCP port: the socket and the state of its records, behind one lock.
 //!
-//! The loop that the connection belongs to reads; whoever sends to it writes. A full handshake
-//! costs a fraction of a millisecond of that loop's time (`cargo xtask bench keys`), and the loop
-//! spends a bounded part of each turn on those; see `event_loop`.
+//! The loop that the connection belongs to reads; any loop that sends to it writes. A full
+//! handshake costs a fraction of a millisecond of its loop's time (`cargo xtask bench keys`), and
+//! the loop spends a bounded part of each turn on handshakes; see `event_loop`.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -13,12 +13,12 @@ use latzero_protocol::AppId;
 use latzero_tls::Stream;
 use latzero_tls::server::{Acceptor, app_ids};
 
-/// A TCP stream that speaks TLS.
+/// A TCP stream with TLS.
 #[derive(Debug)]
 pub(crate) struct TlsSocket {
     stream: TcpStream,
     tls: Mutex<Stream>,
-    /// Whether the client must have shown a certificate.
+    /// Whether the client must present a certificate.
     is_mutual: bool,
 }
 
@@ -44,7 +44,8 @@ impl TlsSocket {
         self.tls().is_handshaking()
     }
 
-    /// What it takes of the server's memory, in bytes, beside the queues of the connection.
+    /// How much of the server's memory it uses, in bytes, in addition to the queues of the
+    /// connection.
     pub(crate) fn held(&self) -> usize {
         self.tls().held()
     }
@@ -75,7 +76,7 @@ impl TlsSocket {
         self.tls().read(&mut &self.stream, &mut &self.stream, buf)
     }
 
-    /// Reads what came, whatever it means: for a connection that nothing is run of any more.
+    /// Reads and discards received bytes, for a connection whose messages are no longer handled.
     pub(crate) fn read_raw(&self, buf: &mut [u8]) -> io::Result<usize> {
         (&self.stream).read(buf)
     }
@@ -89,13 +90,13 @@ impl TlsSocket {
         tls.write(&mut &self.stream, buf)
     }
 
-    /// Writes what the protocol itself has to say, as far as the socket takes it.
+    /// Writes messages of TLS itself, as much as the socket accepts.
     pub(crate) fn flush(&self) {
         // What went wrong is found by the next read.
         let _ = self.tls().flush(&mut &self.stream);
     }
 
-    /// Says that nothing more comes.
+    /// Ends the sending side.
     pub(crate) fn finish(&self) {
         self.tls().finish(&mut &self.stream);
         let _ = (&self.stream).flush();

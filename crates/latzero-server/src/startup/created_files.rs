@@ -7,18 +7,18 @@ use super::data_dir::SUBDIRECTORIES;
 use super::lock::{self, LOCK_NAME};
 use super::token::TOKEN_NAME;
 
-/// The paths of a data directory that are not there before a start.
+/// The paths of a data directory that did not exist before a start.
 #[derive(Debug)]
 pub struct CreatedFiles {
     data_dir: PathBuf,
     /// Missing directories above and the data directory itself, the outermost first.
     directories: Vec<PathBuf>,
-    /// What is missing inside, where the directory itself is there.
+    /// Missing files inside, if the directory itself exists.
     inside: Vec<PathBuf>,
 }
 
 impl CreatedFiles {
-    /// Notes what is missing.
+    /// Records what is missing.
     #[must_use]
     pub fn before(data_dir: &Path) -> CreatedFiles {
         let data_dir = std::path::absolute(data_dir).unwrap_or_else(|_| data_dir.to_owned());
@@ -30,7 +30,7 @@ impl CreatedFiles {
             .collect();
         directories.reverse();
         let names = SUBDIRECTORIES.into_iter().chain([LOCK_NAME, TOKEN_NAME]);
-        // What is inside another one is removed first.
+        // Inner paths are removed first.
         let inside = crate::tls::FILES
             .into_iter()
             .chain(names)
@@ -54,7 +54,7 @@ impl CreatedFiles {
             let _ = fs::remove_dir_all(&self.data_dir);
         } else {
             for path in &self.inside {
-                // A directory with files of others is not empty, and stays.
+                // A directory with other files is not empty, and stays.
                 let _ = match path.is_dir() {
                     true => fs::remove_dir(path),
                     false => fs::remove_file(path),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::StartupError;
 
-/// What a data directory holds besides single files.
+/// The subdirectories of a data directory.
 pub const SUBDIRECTORIES: [&str; 4] = ["config", "logs", "memory", "backups"];
 
 /// The permission bits by which others may write.
@@ -26,7 +26,7 @@ const REFUSED_FILE_SYSTEMS: [(u32, &str); 8] = [
     (0x00c3_6400, "Ceph"),
 ];
 
-/// File systems in which the kernel shows itself: no file can be made there.
+/// Virtual file systems of the kernel, in which no files can be created.
 const KERNEL_FILE_SYSTEMS: [u32; 5] = [
     0x0000_9fa0, // proc
     0x6265_6572, // sysfs
@@ -57,7 +57,7 @@ impl DataDir {
         for name in SUBDIRECTORIES {
             create(&path.join(name))?;
         }
-        // Again, for what is there only now.
+        // Checked again, because some of it was created only now.
         check(&path)?;
         Ok(DataDir { path })
     }
@@ -75,8 +75,8 @@ impl DataDir {
     }
 }
 
-/// What keeps a directory from being a data directory, found without changing anything: the checks
-/// of a start, for `doctor` too.
+/// Why a directory cannot be a data directory, found without changing anything: the checks of a
+/// start, also for `doctor`.
 ///
 /// # Errors
 /// As [`DataDir::prepare`].
@@ -117,7 +117,7 @@ fn check_existing(path: &Path) -> Result<(), StartupError> {
     Ok(())
 }
 
-/// Whether a directory can be created in the nearest one above that is there.
+/// Whether a directory can be created in the nearest existing parent.
 fn check_parent(path: &Path) -> Result<(), StartupError> {
     match fs::metadata(path) {
         Ok(metadata) if metadata.is_dir() => {

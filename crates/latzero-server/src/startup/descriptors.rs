@@ -12,8 +12,8 @@ const BACKOFF_MIN: Duration = Duration::from_millis(10);
 /// The longest pause.
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
-/// Raises the soft limit on descriptors to the hard one (`RLIMIT_NOFILE`, `getrlimit(2)`). Where
-/// the system refuses, the limit stays as it is: the server works, with fewer connections.
+/// Raises the soft limit on descriptors to the hard one (`RLIMIT_NOFILE`, `getrlimit(2)`). If the
+/// system refuses, the limit is unchanged, and the server works with fewer connections.
 pub fn raise_limit() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum {
@@ -27,7 +27,7 @@ pub fn raise_limit() {
     }
 }
 
-/// Descriptors of the server's own: listeners, logs, the database, the loops; fewer where there are
+/// Descriptors for the server itself: listeners, logs, the database, the loops; fewer if there are
 /// few.
 const OWN: u64 = 64;
 
@@ -37,16 +37,16 @@ const ADMINISTRATORS: u64 = 16;
 /// Descriptors of one connection: its socket, and over a Unix socket the process that opened it.
 const PER_CONNECTION: u64 = 2;
 
-/// Descriptors of one memory block: the server's own, and one on its way to a client.
+/// Descriptors of one memory block: the server's own, and one that is being sent to a client.
 const PER_BLOCK: u64 = 2;
 
-/// How descriptors are divided, so that blocks never take those of connections, nor either of them
-/// the server's own.
+/// The division of descriptors, so that blocks never use those of connections, and neither uses
+/// those of the server itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shares {
-    /// Connections that there is room for.
+    /// How many connections there is room for.
     pub connections: usize,
-    /// Blocks that there is room for.
+    /// How many blocks there is room for.
     pub blocks: usize,
 }
 
@@ -79,8 +79,8 @@ impl Shares {
     }
 }
 
-/// A descriptor held back. When there are none left, a listener stays readable for ever with a
-/// connection that it cannot accept; giving this one up for a moment lets the server accept that
+/// A spare descriptor. When there are none left, a listener stays readable forever with a
+/// connection that it cannot accept. Closing the spare for a moment lets the server accept that
 /// connection and close it.
 #[derive(Debug)]
 pub struct SpareDescriptor {
@@ -98,8 +98,8 @@ impl SpareDescriptor {
         })
     }
 
-    /// Runs `accept_and_close` with the spare given up, then takes it back. Where another thread
-    /// was faster, there is no spare until a later call gets one.
+    /// Closes the spare, runs `accept_and_close`, and opens the spare again. If another thread is
+    /// faster, there is no spare until a later call gets one.
     pub fn lend<R>(&mut self, accept_and_close: impl FnOnce() -> R) -> R {
         self.held = None;
         let result = accept_and_close();
@@ -107,7 +107,7 @@ impl SpareDescriptor {
         result
     }
 
-    /// Whether the spare is there.
+    /// Whether there is a spare.
     #[must_use]
     pub fn is_held(&self) -> bool {
         self.held.is_some()
@@ -138,7 +138,7 @@ impl AcceptBackoff {
         pause
     }
 
-    /// An accept succeeded: the next failure pauses shortly again.
+    /// An accept succeeded: the pause after the next failure is short again.
     pub fn succeeded(&mut self) {
         self.next = BACKOFF_MIN;
     }

@@ -25,13 +25,13 @@ pub const LOCK_NAME: &str = "lock";
 /// How often `/proc/locks` is read again for a lock that should be in it.
 const READS_MAX: usize = 5;
 
-/// The most that is read of a lock file, in bytes.
+/// How many bytes of a lock file are read at most.
 const RECORD_BYTES_MAX: u64 = 16 << 10;
 
-/// Bytes of a directory's name that go into a socket's name, which has 107 (unix(7)).
+/// How many bytes of a directory's name are used in a socket's name, which has 107 (unix(7)).
 const NAME_BYTES_MAX: usize = 32;
 
-/// How often a holder is looked for that must be there.
+/// How many times to search for a holder that must exist.
 const LOOKS_MAX: u32 = 10;
 
 /// What the holder writes into the lock file, as one line of JSON.
@@ -47,12 +47,12 @@ pub struct Record {
     pub addresses: Vec<String>,
 }
 
-/// Who holds a lock, as far as it can be known.
+/// The holder of a lock, as far as it is known.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Holder {
     /// The process id: from the kernel if possible, else from the file.
     pub pid: Option<u32>,
-    /// What the file says, if that is the holder's.
+    /// The content of the file, if the holder wrote it.
     pub record: Option<Record>,
 }
 
@@ -61,13 +61,13 @@ pub struct Holder {
 pub struct InstanceLock {
     file: File,
     started: String,
-    /// Bound, so that no other server starts on this path while its directory is away. None if the
-    /// kernel does not support such names.
+    /// A bound name, so that no other server starts on this path while its directory is missing.
+    /// None if the kernel does not support such names.
     path: Option<UnixListener>,
 }
 
 impl InstanceLock {
-    /// Takes the lock on `data_dir`, and writes who has it.
+    /// Takes the lock on `data_dir`, and writes its holder to the file.
     ///
     /// # Errors
     /// [`StartupError::AnotherServer`] if it is taken.
@@ -120,8 +120,8 @@ impl InstanceLock {
         matches!((held, found), (Ok(held), Ok(found)) if held == found)
     }
 
-    /// Takes the lock's name again in a directory that lost it. False if another server was first,
-    /// or the disk refuses.
+    /// Recreates the lock file in a directory that lost it. False if another server was first, or
+    /// the disk cannot be written.
     pub(crate) fn renew(&mut self, data_dir: &Path, addresses: &[String]) -> bool {
         let Ok(file) = open(&data_dir.join(LOCK_NAME)) else {
             return false;
@@ -134,7 +134,7 @@ impl InstanceLock {
         true
     }
 
-    /// Answers those who looked whether the path is in use: with the end of their connections.
+    /// Closes the connections of processes that checked whether the path is in use.
     pub(crate) fn answer(&self) {
         if let Some(listener) = &self.path {
             while listener.accept().is_ok() {}
@@ -160,8 +160,8 @@ impl Drop for InstanceLock {
 }
 
 fn open(path: &Path) -> std::io::Result<File> {
-    // The standard library opens with O_CLOEXEC, so that no child keeps the lock. A pipe is not
-    // waited for.
+    // The standard library opens with O_CLOEXEC, so that no child keeps the lock. Opening a pipe
+    // does not block.
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let file = OpenOptions::new()
         .read(true)
@@ -177,19 +177,19 @@ fn open(path: &Path) -> std::io::Result<File> {
     Ok(file)
 }
 
-/// The name of a data directory's path among the kernel's abstract sockets (unix(7)). A directory
-/// that is moved away takes the file with the lock along; this name stays, and falls with the
-/// process. Each network namespace has names of its own, so this comes beside the lock in the file
-/// and not in its place.
+/// An abstract socket (unix(7)) that is named after a data directory's path. If the directory is
+/// moved away, the lock file is moved with it; this name stays, and is released when the process
+/// ends. Each network namespace has its own names, so this is used in addition to the lock in the
+/// file.
 struct PathName(SocketAddr);
 
 impl PathName {
-    /// By the directory that the path lies in and by its last part. None if that can't be found
-    /// out.
+    /// The name for a path, from its parent directory and its last part. None if they cannot be
+    /// determined.
     fn of(data_dir: &Path) -> Option<PathName> {
         let path = match data_dir.canonicalize() {
             Ok(path) => path,
-            // Of one that is not there (any more).
+            // For a directory that does not exist.
             Err(_) => {
                 let parent = std::path::absolute(data_dir).ok()?;
                 parent
@@ -210,7 +210,7 @@ impl PathName {
         let last = path.file_name()?.as_bytes();
         match last.len() <= NAME_BYTES_MAX {
             true => name.extend_from_slice(last),
-            // Longer than a socket's name may be: its end, and a number for all of it (FNV-1a).
+            // Longer than a socket's name may be: use its end and a hash of all of it (FNV-1a).
             false => {
                 let hash = last.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
                     (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
@@ -229,7 +229,7 @@ impl PathName {
             Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
                 match self.holder() {
                     Some(pid) => Err(another(data_dir, pid)),
-                    // Another user's, who may not keep this one from starting.
+                    // It belongs to another user, who must not prevent this start.
                     None => Ok(None),
                 }
             }
@@ -251,7 +251,7 @@ impl PathName {
 }
 
 fn another(data_dir: &Path, pid: i32) -> StartupError {
-    // What the lock's file says of it, where the directory is there.
+    // From the lock file, if the directory exists.
     let known = holder(data_dir);
     let pid = u32::try_from(pid).ok().filter(|&pid| pid != 0);
     StartupError::AnotherServer {
@@ -260,8 +260,8 @@ fn another(data_dir: &Path, pid: i32) -> StartupError {
     }
 }
 
-/// Refuses a path whose server runs, though its directory may have been moved away: before another
-/// one is made there.
+/// Refuses a path whose server is running, even if its directory was moved away, before a new
+/// directory is created there.
 ///
 /// # Errors
 /// [`StartupError::AnotherServer`] if one runs.
@@ -273,7 +273,7 @@ pub(crate) fn refuse_held(data_dir: &Path) -> Result<(), StartupError> {
 }
 
 /// The current holder of the lock on `data_dir`, or `None`. It only reads and never locks, because
-/// that would make a server fail that starts at that moment.
+/// locking would make a server fail that starts at that moment.
 #[must_use]
 pub fn holder(data_dir: &Path) -> Option<Holder> {
     let path = data_dir.join(LOCK_NAME);
@@ -288,8 +288,8 @@ pub fn holder(data_dir: &Path) -> Option<Holder> {
         let locks = fs::read_to_string("/proc/locks").ok()?;
         find_holder(&locks, device, metadata.ino(), recorded)
     };
-    // The kernel gives the list in pieces, and may leave an entry out where others come and go
-    // meanwhile. So a process that is recorded and lives is looked for again.
+    // The kernel returns the list in parts, and may leave out an entry while others are added and
+    // removed. So a recorded process that is running is searched for again.
     let is_alive = || recorded.is_some_and(|pid| Path::new(&format!("/proc/{pid}")).exists());
     let again = || (0..READS_MAX).find_map(|_| find());
     let pid = find().or_else(|| is_alive().then(again)?)?;

@@ -16,11 +16,11 @@ use crate::address;
 /// Connections that may wait to be accepted. The system caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
-/// The most descriptors of other processes that are looked at to find who listens on a port.
+/// How many descriptors of other processes are checked at most to find who listens on a port.
 const DESCRIPTORS_LOOKED_AT_MAX: usize = 200_000;
 
-/// A Unix socket that listens, and its file. Two fields, as the event loop takes the listener and
-/// the file must stay until the end.
+/// A listening Unix socket and its file. They are two fields, because the event loop takes the
+/// listener, and the file must stay until the end.
 #[derive(Debug)]
 pub struct BoundSocket {
     /// The listener, non-blocking.
@@ -33,7 +33,7 @@ pub struct BoundSocket {
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    /// Device and inode of what was bound; `None` for a file that is not ours to remove.
+    /// Device and inode of the bound socket; `None` for a file that this server must not remove.
     identity: Option<(u64, u64)>,
 }
 
@@ -60,7 +60,7 @@ impl SocketFile {
         self.identity.is_none()
     }
 
-    /// Where it is.
+    /// Its path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -75,7 +75,7 @@ impl Drop for SocketFile {
     }
 }
 
-/// Device and inode of a socket's file, by which it is known again.
+/// Device and inode of a socket's file, by which it is recognised.
 pub(crate) fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
@@ -160,8 +160,8 @@ pub fn bind_unix(path: &Path) -> Result<BoundSocket, StartupError> {
     Ok(BoundSocket { listener, file })
 }
 
-/// What keeps a socket from being bound at `path`, found without changing anything. It does not
-/// check whether a process listens there.
+/// Why a socket cannot be bound at `path`, found without changing anything. It does not check
+/// whether a process listens there.
 pub(super) fn check_path(path: &Path) -> Result<(), StartupError> {
     if !address::fits(path) {
         return Err(StartupError::SocketPathTooLong {
@@ -214,7 +214,7 @@ fn remove_stale(path: &Path) -> Result<(), StartupError> {
     fs::remove_file(path).map_err(|cause| StartupError::of_io("removing the stale", path, cause))
 }
 
-/// Whether a process listens on a Unix socket. Never waits: a full queue (`EAGAIN`) counts too.
+/// Whether a process listens on a Unix socket. Never blocks: a full queue (`EAGAIN`) counts too.
 fn answers(path: &Path) -> bool {
     let attempt = || {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -247,7 +247,7 @@ fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
 }
 
 /// Whether a socket listens where [`bind_tcp`] might have bound it: on one of the host's addresses
-/// and the port, or any where that is 0. Nowhere, for a host that can't be resolved.
+/// and the port, or on any port if that is 0. False for a host that cannot be resolved.
 pub(crate) fn is_bound_to(listener: &TcpListener, host: &str, port: u16) -> bool {
     let (Ok(wanted), Ok(bound)) = (resolve(host, port), listener.local_addr()) else {
         return false;
@@ -262,7 +262,8 @@ pub(crate) fn is_bound_to(listener: &TcpListener, host: &str, port: u16) -> bool
 /// the port.
 ///
 /// # Errors
-/// If the port is taken (with who listens there), needs a privilege, or the host is not ours.
+/// If the port is in use (with the process that listens there) or needs a privilege, or the host is
+/// not an address of this machine.
 pub fn bind_tcp(host: &str, port: u16) -> Result<TcpListener, StartupError> {
     let refused = |source: io::Error| match source.kind() {
         io::ErrorKind::AddrInUse => StartupError::PortInUse {

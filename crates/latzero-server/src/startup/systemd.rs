@@ -25,13 +25,13 @@ const SOCKETS_MAX: usize = 64;
 pub struct Activation {
     /// TCP listeners.
     pub tcp: Vec<TcpListener>,
-    /// Unix stream listeners. Their files are systemd's and stay.
+    /// Unix stream listeners. Their files belong to systemd and stay.
     pub unix: Vec<BoundSocket>,
 }
 
 impl Activation {
-    /// Takes over what systemd passed to this very process (`LISTEN_PID`). Changes the environment
-    /// of the process (its children are not to take the same sockets), so call it before any other
+    /// Takes over the sockets that systemd passed to this process (`LISTEN_PID`). It changes the
+    /// environment, so that children do not take the same sockets. So call it before any other
     /// thread runs and before anything is opened.
     ///
     /// # Errors
@@ -48,7 +48,7 @@ impl Activation {
                 index,
                 reason: cause.to_string(),
             };
-            // A socket that is not of the one family is left in its place for the other.
+            // A socket that is not of this family is kept for the other one.
             if let Ok(Some(listener)) = passed.take_tcp_listener(index) {
                 let listens = socket_acceptconn(&listener).map_err(|cause| bad(cause.into()))?;
                 check_listens(listens).map_err(bad)?;
@@ -87,13 +87,13 @@ fn passed(environment: &Environment, pid: u32) -> usize {
     if number("LISTEN_PID") != Some(pid as usize) {
         return 0;
     }
-    // A count beyond the bound cannot be meant for us; trusting it would cost memory.
+    // A count above the limit cannot be meant for this process; trusting it would cost memory.
     number("LISTEN_FDS")
         .filter(|&count| count <= SOCKETS_MAX)
         .unwrap_or(0)
 }
 
-/// Tells systemd how the server is.
+/// Reports the state of the server to systemd.
 #[derive(Debug)]
 pub struct Notifier {
     socket: UnixDatagram,
@@ -115,7 +115,7 @@ impl Notifier {
             _ => SocketAddr::from_pathname(name)?,
         };
         let socket = UnixDatagram::unbound()?;
-        // The server never waits for systemd.
+        // The server never blocks on systemd.
         socket.set_nonblocking(true)?;
         Ok(Some(Notifier { socket, address }))
     }

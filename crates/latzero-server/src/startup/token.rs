@@ -29,11 +29,11 @@ impl fmt::Debug for AdminToken {
 }
 
 impl AdminToken {
-    /// Reads the token of a data directory, or makes it, with mode 0600. The caller holds the
+    /// Reads the token of a data directory, or creates it, with mode 0600. The caller holds the
     /// instance lock.
     ///
     /// # Errors
-    /// If the file cannot be read or written, holds no token, or others can read it.
+    /// If the file cannot be read or written, has no token, or others can read it.
     pub fn load_or_create(data_dir: &Path) -> Result<AdminToken, StartupError> {
         match AdminToken::load(data_dir)? {
             Some(token) => Ok(token),
@@ -91,7 +91,7 @@ impl AdminToken {
     /// Writes the token to its file.
     pub(crate) fn write(&self, data_dir: &Path) -> Result<(), StartupError> {
         let path = data_dir.join(TOKEN_NAME);
-        // Written beside and renamed, so that a crash leaves a whole token or none.
+        // Written to a new file and renamed, so that a crash leaves a complete token or none.
         let beside = data_dir.join(".admin.token.new");
         let write = || -> io::Result<()> {
             match fs::remove_file(&beside) {
@@ -126,7 +126,7 @@ impl AdminToken {
         ))
     }
 
-    /// Whether `given` is the token, in a time that does not depend on where they differ.
+    /// Whether `given` is the token, compared in constant time.
     #[must_use]
     pub fn matches(&self, given: &str) -> bool {
         let (ours, given) = (self.0.as_bytes(), given.as_bytes());
@@ -144,14 +144,14 @@ impl AdminToken {
         &self.0
     }
 
-    /// The bytes that the digits stand for.
+    /// The bytes of the token.
     #[must_use]
     pub fn bytes(&self) -> [u8; TOKEN_BYTES] {
         let digit = |at: usize| char::from(self.0.as_bytes()[at]).to_digit(16).unwrap_or(0) as u8;
         std::array::from_fn(|at| digit(2 * at) << 4 | digit(2 * at + 1))
     }
 
-    /// A new token in the place of the one that is there.
+    /// Replaces the token with a new one.
     ///
     /// # Errors
     /// If it cannot be written.

@@ -12,8 +12,8 @@ use crate::format::at;
 use crate::geometry::{ALL_SLOTS_MAX, Geometry};
 use crate::memory::{Fault, Memory};
 
-/// How often a writer takes another slot because a flush took the one it had. A flush takes as long
-/// as the disk does.
+/// How many times a writer takes another slot because a flush took the one that it had. A flush
+/// waits for the disk.
 const TRIES: u32 = 64;
 
 /// Bytes of the words of a slot that are read at once.
@@ -40,15 +40,17 @@ pub(crate) fn name<M: Memory>(memory: &M, place: u64, head: Head) -> Result<(), 
     memory.store(place, head.version << 8 | u64::from(head.slot), Release)
 }
 
-/// Reserves what was the newest version, for a flush; false if a writer has begun to write over it.
+/// Reserves a version that was the newest one, for a flush; false if a writer has begun to
+/// overwrite it.
 pub(crate) fn reserve<M: Memory>(memory: &M, head: Head) -> Result<bool, Fault> {
     name(memory, at::FLUSHING, head)?;
-    // From here on a writer that takes this slot releases it; one that took it before is seen now.
+    // From here on a writer that takes this slot releases it; a writer that took it before is
+    // detected now.
     memory.fence(SeqCst);
     Ok(super::settled(memory, &head)?.is_some())
 }
 
-/// Ends a flush; `flushed` is on the disk now, and takes the place of what was there before.
+/// Ends a flush; `flushed` is on disk now, and replaces the previous flushed version.
 pub(crate) fn release<M: Memory>(memory: &M, flushed: Option<Head>) -> Result<(), Fault> {
     // In this order, so that writers avoid the slot all the time.
     if let Some(flushed) = flushed {
@@ -63,7 +65,8 @@ struct Reserved([Head; 2]);
 
 impl Reserved {
     fn load<M: Memory>(memory: &M) -> Result<Reserved, Fault> {
-        // In this order: what a flush was at is on the disk before it is at nothing any more.
+        // In this order: the word of the flushed version is stored before that of the flush is
+        // cleared.
         let flushing = named(memory, at::FLUSHING)?;
         Ok(Reserved([flushing, named(memory, at::FLUSHED)?]))
     }
@@ -75,7 +78,7 @@ impl Reserved {
     }
 }
 
-/// What the words of one slot say.
+/// The words of one slot.
 #[derive(Debug, Clone, Copy, Default)]
 struct Words {
     sequence: u64,
@@ -83,7 +86,7 @@ struct Words {
     changed: (u64, u64),
 }
 
-/// What the words of all slots say. Only writers change them, one at a time.
+/// The words of all slots. Only writers change them, one at a time.
 struct Seen {
     words: [Words; SLOTS],
     slots: u32,
@@ -125,9 +128,9 @@ impl Seen {
         Ok(())
     }
 
-    /// The slot for the next version: as many slots take turns as the block was made with, and the
-    /// others rest. So a slot lags few versions behind, and readers have time to read the newest
-    /// one.
+    /// The slot for the next version: as many slots rotate as the block was created with, and the
+    /// others are idle. So a slot is only a few versions behind, and readers have time to read the
+    /// newest one.
     fn choose(&self, geometry: &Geometry, head: &Head, reserved: &Reserved) -> Option<u32> {
         let mut free: [Option<(u64, u32)>; SLOTS] = [None; SLOTS];
         let mut n = 0;
@@ -171,7 +174,7 @@ impl Seen {
         Ok(lag)
     }
 
-    /// The ranges that the versions since `holds` changed, where the slots still know all of them.
+    /// The ranges that the versions since `holds` changed, if the slots still record all of them.
     fn exact_lag(&self, geometry: &Geometry, head: &Head, holds: u64) -> Option<Lag> {
         if head.version - holds > u64::from(self.slots) {
             return None;
@@ -194,7 +197,7 @@ impl Seen {
     }
 }
 
-/// Begins the next version in a slot that holds nothing that is needed.
+/// Begins the next version in a slot whose content is not needed.
 pub(super) fn begin<M: Memory>(
     memory: &M,
     geometry: &Geometry,
@@ -208,11 +211,11 @@ pub(super) fn begin<M: Memory>(
         let slot = slot.ok_or(Fault::Corrupt("note of what is on the disk"))?;
         let place = at::slot(slot) + at::SEQUENCE;
         let sequence = seen.at(slot).sequence;
-        // A slot left odd by a writer that died is begun again.
+        // A slot that a dead writer left odd is started again.
         let even = sequence & !1;
         memory.store(place, even.wrapping_add(1), Relaxed)?;
-        // Between this store and the loads that follow nothing may change places, or a flush and
-        // this would not see each other.
+        // This store and the following loads must not be reordered, or a flush and this writer
+        // would not see each other.
         memory.fence(SeqCst);
         reserved = Reserved::load(memory)?;
         if !reserved.has(slot) {
@@ -230,8 +233,8 @@ pub(super) fn begin<M: Memory>(
     Err(Fault::Corrupt("note of what is on the disk"))
 }
 
-/// Notes for all other slots that they missed a change, and that the slot of the version which made
-/// it missed none.
+/// Records that all other slots missed a change, and that the slot of the version with the change
+/// missed none.
 pub(super) fn note_missed<M: Memory>(
     memory: &M,
     geometry: &Geometry,
@@ -268,8 +271,8 @@ fn parts(geometry: &Geometry, (from, to): (u64, u64)) -> u64 {
     (u64::MAX >> (PARTS - 1 - last)) & (u64::MAX << first)
 }
 
-/// The spare slot of a block that is written in place which was copied to last, and in which turn
-/// that was: the sequences of these slots count the copies.
+/// The spare slot to which a block that is written in place was last copied, and the number of that
+/// copy: the sequences of these slots count the copies.
 pub(crate) fn copied<M: Memory>(
     memory: &M,
     geometry: &Geometry,
@@ -286,8 +289,8 @@ pub(crate) fn copied<M: Memory>(
     Ok(last)
 }
 
-/// Makes the version in a slot the newest one, and forgets what the other slots hold: after a power
-/// loss each of their words may be older or newer than their content.
+/// Makes the version in a slot the newest one, and discards the content of the other slots: after a
+/// power loss each of their words may be older or newer than their content.
 pub(crate) fn restart_from<M: Memory>(
     memory: &M,
     geometry: &Geometry,

@@ -1,4 +1,4 @@
-//! New versions of a block, as they come.
+//! New versions of a block, as they appear.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -14,8 +14,7 @@ use super::{Block, Blocks, number, removed, timed_out};
 use crate::error::Error;
 use crate::sync::{lock, set_waker};
 
-/// The versions of a block to come. Where they come faster than they are looked at, the newest
-/// stands for all.
+/// New versions of a block. If they appear faster than they are read, only the newest is returned.
 #[derive(Debug)]
 pub struct Changes {
     block: Block,
@@ -46,7 +45,7 @@ impl Changes {
 
     pub(crate) fn poll_version(&mut self, cx: &mut Context<'_>) -> Poll<Option<u64>> {
         let shared = self.block.shared().clone();
-        // Noted before looking, so that what comes in between wakes.
+        // Registered before the check, so that a change in between wakes the task.
         {
             let mut wakers = lock(&shared.wakers);
             if !wakers.iter().any(|waker| waker.will_wake(cx.waker())) {
@@ -96,8 +95,8 @@ impl Changes {
     }
 }
 
-/// Wakes a task at a time, from a thread of its own: no runtime is assumed here. The thread ends
-/// with the alarm.
+/// Wakes a task at a given time, from a separate thread, because no runtime is assumed here. The
+/// thread ends with the alarm.
 #[derive(Default)]
 struct Alarm(Option<Arc<Bell>>);
 

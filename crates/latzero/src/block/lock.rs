@@ -16,10 +16,10 @@ use crate::error::Error;
 use crate::payload::Reply;
 use crate::sync::lock;
 
-/// How much longer than its wait a request for a lock is given for its answer.
+/// How much longer than its wait the answer to a request for a lock may take.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// A block's lock. It is given back when this goes; the end of the connection takes it away.
+/// A block's lock. Dropping it releases the lock; the lock is lost when the connection ends.
 #[derive(Debug)]
 pub struct BlockLock {
     block: Block,
@@ -29,12 +29,12 @@ pub struct BlockLock {
     source: Source,
 }
 
-/// Whose lock it is.
+/// The owner of the lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
     /// This connection took it.
     Taken,
-    /// The program that started this one holds it, and gives it back.
+    /// The program that started this one holds it, and releases it.
     Inherited,
 }
 
@@ -48,7 +48,7 @@ pub(super) fn inherited_fence(pool: &str, id: &str) -> Option<u64> {
     fence_in(&std::env::var(LOCKS_VARIABLE).ok()?, pool, id)
 }
 
-/// The last one counts: it belongs to the lock that was taken last.
+/// If there are several, the last one counts: it belongs to the lock that was taken last.
 fn fence_in(locks: &str, pool: &str, id: &str) -> Option<u64> {
     let of_block = |entry: &str| {
         let (block, fence) = entry.rsplit_once('=')?;
@@ -98,7 +98,7 @@ impl BlockLock {
         BlockLock::granted(block, reply)
     }
 
-    /// Lets edits of a sealed block use it: elsewhere the server knows whose lock it is.
+    /// Lets edits of a sealed block use it; for other blocks the server knows who holds the lock.
     pub(super) fn used_by_edits(self, mode: LockMode) -> BlockLock {
         if mode == LockMode::Exclusive && !self.is_inherited() {
             self.block.shared().locked(self.fence);
@@ -132,14 +132,14 @@ impl BlockLock {
 
     /// Whether the program that started this one holds it: see [`LOCKS_VARIABLE`]. Writes under
     /// such a lock go through the server, which checks the fence of each, so programs that share a
-    /// lock cannot damage the block. It is neither renewed nor given back here.
+    /// lock cannot damage the block. This process neither renews nor releases it.
     #[must_use]
     pub fn is_inherited(&self) -> bool {
         self.source == Source::Inherited
     }
 
-    /// Whether it is still held, as far as is known here. The server decides about one that is
-    /// inherited, at each write.
+    /// Whether it is still held, as far as this process knows. If the lock is inherited, the server
+    /// decides at each write.
     #[must_use]
     pub fn is_held(&self) -> bool {
         if self.is_inherited() {
@@ -156,14 +156,14 @@ impl BlockLock {
         Err(Error::new(
             Code::LockLost,
             format!(
-                "the lock of block '{}' is held no longer: its lease or its connection ended",
+                "the lock of block '{}' was lost: its lease or its connection ended",
                 self.block.id()
             ),
         )
         .with_ran(Ran::No))
     }
 
-    /// Renews its lease; without one it is held as long as the connection.
+    /// Renews its lease. A lock without a lease is held until the connection ends.
     ///
     /// # Errors
     /// `lock_lost`.
@@ -179,7 +179,7 @@ impl BlockLock {
         self.block.ask("memory_renew", &more).await.map(drop)
     }
 
-    /// Gives it back, and waits until the server has it.
+    /// Releases it, and waits until the server has confirmed that.
     ///
     /// # Errors
     /// `lock_lost` if it was lost before.
@@ -205,8 +205,7 @@ impl Drop for BlockLock {
     }
 }
 
-/// A lock that was asked for. If nobody wants it any more, its grant may be on its way all the
-/// same: then it is given back.
+/// A requested lock. If it is no longer wanted when the server grants it, it is released.
 struct LockRequest(Option<(Block, Calling<Reply>)>);
 
 impl LockRequest {
@@ -243,7 +242,7 @@ impl Wake for Unwanted {
             Poll::Pending => *place = Some((block, calling)),
             Poll::Ready(reply) => {
                 drop(place);
-                // Dropped, the guard gives it back.
+                // Dropping the guard releases it.
                 drop(reply.and_then(|reply| BlockLock::granted(&block, reply)));
             }
         }

@@ -1,4 +1,4 @@
-//! What all handles of one block share, and how news from the server finds them.
+//! The state that all handles of one block share, and how events from the server reach it.
 
 use std::os::fd::OwnedFd;
 use std::pin::pin;
@@ -21,21 +21,21 @@ use crate::message::Message;
 use crate::payload::Reply;
 use crate::sync::lock;
 
-/// What the server said of a block.
+/// The server's description of a block.
 #[derive(Debug, Clone)]
 pub(crate) struct Described {
     pub(crate) id: String,
     pub(crate) pool: String,
     pub(crate) size: u64,
     pub(crate) slots: u32,
-    /// Slots besides, which a persistent block has.
+    /// Spare slots, which a persistent block has.
     pub(crate) spare_slots: u32,
     pub(crate) generation: u64,
     pub(crate) version: u64,
     pub(crate) kind: Kind,
     pub(crate) access: Access,
     pub(crate) layout: Option<Value>,
-    /// What it is in a sealed pool.
+    /// Its identity in a sealed pool.
     pub(crate) sealed: Option<SealedAs>,
     is_mapped: bool,
     slot_offset: u64,
@@ -69,18 +69,19 @@ impl Described {
     }
 }
 
-/// One generation of a block, as it was attached.
+/// An attached generation of a block.
 #[derive(Debug)]
 pub(crate) struct Current {
     pub(crate) described: Arc<Described>,
     pub(crate) attachment: Option<Arc<Attachment>>,
-    /// The shared memory that is mapped, for a server that comes back without it.
+    /// The mapped shared memory, to offer it to a server that restarted without it.
     memory: Option<Arc<OwnedFd>>,
-    /// Over which connection.
+    /// The connection that it was attached over.
     pub(crate) epoch: u32,
 }
 
-/// What a reader or writer keeps using, whatever happens to the handle meanwhile.
+/// The memory that a reader or writer keeps using, whatever happens to the handle in the
+/// meantime.
 #[derive(Debug, Clone)]
 pub(super) struct LockState {
     pub(super) described: Arc<Described>,
@@ -108,8 +109,8 @@ impl Current {
         sealed::check(core, &described.pool, described.sealed.as_ref())?;
         let size = described.sealed.map_or(described.size, SealedAs::capacity);
         let memory = match (&descriptor, described.kind) {
-            // Where this process may open no more, the block is like any other, but for a server
-            // that comes back.
+            // If this process may open no more descriptors, the block works, but cannot be offered
+            // to a restarted server.
             (Some(descriptor), Kind::Shared) => descriptor.try_clone().ok().map(Arc::new),
             _ => None,
         };
@@ -167,7 +168,7 @@ impl Current {
     }
 }
 
-/// What all handles of one attached block share.
+/// The state that all handles of one attached block share.
 #[derive(Debug)]
 pub(crate) struct BlockState {
     pub(super) id: String,
@@ -175,21 +176,21 @@ pub(crate) struct BlockState {
     pub(super) current: Mutex<Current>,
     /// The newest version that the server announced.
     pub(super) newest: AtomicU64,
-    /// Whether this app attached explicitly, and not for a call.
+    /// Whether this app attached explicitly, rather than for a call.
     pub(super) is_attached: AtomicBool,
-    /// It moved, or may have: to be attached again before the next use.
+    /// It moved, or may have moved: it must be attached again before the next use.
     pub(super) must_attach: AtomicBool,
-    /// It was removed, or its server is another one now.
+    /// It was removed, or the server is a different one now.
     pub(super) is_gone: AtomicBool,
     /// How many subscribers there are.
     pub(super) subscribers: AtomicU64,
     /// Who waits for a change.
     pub(super) wakers: Mutex<Vec<Waker>>,
-    /// Fences of locks that ended against this app's will.
+    /// Fences of locks that this app lost.
     pub(super) lost_locks: Mutex<Vec<u64>>,
     /// An error that could not be returned.
     pub(super) fault: Mutex<Option<Error>>,
-    /// What was verified of it, in a sealed pool.
+    /// What was verified of the block, in a sealed pool.
     pub(super) sealed: Option<SealedBlock>,
     /// The fence of the exclusive lock that a guard of it holds; 0 is none.
     exclusive: AtomicU64,
@@ -205,7 +206,7 @@ fn passes_descriptors_since(app: &App, epoch: u32) -> bool {
 /// Futures of one app that wait for mapped blocks at a time: each has a thread.
 const WAITS_MAX: usize = 256;
 
-/// Lost locks that are remembered; older ones belong to guards that are long gone.
+/// How many lost locks are remembered; older ones belong to guards that no longer exist.
 const LOST_LOCKS_MAX: usize = 64;
 
 impl BlockState {
@@ -240,7 +241,7 @@ impl BlockState {
         self.newest.fetch_max(version, Ordering::AcqRel);
     }
 
-    /// It may be another block from here on, whose versions begin again.
+    /// From here on it may be another block, whose versions start again.
     fn restart(&self) {
         self.newest.store(0, Ordering::Release);
     }
@@ -261,19 +262,19 @@ impl BlockState {
         self.exclusive.store(fence, Ordering::Release);
     }
 
-    /// A guard has gone.
+    /// A guard was dropped.
     pub(super) fn unlocked(&self, fence: u64) {
         let (order, otherwise) = (Ordering::AcqRel, Ordering::Acquire);
         let _ = self.exclusive.compare_exchange(fence, 0, order, otherwise);
     }
 
-    /// Whether the server speaks of the block that this handle was made for.
+    /// Whether the server describes the block that this handle was created for.
     fn check_same(&self, current: Current) -> Result<Current, Error> {
         if self.sealed.as_ref().map(|sealed| sealed.said) == current.described.sealed {
             return Ok(current);
         }
         let text = format!(
-            "the name of block '{}' is another sealed block's now; attach that one anew",
+            "block '{}' was replaced by another sealed block; attach to it again",
             self.id
         );
         Err(Error::new(Code::Integrity, text))
@@ -289,9 +290,9 @@ impl BlockState {
         app: &App,
         access: Access,
     ) -> Result<LockState, Error> {
-        // Before the request: what moves behind it is seen next time.
+        // Before the request: a later move is seen next time.
         self.must_attach.store(false, Ordering::Release);
-        // Before the answer: another attach of this handle may put the block's return in its place.
+        // Before the answer: another attach of this handle may record that the block is back.
         let (memory, epoch) = {
             let current = lock(&self.current);
             (current.memory.clone(), current.epoch)
@@ -319,7 +320,7 @@ impl BlockState {
                 Ok(held)
             }
             Err(e) if e.kind() == Code::NoBlock => {
-                // Asked again only over another connection.
+                // Requested again only over another connection.
                 if let Some(epoch) = app.core().epoch_now() {
                     lock(&self.current).epoch = epoch;
                 }
@@ -345,12 +346,13 @@ impl BlockState {
     async fn offer(&self, app: &App, memory: Arc<OwnedFd>) {
         let mut message = self.message("memory_reoffer", &json!({}));
         message.carry(memory);
-        // Refused if it is not expected: then the attach that follows returns the current block.
+        // The server refuses it if it does not expect it: then the attach that follows returns the
+        // current block.
         let _ = Calling::of_message(app, message, Ok).await;
     }
 
     /// Subscribes again if there are subscribers: the first request of a new connection may have
-    /// come before a client offered the block.
+    /// been handled before a client offered the block.
     async fn subscribe_again(&self, app: &App) {
         if self.subscribers.load(Ordering::Acquire) == 0 {
             return;
@@ -360,7 +362,7 @@ impl BlockState {
         if let Ok(reply) = subscribed {
             self.heard(super::number(&reply, "version"));
         }
-        // Who wanted it may have gone meanwhile.
+        // The subscriber may have been dropped in the meantime.
         let core = app.core();
         core.blocks.settle_subscription(core, self);
     }
@@ -398,8 +400,8 @@ struct Known {
     is_lent: bool,
 }
 
-/// The blocks that an app takes part in. The server knows one attachment and one subscription for
-/// all handles of a block, so the last one that goes gives them up.
+/// The blocks that an app is attached to. The server has one attachment and one subscription for
+/// all handles of a block, so dropping the last handle ends them.
 #[derive(Debug, Default)]
 pub(crate) struct Blocks {
     state: Mutex<State>,
@@ -410,10 +412,10 @@ pub(crate) struct Blocks {
 #[derive(Debug, Default)]
 struct State {
     known: Vec<Known>,
-    /// Names of blocks that are being attached: what is given up of them now would be given up
-    /// under the newcomer.
+    /// Names of blocks that are being attached. A detach of such a name now would affect the new
+    /// attachment.
     opening: Vec<String>,
-    /// What was not given up for that reason.
+    /// Detaches that were deferred for that reason.
     owed: Vec<(String, String)>,
 }
 
@@ -423,7 +425,7 @@ impl State {
         own.filter_map(|k| Some((k.shared.upgrade()?, k.access)))
     }
 
-    /// Whether a handle refers to the block that the server attached.
+    /// Whether a handle refers to the block that the server has attached.
     fn has(&self, pool: &str, id: &str) -> bool {
         self.live().any(|(s, _)| s.id == id && s.pool == pool)
     }
@@ -435,8 +437,8 @@ pub(super) struct Opening<'a> {
     core: &'a Core,
     pool: Option<&'a str>,
     id: &'a str,
-    /// Whether the server has answered: what is dropped before may be attached with nobody to
-    /// detach it.
+    /// Whether the server has answered: if it is dropped before that, the block may be attached
+    /// without a handle that detaches it.
     pub(super) is_answered: bool,
 }
 
@@ -487,7 +489,7 @@ impl Drop for AttachWaiter {
 }
 
 impl Blocks {
-    /// To be held while a block is attached, until its handle is added.
+    /// A guard to hold while a block is attached, until its handle is added.
     pub(super) fn open<'a>(
         &self,
         core: &'a Core,
@@ -511,8 +513,8 @@ impl Blocks {
         });
     }
 
-    /// Forgets a handle's block, and gives the attachment up where no other handle needs it and
-    /// `is_attached`.
+    /// Removes a handle's block. Detaches if `is_attached` and no other handle needs the
+    /// attachment.
     pub(super) fn forget(&self, core: &Core, gone: &Arc<BlockState>, is_attached: bool) {
         let mut state = lock(&self.state);
         state
@@ -525,7 +527,7 @@ impl Blocks {
             state.owed.push((gone.pool.clone(), gone.id.clone()));
             return;
         }
-        // Appended under the lock: an attach that comes after it is sent after it.
+        // Appended under the lock, so that a later attach is sent after it.
         core.append(gone.message("memory_detach", &json!({})));
         drop(state);
         core.flush_soon();
@@ -568,13 +570,12 @@ impl Blocks {
         Err(Error::new(
             Code::Overloaded,
             format!(
-                "{WAITS_MAX} futures of this app wait for blocks already; use `changes` for more"
+                "{WAITS_MAX} futures of this app already wait for blocks; use `changes` for more"
             ),
         ))
     }
 
-    /// What is said first over a new connection, so that the server knows who takes part in what
-    /// again.
+    /// The first messages over a new connection, which renew the attachments and subscriptions.
     pub(crate) fn reattach(&self) -> Vec<Message> {
         let mut messages = Vec::new();
         let live: Vec<_> = lock(&self.state).live().collect();
@@ -589,8 +590,8 @@ impl Blocks {
         messages
     }
 
-    /// Attaches every block over a new connection, so that mappings, versions and what is gone are
-    /// known before anybody asks. Waits for the server.
+    /// Attaches every block over a new connection, so that mappings, versions and removed blocks
+    /// are known before anybody needs them. Waits for the server.
     pub(crate) fn restore(&self, core: &Arc<Core>) {
         let live: Vec<_> = lock(&self.state).live().collect();
         if live.is_empty() || core.is_ended() {
@@ -603,7 +604,7 @@ impl Blocks {
             if let Some(Err(error)) = attached
                 && error.kind() == Code::Disconnected
             {
-                // Lost again: the next reconnect continues.
+                // The connection was lost again: the next reconnect continues.
                 return;
             }
         }

@@ -20,7 +20,7 @@ pub struct TypedBlock<T> {
 impl<T: Element> TypedBlock<T> {
     pub(super) fn of(block: &Block) -> Result<TypedBlock<T>, Error> {
         let shape = match block.layout() {
-            // Without a layout it is as many numbers as fit.
+            // Without a layout it has as many numbers as fit.
             None => vec![block.size() / T::BYTES as u64],
             Some(layout) => {
                 let dtype = layout["dtype"].as_str().unwrap_or_default();
@@ -56,19 +56,19 @@ impl<T: Element> TypedBlock<T> {
         &self.shape
     }
 
-    /// How many numbers it holds.
+    /// The number of elements.
     #[must_use]
     pub fn len(&self) -> usize {
         usize::try_from(self.shape.iter().product::<u64>()).unwrap_or(usize::MAX)
     }
 
-    /// Whether it holds none.
+    /// Whether it has no elements.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// All numbers of the newest version, in row order, with the version.
+    /// All numbers of the newest version, in row-major order, and the version.
     ///
     /// # Errors
     /// As [`Block::read`].
@@ -81,7 +81,7 @@ impl<T: Element> TypedBlock<T> {
         ))
     }
 
-    /// The number at `index`, in row order.
+    /// The number at `index`, in row-major order.
     ///
     /// # Errors
     /// `out_of_range`, and as [`Block::read`].
@@ -93,8 +93,8 @@ impl<T: Element> TypedBlock<T> {
         Ok(T::from_le(&bytes))
     }
 
-    /// Writes numbers from `index` on, in row order, as one version under the block's lock, which
-    /// is waited for `wait` at most; the version.
+    /// Writes numbers from `index` on, in row-major order, as one version under the block's lock,
+    /// for which it waits at most `wait`; returns the version.
     ///
     /// # Errors
     /// `out_of_range`, and as [`Block::write`].
@@ -116,7 +116,7 @@ impl<T: Element> TypedBlock<T> {
 
     fn offset(&self, index: u64) -> Result<u64, Error> {
         index.checked_mul(T::BYTES as u64).ok_or_else(|| {
-            let text = format!("block '{}' has no number {index}", self.block.id());
+            let text = format!("block '{}' has no element {index}", self.block.id());
             Error::new(Code::OutOfRange, text)
         })
     }

@@ -1,4 +1,4 @@
-//! Writing versions: one under a lock of its own, or many under one.
+//! Writing versions: one under its own lock, or many under one lock.
 
 use latzero_protocol::Code;
 use latzero_shm::{Attachment, Exposed, Writing};
@@ -11,10 +11,10 @@ use super::{Block, read_error, write_error};
 use crate::error::Error;
 use crate::sync::lock;
 
-/// A version under way, under the block's lock. Nobody sees it before it is committed.
+/// A version that is being written, under the block's lock. Nobody sees it before it is committed.
 ///
-/// Where the block is mapped, bytes are written in place, into the slot that readers do not look
-/// at. Where it is not, or is sealed, they wait here and travel with the commit, as one version if
+/// If the block is mapped, bytes are written in place, into a slot that readers do not use. If it
+/// is not mapped, or is sealed, they are collected here and sent with the commit, as one version if
 /// they fit into one request.
 #[derive(Debug)]
 pub struct Draft {
@@ -55,7 +55,7 @@ impl Draft {
     /// Writes bytes from `offset` on.
     ///
     /// # Errors
-    /// `out_of_range`: nothing was written.
+    /// `out_of_range`; nothing was written.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
         let block = self.block().clone();
         match &mut self.bytes {
@@ -75,8 +75,8 @@ impl Draft {
         }
     }
 
-    /// Reads bytes of it from `offset` on: what was written, and else what the version before it
-    /// has.
+    /// Reads bytes of the draft from `offset` on: what was written, and elsewhere the content of
+    /// the previous version.
     ///
     /// # Errors
     /// `out_of_range`, and as [`Block::read`].
@@ -89,7 +89,7 @@ impl Draft {
                 .read_into(offset, to)
                 .map_err(|e| read_error(block.id(), e)),
             Bytes::Waiting(waiting) => {
-                // Under the lock nobody else writes, so the version before is still the newest.
+                // Under the lock nobody else writes, so the previous version is still the newest.
                 block.read_into(offset, to).await?;
                 for (at, bytes) in waiting {
                     let from = offset.max(*at);
@@ -115,8 +115,7 @@ impl Draft {
         matches!(&self.bytes, Bytes::InPlace(Some(writing)) if writing.is_mapped())
     }
 
-    /// Makes `length` bytes from `offset` on ready to be written in place; see
-    /// [`Writing::expose`].
+    /// Prepares `length` bytes from `offset` on for writing in place; see [`Writing::expose`].
     ///
     /// # Errors
     /// `out_of_range`; `storage` if the block is not mapped.
@@ -130,10 +129,10 @@ impl Draft {
         }
     }
 
-    /// Lets everybody see it, and gives the lock back; the version.
+    /// Publishes the version and releases the lock; returns the version.
     ///
     /// # Errors
-    /// `lock_lost` if the lock was lost meanwhile: nobody sees it then.
+    /// `lock_lost` if the lock was lost in the meantime: the version is not published.
     pub async fn commit(mut self) -> Result<u64, Error> {
         let held = self.lock.take().expect("it is taken by the end alone");
         held.check()?;
@@ -163,15 +162,15 @@ impl Draft {
         Ok(version)
     }
 
-    /// Discards it: nobody ever sees it.
+    /// Discards the version: it is never published.
     pub fn abandon(mut self) {
         self.bytes = Bytes::Waiting(Vec::new());
         self.lock = None;
     }
 }
 
-/// What is to be written as one range, so that it is one version: what stands between the pieces is
-/// read first.
+/// The pieces as one range, so that they are one version: the bytes between the pieces are read
+/// first.
 async fn one_range(
     block: &Block,
     waiting: &[(u64, Vec<u8>)],
@@ -206,7 +205,7 @@ impl Drop for Draft {
     fn drop(&mut self) {
         let Some(held) = self.lock.take() else { return };
         if std::thread::panicking() {
-            // It may be half of what was meant.
+            // It may be incomplete.
             return;
         }
         let block = held.block().clone();
@@ -218,12 +217,12 @@ impl Drop for Draft {
                     .map(|version| notify(&block, version)),
                 None => Ok(()),
             },
-            // A request can't be waited for here.
+            // It is not possible to wait for a request here.
             Bytes::Waiting(waiting) if !waiting.is_empty() => Err(Error::new(
                 Code::Cancelled,
                 format!(
                     "a draft of block '{}' was dropped without `commit`, and is not mapped: \
-                    nobody saw what was written",
+                    the version was not published",
                     block.id()
                 ),
             )),
@@ -257,18 +256,18 @@ impl BlockWriter {
         &self.lock
     }
 
-    /// Whether each version is announced to the server (default), for subscribers and for clients
-    /// that can't map the block. Clients that wait on a mapping are always woken.
+    /// Whether each version is announced to the server (the default), for subscribers and for
+    /// clients that cannot map the block. Clients that wait on a mapping are always woken.
     pub fn tell_server(&mut self, tells: bool) {
         self.tells_server = tells;
     }
 
     /// Begins a version, which [`Writing::publish`] of the mapped block or [`BlockWriter::publish`]
-    /// lets everybody see.
+    /// publishes.
     ///
     /// # Errors
-    /// `lock_lost`; `storage` if the block is not mapped, or sealed: use [`BlockWriter::write`]
-    /// then.
+    /// `lock_lost`; `storage` if the block is not mapped, or is sealed: use [`BlockWriter::write`]
+    /// instead.
     pub fn begin(&self) -> Result<Writing, Error> {
         let block = self.lock.block();
         self.lock.check()?;
@@ -279,7 +278,7 @@ impl BlockWriter {
         begin(block, &attachment, self.lock.fence())
     }
 
-    /// Begins one last version, and gives the lock back with its end.
+    /// Begins one last version, at whose end the lock is released.
     ///
     /// # Errors
     /// `lock_lost`, and as [`Block::read`].
@@ -305,10 +304,10 @@ impl BlockWriter {
         exposed.map_err(|e| write_error(id, e))
     }
 
-    /// Lets everybody see a version; its number.
+    /// Publishes a version; returns its number.
     ///
     /// # Errors
-    /// `lock_lost`: nobody sees it then.
+    /// `lock_lost`: the version is not published.
     pub fn publish(&self, writing: Writing) -> Result<u64, Error> {
         let block = self.lock.block();
         let version = writing.publish().map_err(|e| write_error(block.id(), e))?;

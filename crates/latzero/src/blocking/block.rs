@@ -1,4 +1,4 @@
-//! Memory blocks for people without async.
+//! Memory blocks in the blocking API.
 
 use std::pin::pin;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use super::App;
 use crate::block::{Slice, View, deadline, timed_out};
 use crate::error::Error;
 
-/// Runs `future`, whose progress is the app's, on this thread.
+/// Runs `future`, which depends on the app, on this thread.
 fn run<T>(app: &crate::App, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     let mut future = pin!(future);
     app.core()
@@ -20,13 +20,13 @@ fn run<T>(app: &crate::App, future: impl Future<Output = Result<T, Error>>) -> R
 }
 
 impl App {
-    /// The memory block `id`, to be made or attached.
+    /// The memory block `id`, to create it or attach to it.
     pub fn block(&self, id: &str) -> BlockName {
         BlockName(self.0.clone(), self.0.block(id))
     }
 
-    /// The memory blocks of a pool (the app's only one, where none is named), as the server
-    /// describes them.
+    /// The memory blocks of a pool, as the server describes them. Without a name it is the app's
+    /// only pool.
     ///
     /// # Errors
     /// If the server refuses.
@@ -35,28 +35,28 @@ impl App {
     }
 }
 
-/// A block's name in a pool, before it is made or attached; see [`crate::BlockName`].
+/// A block's name in a pool, before it is created or attached; see [`crate::BlockName`].
 #[derive(Debug, Clone)]
 #[must_use = "nothing happens before `create` or `attach`"]
 pub struct BlockName(crate::App, crate::BlockName);
 
 impl BlockName {
-    /// In this pool. Needed where the app is in several.
+    /// The pool of the block. Required if the app is in several pools.
     pub fn pool(self, pool: &str) -> Self {
         BlockName(self.0, self.1.pool(pool))
     }
 
-    /// With this layout, in numpy's notation. A block that has another is refused.
+    /// The layout of the block, in numpy's notation. A block with another layout is refused.
     pub fn layout(self, dtype: &str, shape: &[u64]) -> Self {
         BlockName(self.0, self.1.layout(dtype, shape))
     }
 
-    /// Makes the block, with `size` bytes.
+    /// Creates the block, with `size` bytes.
     pub fn create(self, size: u64) -> CreateBlock {
         CreateBlock(self.0, self.1.create(size))
     }
 
-    /// Takes part in the block, to read it.
+    /// Attaches to the block, for reading.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `layout_mismatch`, `quota`.
@@ -64,7 +64,7 @@ impl BlockName {
         run(&self.0, self.1.attach()).map(Block)
     }
 
-    /// Takes part in the block, to write it too.
+    /// Attaches to the block, for reading and writing.
     ///
     /// # Errors
     /// As [`BlockName::attach`].
@@ -73,7 +73,7 @@ impl BlockName {
     }
 }
 
-/// A block about to be made; see [`crate::CreateBlock`].
+/// A block that is about to be created; see [`crate::CreateBlock`].
 #[derive(Debug, Clone)]
 #[must_use = "nothing is made before it is sent"]
 pub struct CreateBlock(crate::App, crate::CreateBlock);
@@ -88,23 +88,23 @@ macro_rules! create_methods {
 
 impl CreateBlock {
     create_methods! {
-        /// As a file of the server's data directory, which outlives every process.
+        /// Stores it in a file of the server's data directory, so that it survives restarts.
         persistent();
-        /// Written in place, without versions of its own: for users who take its lock.
+        /// Makes it a raw block, written in place without snapshots: its users must take its lock.
         raw();
-        /// Room for that many versions, two to four (default two).
+        /// The number of slots: how many versions it holds, two to four (default two).
         slots(slots: u32);
-        /// Readable by these apps alone, and by those who may write.
+        /// Only these apps may read it, and those that may write it.
         readable_by(apps: &[&str]);
-        /// Writable by these apps alone, and by this one.
+        /// Only these apps may write it, and this one.
         writable_by(apps: &[&str]);
-        /// Removed when its last attachment ends.
+        /// Removes it when its last attachment ends.
         while_attached();
-        /// The existing one, if its size and layout match.
+        /// If the block exists and its size and layout match, attaches to it.
         or_attach();
     }
 
-    /// Makes it, and takes part in it as a writer.
+    /// Creates it, and attaches to it for writing.
     ///
     /// # Errors
     /// `block_exists`, `quota`, `too_large`, `storage`, `layout_mismatch`.
@@ -113,7 +113,7 @@ impl CreateBlock {
     }
 }
 
-/// A block that this app takes part in; see [`crate::Block`], whose other methods it has too.
+/// A block that this app is attached to; see [`crate::Block`], whose other methods it has too.
 ///
 /// ```no_run
 /// # fn main() -> Result<(), latzero::Error> {
@@ -149,7 +149,7 @@ impl std::ops::Deref for Block {
 }
 
 impl From<crate::Block> for Block {
-    /// The same block with its blocking face. Not to be used on a thread that drives the async one.
+    /// The same block with its blocking API. Do not use it on a thread that drives the async API.
     fn from(block: crate::Block) -> Self {
         Block(block)
     }
@@ -160,15 +160,15 @@ impl Block {
         run(self.0.app(), future)
     }
 
-    /// All of its newest version, with the version.
+    /// All bytes of its newest version, and the version.
     ///
     /// # Errors
-    /// `contended` if writers were too busy; what the server says if the block is not mapped.
+    /// `contended` if writers were too busy; the server's error if the block is not mapped.
     pub fn read(&self) -> Result<(Vec<u8>, u64), Error> {
         self.run(self.0.read())
     }
 
-    /// Bytes of its newest version from `offset` on; returns the version.
+    /// Reads bytes of its newest version from `offset` on; returns the version.
     ///
     /// # Errors
     /// `out_of_range`, and as [`Block::read`].
@@ -193,8 +193,8 @@ impl Block {
         self.run(self.0.owned_view())
     }
 
-    /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for on this
-    /// thread, without the server.
+    /// Waits for a version newer than `beyond`; returns it. For a mapped block this thread waits
+    /// without the server.
     ///
     /// # Errors
     /// `timeout`; `no_block` if it was removed.
@@ -217,15 +217,15 @@ impl Block {
         self.run(self.0.wait_for(beyond, left))
     }
 
-    /// The versions to come; see [`crate::Changes`].
+    /// New versions, as they appear; see [`crate::Changes`].
     ///
     /// # Errors
-    /// What the server says.
+    /// The server's error.
     pub fn changes(&self) -> Result<Changes, Error> {
         self.run(self.0.changes()).map(Changes)
     }
 
-    /// Writes bytes through the server, as one version; returns it.
+    /// Writes bytes through the server, as one version; returns the version.
     ///
     /// # Errors
     /// `out_of_range`, `forbidden`, `locked`.
@@ -233,7 +233,7 @@ impl Block {
         self.run(self.0.write_at(offset, bytes))
     }
 
-    /// As [`Block::write_at`], where the block has version `version`.
+    /// Like [`Block::write_at`], but only if the block has version `version`.
     ///
     /// # Errors
     /// `version_conflict`, and as [`Block::write_at`].
@@ -241,7 +241,8 @@ impl Block {
         self.run(self.0.write_if(version, offset, bytes))
     }
 
-    /// Writes `bytes` where `expected`, as many bytes, stand; the bytes that stand there otherwise.
+    /// Writes `bytes` at `offset` if the block has the bytes `expected` there, which must be as
+    /// many; otherwise returns the bytes that it has.
     ///
     /// # Errors
     /// `out_of_range`, `forbidden`, `locked`.
@@ -263,7 +264,7 @@ impl Block {
         Ok(Draft(self.0.app().clone(), draft))
     }
 
-    /// Takes the block's lock for many versions to come; see [`crate::BlockWriter`].
+    /// Takes the block's lock to write many versions; see [`crate::BlockWriter`].
     ///
     /// # Errors
     /// `locked`, `forbidden`.
@@ -271,7 +272,7 @@ impl Block {
         self.run(self.0.writer(wait)).map(BlockWriter)
     }
 
-    /// Takes the block's lock, waited for `wait` at most. It is given back when the guard goes.
+    /// Takes the block's lock, for which it waits at most `wait`. Dropping the guard releases it.
     ///
     /// # Errors
     /// `locked`, `forbidden`.
@@ -279,7 +280,7 @@ impl Block {
         self.run(self.0.lock(mode, wait)).map(BlockLock)
     }
 
-    /// As [`Block::lock`], for `lease` at most unless it is renewed.
+    /// Like [`Block::lock`], but the lock expires after `lease` unless it is renewed.
     ///
     /// # Errors
     /// As [`Block::lock`].
@@ -292,7 +293,7 @@ impl Block {
         self.run(self.0.lock_for(mode, wait, lease)).map(BlockLock)
     }
 
-    /// Gives the block another size: a new generation, which everybody continues with.
+    /// Changes the size of the block, which gets a new generation that everybody continues with.
     ///
     /// # Errors
     /// `forbidden`, `locked`, `quota`, `too_large`, `storage`.
@@ -303,12 +304,12 @@ impl Block {
     /// Flushes a persistent block to disk; returns the version on disk.
     ///
     /// # Errors
-    /// `bad_message` if the block is memory; `storage`.
+    /// `bad_message` if the block is not persistent; `storage`.
     pub fn flush(&self) -> Result<u64, Error> {
         self.run(self.0.flush())
     }
 
-    /// Removes the block, under everybody.
+    /// Removes the block, even if others are attached.
     ///
     /// # Errors
     /// `forbidden`, `locked`.
@@ -316,7 +317,7 @@ impl Block {
         self.run(self.0.remove())
     }
 
-    /// All about it, as the server describes it.
+    /// Its full description by the server.
     ///
     /// # Errors
     /// `no_block`.
@@ -333,13 +334,13 @@ impl Block {
     }
 }
 
-/// The versions of a block to come, by iterating.
+/// An iterator over new versions of a block.
 #[derive(Debug)]
 pub struct Changes(crate::Changes);
 
 impl Changes {
-    /// The next version, waited for `timeout` at most; `None` after the block was removed or the
-    /// app closed.
+    /// Waits for the next version, at most `timeout`; `None` after the block was removed or the app
+    /// closed.
     ///
     /// # Errors
     /// `timeout`.
@@ -350,7 +351,7 @@ impl Changes {
             .ok_or_else(|| {
                 Error::new(
                     latzero_protocol::Code::Timeout,
-                    "no new version came in this time",
+                    "there was no new version in time",
                 )
             })
     }
@@ -365,7 +366,7 @@ impl Iterator for Changes {
     }
 }
 
-/// A version under way; see [`crate::Draft`].
+/// A version that is being written; see [`crate::Draft`].
 #[derive(Debug)]
 pub struct Draft(crate::App, crate::Draft);
 
@@ -373,13 +374,13 @@ impl Draft {
     /// Writes bytes from `offset` on.
     ///
     /// # Errors
-    /// `out_of_range`: nothing was written.
+    /// `out_of_range`; nothing was written.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
         self.1.write(offset, bytes)
     }
 
-    /// Reads bytes of it from `offset` on: what was written, and else what the version before it
-    /// has.
+    /// Reads bytes of the draft from `offset` on: what was written, and elsewhere the content of
+    /// the previous version.
     ///
     /// # Errors
     /// `out_of_range`, and as [`Block::read`].
@@ -393,7 +394,7 @@ impl Draft {
         self.1.is_in_place()
     }
 
-    /// Makes bytes ready to be written in place; see [`crate::Draft::expose`].
+    /// Prepares bytes for writing in place; see [`crate::Draft::expose`].
     ///
     /// # Errors
     /// As there.
@@ -401,15 +402,15 @@ impl Draft {
         self.1.expose(offset, length, keeps)
     }
 
-    /// Lets everybody see it, and gives the lock back; the version.
+    /// Publishes the version and releases the lock; returns the version.
     ///
     /// # Errors
-    /// `lock_lost` if the lock was lost meanwhile: nobody sees it then.
+    /// `lock_lost` if the lock was lost in the meantime: the version is not published.
     pub fn commit(self) -> Result<u64, Error> {
         run(&self.0, self.1.commit())
     }
 
-    /// Discards it: nobody ever sees it.
+    /// Discards the version: it is never published.
     pub fn abandon(self) {
         self.1.abandon();
     }
@@ -434,7 +435,7 @@ impl std::ops::DerefMut for BlockWriter {
 }
 
 impl BlockWriter {
-    /// Begins one last version, and gives the lock back with its end.
+    /// Begins one last version, at whose end the lock is released.
     ///
     /// # Errors
     /// `lock_lost`, and as [`Block::read`].
@@ -454,8 +455,8 @@ impl BlockWriter {
     }
 }
 
-/// A block's lock, given back when this goes; see [`crate::BlockLock`], whose other methods it has
-/// too.
+/// A block's lock, released when this is dropped; see [`crate::BlockLock`], whose other methods it
+/// has too.
 #[derive(Debug)]
 pub struct BlockLock(crate::BlockLock);
 
@@ -468,7 +469,7 @@ impl std::ops::Deref for BlockLock {
 }
 
 impl BlockLock {
-    /// Renews its lease; without one it is held as long as the connection.
+    /// Renews its lease. A lock without a lease is held until the connection ends.
     ///
     /// # Errors
     /// `lock_lost`.
@@ -476,7 +477,7 @@ impl BlockLock {
         run(self.0.block().app(), self.0.renew(lease))
     }
 
-    /// Gives it back, and waits until the server has it.
+    /// Releases it, and waits until the server has confirmed that.
     ///
     /// # Errors
     /// `lock_lost` if it was lost before.
@@ -499,7 +500,7 @@ impl<T> std::ops::Deref for TypedBlock<T> {
 }
 
 impl<T: Element> TypedBlock<T> {
-    /// All numbers of the newest version, in row order, with the version.
+    /// All numbers of the newest version, in row-major order, and the version.
     ///
     /// # Errors
     /// As [`Block::read`].
@@ -507,7 +508,7 @@ impl<T: Element> TypedBlock<T> {
         run(self.0.block().app(), self.0.read())
     }
 
-    /// The number at `index`, in row order.
+    /// The number at `index`, in row-major order.
     ///
     /// # Errors
     /// `out_of_range`, and as [`Block::read`].

@@ -1,4 +1,4 @@
-"""The face of a connection."""
+"""Connections in the blocking API."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ._errors import BadRequest, Cancelled, Disconnected, LatZeroError
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 _MISSING: Any = object()
-# How long handlers that run hold up the end of the process.
+# How long the end of the process waits for running handlers.
 _END_SECONDS = 1.0
 _current: contextvars.ContextVar[_latzero.Request] = contextvars.ContextVar("latzero_request")
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -35,7 +35,7 @@ def request() -> _latzero.Request:
 
 
 class Progress:
-    """Yielded by a streaming handler: a report of how far it is."""
+    """Yielded by a streaming handler: a progress report."""
 
     __slots__ = ("value",)
 
@@ -96,7 +96,7 @@ class Answer:
         self._reply = None if reply is None else Reply(*reply)
 
     def result(self) -> Any:
-        """The answer; raises what the handler or the server said of the call's failure."""
+        """The answer; raises the error with which the handler or the server ended the call."""
         if self._error is not None:
             raise self._error
         assert self._reply is not None
@@ -154,7 +154,7 @@ def _serving(
 
 
 def _iterate(inflow: _latzero.Inflow, make: Callable[[Any], T]) -> Iterator[T]:
-    """What comes in, until it is closed; dropping the iterator ends it."""
+    """An iterator over arriving items, until it is closed; dropping it closes it."""
     try:
         while (item := inflow.next().wait()) is not None:
             yield make(item[0])
@@ -173,12 +173,12 @@ class Stream(Generic[T]):
 
     @property
     def progress(self) -> Any:
-        """The newest report of the handler that was not read yet, else `None`."""
+        """The newest progress report that was not read yet, else `None`."""
         return self._items.progress
 
     @property
     def end(self) -> Any:
-        """What the handler answered behind the last item, else `None`."""
+        """The handler's final answer after the last item, else `None`."""
         return self._items.end
 
     def cancel(self) -> None:
@@ -216,8 +216,8 @@ class Pending(Generic[T]):
         return self._result is not None or self._op.poll()
 
     def result(self, timeout: float | timedelta | None = None) -> T:
-        """The answer, or what was said of the call's failure. `TimeoutError` if it does not come
-        within `timeout`: the call goes on then."""
+        """Waits for the answer; raises the error if the call failed. `TimeoutError` if it takes
+        longer than `timeout`; the call then continues."""
         if self._result is None:
             seconds = _seconds(timeout)
             try:
@@ -242,8 +242,8 @@ class Pending(Generic[T]):
 
 
 class Parked:
-    """A call that the server keeps until it is answered. Dropping it lets the call continue: its
-    answer then comes by `App.answers`."""
+    """A call that the server stores until it is answered. The call continues if this is dropped:
+    `App.answers` then returns its answer."""
 
     __slots__ = ("_inner",)
 
@@ -252,7 +252,7 @@ class Parked:
 
     @property
     def id(self) -> str:
-        """The call's id, by which `App.answers` knows it."""
+        """The call's id, by which `App.answers` names it."""
         return self._inner.id
 
     def answer(self) -> Any:
@@ -260,12 +260,12 @@ class Parked:
         return self._inner.answer().wait()
 
     def cancel(self) -> None:
-        """Ends the call."""
+        """Cancels the call."""
         self._inner.cancel()
 
 
 def _into(into: Any) -> Callable[[Any], Any]:
-    """What turns an answer into what the caller wants."""
+    """A function that converts an answer to what the caller wants."""
     if into is None:
         return _same
     decode = decoder(into)
@@ -351,10 +351,10 @@ def _adapt(function: Callable[..., Any]) -> Callable[[_latzero.Request, Any], An
         try:
             result = function(*arguments, **fields)
         finally:
-            # A task has a context of its own, in which the request stays.
+            # A task has its own context, in which the request stays.
             if not is_async:
                 _current.reset(token)
-        # Other iterators are no streams.
+        # Other iterators are not streams.
         return result if inspect.isgenerator(result) or not hasattr(result, "__next__") else (
             list(result)
         )
@@ -381,7 +381,7 @@ class App:
     def _inner(self) -> _latzero.App:
         found = self._connection
         if found is None:
-            # In a forked child, which gets a connection of its own when it needs one.
+            # In a forked child, which opens its own connection when it needs one.
             with self._lock:
                 if self._connection is None:
                     if self._closed.is_set():
@@ -391,7 +391,7 @@ class App:
         return found
 
     def _forked(self, descriptor: int | None) -> None:
-        """In a forked child: lets go of the parent's connection without a word to the server."""
+        """In a forked child: releases the parent's connection without a message to the server."""
         inner = self._connection
         if inner is not None:
             inner.leak()
@@ -411,7 +411,7 @@ class App:
 
     @property
     def instance(self) -> str | None:
-        """The id of the live connection."""
+        """The id of the current connection."""
         return self._inner.instance
 
     @property
@@ -421,12 +421,12 @@ class App:
 
     @property
     def is_connected(self) -> bool:
-        """Whether there is a connection just now."""
+        """Whether the app is connected now."""
         return self._inner.is_connected
 
     @property
     def is_stored(self) -> bool:
-        """Whether the server has on disk what the app registered."""
+        """Whether the app's registration is on the server's disk."""
         return self._inner.is_stored
 
     def __repr__(self) -> str:
@@ -447,8 +447,8 @@ class App:
         key: str | None = None, headers: dict[str, str] | None = None,
         idempotency_key: str | None = None, redeliver: bool = False, **fields: Any,
     ) -> Any:
-        """Calls the trigger `name` with `data`, or with the fields as an object; its answer,
-        as a value of the type `into`."""
+        """Calls the trigger `name` with `data`, or with the fields as an object; returns the
+        answer, as a value of the type `into`."""
         options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
         read = _into(into)
         return read(self._inner.call(name, _payload(data, fields), options))
@@ -459,7 +459,7 @@ class App:
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
         redeliver: bool = False, **fields: Any,
     ) -> Reply:
-        """As `call`, with the headers of the answer."""
+        """Like `call`, but returns the answer with its headers."""
         options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
         return Reply(*self._inner.reply(name, _payload(data, fields), options))
 
@@ -469,7 +469,7 @@ class App:
         key: str | None = None, headers: dict[str, str] | None = None,
         idempotency_key: str | None = None, redeliver: bool = False, **fields: Any,
     ) -> Pending[Any]:
-        """As `call`, sent now and waited for later: many calls in flight from one thread."""
+        """Like `call`, but only sends the call: one thread can have many calls in flight."""
         options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
         return Pending(self._inner.call_op(name, _payload(data, fields), options), _into(into))
 
@@ -479,13 +479,13 @@ class App:
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
         redeliver: bool = False, id: str | None = None, **fields: Any,
     ) -> Parked:
-        """Calls, and lets the server keep the call on disk until a handler answers it."""
+        """Sends a call that the server stores on disk until a handler answers it."""
         options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver, id)
         return Parked(self._inner.park(name, _payload(data, fields), options).wait())
 
     def answers(self) -> Iterator[Answer]:
-        """Answers to parked calls that nobody in this process waits for, those of an earlier life
-        of it among them."""
+        """Answers to parked calls that nobody in this process waits for, including calls of
+        earlier processes of the app."""
         return _iterate(self._inner.answers(), Answer)
 
     def stream(
@@ -503,7 +503,8 @@ class App:
         to: str | None = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, **fields: Any,
     ) -> int | None:
-        """Tells every handler of `name`, or `one`; with `count`, how many it went to."""
+        """Sends an event to every handler of `name`, or to `one`. With `count` it returns how
+        many."""
         options = {"to": to, "pool": pool, "key": key, "headers": headers}
         return self._inner.emit(name, _payload(data, fields), options, one, count)
 
@@ -514,7 +515,7 @@ class App:
     ) -> Any:
         """Serves a trigger: `@app.serve`, `@app.serve("name")` or `app.serve("name", function)`.
         Plain functions and generators run on threads; `async` ones on one event loop, on a thread
-        that the app makes for them."""
+        that the app starts for them."""
         if callable(name):
             name, function = None, name
 
@@ -529,7 +530,7 @@ class App:
         return register if function is None else register(function)
 
     def _async_loop(self) -> _latzero.Loop:
-        """The event loop of async handlers, made when it is needed first."""
+        """The event loop of async handlers, created when it is first needed."""
         with self._lock:
             if self._loop is None:
                 from .aio import LoopThread
@@ -538,7 +539,7 @@ class App:
             return self._loop.inner
 
     def unserve(self, name: str) -> None:
-        """Serves `name` no longer. Calls that run are finished."""
+        """Stops serving `name`. Running calls are finished."""
         self._inner.unserve(name).wait()
 
     def events(self, name: str) -> Iterator[Event]:
@@ -546,8 +547,8 @@ class App:
         return _iterate(self._inner.events(name).wait(), Event)
 
     def on(self, name: str, function: Any = None) -> Any:
-        """Calls `function(event)` with each emit of `name`, on a thread of its own. A decorator,
-        if no function is given. What it raises is reported to `threading.excepthook`."""
+        """Calls `function(event)` with each emit of `name`, on a separate thread. Without a
+        function it is a decorator. Exceptions are reported to `threading.excepthook`."""
 
         def register(function: F) -> F:
             events = self.events(name)
@@ -567,7 +568,7 @@ class App:
         return register if function is None else register(function)
 
     def watch(self, pool: str) -> Iterator[Presence]:
-        """Apps and triggers of a pool that come and go, from now on."""
+        """Apps and triggers of a pool that appear and disappear, from now on."""
         return _iterate(self._inner.watch(pool).wait(), Presence)
 
     def block(
@@ -577,9 +578,9 @@ class App:
         slots: int = 2, readable_by: Iterable[str] | None = None,
         writable_by: Iterable[str] | None = None, lifetime: str = "pool",
     ) -> Block:
-        """Takes part in the memory block `id`. With `create` it is made, unless there is one of
-        this size and layout; with `create="new"` there must be none. `write=False` opens it for
-        reading, `True` for writing too, and `None` for writing if that is allowed."""
+        """Attaches to the memory block `id`. With `create` the block is created, unless there is
+        one of this size and layout; with `create="new"` it must not exist. `write=False` attaches
+        for reading, `True` for writing too, and `None` for writing if that is allowed."""
         options = _block_options(
             shape, dtype, size, create, write, pool, kind, consistency, slots, readable_by,
             writable_by, lifetime,
@@ -591,8 +592,8 @@ class App:
         return self._inner.blocks(pool).wait()
 
     def share(self, array: Any, *, pool: str | None = None) -> Block:
-        """Copies an array into a new block without a name of its own, as an argument of calls. It
-        lives as long as the `Block`."""
+        """Copies an array into a new block with a generated name, as an argument of calls. It
+        exists as long as the `Block`."""
         shape, dtype, data = _shared(array)
         block = self.block(
             f"share-{uuid4().hex}", shape=shape, dtype=dtype, size=len(data), create="new",
@@ -611,7 +612,7 @@ class App:
         self._inner.leave(pool).wait()
 
     def request(self, message: dict[str, Any]) -> Any:
-        """Asks the server for anything: a message of the protocol, without an `id`."""
+        """Sends any request to the server: a message of the protocol, without an `id`."""
         return self._inner.request(message).wait()
 
     def apps(self) -> Any:
@@ -623,7 +624,7 @@ class App:
         return self.request({"action": "pool_list"})
 
     def ping(self) -> float:
-        """Seconds that the server took to answer."""
+        """How many seconds the server took to respond."""
         return self._inner.ping().wait()
 
     def wait(self) -> None:
@@ -635,7 +636,7 @@ class App:
             self.close()
 
     def close(self) -> None:
-        """Ends the connection, after the handlers that run, which have five seconds."""
+        """Closes the connection, after waiting up to five seconds for running handlers."""
         self._close(None)
 
     def _end(self) -> None:
@@ -673,7 +674,7 @@ def _options(
     transient: bool, meta: dict[str, Any] | None, reconnect: bool, handler_threads: int,
     connect_timeout: float | timedelta, call_timeout: float | timedelta, tracebacks: bool,
 ) -> tuple[str, dict[str, Any]]:
-    """The address, and what the binding connects with."""
+    """The address and the options for the binding."""
     if url is None:
         url = os.environ.get("LATZERO_URL")
     if url is None:
@@ -703,12 +704,12 @@ def connect(
     ))
 
 
-# The apps that may be open, of both faces, and their descriptors while the process forks.
+# The apps of both APIs that may be open, and their descriptors while the process forks.
 _forking: list[tuple[Any, int | None]] = []
 
 
 def _close_quietly(descriptor: int) -> None:
-    """Replaces a socket by something that nobody is at the other end of."""
+    """Replaces a socket with one that has no other end."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     os.dup2(null, descriptor, inheritable=False)
     os.close(null)

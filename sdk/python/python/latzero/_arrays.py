@@ -47,7 +47,7 @@ def layout_of(shape: Any, dtype: Any) -> tuple[Layout, int] | None:
 
 
 def array(buffer: Any, layout: Layout | None) -> Any:
-    """The bytes of `buffer` as the layout says; as bytes where they are none of that size."""
+    """The bytes of `buffer` in the given layout; as bytes if the size does not fit."""
     view: Any = memoryview(buffer)
     module = numpy()
     if module is not None:
@@ -93,7 +93,7 @@ def flat(target: Any) -> Any:
 def close(target: Any) -> None:
     """Makes a later write through `target` an error."""
     if isinstance(target, memoryview):
-        # What was sliced from it keeps it open.
+        # Slices of it keep it open.
         with contextlib.suppress(BufferError):
             target.release()
     else:
@@ -103,7 +103,7 @@ def close(target: Any) -> None:
 def part_of(part: slice | None, nbytes: int, layout: Layout | None) -> tuple[
     int, int, Layout | None
 ]:
-    """Where the rows of `part` lie: offset, length, and their layout."""
+    """The offset, length and layout of the rows of `part`."""
     if part is None:
         return 0, nbytes, layout
     rows = layout[1][0] if layout and layout[1] else nbytes

@@ -1,4 +1,4 @@
-"""Memory blocks, for code that waits."""
+"""Memory blocks in the blocking API."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from . import _arrays, _latzero
 from ._errors import BlockError, Timeout
 
-# How long one wait of a wait without end is.
+# How long one step of a wait without a timeout takes.
 _LONG = 3600.0
 
 
@@ -18,7 +18,7 @@ def _seconds(time: float | timedelta | None) -> Any:
 
 
 class BlockInfo:
-    """What a block is. `Block` and `aio.Block` have these attributes."""
+    """The attributes of a block, which `Block` and `aio.Block` have."""
 
     __slots__ = ("_handle", "__weakref__")
 
@@ -62,12 +62,12 @@ class BlockInfo:
 
     @property
     def version(self) -> int:
-        """Its newest version, as far as known without asking; 0 was never written."""
+        """Its newest version, as far as it is known without a request; 0 if never written."""
         return self._inner.version
 
     @property
     def generation(self) -> int:
-        """One more with each resize."""
+        """Its generation, which grows with each resize."""
         return self._inner.generation
 
     @property
@@ -81,7 +81,7 @@ class BlockInfo:
         return self._inner.is_mapped
 
     def close(self) -> None:
-        """Lets go of it. Views stay readable."""
+        """Detaches from the block. Views stay readable."""
         self._handle = None
 
     def __repr__(self) -> str:
@@ -105,7 +105,7 @@ class BlockInfo:
             try:
                 inner.read_into(0, place)
             except BlockError as error:
-                # It was resized meanwhile.
+                # It was resized in the meantime.
                 if error.code == "out_of_range" and inner.nbytes != nbytes and out is None:
                     continue
                 raise
@@ -118,7 +118,7 @@ class BlockInfo:
 
 
 class Filling:
-    """The array of a version under way, in place where the block is mapped."""
+    """The array of a version that is being written, in place if the block is mapped."""
 
     __slots__ = ("array", "offset", "is_copy", "_slot")
 
@@ -137,7 +137,7 @@ class Filling:
             inner.read_into(self.offset, _arrays.flat(self.array))
 
     def copy(self) -> bytes:
-        """The bytes, where they are not in place."""
+        """The bytes, if they are not in place."""
         return bytes(_arrays.flat(self.array))
 
     def close(self) -> None:
@@ -148,8 +148,8 @@ class Filling:
 
 
 class Write:
-    """A version under way: `with block.write() as a: ...`. Leaving publishes it, an exception
-    discards it. `version` is its number then."""
+    """A version that is being written: `with block.write() as a: ...`. Leaving publishes it, an
+    exception discards it. After that `version` is its number."""
 
     __slots__ = ("_inner", "_keep", "_wait", "_part", "_draft", "_filling", "version")
 
@@ -181,7 +181,7 @@ class Write:
 
 
 class WriterWrite:
-    """A version under way, under a writer's lock; as `Write`."""
+    """A version that is being written under a writer's lock; see `Write`."""
 
     __slots__ = ("_inner", "_writer", "_keep", "_part", "_version", "_filling", "version")
 
@@ -264,16 +264,16 @@ class Lock:
 
     @property
     def fence(self) -> int:
-        """Larger than that of every lock of this block before."""
+        """The lock's fence: larger than those of all earlier locks of this block."""
         return self._held.fence
 
     @property
     def is_held(self) -> bool:
-        """Whether it is still held, as far as is known here."""
+        """Whether it is still held, as far as this process knows."""
         return self._lock is not None and self._lock.is_held
 
     def renew(self, lease: float | timedelta | None = None) -> None:
-        """Renews its lease; without one it is held as long as the connection."""
+        """Renews its lease. A lock without a lease is held until the connection ends."""
         self._held.renew(_seconds(lease)).wait()
 
     def __exit__(self, kind: Any, *raised: object) -> None:
@@ -285,7 +285,7 @@ class Lock:
 
 
 class Block(BlockInfo):
-    """A block that this app takes part in, made by `App.block`."""
+    """A block that this app is attached to, returned by `App.block`."""
 
     __slots__ = ()
 
@@ -300,15 +300,15 @@ class Block(BlockInfo):
 
     def view(self) -> _latzero.View:
         """The newest version in place, read-only. `with block.view() as a:` raises `BlockError`
-        (`contended`) on leaving if the version was written over meanwhile."""
+        (`contended`) on leaving if the version was overwritten in the meantime."""
         return self._inner.view().wait()
 
     def write(
         self, *, keep: bool = True, wait: float | timedelta = 1.0, part: slice | None = None
     ) -> Write:
         """The next version, under the block's lock: `with block.write() as a:`. With `keep` the
-        array begins as the version before; else it holds old bytes and all must be written. `part`
-        gives these rows alone. The array, and what was sliced of it, must not be used later."""
+        array starts as a copy of the previous version; otherwise it has old bytes and all must be
+        written. `part` selects rows. The array and its slices must not be used later."""
         return Write(self._inner, keep, _seconds(wait), part)
 
     def writer(self, *, wait: float | timedelta = 1.0) -> Writer:
@@ -316,12 +316,13 @@ class Block(BlockInfo):
         return Writer(self._inner, _seconds(wait))
 
     def write_at(self, offset: int, data: bytes, *, if_version: int | None = None) -> int:
-        """Writes bytes through the server; the version. With `if_version` the block must have that
-        version."""
+        """Writes bytes through the server; returns the version. With `if_version` the block must
+        have that version."""
         return self._inner.write_at(offset, bytes(data), if_version).wait()
 
     def cas(self, offset: int, expected: bytes, data: bytes) -> bytes | None:
-        """Writes `data` where `expected` stands: `None`. Else the bytes that stand there."""
+        """Writes `data` and returns `None` if the block has the bytes `expected` there; else
+        returns the bytes that it has."""
         return self._inner.cas(offset, bytes(expected), bytes(data)).wait()
 
     def lock(
@@ -334,7 +335,7 @@ class Block(BlockInfo):
     def wait(
         self, beyond: int | None = None, timeout: float | timedelta | None = None
     ) -> int:
-        """Waits for a version newer than `beyond`, or than the one now; the version."""
+        """Waits for a version newer than `beyond`, or than the present one; returns the version."""
         inner = self._inner
         beyond = inner.version if beyond is None else beyond
         if timeout is not None:
@@ -346,7 +347,8 @@ class Block(BlockInfo):
                 continue
 
     def changes(self) -> Iterator[int]:
-        """The versions to come, the newest of those that came since the last look each time."""
+        """An iterator over new versions. If several appear between two reads, it returns the
+        newest."""
         inflow = self._inner.changes().wait()
 
         def iterate() -> Iterator[int]:
@@ -356,19 +358,19 @@ class Block(BlockInfo):
         return iterate()
 
     def resize(self, nbytes: int) -> None:
-        """Gives it another size: a new generation, which everybody continues with."""
+        """Changes the size of the block, which gets a new generation."""
         self._inner.resize(nbytes).wait()
 
     def flush(self) -> int:
-        """Flushes a persistent block to disk; the version on disk."""
+        """Flushes a persistent block to disk; returns the version on disk."""
         return self._inner.flush().wait()
 
     def remove(self) -> None:
-        """Removes it, under everybody."""
+        """Removes the block, even if others are attached."""
         self._inner.remove().wait()
 
     def info(self) -> dict[str, Any]:
-        """All about it, as the server describes it."""
+        """The full description of the block by the server."""
         return self._inner.info().wait()
 
     def __enter__(self) -> Block:
@@ -388,7 +390,7 @@ def options(
     pool: str | None, kind: str, consistency: str, slots: int, readable_by: Any,
     writable_by: Any, lifetime: str,
 ) -> dict[str, Any]:
-    """What the binding opens a block with."""
+    """The options with which the binding opens a block."""
     found = _arrays.layout_of(shape, dtype)
     if create not in (False, True, "new"):
         raise ValueError(f"create is False, True or 'new', not {create!r}")

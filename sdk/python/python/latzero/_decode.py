@@ -1,5 +1,5 @@
-"""What JSON became, as the types that hints name. Values are checked, not coerced; types of other
-libraries bring their own conversion, and are not imported here."""
+"""Converts decoded JSON to the types that hints name. Values are checked, not coerced. Types of
+other libraries have their own conversion and are not imported here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ _cache: dict[Any, Decoder] = {}
 
 
 def decoder(hint: Any) -> Decoder:
-    """What turns a value into the type `hint`; `TypeError` if that type is not known."""
+    """A function that converts a value to the type `hint`; `TypeError` if the type is not
+    supported."""
     try:
         found = _cache.get(hint)
     except TypeError:  # Not hashable, such as an `Annotated` with a list.
@@ -103,7 +104,7 @@ def _int(value: Any, place: str) -> Any:
 
 
 def _float(value: Any, place: str) -> Any:
-    # JSON does not tell 1 from 1.0.
+    # JSON does not distinguish 1 from 1.0.
     if type(value) is not float and type(value) is not int:
         raise _mismatch(place, "float", value)
     return float(value)

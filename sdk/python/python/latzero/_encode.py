@@ -1,4 +1,4 @@
-"""What JSON has no word for, as what it has. Called for objects that the binding does not know."""
+"""Converts objects to JSON's types. Called for objects that the binding does not know."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._block import BlockInfo
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON's types; `TypeError` if that is not known."""
+    """`value` as JSON's types; `TypeError` if its type is not supported."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, uuid.UUID):

@@ -1,4 +1,4 @@
-"""LatZero for asyncio: the names of `latzero`, to be awaited.
+"""LatZero for asyncio: the names of `latzero`, with methods that are awaited.
 
     async with latzero.aio.connect("latzero://me?pool=alpha") as app:
         print(await app.call("double", n=21))
@@ -32,13 +32,13 @@ __all__ = ["App", "Block", "Parked", "Pending", "Request", "Stream", "connect"]
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
-# Copies larger than this are made on another thread.
+# Larger copies are made on another thread.
 _COPY_BYTES = 256 * 1024
 _LONG = 3600.0
 
 
 class _Loop:
-    """What an event loop has under way with LatZero."""
+    """The LatZero operations of an event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.inner = _latzero.Loop()
@@ -54,7 +54,7 @@ class _Loop:
         return loop
 
     def start(self, op: _latzero.Op) -> asyncio.Future[Any]:
-        """Begins an operation."""
+        """Starts an operation."""
         future: asyncio.Future[Any] = self._loop.create_future()
         token = self.inner.start(op, future)
 
@@ -84,7 +84,7 @@ class _Loop:
         return task
 
     def close(self) -> None:
-        """Lets go of everything."""
+        """Releases everything."""
         if not self._loop.is_closed():
             self._loop.remove_reader(self.inner.fileno())
         self.inner.close()
@@ -104,7 +104,7 @@ def _of_running_loop() -> _Loop:
 
 
 def _run(op: _latzero.Op) -> asyncio.Future[Any]:
-    """Begins an operation on the running event loop."""
+    """Starts an operation on the running event loop."""
     return _of_running_loop().start(op)
 
 
@@ -137,7 +137,7 @@ async def _answer(
 
 
 class LoopThread:
-    """An event loop on a thread of its own, for the async handlers of a blocking app."""
+    """An event loop on a separate thread, for the async handlers of a blocking app."""
 
     def __init__(self, name: str) -> None:
         self._ready = threading.Event()
@@ -159,14 +159,14 @@ class LoopThread:
         self._loop.close()
 
     def close(self) -> None:
-        """Ends the loop and what runs on it."""
+        """Ends the loop and everything that runs on it."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
 
 async def _iterate(inflow: _latzero.Inflow, make: Callable[[Any], T]) -> AsyncIterator[T]:
-    """What comes in, until it is closed."""
+    """An iterator over arriving items, until it is closed."""
     try:
         while (item := await _run(inflow.next())) is not None:
             yield make(item[0])
@@ -185,12 +185,12 @@ class Stream(Generic[T]):
 
     @property
     def progress(self) -> Any:
-        """The newest report of the handler that was not read yet, else `None`."""
+        """The newest progress report that was not read yet, else `None`."""
         return self._items.progress
 
     @property
     def end(self) -> Any:
-        """What the handler answered behind the last item, else `None`."""
+        """The handler's final answer after the last item, else `None`."""
         return self._items.end
 
     def cancel(self) -> None:
@@ -227,8 +227,8 @@ class Pending(Generic[T]):
         return self._future.done()
 
     async def result(self, timeout: float | timedelta | None = None) -> T:
-        """The answer, or what was said of the call's failure. `TimeoutError` if it does not come
-        within `timeout`: the call goes on then."""
+        """Waits for the answer; raises the error if the call failed. `TimeoutError` if it takes
+        longer than `timeout`; the call then continues."""
         if not self._future.done():
             await asyncio.wait([self._future], timeout=_seconds(timeout))
         if not self._future.done():
@@ -243,8 +243,8 @@ class Pending(Generic[T]):
 
 
 class Parked:
-    """A call that the server keeps until it is answered. Dropping it lets the call continue: its
-    answer then comes by `App.answers`."""
+    """A call that the server stores until it is answered. The call continues if this is dropped:
+    `App.answers` then returns its answer."""
 
     __slots__ = ("_inner",)
 
@@ -253,7 +253,7 @@ class Parked:
 
     @property
     def id(self) -> str:
-        """The call's id, by which `App.answers` knows it."""
+        """The call's id, by which `App.answers` names it."""
         return self._inner.id
 
     async def answer(self) -> Any:
@@ -261,13 +261,13 @@ class Parked:
         return await _run(self._inner.answer())
 
     def cancel(self) -> None:
-        """Ends the call."""
+        """Cancels the call."""
         self._inner.cancel()
 
 
 class Write:
-    """A version under way: `async with block.write() as a: ...`. Leaving publishes it, an
-    exception discards it. `version` is its number then."""
+    """A version that is being written: `async with block.write() as a: ...`. Leaving publishes it,
+    an exception discards it. After that `version` is its number."""
 
     __slots__ = ("_inner", "_keep", "_wait", "_part", "_draft", "_filling", "version")
 
@@ -307,7 +307,7 @@ async def _fill(
 
 
 class WriterWrite:
-    """A version under way, under a writer's lock; as `Write`."""
+    """A version that is being written under a writer's lock; see `Write`."""
 
     __slots__ = ("_inner", "_writer", "_keep", "_part", "_version", "_filling", "version")
 
@@ -390,16 +390,16 @@ class Lock:
 
     @property
     def fence(self) -> int:
-        """Larger than that of every lock of this block before."""
+        """The lock's fence: larger than those of all earlier locks of this block."""
         return self._held.fence
 
     @property
     def is_held(self) -> bool:
-        """Whether it is still held, as far as is known here."""
+        """Whether it is still held, as far as this process knows."""
         return self._lock is not None and self._lock.is_held
 
     async def renew(self, lease: float | timedelta | None = None) -> None:
-        """Renews its lease; without one it is held as long as the connection."""
+        """Renews its lease. A lock without a lease is held until the connection ends."""
         await _run(self._held.renew(_seconds(lease)))
 
     async def __aexit__(self, kind: Any, *raised: object) -> None:
@@ -411,7 +411,7 @@ class Lock:
 
 
 class _View:
-    """A view about to be taken: awaitable, and an async context manager."""
+    """A view that is about to be taken: awaitable, and an async context manager."""
 
     __slots__ = ("_inner", "_view")
 
@@ -430,7 +430,7 @@ class _View:
 
 
 class Block(BlockInfo):
-    """A block that this app takes part in, made by `App.block`."""
+    """A block that this app is attached to, returned by `App.block`."""
 
     __slots__ = ()
 
@@ -446,16 +446,15 @@ class Block(BlockInfo):
     def view(self) -> _View:
         """The newest version in place, read-only: `v = await block.view()`, or
         `async with block.view() as a:`, which raises `BlockError` (`contended`) on leaving if the
-        version was written over meanwhile."""
+        version was overwritten in the meantime."""
         return _View(self._inner)
 
     def write(
         self, *, keep: bool = True, wait: float | timedelta = 1.0, part: slice | None = None
     ) -> Write:
         """The next version, under the block's lock: `async with block.write() as a:`. With `keep`
-        the array begins as the version before; else it holds old bytes and all must be written.
-        `part` gives these rows alone. The array, and what was sliced of it, must not be used
-        later."""
+        the array starts as a copy of the previous version; otherwise it has old bytes and all must
+        be written. `part` selects rows. The array and its slices must not be used later."""
         return Write(self._inner, keep, _seconds(wait), part)
 
     def writer(self, *, wait: float | timedelta = 1.0) -> Writer:
@@ -464,12 +463,13 @@ class Block(BlockInfo):
         return Writer(self._inner, _seconds(wait))
 
     async def write_at(self, offset: int, data: bytes, *, if_version: int | None = None) -> int:
-        """Writes bytes through the server; the version. With `if_version` the block must have that
-        version."""
+        """Writes bytes through the server; returns the version. With `if_version` the block must
+        have that version."""
         return await _run(self._inner.write_at(offset, bytes(data), if_version))
 
     async def cas(self, offset: int, expected: bytes, data: bytes) -> bytes | None:
-        """Writes `data` where `expected` stands: `None`. Else the bytes that stand there."""
+        """Writes `data` and returns `None` if the block has the bytes `expected` there; else
+        returns the bytes that it has."""
         return await _run(self._inner.cas(offset, bytes(expected), bytes(data)))
 
     def lock(
@@ -482,7 +482,7 @@ class Block(BlockInfo):
     async def wait(
         self, beyond: int | None = None, timeout: float | timedelta | None = None
     ) -> int:
-        """Waits for a version newer than `beyond`, or than the one now; the version."""
+        """Waits for a version newer than `beyond`, or than the present one; returns the version."""
         inner = self._inner
         beyond = inner.version if beyond is None else beyond
         if timeout is not None:
@@ -494,7 +494,8 @@ class Block(BlockInfo):
                 continue
 
     async def changes(self) -> AsyncIterator[int]:
-        """The versions to come, the newest of those that came since the last look each time."""
+        """An iterator over new versions. If several appear between two reads, it returns the
+        newest."""
         inflow = await _run(self._inner.changes())
         try:
             while (item := await _run(inflow.next())) is not None:
@@ -503,19 +504,19 @@ class Block(BlockInfo):
             inflow.close()
 
     async def resize(self, nbytes: int) -> None:
-        """Gives it another size: a new generation, which everybody continues with."""
+        """Changes the size of the block, which gets a new generation."""
         await _run(self._inner.resize(nbytes))
 
     async def flush(self) -> int:
-        """Flushes a persistent block to disk; the version on disk."""
+        """Flushes a persistent block to disk; returns the version on disk."""
         return await _run(self._inner.flush())
 
     async def remove(self) -> None:
-        """Removes it, under everybody."""
+        """Removes the block, even if others are attached."""
         await _run(self._inner.remove())
 
     async def info(self) -> dict[str, Any]:
-        """All about it, as the server describes it."""
+        """The full description of the block by the server."""
         return await _run(self._inner.info())
 
     async def __aenter__(self) -> Block:
@@ -537,7 +538,7 @@ class App:
         _live.add(self)
 
     def _forked(self, descriptor: int | None) -> None:
-        """In a forked child: lets go of the parent's connection without a word to the server."""
+        """In a forked child: releases the parent's connection without a message to the server."""
         self._connection.leak()
         if descriptor is not None:
             _close_quietly(descriptor)
@@ -562,7 +563,7 @@ class App:
 
     @property
     def instance(self) -> str | None:
-        """The id of the live connection."""
+        """The id of the current connection."""
         return self._connection.instance
 
     @property
@@ -572,12 +573,12 @@ class App:
 
     @property
     def is_connected(self) -> bool:
-        """Whether there is a connection just now."""
+        """Whether the app is connected now."""
         return self._connection.is_connected
 
     @property
     def is_stored(self) -> bool:
-        """Whether the server has on disk what the app registered."""
+        """Whether the app's registration is on the server's disk."""
         return self._connection.is_stored
 
     def __repr__(self) -> str:
@@ -596,8 +597,8 @@ class App:
         key: str | None = None, headers: dict[str, str] | None = None,
         idempotency_key: str | None = None, redeliver: bool = False, **fields: Any,
     ) -> Any:
-        """Calls the trigger `name` with `data`, or with the fields as an object; its answer.
-        Cancelling the task cancels the call."""
+        """Calls the trigger `name` with `data`, or with the fields as an object; returns the
+        answer. Cancelling the task cancels the call."""
         options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
         read = _into(into)
         return read(await self._start(self._inner.call_op(name, _payload(data, fields), options)))
@@ -608,7 +609,7 @@ class App:
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
         redeliver: bool = False, **fields: Any,
     ) -> Reply:
-        """As `call`, with the headers of the answer."""
+        """Like `call`, but returns the answer with its headers."""
         options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
         op = self._inner.reply_op(name, _payload(data, fields), options)
         return Reply(*await self._start(op))
@@ -619,7 +620,7 @@ class App:
         key: str | None = None, headers: dict[str, str] | None = None,
         idempotency_key: str | None = None, redeliver: bool = False, **fields: Any,
     ) -> Pending[Any]:
-        """As `call`, sent now and waited for later: many calls in flight from one task."""
+        """Like `call`, but only sends the call: one task can have many calls in flight."""
         options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
         op = self._inner.call_op(name, _payload(data, fields), options)
         return Pending(self._work.start(op), _into(into))
@@ -630,13 +631,13 @@ class App:
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
         redeliver: bool = False, id: str | None = None, **fields: Any,
     ) -> Parked:
-        """Calls, and lets the server keep the call on disk until a handler answers it."""
+        """Sends a call that the server stores on disk until a handler answers it."""
         options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver, id)
         return Parked(await self._start(self._inner.park(name, _payload(data, fields), options)))
 
     def answers(self) -> AsyncIterator[Answer]:
-        """Answers to parked calls that nobody in this process waits for, those of an earlier life
-        of it among them."""
+        """Answers to parked calls that nobody in this process waits for, including calls of
+        earlier processes of the app."""
         return _iterate(self._inner.answers(), Answer)
 
     def stream(
@@ -654,7 +655,8 @@ class App:
         to: str | None = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, **fields: Any,
     ) -> int | None:
-        """Tells every handler of `name`, or `one`; with `count`, how many it went to."""
+        """Sends an event to every handler of `name`, or to `one`. With `count` it returns how
+        many."""
         options = {"to": to, "pool": pool, "key": key, "headers": headers}
         op = self._inner.emit_op(name, _payload(data, fields), options, one, count)
         return await self._start(op)
@@ -684,7 +686,7 @@ class App:
         self._registering.add(self._work.start(op))
 
     async def ready(self) -> None:
-        """Waits until everything is registered; raises a refusal."""
+        """Waits until everything is registered; raises the error if the server refuses."""
         while self._registering:
             await self._registering.pop()
 
@@ -696,7 +698,7 @@ class App:
         return await self._work.start(op)
 
     async def unserve(self, name: str) -> None:
-        """Serves `name` no longer. Calls that run are finished."""
+        """Stops serving `name`. Running calls are finished."""
         await self.ready()
         await self._start(self._inner.unserve(name))
 
@@ -706,9 +708,9 @@ class App:
         return _iterate(await self._start(self._inner.events(name)), Event)
 
     def on(self, name: str, function: Any = None) -> Any:
-        """Calls `function(event)` with each emit of `name`, and awaits what it returns. A
-        decorator, if no function is given. What it raises is reported to the loop's exception
-        handler. It is registered in the background; `await app.ready()` waits for that."""
+        """Calls `function(event)` with each emit of `name`, and awaits what it returns. Without a
+        function it is a decorator. Exceptions are reported to the loop's exception handler. It is
+        registered in the background; `await app.ready()` waits for that."""
 
         def register(function: F) -> F:
             listening = self._work.start(self._inner.events(name))
@@ -736,7 +738,7 @@ class App:
         return register if function is None else register(function)
 
     async def watch(self, pool: str) -> AsyncIterator[Presence]:
-        """Apps and triggers of a pool that come and go, from now on."""
+        """Apps and triggers of a pool that appear and disappear, from now on."""
         return _iterate(await self._start(self._inner.watch(pool)), Presence)
 
     async def block(
@@ -746,9 +748,9 @@ class App:
         slots: int = 2, readable_by: Iterable[str] | None = None,
         writable_by: Iterable[str] | None = None, lifetime: str = "pool",
     ) -> Block:
-        """Takes part in the memory block `id`. With `create` it is made, unless there is one of
-        this size and layout; with `create="new"` there must be none. `write=False` opens it for
-        reading, `True` for writing too, and `None` for writing if that is allowed."""
+        """Attaches to the memory block `id`. With `create` the block is created, unless there is
+        one of this size and layout; with `create="new"` it must not exist. `write=False` attaches
+        for reading, `True` for writing too, and `None` for writing if that is allowed."""
         options = _block_options(
             shape, dtype, size, create, write, pool, kind, consistency, slots, readable_by,
             writable_by, lifetime,
@@ -760,8 +762,8 @@ class App:
         return await self._start(self._inner.blocks(pool))
 
     async def share(self, array: Any, *, pool: str | None = None) -> Block:
-        """Copies an array into a new block without a name of its own, as an argument of calls. It
-        lives as long as the `Block`."""
+        """Copies an array into a new block with a generated name, as an argument of calls. It
+        exists as long as the `Block`."""
         shape, dtype, data = _shared(array)
         block = await self.block(
             f"share-{uuid4().hex}", shape=shape, dtype=dtype, size=len(data), create="new",
@@ -780,7 +782,7 @@ class App:
         await self._start(self._inner.leave(pool))
 
     async def request(self, message: dict[str, Any]) -> Any:
-        """Asks the server for anything: a message of the protocol, without an `id`."""
+        """Sends any request to the server: a message of the protocol, without an `id`."""
         return await self._start(self._inner.request(message))
 
     async def apps(self) -> Any:
@@ -792,16 +794,16 @@ class App:
         return await self.request({"action": "pool_list"})
 
     async def ping(self) -> float:
-        """Seconds that the server took to answer."""
+        """How many seconds the server took to respond."""
         return await self._start(self._inner.ping())
 
     async def wait(self) -> None:
-        """Waits until the app is closed; raises a refusal of what was registered."""
+        """Waits until the app is closed; raises the error if the server refuses a registration."""
         await self.ready()
         await self._closed.wait()
 
     async def close(self) -> None:
-        """Ends the connection, after the handlers that run, which have five seconds."""
+        """Closes the connection, after waiting up to five seconds for running handlers."""
         if not self._closed.is_set():
             self._closed.set()
             for future in self._registering:
@@ -816,7 +818,7 @@ class App:
 
 
 class _Connecting:
-    """A connection about to be made: awaitable, and an async context manager."""
+    """A connection that is about to be made: awaitable, and an async context manager."""
 
     __slots__ = ("_arguments", "_app")
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 
 def find_program() -> str:
-    """The program `latzero`: `$LATZERO_BIN`, else beside the interpreter, else in `PATH`."""
+    """The program `latzero`: `$LATZERO_BIN`, else beside the interpreter, else on the `PATH`."""
     named = os.environ.get("LATZERO_BIN")
     if named:
         return named
@@ -24,7 +24,7 @@ def find_program() -> str:
 
 
 class Server:
-    """A running server with a data directory and a port of its own."""
+    """A running server with its own data directory and port."""
 
     def __init__(self, *args: str) -> None:
         self._args = args

@@ -19,7 +19,7 @@ use crate::output::{Output, bytes};
 /// Bytes moved at a time, between two reports of progress.
 const PIECE_BYTES: usize = 4 << 20;
 
-/// How often a dump restarts when the block is written in the meantime.
+/// How many times a dump restarts because the block was written in the meantime.
 const DUMPS_MAX: usize = 10;
 
 /// The most bytes that are loaded from a pipe, whose length is unknown until its end.
@@ -81,9 +81,9 @@ fn file_failure(file: &Path, what: &str, error: &io::Error) -> Failure {
 /// The destination of a dump.
 enum Sink {
     Stdout,
-    /// What is there is written to: a device, a pipe, whatever a link leads to.
+    /// An existing file that is written to directly: a device, a pipe, or the target of a link.
     Through(PathBuf),
-    /// A regular file, or a new one: replaced as a whole.
+    /// A regular or a new file, which is replaced as a whole.
     Replace(PathBuf, Option<Metadata>),
 }
 
@@ -93,7 +93,8 @@ impl Sink {
         if file.as_os_str() == "-" {
             return Ok(Sink::Stdout);
         }
-        // `/dev/stdout` leads to files that other programs have open: a new file would be another.
+        // `/dev/stdout` may be a file that another program has open; replacing the file would not
+        // reach that program.
         if file.starts_with("/dev") || file.starts_with("/proc") {
             return Ok(Sink::Through(file.to_owned()));
         }
@@ -108,7 +109,7 @@ impl Sink {
             ))
             .with_help("name a file in it")),
             Ok(_) => Ok(Sink::Through(file.to_owned())),
-            // A link whose target is not there: the target is made.
+            // A link whose target is missing: the target is created.
             Err(e) if e.kind() == io::ErrorKind::NotFound && file.is_symlink() => {
                 Ok(Sink::Through(file.to_owned()))
             }
@@ -153,7 +154,7 @@ pub(super) fn dump(args: &BlockFileArgs, output: &Output) -> CommandResult {
 fn npy_header(block: &Block) -> Vec<u8> {
     let array = match block.layout() {
         Some(layout) => array_of(&layout),
-        // Without a layout it is bytes.
+        // A block without a layout is an array of bytes.
         None => Array {
             dtype: "|u1".into(),
             shape: vec![block.size()],
@@ -180,7 +181,7 @@ fn dumped_bytes(block: &Block, header: &[u8]) -> u64 {
     }
 }
 
-/// One version of a block, whole.
+/// One complete version of a block.
 fn read_whole(block: &Block, header: &[u8]) -> Result<(Vec<u8>, u64), Failure> {
     let size = dumped_bytes(block, header);
     let (mut all, version) = block.read()?;
@@ -188,10 +189,10 @@ fn read_whole(block: &Block, header: &[u8]) -> Result<(Vec<u8>, u64), Failure> {
     Ok((all, version))
 }
 
-/// Writes a version to what is there.
+/// Writes a version to an existing device or pipe.
 fn write_through(block: &Block, header: &[u8], file: &Path) -> Result<u64, Failure> {
     let failed = |error| file_failure(file, "written", &error);
-    // A pipe takes each byte once, so nothing can begin again.
+    // Bytes written to a pipe cannot be taken back, so the dump cannot restart.
     let (all, version) = read_whole(block, header)?;
     let mut out = OpenOptions::new()
         .write(true)
@@ -205,7 +206,7 @@ fn write_through(block: &Block, header: &[u8], file: &Path) -> Result<u64, Failu
     Ok(version)
 }
 
-/// Writes a version into a new file, which takes the place of the former one at once.
+/// Writes a version to a new file, which then replaces the old one atomically.
 fn replace(
     block: &Block,
     header: &[u8],
@@ -221,7 +222,7 @@ fn replace(
     let mut builder = tempfile::Builder::new();
     builder.prefix(".latzero-").suffix(".part");
     if former.is_none() {
-        // As any new file; the umask applies.
+        // The mode of any new file; the umask applies.
         builder.permissions(Permissions::from_mode(0o666));
     }
     let mut part = match builder.tempfile_in(dir) {
@@ -272,7 +273,7 @@ fn write_out(
             return Ok(first.unwrap_or(0));
         }
     }
-    // It is written all the time: read it at once, whatever memory that takes.
+    // The block is written all the time: read it at once, however much memory that takes.
     let (all, version) = read_whole(block, header)?;
     restart(out, header).map_err(failed)?;
     out.write_all(&all).map_err(failed)?;
@@ -289,7 +290,7 @@ fn restart(out: &mut File, header: &[u8]) -> io::Result<()> {
 struct Source {
     reader: Box<dyn Read>,
     size: u64,
-    /// What a .npy file says of itself.
+    /// What the header of a .npy file says.
     array: Option<Array>,
 }
 
@@ -352,7 +353,7 @@ pub(super) fn load(args: &BlockLoadArgs, output: &Output) -> CommandResult {
             .with_help("a .npy file holds a whole array; load it without --offset"));
     }
     let (at, block) = match args.offset {
-        // A part of what is there.
+        // Write a part of the block.
         Some(_) => {
             let at = BlockHandle::once(&args.at, &args.reach)?;
             let block = at.name().attach_writable()?;
@@ -374,14 +375,14 @@ pub(super) fn load(args: &BlockLoadArgs, output: &Output) -> CommandResult {
                 "choose another --offset, or make it larger with `latzero block resize`",
             ));
         }
-        // Nothing of the former content stays behind the new one.
+        // No old content may remain after the end of the new one.
         None if source.array.is_none() && source.size > 0 && block.size() != source.size => {
             block.resize(source.size)?;
         }
         _ => {}
     }
     if source.size == 0 && args.offset.is_none() {
-        // A block has one byte at least: empty content is zeros.
+        // A block has at least one byte, so empty content becomes zeros.
         source.size = block.size();
         source.reader = Box::new(io::repeat(0));
     }
@@ -389,7 +390,7 @@ pub(super) fn load(args: &BlockLoadArgs, output: &Output) -> CommandResult {
     report(&at, &block, "loaded", output)
 }
 
-/// The block that a file becomes the content of; it is made where there is none.
+/// The block that a file is loaded into; it is created if it does not exist.
 fn whole(args: &BlockLoadArgs, source: &Source) -> Result<(BlockHandle, Block), Failure> {
     let at = BlockHandle::to_make(&args.at, &args.reach)?;
     let mut name = at.name();
@@ -406,8 +407,8 @@ fn whole(args: &BlockLoadArgs, source: &Source) -> Result<(BlockHandle, Block), 
     Ok((at, block))
 }
 
-/// Writes the source as one version. Where the block is not mapped, one version is as much as fits
-/// into one message (`limits.max_frame`).
+/// Writes the source as one version. If the block is not mapped, a version must fit into one
+/// message (`limits.max_frame`).
 fn write_in(
     writer: BlockWriter,
     source: &mut Source,

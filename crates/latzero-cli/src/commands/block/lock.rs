@@ -23,7 +23,7 @@ use crate::launch;
 /// How often the lock is checked while the command runs.
 const CHECK_INTERVAL: Duration = Duration::from_millis(200);
 
-/// How long the command may take to end by itself once its lock is lost.
+/// How long the command may take to end after SIGTERM, once its lock is lost.
 const END_TIME: Duration = Duration::from_secs(5);
 
 pub(super) fn run(args: &BlockLockArgs) -> CommandResult {
@@ -62,7 +62,7 @@ pub(super) fn run(args: &BlockLockArgs) -> CommandResult {
     }
 }
 
-/// The locks that the command may write under: those that this program was given, and this one.
+/// The locks that the command may write under: those passed to this program, and the new one.
 fn locks_with(block: &Block, fence: u64) -> String {
     let own = format!("{}/{}={fence}", block.pool(), block.id());
     match std::env::var(LOCKS_VARIABLE) {
@@ -71,7 +71,7 @@ fn locks_with(block: &Block, fence: u64) -> String {
     }
 }
 
-/// A nested lock: it is held already, unless it was lost in the meantime.
+/// A nested lock: an outer `block lock` already holds it, unless it was lost in the meantime.
 fn check_inherited(block: &Block, fence: u64) -> Result<(), Failure> {
     let info = block.info()?;
     let holders = info["lock"]["holders"].as_array().into_iter().flatten();
@@ -109,8 +109,8 @@ enum Event {
     Signal(i32),
 }
 
-/// Runs the command to its end. Signals are passed on to it, so that the lock is held as long as it
-/// runs; once the lock is lost, it is ended.
+/// Runs the command to its end. Signals are passed on to the command, so that the lock is held as
+/// long as it runs; if the lock is lost, the command is ended.
 fn wait_for(
     command: &mut std::process::Command,
     program: &OsString,

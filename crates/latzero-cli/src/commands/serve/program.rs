@@ -32,21 +32,21 @@ const ANSWER_BYTES_MAX: usize = 16 << 20;
 /// How many bytes of the end of a program's stderr are sent with its error.
 const STDERR_BYTES_MAX: usize = 4 << 10;
 
-/// Bytes of the length before each item with `--stream=length`, most significant first, as before
-/// each frame of the protocol.
+/// Bytes of the length before each item with `--stream=length`, most significant first, as in the
+/// frames of the protocol.
 const LENGTH_BYTES: usize = 4;
 
-/// How to run the program.
+/// How to run a program.
 pub(super) struct ProgramSpec {
     /// The program and its arguments.
     pub(super) command: Vec<OsString>,
-    /// What finds the server that the program's calls came from.
+    /// Environment variables with which the program finds this server.
     pub(super) environment: Vec<(&'static str, OsString)>,
     /// With `--lines`: the trigger of the one program for all calls.
     pub(super) lines: Option<Target>,
     /// With `--stream`: how the items are separated.
     pub(super) stream: Option<Framing>,
-    /// What the output is.
+    /// How to interpret the output.
     pub(super) printed: OutputKind,
 }
 
@@ -55,7 +55,8 @@ fn failed(message: impl Into<String>) -> HandlerError {
 }
 
 impl ProgramSpec {
-    /// Runs a program for one call. With `--lines`, `kept` is the program that answered the last.
+    /// Runs a program for one call. With `--lines`, `kept` is the program that answered the last
+    /// call.
     pub(super) fn run(
         &self,
         job: &Job,
@@ -114,7 +115,7 @@ impl ProgramSpec {
         if !matches!(end, Ok(ReadEnd::Exited)) {
             program.kill();
         }
-        // It has ended, or is about to: nothing survives the signal above.
+        // It has ended or is about to: nothing survives the signal above.
         let status = registry.reap(&mut program);
         if let Some(error) = refused {
             return Err(error);
@@ -238,7 +239,7 @@ fn too_long() -> HandlerError {
     ))
 }
 
-/// Whether a variable holds what gives rights. A program that answers strangers does not see it.
+/// Whether a variable holds a secret. Programs that answer other apps do not get it.
 fn is_secret(name: &str) -> bool {
     let marks = ["TOKEN", "KEY", "SECRET", "PASS"];
     name.starts_with("LATZERO_") && marks.iter().any(|mark| name.contains(mark))
@@ -299,17 +300,17 @@ fn next_item(received: &mut Vec<u8>, framing: Framing) -> Option<Vec<u8>> {
     Some(item)
 }
 
-/// When a turn of a program is over.
+/// When one run of a program is complete.
 enum ReadUntil<'a> {
-    /// When it printed a line.
+    /// Once it has printed a line.
     Line,
-    /// When it ended.
+    /// Once it has ended.
     End,
-    /// Until it ends. Items are passed on as they arrive; false to stop.
+    /// Once it has ended. Each item is passed to the function, which returns false to stop.
     Items(Framing, &'a mut dyn FnMut(&[u8]) -> bool),
 }
 
-/// How a turn of a program ended.
+/// How one run of a program ended.
 enum ReadEnd {
     Line(Vec<u8>),
     Exited,
@@ -317,7 +318,7 @@ enum ReadEnd {
     Unwanted,
 }
 
-/// A program that runs.
+/// A running program.
 pub(super) struct Program {
     child: Child,
     pub(super) pid: Pid,
@@ -350,7 +351,7 @@ impl Program {
         let process = match prepared {
             Ok(process) => process,
             Err(error) => {
-                // It can't be listened to, so it must not run.
+                // Its output cannot be read, so it must not run.
                 let _ = child.kill();
                 let _ = child.wait();
                 return Err(error.into());
@@ -368,7 +369,7 @@ impl Program {
         })
     }
 
-    /// Ends it and what it started.
+    /// Ends the program and everything that it started.
     fn kill(&self) {
         let _ = kill_process_group(self.pid, Signal::KILL);
     }
@@ -393,7 +394,7 @@ impl Program {
         self.received.is_empty() && matches!(poll(&mut fds, Some(&now)), Ok(0))
     }
 
-    /// Feeds it `input` and takes what it prints, until it printed a line or ended.
+    /// Writes `input` to the program and reads its output, until it has printed a line or ended.
     fn turn(&mut self, input: &[u8], until: &mut ReadUntil<'_>) -> io::Result<ReadEnd> {
         let is_line = matches!(until, ReadUntil::Line);
         let mut rest = input;
@@ -431,15 +432,15 @@ impl Program {
             if is_line && let Some(line) = next_item(&mut self.received, Framing::Lines) {
                 return Ok(ReadEnd::Line(line));
             }
-            // All that it printed itself is read by now; children that it left may print on,
-            // unheard.
+            // All of its own output has been read by now; output of children that it left
+            // behind is ignored.
             if has_ended || (is_line && self.stdout.is_none()) {
                 return Ok(ReadEnd::Exited);
             }
         }
     }
 
-    /// Hands over the items that are whole; at the program's end the last line too.
+    /// Hands over the complete items; at the program's end the last line too.
     fn hand_over(
         &mut self,
         framing: Framing,
@@ -463,8 +464,8 @@ impl Program {
         }
     }
 
-    /// Waits until there is something to do: what can be written to, what can be read, and whether
-    /// it ended.
+    /// Waits until there is something to do; returns what can be written and read, and whether the
+    /// program has ended.
     fn wait_for(&self, has_input: bool) -> io::Result<(bool, bool, bool, bool)> {
         let stdin = self.stdin.as_ref().filter(|_| has_input);
         let mut fds = vec![PollFd::new(&self.process, PollFlags::IN)];
@@ -513,7 +514,7 @@ impl Program {
         Ok(())
     }
 
-    /// Its stderr is for the person who runs it; the caller gets the end of it.
+    /// Passes its stderr on to the person who runs `serve`; the caller gets the end of it.
     fn take_errors(&mut self) {
         let Some(stderr) = &mut self.stderr else {
             return;

@@ -27,31 +27,31 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One call on its way.
+/// A call that waits or runs.
 pub(super) struct Job {
     pub(super) number: u64,
     pub(super) request: Request,
     place: Arc<Mutex<Slot>>,
 }
 
-/// Where an answer is left for the waiting future.
+/// Where the worker leaves an answer for the waiting future.
 #[derive(Default)]
 struct Slot {
     outcome: Option<Outcome>,
     waker: Option<Waker>,
 }
 
-/// Programs that run, by the number of their call. A program is in it from its start until it is
-/// reaped, and is reaped under the lock: so what is killed under the lock is never another process
-/// with the same id.
+/// Running programs, by the number of their call. A program is in the map from its start until it
+/// is reaped, and it is reaped under the lock. So a process id that is killed under the lock cannot
+/// belong to another process.
 #[derive(Default)]
 struct Running {
     programs: HashMap<u64, Pid>,
     /// The program that waits for the next call, with `--lines`.
     idle: Option<Pid>,
-    /// Programs that are being started, and are not in here yet.
+    /// Programs that are being started and are not in the map yet.
     starting: usize,
-    /// No program is started any more.
+    /// Whether no more programs are started.
     has_ended: bool,
 }
 
@@ -59,7 +59,7 @@ struct Running {
 struct Programs {
     running: Mutex<Running>,
     settled: Condvar,
-    /// Ends them, should this process end without doing so.
+    /// Ends the programs if this process ends without doing so.
     supervisor: Supervisor,
 }
 
@@ -75,7 +75,7 @@ impl Queue {
     /// Starts the threads.
     ///
     /// # Errors
-    /// If the system gives no thread.
+    /// If a thread cannot be started.
     pub(super) fn start(recipe: ProgramSpec, workers: usize) -> io::Result<Arc<Queue>> {
         let (sender, receiver) = sync_channel(QUEUED_MAX);
         let receiver = Arc::new(Mutex::new(receiver));
@@ -104,10 +104,10 @@ impl Queue {
         self.events_dropped.load(Ordering::Relaxed)
     }
 
-    /// Puts a call in; the future ends with the answer.
+    /// Queues a call; the future returns the answer.
     ///
     /// # Errors
-    /// `overloaded` where too many wait.
+    /// `overloaded` if too many calls wait.
     pub(super) fn push(&self, request: Request) -> Result<PendingAnswer, HandlerError> {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let place = Arc::new(Mutex::new(Slot::default()));
@@ -143,8 +143,8 @@ impl Queue {
         }
     }
 
-    /// Ends every program and its children, and starts no more. A program that is just being
-    /// started is waited for, because nothing could end it after this process has ended.
+    /// Ends every program and its children, and starts no more. It waits for programs that are just
+    /// being started, because nothing could end them after this process has ended.
     pub(super) fn end(&self) {
         let mut running = lock(&self.programs.running);
         running.has_ended = true;
@@ -157,7 +157,7 @@ impl Queue {
     }
 }
 
-/// Waits for an answer. Dropping it gives the call up, and ends its program.
+/// Waits for an answer. Dropping it cancels the call and ends its program.
 pub(super) struct PendingAnswer {
     number: u64,
     place: Arc<Mutex<Slot>>,
@@ -234,7 +234,7 @@ impl Registry<'_> {
     /// for them.
     ///
     /// # Errors
-    /// What `start` answers, and where no program is started any more.
+    /// Those of `start`, and if no more programs are started.
     pub(super) fn start(
         &self,
         request: &Request,
@@ -274,7 +274,7 @@ impl Registry<'_> {
         }
     }
 
-    /// The program is not this call's any more; it waits for the next.
+    /// The program no longer belongs to this call; it waits for the next one.
     pub(super) fn release(&self, pid: Pid) {
         let mut running = lock(&self.programs.running);
         running.programs.remove(&self.number);
@@ -287,7 +287,8 @@ impl Registry<'_> {
         running.programs.remove(&self.number);
         running.idle = None;
         let status = program.wait();
-        // What it left behind stays: it ended by itself, or was killed with its group.
+        // Children that it left behind keep running: it ended by itself, or its group was killed
+        // with it.
         self.programs.supervisor.remove(program.pid);
         status
     }

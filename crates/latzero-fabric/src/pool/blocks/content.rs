@@ -1,5 +1,5 @@
-//! Reads, writes, flushes and news of a block's content: what is allowed and in which order; the
-//! bytes are the driver's.
+//! Reads, writes, flushes and change events of a block's content: what is allowed, and in which
+//! order. The driver has the bytes.
 
 use latzero_protocol::memory::{Access, Kind};
 use latzero_protocol::{BlockId, Code, Refusal};
@@ -14,7 +14,7 @@ use crate::ledger::Resource;
 use crate::memory::{Job, StorageId};
 use crate::turn::Turn;
 
-/// Where a block's bytes are to be read, as [`Pool::read_block`] allows it.
+/// Where to read a block's bytes, as [`Pool::read_block`] allows it.
 #[derive(Debug, Clone, Copy)]
 pub struct ReadPlan {
     /// In which storage.
@@ -25,7 +25,7 @@ pub struct ReadPlan {
     pub generation: u64,
 }
 
-/// Where bytes are to be written, as [`Pool::begin_write`] allows it. [`Pool::end_write`] must
+/// Where to write a block's bytes, as [`Pool::begin_write`] allows it. [`Pool::end_write`] must
 /// follow.
 #[derive(Debug, Clone, Copy)]
 #[must_use]
@@ -34,12 +34,12 @@ pub struct WritePlan {
     pub key: BlockKey,
     /// In which storage.
     pub storage: StorageId,
-    /// What its content must be bound to, in a sealed pool.
+    /// The identity that its content must be bound to, in a sealed pool.
     pub sealed: Option<SealedContent>,
 }
 
 impl<D: Driver> Pool<D> {
-    /// Where a member may read a block.
+    /// Allows a member to read a block.
     ///
     /// # Errors
     /// `no_block`, `forbidden`.
@@ -52,7 +52,7 @@ impl<D: Driver> Pool<D> {
         })
     }
 
-    /// Where a member may write a block through the server. Until [`Pool::end_write`] nobody else
+    /// Allows a member to write a block through the server. Until [`Pool::end_write`] nobody else
     /// gets its lock.
     ///
     /// # Errors
@@ -70,8 +70,8 @@ impl<D: Driver> Pool<D> {
         {
             return Err(lock_lost(id, fence));
         }
-        // Readers who locked it together count on it as well. The fence is a token: the holder may
-        // pass it to the programs that it starts, and they write under its lock.
+        // Holders of a shared lock also rely on this. The fence is a token: the holder may pass it
+        // to the programs that it starts, and they write under its lock.
         let is_other = |h: &&Holder| h.member != member && Some(h.fence) != lock;
         let other = block.lock.holders().iter().find(is_other);
         if let Some(held) = other {
@@ -133,7 +133,7 @@ impl<D: Driver> Pool<D> {
         )))
     }
 
-    /// Ends that subscription.
+    /// Unsubscribes a member.
     ///
     /// # Errors
     /// `no_block`, `not_member`.
@@ -175,7 +175,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Flushes a block to disk; the reply follows when it is there.
+    /// Flushes a block to disk; the reply is sent when that is done.
     ///
     /// # Errors
     /// `no_block`, `forbidden` without write access, `bad_message` if the block has no file,
@@ -218,7 +218,7 @@ impl<D: Driver> Pool<D> {
         Ok(None)
     }
 
-    /// A flush is done: the version that is on disk, or why none is.
+    /// A flush ended: the version that is on disk, or the error.
     pub fn flushed(
         &mut self,
         key: BlockKey,

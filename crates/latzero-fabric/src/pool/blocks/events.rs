@@ -50,7 +50,7 @@ impl<D: Driver> Pool<D> {
         text.finish()
     }
 
-    /// All about one block.
+    /// The full description of a block.
     ///
     /// # Errors
     /// `no_block`, `not_member`.
@@ -133,8 +133,8 @@ impl<D: Driver> Pool<D> {
         Err(Refusal::new(Code::Overloaded, message))
     }
 
-    /// Replies with a block's description, and its descriptor where the member is attached and
-    /// takes them.
+    /// Replies with a block's description, and with its descriptor if the member is attached and
+    /// accepts descriptors.
     pub(in crate::pool) fn answer_description(
         &self,
         key: BlockKey,

@@ -1,9 +1,9 @@
-//! Attachments for the length of a call, and cleanup after a member that leaves.
+//! Attachments that last as long as a call, and cleanup after a member that leaves.
 
 use super::*;
 
 impl<D: Driver> Pool<D> {
-    /// The blocks that a call names, as its caller may give them; for [`Pool::call`].
+    /// The blocks that a call names and that its caller may lend; for [`Pool::call`].
     pub(in crate::pool) fn check_uses(
         &self,
         caller: MemberKey,
@@ -17,7 +17,7 @@ impl<D: Driver> Pool<D> {
             .collect()
     }
 
-    /// The descriptions of a call's blocks for its handler, and the descriptors that travel with
+    /// The descriptions of a call's blocks for its handler, and the file descriptors to send with
     /// them.
     pub(in crate::pool) fn describe_uses(
         &self,
@@ -47,7 +47,7 @@ impl<D: Driver> Pool<D> {
         (Value::Array(descriptions).to_string(), descriptors)
     }
 
-    /// A call with blocks began: its handler is attached.
+    /// A call with blocks started: attaches its handler.
     pub(in crate::pool) fn lend(&mut self, handler: MemberKey, uses: &[(BlockKey, Access)]) {
         for &(key, access) in uses {
             let Some(block) = self.blocks.at_mut(key) else {
@@ -71,8 +71,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// A call with blocks ended: its handler is detached and loses the rights that the call gave
-    /// it.
+    /// A call with blocks ended: detaches its handler and revokes the rights that the call gave it.
     pub(in crate::pool) fn revoke(
         &mut self,
         handler: MemberKey,
@@ -101,7 +100,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Revokes what a member may no longer have of a block: its lock, its queued request, its
+    /// Takes from a member what it may no longer have: the block's lock, its queued request, its
     /// subscription.
     fn withdraw(
         &mut self,
@@ -136,7 +135,7 @@ impl<D: Driver> Pool<D> {
         self.grant_waiting(key, turn);
     }
 
-    /// A member leaves: what it was attached to, locked, or waited for is free again.
+    /// A member leaves: releases its attachments, locks and waits.
     pub(in crate::pool) fn leave_blocks(&mut self, member: MemberKey, turn: &mut Turn<'_, D>) {
         let Some(leaver) = self.members.at_mut(member) else {
             return;
@@ -165,7 +164,7 @@ impl<D: Driver> Pool<D> {
                 waited.push(claim.id);
             }
             for id in waited {
-                // It may have left the pool only, and still listen.
+                // It may have left only the pool, and still read its connection.
                 let refusal = Refusal::new(Code::Cancelled, "you left the pool while you waited");
                 self.answer(member, id.as_deref(), Err(refusal), turn);
             }

@@ -3,7 +3,7 @@
 use super::*;
 
 impl<D: Driver> Pool<D> {
-    /// Asks for a block's lock; the reply may come later.
+    /// Requests a block's lock; the reply may come later.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `locked`, `overloaded`.
@@ -66,7 +66,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Gives a block's lock back.
+    /// Releases a block's lock.
     ///
     /// # Errors
     /// `no_block`, `lock_lost`.
@@ -109,7 +109,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Ends waits of a member that it cancelled by their request's id; false if it has none.
+    /// Cancels a member's waits with this request id; false if there are none.
     pub(in crate::pool) fn cancel_lock(
         &mut self,
         member: MemberKey,
@@ -218,7 +218,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// The end of an exclusive lock is written where writers look.
+    /// Writes the end of an exclusive lock to the block's header, where writers check it.
     pub(in crate::pool) fn note_fence(&self, key: BlockKey, held: &Holder, turn: &mut Turn<'_, D>) {
         if held.mode == LockMode::Exclusive {
             self.write_fence(key, turn);
@@ -252,7 +252,7 @@ impl<D: Driver> Pool<D> {
     }
 }
 
-/// What a lock needs its holder to be allowed.
+/// The access that the holder of a lock needs.
 pub(in crate::pool) fn access_for(mode: LockMode) -> Access {
     match mode {
         LockMode::Exclusive => Access::Write,

@@ -1,11 +1,11 @@
-//! Generations of a block: its first one, one of another size, and one that leaves a broken lock's
-//! holder behind.
+//! New generations of a block: at its creation, for another size, and to exclude the holder of a
+//! broken lock.
 
 use super::*;
 
 impl<D: Driver> Pool<D> {
-    /// The driver made the storage that the pool requested, or failed to. `None` if none was
-    /// needed in the end.
+    /// The driver created the storage that the pool requested, or failed to. `None` if it is no
+    /// longer needed.
     pub fn storage_made(
         &mut self,
         key: BlockKey,
@@ -118,7 +118,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Makes a new generation of another size; the reply comes when it is there.
+    /// Creates a new generation with another size; the reply is sent when it is ready.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `locked`, `quota`, `too_large`, `layout_mismatch`.
@@ -175,7 +175,7 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<(), Refusal> {
         let total = self.check_size(geometry)?;
-        // Both generations are there until the new one has the old one's content.
+        // Both generations exist until the new one has the content of the old one.
         check_room(
             &format!("blocks of pool '{}'", self.name),
             "memory_bytes_per_pool_max",
@@ -195,7 +195,7 @@ impl<D: Driver> Pool<D> {
             reason,
             room,
         };
-        // The record of the generation to come.
+        // The record of the new generation.
         let mut record = record(&self.name, block, self.outlives);
         record["size"] = geometry.size.into();
         if geometry.spares > 0 {
@@ -221,17 +221,17 @@ impl<D: Driver> Pool<D> {
         Ok(())
     }
 
-    /// Moves a block of an earlier run to a new generation: somebody held its lock when the server
-    /// ended, and may be in the middle of a version.
+    /// Moves a block of an earlier run to a new generation, because somebody held its lock when the
+    /// server ended and may still be writing a version.
     pub fn abandon_writer(&mut self, id: &BlockId, turn: &mut Turn<'_, D>) {
         if let Ok((key, _)) = self.block(id) {
             self.renew_generation(key, None, turn);
         }
     }
 
-    /// Moves a block of an earlier run whose file an older server made to one with spare slots:
-    /// until then a version that was flushed may be written over. Without room for both it stays as
-    /// it is.
+    /// Moves a block of an earlier run from the file of an older server to one with spare slots. In
+    /// the old file a flushed version may be overwritten. If there is no room for both, the block
+    /// stays in its file.
     pub fn add_spares(&mut self, id: &BlockId, turn: &mut Turn<'_, D>) {
         let Ok((key, block)) = self.block(id) else {
             return;
@@ -260,7 +260,7 @@ impl<D: Driver> Pool<D> {
             return;
         }
         if block.lock.is_held_by_server() {
-            // A write through the server is under way: the copy must not miss it.
+            // A write through the server is in progress: the copy must not miss it.
             self.blocks.at_mut(key).expect("just found").is_move_due = true;
             return;
         }

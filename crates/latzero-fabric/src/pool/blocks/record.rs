@@ -1,19 +1,19 @@
-//! What a block is known by after a restart.
+//! The record that restores a block after a restart.
 
 use super::*;
 use crate::memory::SPARE_SLOTS;
 
-/// A block that was there before the server was: a file, or memory that a client held on to.
+/// A block of an earlier run: a file, or memory that a client kept.
 #[derive(Debug)]
 pub struct Found<'a> {
     /// Its record, as [`Making::record`] gave it.
     pub record: &'a str,
-    /// Greater than any fence that its lock was held under: fences continue from there.
+    /// Greater than any fence of its lock so far: fences continue from there.
     pub fence: u64,
 }
 
 impl Found<'_> {
-    /// The app that made it.
+    /// The app that created it.
     ///
     /// # Errors
     /// If the record is invalid.
@@ -33,7 +33,7 @@ impl Found<'_> {
         Ok((pool, BlockId::new(text("block_id")?)?))
     }
 
-    /// The block, for which nothing is reserved yet.
+    /// The block, without any reservation yet.
     pub(super) fn read(&self, account: &Arc<Account>) -> Result<Block, Refusal> {
         use latzero_protocol::memory::Apps;
         let record: Value = serde_json::from_str(self.record).map_err(|_| senseless())?;
@@ -121,7 +121,7 @@ fn senseless() -> Refusal {
     Refusal::new(Code::Storage, "the record of a block is invalid")
 }
 
-/// The record of a block, and whether it is for more than this run.
+/// The record of a block, and whether it is kept beyond this run.
 pub(super) fn record(pool: &PoolName, block: &Block, outlives: bool) -> Value {
     let mut record = json!({
         "pool": pool, "block_id": block.id, "kind": block.kind.as_str(),

@@ -1,10 +1,10 @@
 //! Answers to parked calls: each is stored until its caller has it.
 //!
-//! An answer goes to the instance that called while it lives, and otherwise to any instance of its
-//! app that accepts it. Answers of one app are sent in the order of their calls; one that does not
-//! fit into an outbox delays those behind it. An answer is delivered once the kernel has taken it:
-//! until then an answer is on its way, and waits again if the connection ends. A server that dies
-//! before that has the call, or the answer, on disk.
+//! An answer goes to the instance that called while it is connected, and otherwise to any instance
+//! of its app that accepts it. Answers of one app are sent in the order of their calls; one that
+//! does not fit into an outbox delays those behind it. An answer is delivered once the kernel has
+//! accepted it: until then it is on its way, and waits again if the connection ends. If the server
+//! ends before that, the call or the answer is on disk.
 //!
 //! An end after which the call must not run again (cancelled, expired, attempts exhausted, or
 //! answered under an idempotency key) is sent only once it is on disk.
@@ -34,7 +34,7 @@ use crate::turn::Turn;
 /// milliseconds.
 const ANSWER_AGAIN_MS: u64 = 1000;
 
-/// The receiver of a stored answer, and what it called.
+/// The receiver of a stored answer, and the trigger that it called.
 pub(super) struct AnswerReceiver {
     /// The trigger; empty if a version before schema 5 stored the answer.
     pub(super) process: Box<str>,
@@ -53,18 +53,18 @@ struct StoredAnswer {
     held: HeldCall,
     expires: Time,
     row: AnswerRowState,
-    /// In whose outbox it is.
+    /// The member whose outbox it is in.
     on_way: Option<MemberOrder>,
 }
 
-/// Where an answer is on disk, in the place of its call.
+/// Whether an answer is on disk, where it replaces its call.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum AnswerRowState {
-    /// Nowhere: its call is there.
+    /// No: its call is.
     Absent,
     /// The answer is sent once it is written.
     Awaited,
-    /// It is written, or will be.
+    /// It is written, or will be without anybody waiting.
     Stored,
 }
 
@@ -75,11 +75,11 @@ fn order_key(member: MemberKey) -> MemberOrder {
     (member.slot, member.generation)
 }
 
-/// What waits for one app.
+/// The answers that wait for one app.
 #[derive(Default)]
 struct PendingAnswers {
     numbers: BTreeSet<u64>,
-    /// Tried again then.
+    /// When they are retried.
     again: Option<Time>,
 }
 
@@ -87,7 +87,8 @@ struct PendingAnswers {
 #[derive(Default)]
 pub(super) struct KeptAnswers {
     answers: BTreeMap<u64, StoredAnswer>,
-    /// Ids of answers that wait for their app; of those on their way an app may use the id again.
+    /// Ids of answers that wait for their app. Once an answer is on its way, the app may reuse its
+    /// id.
     by_id: HashMap<(AppId, Box<str>), u64>,
     by_app: HashMap<AppId, PendingAnswers>,
     expires: BTreeSet<(Time, u64)>,
@@ -105,7 +106,7 @@ impl KeptAnswers {
         !self.by_id.is_empty() && self.by_id.contains_key(&(app.clone(), id.into()))
     }
 
-    /// The answers that wait for their callers, after a number, whose they are, and the triggers.
+    /// The answers that wait for their callers, after a number, with their callers and triggers.
     pub(super) fn after(&self, number: u64) -> impl Iterator<Item = (u64, &AppId, &str)> {
         let later = self.answers.range(number.saturating_add(1)..);
         later.map(|(number, kept)| (*number, &kept.whom.caller, &*kept.whom.process))
@@ -192,7 +193,7 @@ impl KeptAnswers {
         }
     }
 
-    /// What was on its way to a member.
+    /// The answers that were on their way to a member.
     fn on_way_to(&self, member: MemberKey) -> Vec<u64> {
         if self.on_way.is_empty() {
             return Vec::new();
@@ -201,7 +202,7 @@ impl KeptAnswers {
         numbers.into_iter().flatten().copied().collect()
     }
 
-    /// Schedules a retry of an app's answers, or none before it asks.
+    /// Schedules a retry of an app's answers, or none until the app reconnects.
     fn try_again(&mut self, app: &AppId, at: Option<Time>) {
         let Some(waiting) = self.by_app.get_mut(app) else {
             return;
@@ -269,7 +270,7 @@ impl<D: Driver> Pool<D> {
         let Some(answer) = Answered::read(&row.frame) else {
             return false;
         };
-        // Never longer than promised, whatever the clock says now.
+        // Never longer than promised, even if the clock has changed.
         let left = row.expires.saturating_sub(steady_ms);
         let expires = now.after_ms(left.min(self.limits.answer_ttl_ms));
         turn.count_held(&self.name, self.number, 1);
@@ -355,7 +356,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Keeps an answer until its caller has it; nothing is sent yet. It takes over the call's
+    /// Keeps an answer until it is delivered; nothing is sent yet. It takes over the call's
     /// reservation.
     pub(super) fn keep_answer(
         &mut self,
@@ -385,8 +386,8 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// An answer whose row was awaited ([`crate::driver::Promise::Answer`]) is on disk, or can't
-    /// be stored now: it is sent, and written as soon as the disk accepts it.
+    /// An answer whose row was awaited ([`crate::driver::Promise::Answer`]) is on disk, or cannot
+    /// be stored now: sends it, and writes it as soon as the disk can be written.
     pub fn answer_stored(&mut self, number: u64, is_on_disk: bool, turn: &mut Turn<'_, D>) {
         let Some(kept) = self.parked.answers.answers.get_mut(&number) else {
             return;
@@ -407,12 +408,12 @@ impl<D: Driver> Pool<D> {
         self.pass_on(number, turn);
     }
 
-    /// Sends an answer that is new; what cannot be sent now is stored.
+    /// Sends a new answer; one that cannot be sent now is stored.
     fn pass_on(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let kept = &self.parked.answers.answers[&number];
         let app = kept.whom.caller.clone();
-        // Those that wait until there is room in the caller's outbox come first.
+        // Answers that already wait for room in the caller's outbox come first.
         let is_behind = self.parked.answers.is_due_again(&app);
         let delivery = if is_behind {
             DeliveryState::NotNow
@@ -433,8 +434,8 @@ impl<D: Driver> Pool<D> {
         self.write_answer(number, turn);
     }
 
-    /// An answer has to wait, and there may be no memory for it: its caller at least learns that
-    /// there was one.
+    /// An answer has to wait. If there is no memory for it, a short error replaces it, so that the
+    /// caller learns that there was one.
     fn note_full(&mut self, number: u64) {
         let Some(kept) = self.parked.answers.answers.get_mut(&number) else {
             return;
@@ -462,7 +463,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// The row of an answer that has none, which is written next.
+    /// The row of an answer that is not on disk yet; it is written next.
     fn answer_row(
         &mut self,
         number: u64,
@@ -488,7 +489,7 @@ impl<D: Driver> Pool<D> {
         }))
     }
 
-    /// An answer has left with everything that was appended before it ([`Effects::delivered`]).
+    /// An answer was written, with everything that was appended before it ([`Effects::delivered`]).
     pub fn answer_delivered(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         let answers = &self.parked.answers.answers;
         if answers
@@ -499,7 +500,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// A member has left with answers in its outbox: they wait again.
+    /// A member left while answers were in its outbox: they wait again.
     pub(in crate::pool) fn take_answers_back(
         &mut self,
         (key, app): (MemberKey, &AppId),
@@ -515,9 +516,9 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Passes an answer to the member that called while it is there, else to the instance of its
-    /// app that came last and takes it. Not to one that has another call under the same id in
-    /// flight.
+    /// Sends an answer to the member that called if it is still connected, else to the newest
+    /// instance of its app that accepts it. An instance with another call in flight under the same
+    /// id is skipped.
     pub(in crate::pool) fn deliver_answer(
         &self,
         (caller, from): (&AppId, MemberKey),
@@ -553,7 +554,7 @@ impl<D: Driver> Pool<D> {
         delivery
     }
 
-    /// Sends a stored answer; `None` if the receiver can never take it.
+    /// Sends a stored answer; `None` if the receiver can never accept it.
     pub(in crate::pool) fn send_answer(
         &self,
         to: &Member<D>,
@@ -582,7 +583,7 @@ impl<D: Driver> Pool<D> {
         Some(sent)
     }
 
-    /// Sends an app that is back the answers that came while it was offline.
+    /// Sends an app that has reconnected the answers that arrived while it was offline.
     pub fn deliver_answers(&mut self, app: &AppId, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let Some(waiting) = self.parked.answers.by_app.get(app) else {
@@ -593,7 +594,7 @@ impl<D: Driver> Pool<D> {
         let mut again = None;
         for (seen, &number) in numbers.iter().enumerate() {
             if seen == GIVEN_AT_ONCE_MAX {
-                // Others want the pool as well.
+                // Others need the pool too.
                 again = Some(soon(now));
                 break;
             }
@@ -607,14 +608,14 @@ impl<D: Driver> Pool<D> {
                     again = Some(now.after_ms(ANSWER_AGAIN_MS));
                     break;
                 }
-                // Another instance may take it.
+                // Another instance may accept it.
                 DeliveryState::Nobody => {}
             }
         }
         self.parked.answers.try_again(app, again);
     }
 
-    /// Retries what did not fit, and drops expired answers.
+    /// Retries answers that did not fit, and drops expired ones.
     pub(super) fn handle_answers_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         while let Some(&(_, number)) = self.parked.answers.expires.first().filter(|e| e.0 <= now) {

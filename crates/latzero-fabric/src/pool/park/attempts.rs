@@ -1,8 +1,9 @@
 //! Calls whose handler died before it answered: redelivered, parked, or dead.
 //!
 //! A parked call pauses after each failed attempt, [`PAUSE_MS`] at first and four times as long
-//! each time, and then stands behind what was parked meanwhile: a call that kills its handlers does
-//! not delay the others. After its last attempt it is dead. Its caller is notified, and the call
+//! each time. It is then queued behind the calls that were parked in the meantime, so that a call
+//! that kills its handlers does not delay others. After its last attempt it is dead. Its caller is
+//! notified, and the call
 //! stays stored for [`crate::limits::Limits::dead_ttl_ms`], so that an operator can inspect it and
 //! run it again.
 
@@ -31,7 +32,7 @@ fn pause_ms(failed: u32) -> u64 {
 
 /// A call whose handler is leaving.
 pub(super) struct Orphan {
-    /// Who called, if that is a connection's call.
+    /// The caller, if the call belongs to a connection.
     caller: MemberKey,
     id: Option<Box<str>>,
     lasting: Box<DurableCall>,
@@ -40,7 +41,8 @@ pub(super) struct Orphan {
 }
 
 impl<D: Driver> Pool<D> {
-    /// The handler of a durable call died; [`Pool::place_orphans`] follows once it has left.
+    /// The handler of a durable call died; [`Pool::place_orphans`] follows once the handler has
+    /// left.
     pub(in crate::pool) fn orphan(
         &mut self,
         (caller, id): (MemberKey, Option<Box<str>>),
@@ -154,7 +156,7 @@ impl<D: Driver> Pool<D> {
     ) {
         lasting.number = Some(number);
         (lasting.window, lasting.held) = (None, None);
-        // Behind everything that is parked now.
+        // Queued behind everything that is parked now.
         let (now, rank) = (turn.time(), self.parked.newest.saturating_add(1));
         let is_last = self.parked.change(number, |parked| {
             parked.cause = Some(cause.into());
@@ -183,7 +185,7 @@ impl<D: Driver> Pool<D> {
         });
     }
 
-    /// A parked call had its last attempt: notifies its caller, and keeps the dead call.
+    /// The last attempt of a parked call failed: notifies its caller, and keeps the dead call.
     fn die(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         let (now, steady_ms) = (turn.time(), turn.steady_ms());
         let ttl_ms = self.limits.dead_ttl_ms;
@@ -234,7 +236,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Runs a dead call again, as a new one that nobody waits for: its caller knows that it failed.
+    /// Runs a dead call again, as a new call without a caller: the caller was told that it failed.
     /// False if there is no such dead call.
     pub fn retry_parked(&mut self, number: u64, ttl_ms: u64, turn: &mut Turn<'_, D>) -> bool {
         let parked = self.parked.calls.get(&number);
@@ -264,7 +266,7 @@ impl<D: Driver> Pool<D> {
     pub(super) fn end_pauses(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         while let Some(&(_, number)) = self.parked.pauses.first().filter(|pause| pause.0 <= now) {
-            // Of an earlier run, which ended during the last attempt.
+            // A call of an earlier run, which ended during the last attempt.
             if self
                 .parked
                 .calls
@@ -294,7 +296,7 @@ impl<D: Driver> Pool<D> {
         held.map(crate::ledger::Reservation::amount).sum()
     }
 
-    /// A durable call ended without an answer: so do those that repeat it.
+    /// A durable call ended without an answer: ends its repeats too.
     pub(in crate::pool) fn drop_repeats_of(
         &mut self,
         lasting: &DurableCall,

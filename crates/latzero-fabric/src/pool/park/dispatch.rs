@@ -16,29 +16,29 @@ use crate::slab::Key;
 use crate::turn::Turn;
 
 /// After how long parked calls are offered again to handlers whose outbox was full, in
-/// milliseconds: the pool is not notified when it empties.
+/// milliseconds: the pool is not notified when an outbox has room again.
 const GIVE_AGAIN_MS: u64 = 1000;
 
 /// Why not all calls of a trigger were dispatched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stall {
-    /// There were many: others want the pool as well.
+    /// There were many, and others need the pool too.
     Many,
-    /// The handlers had room by number, and took none.
+    /// The handlers were below their concurrency, but accepted none.
     Full,
 }
 
-/// What happened to the next call of a line.
+/// What happened to the next call of a queue.
 enum Next {
     Given,
-    /// Not this one now, but those behind it may go.
+    /// It could not be dispatched now, but those behind it may be.
     Passed,
-    /// None: the line is empty, or its handlers are busy.
+    /// There was none to dispatch: the queue is empty, or its handlers are busy.
     None,
 }
 
 impl<D: Driver> Pool<D> {
-    /// Handles what this step left: calls whose handler left, and handlers with room.
+    /// Handles what is left at the end of a step: calls whose handler left, and handlers with room.
     pub(crate) fn settle(&mut self, turn: &mut Turn<'_, D>) {
         while let Some(process) = self.parked.room.pop_first() {
             self.dispatch_parked(process.as_str(), turn);
@@ -53,7 +53,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Dispatches what was not skipped in this round.
+    /// Dispatches the calls that were not skipped in this round.
     fn dispatch_round(&mut self, process: &str, turn: &mut Turn<'_, D>) {
         self.parked.stalled.remove(process);
         let mut takers = self.available_handlers(process);
@@ -77,7 +77,8 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// For whom calls of a trigger wait that has a handler here: for any app, or for one by name.
+    /// The destinations that calls of a trigger wait for and that have a handler: any app, or an
+    /// app by name.
     fn available_handlers(&self, process: &str) -> Vec<Option<AppId>> {
         let (Some(served), Some(lines)) =
             (self.triggers.get(process), self.parked.lines.get(process))
@@ -137,7 +138,7 @@ impl<D: Driver> Pool<D> {
             Ok((key, lasting)) => {
                 let lines = self.parked.lines.get_mut(process).expect("it was in one");
                 lines.note_turn(app, &waiting);
-                // Out of the queue first, which finds it by its state.
+                // Removed from the queue first, because the queue finds it by its state.
                 let parked = self.parked.calls.get_mut(&number).expect("just found");
                 parked.state = State::Waiting(lasting);
                 let taken = self.parked.change(number, |parked| {
@@ -161,7 +162,7 @@ impl<D: Driver> Pool<D> {
         };
         match refusal {
             Some(refusal) if refusal.code == Code::Overloaded => {
-                // With its own handler busy, a call of another key may go.
+                // The handler of its key is busy, but calls with another key may be dispatched.
                 let served = self.triggers.get(process);
                 if served.is_none_or(|served| served.strategy != Strategy::Sticky) {
                     let again = turn.time().after_ms(GIVE_AGAIN_MS);
@@ -204,7 +205,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Offers a durable call to the handlers; returns it in both cases.
+    /// Offers a durable call to the handlers; returns it whether one took it or not.
     #[expect(
         clippy::type_complexity,
         reason = "the call goes back to whoever keeps it"

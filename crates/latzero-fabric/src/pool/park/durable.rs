@@ -12,7 +12,7 @@ use crate::now::Time;
 
 /// A call that outlives its first attempt.
 pub(in crate::pool) struct DurableCall {
-    /// The call as its caller sent it, but for the fields that only the first attempt needed.
+    /// The call as its caller sent it, without the fields that only the first attempt needed.
     pub(super) message: Box<str>,
     pub(super) attachment: Option<Box<[u8]>>,
     pub(super) caller: AppId,
@@ -21,13 +21,14 @@ pub(in crate::pool) struct DurableCall {
     pub(super) attempt: u32,
     /// Most attempts.
     pub(super) attempts: u32,
-    /// Items that the next handler may send if the caller set a window: what earlier attempts left.
+    /// Items that the next handler may send if the caller set a window: those that earlier attempts
+    /// did not use.
     pub(in crate::pool) window: Option<u64>,
     /// Whether it may be given to another handler after the first one died.
     pub(in crate::pool) redeliver: bool,
-    /// Whether it may wait for one.
+    /// Whether it may wait for a handler.
     pub(super) may_park: bool,
-    /// As [`scoped_key`] has it.
+    /// The key, in the form of [`scoped_key`].
     pub(super) idempotency_key: Option<Box<str>>,
     /// Its number, if it is parked.
     pub(in crate::pool) number: Option<u64>,
@@ -66,7 +67,7 @@ impl DurableCall {
         self.message.len() + self.attachment.as_ref().map_or(0, |bytes| bytes.len()) + OVERHEAD
     }
 
-    /// Reads the call and hands it to `f`; `None` if a stored row is invalid.
+    /// Decodes the call and passes it to `f`; `None` if the stored row is invalid.
     pub(super) fn read<R>(&self, f: impl FnOnce(&Trigger<'_>) -> R) -> Option<R> {
         let frame = Frame {
             json: self.message.as_bytes(),
@@ -96,7 +97,7 @@ pub(in crate::pool) fn bytes(trigger: &Trigger<'_>) -> usize {
         + OVERHEAD
 }
 
-/// Bytes of a stored call besides its message: about what 100,000 small ones take each.
+/// Bytes of a stored call in addition to its message: what each of 100,000 small ones takes.
 const OVERHEAD: usize = 840;
 
 /// The message of a call as it is stored, with the original text of its payload.

@@ -10,10 +10,10 @@ use crate::driver::Driver;
 use crate::now::Now;
 use crate::turn::Turn;
 
-/// Bytes of a payload that are shown.
+/// How many bytes of a payload are shown.
 const SHOWN_BYTES_MAX: usize = 64 * 1024;
 
-/// The parked calls of a pool, in numbers.
+/// Counters of the parked calls of a pool.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct ParkedCounts {
     /// Calls that wait for a handler, or for the answer of the call that they repeat.
@@ -38,7 +38,7 @@ impl ParkedCounts {
         self.waiting + self.paused + self.running + self.dead + self.answered
     }
 
-    /// Adds those of another pool.
+    /// Adds the counters of another pool.
     pub fn add(&mut self, other: &ParkedCounts) {
         self.waiting += other.waiting;
         self.paused += other.paused;
@@ -86,8 +86,8 @@ impl ParkedCalls {
 pub(crate) type Viewer<'a> = Option<&'a AppId>;
 
 impl<D: Driver> Pool<D> {
-    /// The numbers of the calls and answers after `after` that a filter names, in order, at most
-    /// `limit`.
+    /// The numbers of at most `limit` calls and answers that match a filter, in order, after the
+    /// number `after`.
     pub(crate) fn find_parked(
         &self,
         filter: &ParkedFilter,
@@ -181,7 +181,7 @@ impl<D: Driver> Pool<D> {
                 ("data_bytes", size),
             ]
         });
-        // As they came: a number keeps its digits.
+        // Unchanged, so that numbers keep their digits.
         let mut shown = shown.to_string();
         for (name, value) in fields.into_iter().flatten() {
             if let Some(value) = value {
@@ -192,7 +192,7 @@ impl<D: Driver> Pool<D> {
         Some(shown)
     }
 
-    /// Changes a call or an answer; false if that can't be done in its state.
+    /// Changes a call or an answer; false if its state does not allow that.
     pub(crate) fn change_parked(
         &mut self,
         number: u64,

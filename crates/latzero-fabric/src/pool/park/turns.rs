@@ -1,7 +1,7 @@
-//! Fair queueing: users take turns, and so do the apps of each user. Of one app, the oldest call is
-//! first.
+//! Fair queueing: users take turns, and so do the apps of each user. The calls of one app are
+//! dispatched oldest first.
 //!
-//! Names cost nothing, so turns by name alone would favour a user who invents many.
+//! Names cost nothing, so turns by name alone would favour a user who invents many names.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound::{Excluded, Unbounded};
@@ -9,14 +9,14 @@ use std::ops::Bound::{Excluded, Unbounded};
 use hashbrown::HashMap;
 use latzero_protocol::AppId;
 
-/// Keys in a ring: the next greater one follows each.
+/// Keys in a ring: each is followed by the next greater one, the last by the first.
 struct Ring<K, V> {
     map: BTreeMap<K, V>,
     last: Option<K>,
 }
 
 impl<K: Ord + Clone, V> Ring<K, V> {
-    /// Everything, beginning behind the one that was served last.
+    /// All keys, starting after the one that was served last.
     fn in_turn(&self) -> impl Iterator<Item = (&K, &V)> {
         let (after, before) = match &self.last {
             Some(last) => (
@@ -41,21 +41,21 @@ impl<K, V> Default for Ring<K, V> {
 /// A call's position among those of its caller: the number that it follows, then its own.
 pub(super) type QueuePosition = (u64, u64);
 
-/// A call that waits, and whose it is.
+/// A waiting call and its owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct QueuedCalls {
     /// The user.
     pub(super) user: u64,
     /// The app.
     pub(super) app: AppId,
-    /// Its place.
+    /// Its position.
     pub(super) place: QueuePosition,
 }
 
 #[derive(Default)]
 struct Own {
     places: BTreeSet<QueuePosition>,
-    /// Up to where calls were passed over, and in which round.
+    /// Up to which position calls were skipped, and in which round.
     passed: (u64, QueuePosition),
 }
 
@@ -88,7 +88,7 @@ impl Line {
         }
     }
 
-    /// The call whose turn it is, of those that were not passed over in this round.
+    /// The call whose turn it is, of those that were not skipped in this round.
     fn next(&self, now: u64) -> Option<QueuedCalls> {
         self.users.in_turn().find_map(|(&user, apps)| {
             apps.in_turn().find_map(|(app, own)| {
@@ -115,7 +115,7 @@ impl Line {
         }
     }
 
-    /// A call can't be dispatched now, but those behind it may.
+    /// A call cannot be dispatched now, but those behind it may be.
     fn pass(&mut self, waiting: &QueuedCalls, round: u64) {
         let apps = self.users.map.get_mut(&waiting.user);
         if let Some(own) = apps.and_then(|apps| apps.map.get_mut(&waiting.app)) {
@@ -124,12 +124,12 @@ impl Line {
     }
 }
 
-/// The waiting calls of one trigger: those for any app, and those for one that they name.
+/// The waiting calls of one trigger: those for any app, and those for a named app.
 #[derive(Default)]
 pub(super) struct Lines {
     any: Line,
     named: HashMap<AppId, Line>,
-    /// Counts from 1, so that nothing was passed over before the first.
+    /// Counts from 1, so that nothing was skipped before the first round.
     round: u64,
 }
 
@@ -157,7 +157,7 @@ impl Lines {
         }
     }
 
-    /// A call can't be dispatched in this round, but those behind it may.
+    /// A call cannot be dispatched in this round, but those behind it may be.
     pub(super) fn pass(&mut self, destination: Option<&AppId>, waiting: &QueuedCalls) {
         let round = self.round;
         if let Some(line) = self.line(destination) {
@@ -171,7 +171,7 @@ impl Lines {
     }
 
     /// The user under which calls of an app already wait, so that an app's calls stay in one order,
-    /// also over a restart.
+    /// even after a restart.
     pub(super) fn user_of(&self, destination: Option<&AppId>, app: &AppId) -> Option<u64> {
         let line = match destination {
             None => Some(&self.any),

@@ -12,10 +12,10 @@ use serde_json::Value;
 
 use super::{Files, Names};
 
-/// Where files go that can't be used.
+/// The directory for files that cannot be used.
 const ORPHANS: &str = ".orphans";
 
-/// Files of one name that are moved aside; one more is left where it is.
+/// How many files of one name are moved aside; further ones are left where they are.
 const SAME_NAME_MAX: u32 = 10_000;
 
 /// A block that an earlier run left.
@@ -33,14 +33,14 @@ impl LoadedBlock {
 }
 
 impl Files {
-    /// [`Files::scan_with`], where nothing is known of the blocks but their files.
+    /// [`Files::scan_with`], if nothing but the files is known about the blocks.
     pub(in crate::blocks) fn scan(&self) -> Vec<LoadedBlock> {
         self.scan_with(&HashMap::new(), &mut |_, _| ()).0
     }
 
-    /// What an earlier run left, the newest first, with what was never finished cleared away.
-    /// `rows` are the records as the database has them, by the id of their files. `lost` is called
-    /// with what is affected and what happened to it.
+    /// The blocks of an earlier run, the newest first; incomplete files are deleted. `rows` are the
+    /// records in the database, by the id of their files. `lost` is called with what is affected
+    /// and what happened.
     pub(in crate::blocks) fn scan_with(
         &self,
         rows: &HashMap<String, String>,
@@ -132,13 +132,13 @@ impl Files {
             tracing::warn!(directory = %self.path.display(), %error, "cannot flush the directory \
                 of persistent blocks");
         }
-        // Of two that claim one name, the newer one has been in use.
+        // If two have the same name, the newer one was in use.
         kept.sort_by_key(|kept| std::cmp::Reverse(kept.created_unix_ns()));
         (kept, removed)
     }
 
-    /// Takes a block in whose record is lost: the database has it too. Sizes are what the bytes'
-    /// own header says.
+    /// Loads a block whose record file is lost, with the record from the database. The header of
+    /// its bytes says the sizes.
     fn load_by_row(
         &self,
         id: String,
@@ -167,8 +167,8 @@ impl Files {
         self.load(names, record, generations, lost)
     }
 
-    /// Opens the generation that the record names; where that can't be, the newest one that opens,
-    /// with its record put right.
+    /// Opens the generation that the record names. If that is impossible, opens the newest
+    /// generation that can be opened, and corrects the record.
     fn load(
         &self,
         names: Names,
@@ -236,7 +236,7 @@ impl Files {
         }
     }
 
-    /// Opens the bytes of a generation, which must be what their name and their record say.
+    /// Opens the bytes of a generation, which must agree with their name and their record.
     fn open_bytes(&self, names: &Names, record: Option<&str>) -> Result<Custodian, String> {
         let custodian = Custodian::open_persistent(self.directory.as_fd(), &names.bytes())
             .map_err(|error| error.to_string())?;
@@ -293,7 +293,7 @@ impl Files {
         }
     }
 
-    /// Moves a file under a name that no file there has.
+    /// Moves a file to an unused name.
     fn move_aside(&self, name: &str) -> Result<(), Errno> {
         match mkdirat(&self.directory, ORPHANS, Mode::from(0o700)) {
             Ok(()) | Err(Errno::EXIST) => {}
@@ -332,7 +332,7 @@ fn generation(name: &str) -> Option<(&str, u64)> {
     (generation == u64::to_string(&number)).then_some((id, number))
 }
 
-/// The record, with what the header says of sizes and generation.
+/// The record, with the sizes and the generation from the header.
 fn record_of(record: &str, custodian: &Custodian) -> String {
     let mut value: Value = serde_json::from_str(record).unwrap_or_default();
     let description = custodian.description();
@@ -348,8 +348,8 @@ fn record_of(record: &str, custodian: &Custodian) -> String {
     value.to_string()
 }
 
-/// Whether a record says what the database says of the same generation. What is of another
-/// generation was written when the server ended, and is right.
+/// Whether a record agrees with the database about the same generation. A record of another
+/// generation was written when the server ended, and is valid.
 fn is_same(row: &str, record: &str) -> bool {
     let parse = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
     let (row, record) = (parse(row), parse(record));
@@ -365,14 +365,14 @@ fn is_same(row: &str, record: &str) -> bool {
         || fields.into_iter().all(|field| row[field] == record[field])
 }
 
-/// What a block is called, by its record.
+/// The name of a block, from its record.
 fn name_of(record: &str) -> String {
     let record: Value = serde_json::from_str(record).unwrap_or_default();
     let text = |field: &str| record[field].as_str().unwrap_or("?").to_owned();
     format!("block '{}' of pool '{}'", text("block_id"), text("pool"))
 }
 
-/// The record as [`record_of`] writes it.
+/// The record in the form that [`record_of`] writes.
 fn normal(record: &str) -> String {
     serde_json::from_str::<Value>(record)
         .unwrap_or_default()
