@@ -105,6 +105,9 @@ pub enum Promise<'a, D: Driver> {
     Answer,
 }
 
+/// Whether a proof is good. It takes long, and needs nothing of the core.
+pub type Check = Box<dyn FnOnce() -> bool + Send>;
+
 /// A connection's handle. Two handles are equal if they are of the same connection.
 pub trait Peer<D: Driver>: Clone + Eq {
     /// What the core keeps of the connection, for this caller alone and for a moment.
@@ -227,6 +230,14 @@ pub trait Driver: Sized {
 
     /// Whether the user of a connection may prove something now, or had too many proofs refused.
     fn may_prove(&mut self, asker: &Self::Peer) -> bool;
+
+    /// Checks a proof of a connection, and counts it as [`Driver::note_refused`] does if it is not
+    /// good. Returns the verdict, or nothing if it comes later: then
+    /// [`crate::Session::handle_verified`] is told, and the session takes no input until it is.
+    ///
+    /// # Errors
+    /// `overloaded`, if too many proofs wait to be checked.
+    fn verify(&mut self, asker: &Self::Peer, check: Check) -> Result<Option<bool>, Refusal>;
 
     /// A proof of a connection's user was refused.
     fn note_refused(&mut self, asker: &Self::Peer);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use latzero_crypto::proof::{self, Exchange, Side};
-use latzero_fabric::driver::{BlockWrite, Context, Observed, Promise, Report, Written};
+use latzero_fabric::driver::{BlockWrite, Check, Context, Observed, Promise, Report, Written};
 use latzero_fabric::ledger::Resource;
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Numbers, StorageId};
@@ -410,6 +410,11 @@ impl Driver for IoHost {
     fn may_prove(&mut self, asker: &Arc<Peer>) -> bool {
         let user = asker.socket.as_ref().map(Socket::user);
         user.is_none_or(|user| self.shared.attempts().may(user, self.now.monotonic))
+    }
+
+    fn verify(&mut self, asker: &Arc<Peer>, check: Check) -> Result<Option<bool>, Refusal> {
+        let verifier = &self.shared.verifier;
+        verifier.pass_on(&self.shared, asker, check).map(|()| None)
     }
 
     fn note_refused(&mut self, asker: &Arc<Peer>) {

@@ -100,8 +100,8 @@ impl<D: Driver> Session<D> {
         self.held.bytes >= limits.held_bytes_max
     }
 
-    /// Nothing more comes from the other end. Whether requests still wait for the disk, which the
-    /// driver lets finish; calls that would have to wait for others would end with the connection.
+    /// Nothing more comes from the other end. Whether requests still wait for the disk or a verdict,
+    /// which the driver lets finish; calls that would have to wait for others would end with the connection.
     pub fn finish(&mut self, turn: &mut Turn<'_, D>) -> bool {
         let calls = self.held.messages.iter();
         let calls = calls.filter(|(_, waiting)| waiting.why == For::Calls);
@@ -109,7 +109,8 @@ impl<D: Driver> Session<D> {
         for number in calls {
             self.held.remove(number);
         }
-        self.resume(turn) == Flow::Continue && !self.held.messages.is_empty()
+        let waits = self.resume(turn) == Flow::Continue && !self.held.messages.is_empty();
+        waits || self.is_proving()
     }
 
     /// Bytes that wait.
