@@ -23,8 +23,8 @@ const BLOCKS_AT_ONCE: usize = 32;
 /// Descriptors that are taken with one message.
 const DESCRIPTORS_MAX: usize = latzero_shm::fds::DESCRIPTORS_MAX;
 
-/// Whether something as valuable as a whole server may go to a process of user `uid`, or come from
-/// it: only this user's own processes and root's.
+/// Whether something as valuable as a whole server may come from a process of user `uid`: only this
+/// user's own processes and root's.
 fn is_trusted(uid: u32) -> bool {
     uid == 0 || uid == rustix::process::geteuid().as_raw()
 }

@@ -154,8 +154,8 @@ impl IoHost {
     fn stats(&mut self, view: &View<'_>) -> String {
         self.count();
         let now = self.now.monotonic;
-        let (mut counts, pools) =
-            self.with_registry(|registry, _| (registry.counts(), registry.seen_pools(Some(view))));
+        let (mut counts, (pools, encrypted)) =
+            self.with_registry(|registry, _| (registry.counts(), registry.seen_pools(view)));
         counts.pools = pools.len();
         let (mut triggers, mut members) = (0, 0);
         let mut parked = ParkedCounts::default();
@@ -183,7 +183,9 @@ impl IoHost {
         stats["transport"]["outbox_bytes"] = ledger.all().used(Resource::Outbox).into();
         stats["ledger"] = ledger.to_json();
         stats["apps"] = json!(counts);
-        stats["pools"] = json!({"pools": counts.pools, "memberships": members});
+        stats["pools"] = json!({
+            "pools": counts.pools, "encrypted": encrypted, "memberships": members,
+        });
         stats["triggers"]["served"] = triggers.into();
         stats["parked"] = json!(parked);
         stats["memory"] = self

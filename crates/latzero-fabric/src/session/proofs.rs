@@ -304,6 +304,7 @@ impl<D: Driver> Session<D> {
             rehydrated,
             watch,
             subscriptions,
+            restored_ms,
         } = turn.with_registry(|registry, turn| {
             registry.open_proved(&app, pool, (descriptor, roles), is_member, turn)
         })?;
@@ -313,6 +314,9 @@ impl<D: Driver> Session<D> {
         });
         if !chain.is_empty() {
             reply["chain"] = chain.iter().map(|bytes| text::encode(bytes)).collect();
+        }
+        if let Some(unix_ms) = restored_ms {
+            reply["restored_ms"] = unix_ms.into();
         }
         if rehydrated {
             let ready = self.ready.as_ref().expect("only a ready session joins");
