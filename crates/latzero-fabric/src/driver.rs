@@ -106,6 +106,9 @@ pub enum Promise<'a, D: Driver> {
     Answer,
 }
 
+/// Whether a proof is good. It is slow, and needs nothing of the core.
+pub type Check = Box<dyn FnOnce() -> bool + Send>;
+
 /// A handle of a connection. Two handles are equal if they belong to the same connection.
 pub trait Peer<D: Driver>: Clone + Eq {
     /// Locks what the core stores for the connection.
@@ -227,6 +230,14 @@ pub trait Driver: Sized {
 
     /// Whether the user of a connection may send a proof now; false if too many were refused.
     fn may_prove(&mut self, asker: &Self::Peer) -> bool;
+
+    /// Checks a proof of a connection, and counts it as [`Driver::note_refused`] does if it is
+    /// wrong. Returns the result, or nothing if it comes later with
+    /// [`crate::Session::handle_verified`]; until then the session takes no input.
+    ///
+    /// # Errors
+    /// `overloaded`, if too many proofs wait to be checked.
+    fn verify(&mut self, asker: &Self::Peer, check: Check) -> Result<Option<bool>, Refusal>;
 
     /// A proof of a connection's user was refused.
     fn note_refused(&mut self, asker: &Self::Peer);

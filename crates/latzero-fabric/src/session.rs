@@ -126,10 +126,16 @@ impl<D: Driver> Session<D> {
         self.who.certified = certified;
     }
 
-    /// Whether no input is accepted until [`Session::handle_stored`]: the handshake is being
-    /// stored.
+    /// Whether no input is accepted until [`Session::handle_stored`] or
+    /// [`Session::handle_verified`].
     #[must_use]
     pub fn is_waiting(&self) -> bool {
+        self.is_proving() || self.has_shaken_hands()
+    }
+
+    /// Whether the handshake came, and is being stored.
+    #[must_use]
+    pub fn has_shaken_hands(&self) -> bool {
         matches!(self.awaited.front(), Some(Awaited::Handshake { .. }))
     }
 
@@ -221,7 +227,7 @@ impl<D: Driver> Session<D> {
             Ok(_) if self.ready.is_none() => self.not_ready(id, turn),
             Ok(Request::PoolProve(pool, proof)) => {
                 let result = self.pool_prove(id, &pool, proof.text(), turn);
-                self.answer_proof(id, result.map(|()| None), turn)
+                self.answer_proof(id, result, turn)
             }
             Ok(Request::Trigger(trigger)) => {
                 if let Err(refusal) = self.call(&trigger, turn) {

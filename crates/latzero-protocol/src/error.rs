@@ -288,6 +288,13 @@ impl Refusal {
     pub fn unproved() -> Self {
         Refusal::new(Code::Unauthenticated, "the proof was not accepted")
     }
+
+    /// What a user hears too many of whose proofs were refused.
+    #[must_use]
+    pub fn too_many_refused() -> Self {
+        let message = "too many proofs of yours were refused; wait a minute";
+        Refusal::new(Code::Overloaded, message)
+    }
 }
 
 impl From<crate::name::NameError> for Refusal {

@@ -430,7 +430,7 @@ impl Blocks {
         let geometry = geometry.map_err(|error| Refusal::new(Code::TooLarge, error.to_string()))?;
         let block_id = match from {
             Some(from) => from.custodian.description().block_id,
-            None => random_id(),
+            None => crate::random::bytes(),
         };
         let description = Description {
             block_id,
@@ -1300,17 +1300,6 @@ fn write_error(stored: &StoredBlock, error: latzero_shm::WriteError) -> Refusal 
         WriteError::Contended => contended(stored),
         other => corrupt(stored, &other),
     }
-}
-
-/// A name for a block that nothing else has: sixteen random bytes.
-fn random_id() -> [u8; 16] {
-    let mut id = [0; 16];
-    // Within 256 bytes the kernel gives all or, early after the boot, nothing (getrandom(2)).
-    if rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty()).is_err() {
-        id[..8].copy_from_slice(&unix_ns().to_le_bytes());
-        id[8..12].copy_from_slice(&std::process::id().to_le_bytes());
-    }
-    id
 }
 
 /// The pool's name as sixteen bytes (FNV-1a, twice): the same on every start.

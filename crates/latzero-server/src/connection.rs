@@ -560,7 +560,7 @@ impl Connection {
             }
             (Phase::Closing { until, .. }, _) => Some(*until),
             // Its handshake has arrived and is being stored.
-            (Phase::Open, false) if self.session.is_waiting() => None,
+            (Phase::Open, false) if self.session.has_shaken_hands() => None,
             (Phase::Open, false) => {
                 let at = self.opened.after_ms(timeout.handshake_ms);
                 if at <= now {

@@ -120,6 +120,10 @@ pub struct Facts {
     pub port: u16,
     /// Whether anything listens on that port.
     pub port_taken: bool,
+    /// Whether the port speaks TLS.
+    pub has_tls: bool,
+    /// Whether it may be open to other machines in plain text.
+    pub is_insecure: bool,
     /// The process that does, if it is visible.
     pub listener: Option<Listening>,
     /// The Unix socket that a server would bind; `None` if it is off.
@@ -160,6 +164,8 @@ pub fn collect(settings: &Settings, environment: &Environment) -> Facts {
         holder: lock::holder(&data_dir),
         port: settings.port,
         port_taken: settings.port != 0 && sockets::is_port_taken(settings.port),
+        has_tls: settings.enable_tls,
+        is_insecure: settings.insecure,
         listener: if settings.port == 0 {
             None
         } else {
@@ -222,6 +228,7 @@ pub fn diagnose(facts: &Facts) -> Vec<Finding> {
         free_space(facts),
         instance(facts),
         port(facts),
+        tls(facts),
         socket(facts),
         memory(facts),
         descriptor_limit(facts),
@@ -369,6 +376,19 @@ fn port(facts: &Facts) -> Finding {
     }
 }
 
+fn tls(facts: &Facts) -> Finding {
+    const NAME: &str = "tls";
+    match (facts.has_tls, facts.is_insecure) {
+        (true, _) => Finding::ok(NAME, "on: the TCP port speaks TLS alone"),
+        (false, false) => Finding::ok(NAME, "off: the TCP port is plain, for this machine alone"),
+        (false, true) => Finding::warn(
+            NAME,
+            "off, and `insecure` allows other machines to connect in plain text",
+            "latzero start --tls",
+        ),
+    }
+}
+
 fn socket(facts: &Facts) -> Finding {
     const NAME: &str = "socket";
     let Some(path) = &facts.socket else {
@@ -487,6 +507,8 @@ mod tests {
             holder: None,
             port: 45227,
             port_taken: false,
+            has_tls: false,
+            is_insecure: false,
             listener: None,
             socket: Some(PathBuf::from("/d/latzero.sock")),
             surroundings: MachineLimits {
@@ -559,6 +581,13 @@ mod tests {
     #[test]
     fn each_trouble_has_its_finding() {
         use Status::{Fail, Warn};
+        check(
+            |f| f.is_insecure = true,
+            "tls",
+            Warn,
+            "in plain text",
+            "latzero start --tls",
+        );
         let directory = |owner, mode| DirectoryState::Directory { owner, mode };
         check(
             |f| f.place = directory(0, 0o700),

@@ -17,8 +17,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use latzero_fabric::ledger::{Account, Resource};
-use latzero_fabric::{Class, Flow, Time, ledger};
-use latzero_protocol::{BlockId, PoolName, Refusal, encode};
+use latzero_fabric::{Class, Flow, Session, Time, Turn, ledger};
+use latzero_protocol::{BlockId, PoolName, encode};
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
@@ -303,7 +303,14 @@ impl EventLoop {
                 let sockets = sockets.unwrap_or_default();
                 handover::hand_over(&mut self.host, sockets, (&peer, id.as_deref()), step);
             }
-            Command::StoreReply(peer, result) => self.handle_store_replies(now, &peer, result),
+            Command::StoreReply(peer, result) => {
+                self.answer_session(now, &peer, |session, turn| {
+                    session.handle_stored(result, turn)
+                })
+            }
+            Command::Verified(peer, verdict) => self.answer_session(now, &peer, |session, turn| {
+                session.handle_verified(verdict, turn)
+            }),
             Command::AnswerStored(pool, number, is_on_disk) => {
                 self.host.answer_stored(&pool, number, is_on_disk);
             }
@@ -326,8 +333,13 @@ impl EventLoop {
         crate::blocks::take_over(&mut self.host, blocks);
     }
 
-    /// Notifies a session that its changes are on disk, or cannot be stored.
-    fn handle_store_replies(&mut self, now: Time, peer: &Arc<Peer>, result: Result<(), Refusal>) {
+    /// Gives a session the answer that it waits for.
+    fn answer_session(
+        &mut self,
+        now: Time,
+        peer: &Arc<Peer>,
+        answer: impl FnOnce(&mut Session<IoHost>, &mut Turn<'_, IoHost>) -> Flow,
+    ) {
         let Some(slot) = self.slot_of(peer) else {
             return;
         };
@@ -338,9 +350,7 @@ impl EventLoop {
             self.connections[slot] = Some(connection);
             return;
         }
-        let mut flow = connection
-            .session
-            .handle_stored(result, &mut self.host.turn());
+        let mut flow = answer(&mut connection.session, &mut self.host.turn());
         if flow == Flow::Continue {
             flow = connection.session.resume(&mut self.host.turn());
         }
@@ -496,7 +506,8 @@ impl EventLoop {
         };
         self.handshaking += began.map_or(Duration::ZERO, |began| began.elapsed());
         // A handshake that is being stored has arrived completely.
-        let has_come = connection.session.is_ready() || connection.session.is_waiting();
+        let session = &connection.session;
+        let has_come = session.is_ready() || session.has_shaken_hands();
         if connection.is_at_door && (has_come || turn == ReadOutcome::Ended) {
             connection.is_at_door = false;
             connection.count_for_app();

@@ -23,8 +23,8 @@ const BLOCKS_AT_ONCE: usize = 32;
 /// How many descriptors are accepted with one message.
 const DESCRIPTORS_MAX: usize = latzero_shm::fds::DESCRIPTORS_MAX;
 
-/// Whether a process of user `uid` may take over or hand over a server: only processes of this user
-/// or of root may.
+/// Whether a process of user `uid` may hand over a server: only processes of this user or of root
+/// may.
 fn is_trusted(uid: u32) -> bool {
     uid == 0 || uid == rustix::process::geteuid().as_raw()
 }

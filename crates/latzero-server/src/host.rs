@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use latzero_crypto::proof::{self, Exchange, Side};
-use latzero_fabric::driver::{BlockWrite, Context, Observed, Promise, Report, Written};
+use latzero_fabric::driver::{BlockWrite, Check, Context, Observed, Promise, Report, Written};
 use latzero_fabric::ledger::Resource;
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Numbers, StorageId};
@@ -154,8 +154,8 @@ impl IoHost {
     fn stats(&mut self, view: &View<'_>) -> String {
         self.count();
         let now = self.now.monotonic;
-        let (mut counts, pools) =
-            self.with_registry(|registry, _| (registry.counts(), registry.seen_pools(Some(view))));
+        let (mut counts, (pools, encrypted)) =
+            self.with_registry(|registry, _| (registry.counts(), registry.seen_pools(view)));
         counts.pools = pools.len();
         let (mut triggers, mut members) = (0, 0);
         let mut parked = ParkedCounts::default();
@@ -183,7 +183,9 @@ impl IoHost {
         stats["transport"]["outbox_bytes"] = ledger.all().used(Resource::Outbox).into();
         stats["ledger"] = ledger.to_json();
         stats["apps"] = json!(counts);
-        stats["pools"] = json!({"pools": counts.pools, "memberships": members});
+        stats["pools"] = json!({
+            "pools": counts.pools, "encrypted": encrypted, "memberships": members,
+        });
         stats["triggers"]["served"] = triggers.into();
         stats["parked"] = json!(parked);
         stats["memory"] = self
@@ -410,6 +412,11 @@ impl Driver for IoHost {
     fn may_prove(&mut self, asker: &Arc<Peer>) -> bool {
         let user = asker.socket.as_ref().map(Socket::user);
         user.is_none_or(|user| self.shared.attempts().may(user, self.now.monotonic))
+    }
+
+    fn verify(&mut self, asker: &Arc<Peer>, check: Check) -> Result<Option<bool>, Refusal> {
+        let verifier = &self.shared.verifier;
+        verifier.pass_on(&self.shared, asker, check).map(|()| None)
     }
 
     fn note_refused(&mut self, asker: &Arc<Peer>) {

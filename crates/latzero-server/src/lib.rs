@@ -24,6 +24,7 @@ pub mod maintenance;
 mod peer;
 mod peer_process;
 mod persistence;
+mod proofs;
 mod random;
 pub mod server;
 pub mod settings;

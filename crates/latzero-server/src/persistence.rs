@@ -343,6 +343,9 @@ pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         }
     }
     host.with_registry(|registry, _| {
+        if let Some(unix_ms) = contents.restored_ms {
+            registry.mark_restored(unix_ms);
+        }
         for row in contents.descriptors {
             if let Ok(pool) = PoolName::new(&row.pool) {
                 registry.restore_descriptor(&pool, row.epoch, row.descriptor);

@@ -17,6 +17,7 @@ use crate::listener::Listener;
 use crate::logging::{LogError, LogOptions, Logs};
 use crate::machine_limits::survive_file_size_limit;
 use crate::persistence::Persistence;
+use crate::proofs::Verifier;
 use crate::settings::{Environment, Override, Resolved, SettingsErrors, load};
 use crate::shared::{Identity, Parts, ServerState};
 use crate::startup::data_dir::DataDir;
@@ -190,6 +191,7 @@ impl Server {
             identity,
             token: started.token,
             tls,
+            verifier: Verifier::new().map_err(ServerError::Loop)?,
             seed: seed(),
             reload: reload(origins, resolved, Arc::clone(&logs)),
             log_lines_lost: Box::new(move || {

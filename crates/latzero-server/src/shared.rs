@@ -24,6 +24,7 @@ use crate::listener::{Origin, Unauthenticated};
 use crate::machine_limits::{Derived, InForce, MachineLimits};
 use crate::peer::Peer;
 use crate::persistence::Persistence;
+use crate::proofs::Verifier;
 use crate::settings::Settings;
 use crate::socket::Socket;
 use crate::startup::token::AdminToken;
@@ -51,6 +52,8 @@ pub(crate) enum Command {
     Reply(Arc<Peer>, Box<str>, Result<String, Refusal>),
     /// A connection's change is on disk, or cannot be stored.
     StoreReply(Arc<Peer>, Result<(), Refusal>),
+    /// The result of checking a connection's proof, or why it was not checked.
+    Verified(Arc<Peer>, Result<bool, Refusal>),
     /// The awaited row of a pool's answer is on disk (true), or cannot be stored.
     AnswerStored(PoolName, u64, bool),
     /// A job for a block is finished.
@@ -198,6 +201,7 @@ pub(crate) struct ServerState {
     pub(crate) tls: Option<Tls>,
     /// Refused proofs by user.
     pub(crate) attempts: Mutex<Attempts>,
+    pub(crate) verifier: Verifier,
     pub(crate) mailboxes: Vec<Mailbox>,
     pub(crate) builtin: Mutex<Option<BuiltIn>>,
     pub(crate) is_draining: AtomicBool,
@@ -220,6 +224,7 @@ pub(crate) struct Parts {
     pub(crate) identity: Identity,
     pub(crate) token: AdminToken,
     pub(crate) tls: Option<Tls>,
+    pub(crate) verifier: Verifier,
     pub(crate) seed: u64,
     pub(crate) blocks: Blocks,
     pub(crate) keeper: Persistence,
@@ -241,6 +246,7 @@ impl ServerState {
             identity,
             token,
             tls,
+            verifier,
             seed,
             blocks,
             keeper,
@@ -296,6 +302,7 @@ impl ServerState {
             token,
             tls,
             attempts: Mutex::default(),
+            verifier,
             mailboxes,
             builtin: Mutex::new(None),
             is_draining: AtomicBool::new(false),

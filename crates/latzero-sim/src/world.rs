@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use latzero_crypto::proof::{ChannelBinding, Exchange};
 use latzero_crypto::text;
-use latzero_fabric::driver::{BlockWrite, Context, Observed, Promise, Report, Written};
+use latzero_fabric::driver::{BlockWrite, Check, Context, Observed, Promise, Report, Written};
 use latzero_fabric::ledger::{self, Holding, Ledger, Reservation, Resource, Users};
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Job, Numbers, StorageId};
@@ -55,6 +55,9 @@ pub(crate) const EPOCH_MS: u64 = 1_700_000_000_000;
 
 /// Largest frame before the handshake, in bytes.
 const MAX_FRAME_BEFORE_HANDSHAKE: usize = 64 * 1024;
+
+/// Proofs that wait to be checked at once.
+const PROOFS_HELD_MAX: usize = 16;
 
 struct Connection {
     line: Line,
@@ -102,6 +105,8 @@ pub struct World {
     woken: Vec<Peer>,
     /// Nonces that were drawn.
     nonces: u64,
+    /// Proofs that wait to be checked; `None` if each is checked at once.
+    proofs: Option<VecDeque<(Peer, Check)>>,
     /// What another thread of a server does while this one writes into a block.
     beside_write: Option<Beside>,
 }
@@ -133,6 +138,7 @@ impl World {
             storages: Storages::default(),
             store: Store::default(),
             nonces: 0,
+            proofs: None,
             users: Users::default(),
             connections: Vec::new(),
             is_draining: false,
@@ -344,6 +350,36 @@ impl World {
         self.store.is_failing = is_full;
         self.observer.note(Event::DiskFull(is_full));
         self.write_down();
+    }
+
+    /// Has proofs wait for [`World::check_proof`], or checks all of them and each new one at once.
+    pub fn hold_proofs(&mut self, is_holding: bool) {
+        if is_holding {
+            self.proofs.get_or_insert_default();
+        } else {
+            while self.check_proof() {}
+            self.proofs = None;
+        }
+    }
+
+    /// Checks the proof that has waited longest, as a thread of a server does; false if none waits.
+    pub fn check_proof(&mut self) -> bool {
+        let Some((peer, check)) = self.proofs.as_mut().and_then(VecDeque::pop_front) else {
+            return false;
+        };
+        let is_good = check();
+        if let Some(mut session) = self.connections[peer.0 as usize].session.take() {
+            let flow = session.handle_verified(Ok(is_good), &mut self.turn());
+            let flow = self.write_beside(peer, &mut session, flow);
+            self.connections[peer.0 as usize].session = Some(session);
+            if flow == Flow::Close {
+                self.close(peer);
+            }
+        }
+        // What it sent while it waited.
+        self.feed(peer, &[]);
+        self.reap();
+        true
     }
 
     /// Whether the disk takes nothing.
@@ -633,6 +669,7 @@ impl World {
         self.store.crash();
         self.observer.crash(&self.store.rows);
         self.is_draining = false;
+        self.proofs.iter_mut().for_each(VecDeque::clear);
         self.touched.clear();
         self.storages = Storages::default();
         let unix_ms = EPOCH_MS + self.now.0 / 1000;
@@ -1114,6 +1151,19 @@ impl Driver for World {
 
     fn may_prove(&mut self, _asker: &Line) -> bool {
         true
+    }
+
+    fn verify(&mut self, asker: &Line, check: Check) -> Result<Option<bool>, Refusal> {
+        match &mut self.proofs {
+            None => Ok(Some(check())),
+            Some(waiting) if waiting.len() >= PROOFS_HELD_MAX => {
+                Err(Refusal::new(Code::Overloaded, "too many proofs wait"))
+            }
+            Some(waiting) => {
+                waiting.push_back((asker.id, check));
+                Ok(None)
+            }
+        }
     }
 
     fn note_refused(&mut self, _asker: &Line) {}

@@ -60,6 +60,8 @@ pub struct Contents {
     pub descriptors: Vec<DescriptorRow>,
     /// The settings, by name.
     pub settings: Vec<(String, String)>,
+    /// When all of this was restored from a backup, in Unix milliseconds.
+    pub restored_ms: Option<u64>,
 }
 
 /// What was done to open a database.
@@ -501,6 +503,7 @@ pub(crate) fn load(conn: &Connection) -> rusqlite::Result<Contents> {
             .prepare("SELECT key, value FROM server_config ORDER BY key")?
             .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
             .collect::<Result<_, _>>()?,
+        restored_ms: state(conn, restore::RESTORED).and_then(|ms| ms.parse().ok()),
     })
 }
 

@@ -34,6 +34,9 @@ const BY_HAND: &str = "restored";
 /// a run uses it.
 pub(crate) const BY_ITSELF: &str = "recovered";
 
+/// When the database was restored last, in Unix milliseconds.
+pub(crate) const RESTORED: &str = "restored_ms";
+
 /// The result of a restore.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Restored {
@@ -270,10 +273,12 @@ fn copy_records(conn: &Connection, how: &str) -> rusqlite::Result<()> {
     }
     conn.execute_batch(&format!(
         "UPDATE main.store_state SET value = '{how}' WHERE key = 'run';
+         INSERT OR REPLACE INTO main.store_state (key, value) VALUES ('{RESTORED}', {});
          DELETE FROM main.store_state WHERE key IN ('id', 'commits');
          PRAGMA main.application_id = {};
          PRAGMA main.user_version = {version};
          COMMIT",
+        now_ms(),
         schema::APPLICATION_ID
     ))
 }

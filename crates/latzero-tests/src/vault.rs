@@ -122,6 +122,18 @@ pub fn prove_in(
     app: &str,
     kinds: &[Kind],
 ) -> Value {
+    prove_bound(wire, bound(server), set, pool, app, kinds)
+}
+
+/// The same over a connection that is bound so.
+pub fn prove_bound(
+    wire: &mut Wire,
+    binding: ChannelBinding,
+    set: &KeySet,
+    pool: &str,
+    app: &str,
+    kinds: &[Kind],
+) -> Value {
     let asked = json!({"action": "pool_challenge", "pool": pool});
     let challenge = wire.request(asked)["response"].clone();
     let joining = Joining {
@@ -130,7 +142,7 @@ pub fn prove_in(
         epoch: challenge["epoch"].as_u64().unwrap() as u32,
         suite: challenge["suite"].as_u64().unwrap() as u16,
         app_id: app,
-        exchange: exchange(&challenge, bound(server)),
+        exchange: exchange(&challenge, binding),
     };
     let tokens: Vec<_> = kinds.iter().map(|kind| set.token(*kind).unwrap()).collect();
     let held = KeySet::from_tokens(tokens.iter().map(|token| token.as_str())).unwrap();

@@ -633,3 +633,143 @@ fn the_keys_decide_who_gets_memory_in_a_gated_pool() {
         "ok"
     );
 }
+
+/// A proof whose signatures nobody made.
+fn wrong_proof(wire: &mut Wire) -> Value {
+    wire.request(json!({"action": "pool_challenge", "pool": "vault"}));
+    let sig = text::encode(&[7; 64]);
+    json!({
+        "action": "pool_join", "pool": "vault", "id": "wrong", "proof": {
+            "client_nonce": text::encode(&[7; 32]), "roles": 7, "sig_join": sig, "sig_read": sig,
+            "sig_write": sig, "cb_type": "none",
+        },
+    })
+}
+
+#[test]
+fn a_crowd_of_wrong_proofs_is_bounded_and_delays_no_other_user() {
+    let (server, set) = vault();
+    let worker = member(&server, "worker", keys(&set, WRITE));
+    worker.serve("t", |_| Ok::<_, HandlerError>(1)).unwrap();
+    let mut crowd: Vec<Wire> = (0..60)
+        .map(|n| {
+            server.app(
+                Via::Tcp,
+                json!({"app_id": format!("crowd-{n}"), "pools": []}),
+            )
+        })
+        .collect();
+    let proofs: Vec<Value> = crowd.iter_mut().map(wrong_proof).collect();
+    for (wire, proof) in crowd.iter_mut().zip(&proofs) {
+        wire.send(proof);
+        // What comes behind a proof is handled after its verdict.
+        wire.send(&json!({"action": "ping", "id": "behind"}));
+    }
+    // Another user gets in, and is answered.
+    let caller = member(&server, "caller", keys(&set, READ));
+    assert_eq!(caller.call("t", &()).send::<i64>().unwrap(), 1);
+    let mut codes = std::collections::BTreeMap::new();
+    for wire in &mut crowd {
+        let verdict = wire.receive();
+        assert_eq!(verdict["in_reply_to"], "wrong", "{verdict}");
+        *codes.entry(code(&verdict).to_owned()).or_insert(0) += 1;
+        assert_eq!(wire.receive()["in_reply_to"], "behind");
+    }
+    // All of a user's proofs count, however many wait at once; each thread may be at one.
+    let threads = std::thread::available_parallelism()
+        .map_or(1, |n| n.get() / 4)
+        .max(1);
+    let (refused, overloaded) = (codes["unauthenticated"], codes["overloaded"]);
+    assert_eq!(refused + overloaded, 60, "{codes:?}");
+    assert!((20..20 + threads).contains(&refused), "{codes:?}");
+}
+
+#[test]
+fn noise_does_not_push_refused_proofs_out_of_the_log() {
+    let server = Server::with(&["log_file_bytes_max=4KiB", "log_files_max=2"]);
+    let logs = server.0.data_dir().join("logs");
+    let mut wire = server.app(Via::Tcp, json!({"app_id": "guesser", "pools": []}));
+    let proof = wrong_proof(&mut wire);
+    assert_eq!(code(&wire.request(proof)), "unauthenticated");
+    // Whoever comes and goes fills the other file several times over.
+    let audited = || {
+        let files = std::fs::read_dir(&logs).unwrap().flatten();
+        let audit = files.filter(|file| file.file_name().to_string_lossy().starts_with("audit"));
+        // One may be renamed just now.
+        let text = audit.map(|file| std::fs::read_to_string(file.path()).unwrap_or_default());
+        text.collect::<String>()
+    };
+    let mut came = 0;
+    while came < 100 || audited().contains("guesser") || !audited().contains("noise-") {
+        assert!(came < 3000, "the noise never pushed the first line out");
+        drop(server.app(
+            Via::Tcp,
+            json!({"app_id": format!("noise-{came}"), "transient": true}),
+        ));
+        came += 1;
+    }
+    let security = std::fs::read_to_string(logs.join("security.log")).unwrap();
+    let line = security.lines().find(|line| line.contains("proof_refused"));
+    let line: Value = serde_json::from_str(line.unwrap()).unwrap();
+    assert_eq!(
+        (&line["app_id"], &line["refused"]),
+        (&json!("guesser"), &json!(1))
+    );
+    assert!(!security.contains("noise-"), "{security}");
+}
+
+#[test]
+fn a_deferred_call_that_was_finished_does_not_run_again_after_a_restart_of_both_sides() {
+    let (mut server, set) = vault();
+    let caller = member(&server, "caller", keys(&set, READ));
+    let parked = caller
+        .call("work", &1)
+        .timeout(Duration::from_secs(600))
+        .send_parked()
+        .unwrap();
+    drop((parked, caller));
+    server.kill();
+    let data = server.0.data_dir().to_owned();
+    let database: Vec<_> = ["data.db", "data.db-wal"]
+        .into_iter()
+        .filter_map(|name| Some((name, std::fs::read(data.join(name)).ok()?)))
+        .collect();
+    let ran = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let worker = |server: &Server| {
+        let ran = std::sync::Arc::clone(&ran);
+        let worker = member(server, "worker", keys(&set, WRITE));
+        worker
+            .serve("work", move |request| {
+                let number: i64 = request.data()?;
+                ran.lock().unwrap().push(number);
+                Ok::<_, HandlerError>(number)
+            })
+            .unwrap();
+        worker
+    };
+    // It runs, and is answered.
+    server.restart();
+    let first = worker(&server);
+    let caller = member(&server, "other", keys(&set, READ));
+    assert_eq!(caller.call("work", &2).send::<i64>().unwrap(), 2);
+    first.close().unwrap();
+    drop((first, caller));
+    assert_eq!(*ran.lock().unwrap(), [1, 2]);
+    // A server that goes back to what it had then gives it once more.
+    server.kill();
+    for name in ["data.db", "data.db-wal", "data.db-shm"] {
+        let _ = std::fs::remove_file(data.join(name));
+    }
+    for (name, bytes) in database {
+        std::fs::write(data.join(name), bytes).unwrap();
+    }
+    server.restart();
+    let admin = App::connect_with(builder(&server, "admin")).unwrap();
+    let stats = admin.request(&json!({"action": "stats"})).unwrap();
+    assert_eq!(stats["parked"]["waiting"], 1, "{stats}");
+    let second = worker(&server);
+    let caller = member(&server, "other", keys(&set, READ));
+    assert_eq!(caller.call("work", &3).send::<i64>().unwrap(), 3);
+    assert_eq!(*ran.lock().unwrap(), [1, 2, 3]);
+    drop((second, caller));
+}

@@ -9,8 +9,10 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use latzero_tests::Wire;
+use latzero_crypto::keys::Kind;
+use latzero_crypto::proof::ChannelBinding;
 use latzero_tests::site::{Daemon, Site, Start};
+use latzero_tests::{Wire, vault};
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use serde_json::{Value, json};
@@ -575,4 +577,51 @@ fn who_is_no_administrator_gets_nothing() {
     // Without descriptors there is nothing to hand over by.
     let reply = admin.request(json!({"action": "hand_over"}));
     assert_eq!(reply["error"]["code"], "bad_message");
+}
+
+#[test]
+fn the_members_of_a_gated_pool_prove_it_again() {
+    let site = Site::new();
+    let mut old = site.start();
+    let set = vault::key_set(1);
+    let (mut maker, _) = old.app(json!({"app_id": "maker", "encrypted_pools": ["vault"]}));
+    let create = vault::keys(&set, vault::WRITE)
+        .pool_create("vault", true)
+        .unwrap();
+    assert_eq!(maker.request(create)["response"]["memory"], "gated");
+    let prove = |wire: &mut Wire, pid: u32, kinds: &[Kind]| {
+        let uid = rustix::process::geteuid().as_raw();
+        let binding = ChannelBinding::Unix { uid, pid };
+        vault::prove_bound(wire, binding, &set, "vault", "maker", kinds)
+    };
+    assert_eq!(prove(&mut maker, old.pid(), vault::WRITE)["status"], "ok");
+    let block = |action: &str, more: Value| {
+        let mut request = json!({"action": action, "pool": "vault", "block_id": "b"});
+        for (key, value) in more.as_object().unwrap() {
+            request[key] = value.clone();
+        }
+        request
+    };
+    maker.request(block("memory_create", json!({"size": 4, "attach": false})));
+    let written = maker.request(block("memory_write", json!({"data": "a2VwdA=="})));
+    assert_eq!(written["status"], "ok", "{written}");
+    let new = site.start_with(&takes_over()).unwrap();
+    assert!(old.wait().success());
+    let read = block("memory_read", json!({}));
+    let (mut member, ack) = new.app(json!({"app_id": "maker", "encrypted_pools": ["vault"]}));
+    assert_eq!(ack["pools"], json!([]));
+    // The memory went over, and nobody gets at it before a proof for this server.
+    assert_eq!(vault::code(&member.request(read.clone())), "not_member");
+    let attach = block("memory_attach", json!({"mode": "write"}));
+    assert_eq!(vault::code(&member.request(attach.clone())), "not_member");
+    let stale = prove(&mut member, old.pid(), vault::WRITE);
+    assert_eq!(
+        vault::code(&stale),
+        "unauthenticated",
+        "a proof for the old one"
+    );
+    assert_eq!(prove(&mut member, new.pid(), vault::READ)["status"], "ok");
+    let content = member.request(read);
+    assert_eq!(content["response"]["data"], "a2VwdA==", "{content}");
+    assert_eq!(vault::code(&member.request(attach)), "forbidden");
 }

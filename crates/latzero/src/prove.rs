@@ -299,6 +299,7 @@ fn read_joined(reply: &Value, said: &Said, asked: Roles) -> Result<Joined, Error
         descriptor,
         chain,
         at_ms: now_ms(),
+        restored_ms: reply["restored_ms"].as_u64(),
     })
 }
 

@@ -4,15 +4,18 @@
 //! (that nobody serves it, or that it timed out) are marked: [`Error::is_authenticated`].
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use latzero_crypto::descriptor::{Descriptor, Expected, History, NewEpoch, OldContent};
 use latzero_crypto::envelope::{Body, Opened};
 use latzero_crypto::epochs::Epochs;
 use latzero_crypto::events::{
-    Act, Action, Answer, Incoming, IncomingAnswer, Outgoing, PendingCall, Receiver, ReplyTo, Sender,
+    Act, Action, Answer, DEFERRED_MAX, Id, Incoming, IncomingAnswer, Outgoing, PendingCall,
+    Receiver, ReplyTo, Sender,
 };
 use latzero_crypto::keys::Kind;
 use latzero_crypto::meta::{AnswerMeta, CallFrame, CallMeta, LentBlock};
@@ -41,6 +44,7 @@ struct Open {
     epochs: Epochs,
     sender: Sender,
     receiver: Receiver,
+    finished: Option<Arc<Finished>>,
 }
 
 /// The server's reply to a proof.
@@ -48,6 +52,8 @@ pub(crate) struct Joined {
     pub(crate) descriptor: Descriptor,
     pub(crate) chain: Vec<Descriptor>,
     pub(crate) at_ms: u64,
+    /// When the pool was restored from a backup, as the server says.
+    pub(crate) restored_ms: Option<u64>,
 }
 
 /// A call or an emit before it is sealed.
@@ -71,6 +77,8 @@ pub(crate) struct SealedReply {
     to: ReplyTo,
     /// How many items were sent.
     items: AtomicU64,
+    /// The call's id and expiry once it is answered, where the call must not run again.
+    finished: OnceLock<(Id, u64)>,
 }
 
 /// A message in the form that it would have in an unencrypted pool.
@@ -159,7 +167,7 @@ impl SealedPool {
         };
         let key = descriptor
             .accept(&self.keys.0, &expected, chain, before.as_ref())
-            .map_err(|error| unfit(&error))?;
+            .map_err(|error| self.explain(unfit(&error), joined.restored_ms))?;
         if let Some(stored) = &stored {
             stored.write(descriptor);
         }
@@ -170,8 +178,14 @@ impl SealedPool {
         };
         let again = Descriptor::parse(descriptor.as_bytes()).map_err(|error| unfit(&error))?;
         let sender = Sender::new(app_id, random()?);
+        let finished = Finished::of(self, app_id).map(Arc::new);
         let receiver = open.take().map(|open| open.receiver);
-        let receiver = receiver.unwrap_or_else(|| Receiver::new(app_id, joined.at_ms));
+        let receiver = receiver.unwrap_or_else(|| {
+            let mut receiver = Receiver::new(app_id, joined.at_ms);
+            let known = finished.iter().flat_map(|finished| finished.read());
+            receiver.restore(known, joined.at_ms);
+            receiver
+        });
         let mut epochs = Epochs::new(again, key, joined.at_ms);
         // To read content that was written before a rotation.
         for older in chain.iter().rev() {
@@ -184,8 +198,27 @@ impl SealedPool {
             epochs,
             sender,
             receiver,
+            finished,
         });
         Ok(())
+    }
+
+    /// Says of an older state what may have led to it. The server's word changes the text alone.
+    fn explain(&self, error: Error, restored_ms: Option<u64>) -> Error {
+        let Some(unix_ms) =
+            restored_ms.filter(|_| matches!(error.kind(), Code::Rollback | Code::Fork))
+        else {
+            return error;
+        };
+        let ago_s = now_ms().saturating_sub(unix_ms) / 1000;
+        let text = format!(
+            "{}; the server says that pool '{}' was restored from a backup {ago_s} s ago: if that \
+            was done on purpose, run `latzero keys accept-restore {}`",
+            error.message(),
+            self.name,
+            self.name
+        );
+        Error::new(error.kind(), text)
     }
 
     /// The descriptor that moves the pool to its next epoch, with the keys of that.
@@ -367,6 +400,7 @@ impl SealedPool {
                 pool: Arc::clone(self),
                 to: received.reply_to,
                 items: AtomicU64::new(0),
+                finished: OnceLock::new(),
             },
         })
     }
@@ -461,8 +495,8 @@ impl SealedReply {
             .map_err(|error| unsealable(&error))?;
         if is_item {
             self.items.fetch_add(1, Ordering::Relaxed);
-        } else {
-            open.receiver.finish(&self.to);
+        } else if let Some(finished) = open.receiver.finish(&self.to) {
+            let _ = self.finished.set(finished);
         }
         Ok(sealed)
     }
@@ -470,9 +504,17 @@ impl SealedReply {
 
 impl Drop for SealedReply {
     fn drop(&mut self) {
-        // If it was answered, there is nothing to abandon.
-        if let Some(open) = lock(&self.pool.open).as_mut() {
-            open.receiver.abandon(&self.to);
+        let kept = match lock(&self.pool.open).as_mut() {
+            Some(open) => {
+                // If it was answered, there is nothing to abandon.
+                open.receiver.abandon(&self.to);
+                open.finished.clone()
+            }
+            None => None,
+        };
+        // Not before: a call whose answer did not leave runs again after a crash.
+        if let Some((kept, call)) = kept.zip(self.finished.get()) {
+            kept.add(*call);
         }
     }
 }
@@ -502,6 +544,87 @@ fn payload_of(opened: &Opened) -> Payload {
         Body::Empty => Payload::None,
         Body::Json(json) => Payload::Json(json.to_owned()),
         Body::Bytes(bytes) => Payload::Bytes(bytes.to_vec()),
+    }
+}
+
+/// The file with the ids of the calls that an app finished, until they expire: a call runs once even
+/// if the server delivers it again after the app's restart. An entry has [`FINISHED_BYTES`]: the id,
+/// and the time of expiry in Unix milliseconds, big-endian.
+struct Finished(PathBuf);
+
+const FINISHED_BYTES: usize = 24;
+
+/// A larger file is rewritten without the expired entries.
+const FINISHED_FILE_BYTES_MAX: u64 = 2 * (DEFERRED_MAX * FINISHED_BYTES) as u64;
+
+impl Finished {
+    fn of(pool: &SealedPool, app_id: &str) -> Option<Finished> {
+        let Stored(path) = Stored::of(pool)?;
+        let name = format!("{}@{app_id}", path.file_name()?.to_str()?);
+        Some(Finished(path.with_file_name(name)))
+    }
+
+    /// The newest entries that have not expired. A crash may leave half an entry at the end.
+    fn read(&self) -> Vec<(Id, u64)> {
+        let mut bytes = Vec::new();
+        let file = std::fs::File::open(&self.0);
+        let read = file.and_then(|file| {
+            let most = FINISHED_FILE_BYTES_MAX + FINISHED_BYTES as u64;
+            file.take(most).read_to_end(&mut bytes)
+        });
+        if read.is_err() {
+            return Vec::new();
+        }
+        let now = now_ms();
+        let (entries, _) = bytes.as_chunks::<FINISHED_BYTES>();
+        let mut known = Vec::new();
+        for entry in entries.iter().rev() {
+            let (id, expires_ms) = entry.split_at(16);
+            let id: Id = id.try_into().expect("sixteen bytes");
+            let expires_ms = u64::from_be_bytes(expires_ms.try_into().expect("eight bytes"));
+            if expires_ms >= now && known.len() < DEFERRED_MAX {
+                known.push((id, expires_ms));
+            }
+        }
+        known
+    }
+
+    /// Adds a call. If it cannot be stored, the call may run once more after a restart.
+    fn add(&self, call: (Id, u64)) {
+        let appended = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&self.0)
+            .and_then(|mut file| {
+                file.write_all(&Self::entry(&call))?;
+                file.metadata()
+            });
+        if appended.is_ok_and(|file| file.len() > FINISHED_FILE_BYTES_MAX) {
+            let known = self.read();
+            let entries = known.iter().rev().flat_map(Self::entry);
+            replace(&self.0, &entries.collect::<Vec<u8>>());
+        }
+    }
+
+    fn entry((id, expires_ms): &(Id, u64)) -> [u8; FINISHED_BYTES] {
+        let mut entry = [0; FINISHED_BYTES];
+        entry[..16].copy_from_slice(id);
+        entry[16..].copy_from_slice(&expires_ms.to_be_bytes());
+        entry
+    }
+}
+
+/// Writes a whole file, or leaves it unchanged.
+fn replace(path: &Path, bytes: &[u8]) {
+    let beside = PathBuf::from(format!("{}.{}.new", path.display(), std::process::id()));
+    let written = path
+        .parent()
+        .map_or(Ok(()), std::fs::create_dir_all)
+        .and_then(|()| std::fs::write(&beside, bytes))
+        .and_then(|()| std::fs::rename(&beside, path));
+    if written.is_err() {
+        let _ = std::fs::remove_file(&beside);
     }
 }
 
@@ -548,15 +671,35 @@ impl Stored {
         if std::fs::read(&self.0).is_ok_and(|bytes| bytes == descriptor.as_bytes()) {
             return;
         }
-        let beside = PathBuf::from(format!("{}.{}.new", self.0.display(), std::process::id()));
-        let written = self
-            .0
-            .parent()
-            .map_or(Ok(()), std::fs::create_dir_all)
-            .and_then(|()| std::fs::write(&beside, descriptor.as_bytes()))
-            .and_then(|()| std::fs::rename(&beside, &self.0));
-        if written.is_err() {
-            let _ = std::fs::remove_file(&beside);
-        }
+        replace(&self.0, descriptor.as_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finished_calls_are_kept_until_they_expire_and_the_file_stays_small() {
+        let directory = tempfile::tempdir().unwrap();
+        let kept = Finished(directory.path().join("pin-pool@app"));
+        assert_eq!(kept.read(), []);
+        let later = now_ms() + 1_000_000;
+        kept.add(([1; 16], later));
+        kept.add(([2; 16], 1));
+        kept.add(([3; 16], later));
+        assert_eq!(kept.read(), [([3; 16], later), ([1; 16], later)]);
+        // A crash in the middle of an entry loses no other.
+        let mut bytes = std::fs::read(&kept.0).unwrap();
+        bytes.extend_from_slice(&[9; 5]);
+        std::fs::write(&kept.0, &bytes).unwrap();
+        assert_eq!(kept.read().len(), 2);
+        // What has expired goes when the file is large.
+        let old = Finished::entry(&([4; 16], 1));
+        let entries = FINISHED_FILE_BYTES_MAX as usize / FINISHED_BYTES;
+        std::fs::write(&kept.0, old.repeat(entries)).unwrap();
+        kept.add(([5; 16], later));
+        assert_eq!(kept.read(), [([5; 16], later)]);
+        assert_eq!(std::fs::read(&kept.0).unwrap().len(), FINISHED_BYTES);
     }
 }

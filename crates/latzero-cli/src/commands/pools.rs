@@ -7,7 +7,7 @@ use crate::args::{PoolArgs, PoolCreateArgs, PoolRemoveArgs, PoolsArgs, PoolsComm
 use crate::connect::{ConnectOptions, Connection, ListKind, list};
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::names::{did_you_mean, nearest};
-use crate::output::{Cell, Output, Tone, toned};
+use crate::output::{Cell, Output, Tone, ago, toned};
 
 /// The rights in a policy.
 const RIGHTS: [&str; 2] = ["join", "serve"];
@@ -36,12 +36,22 @@ fn list_all(args: &PoolsArgs, output: &Output) -> CommandResult {
                 text("pool").into(),
                 pool["members"].as_u64().unwrap_or(0).into(),
                 text("kind").into(),
+                encryption(pool).into(),
                 text("owner").into(),
             ]
         })
         .collect();
-    output.table(&["POOL", "MEMBERS", "KIND", "OWNER"], &rows)?;
+    output.table(&["POOL", "MEMBERS", "KIND", "ENCRYPTED", "OWNER"], &rows)?;
     Ok(Exit::Ok)
+}
+
+/// Whether a pool is encrypted, what of it, and in which epoch.
+fn encryption(pool: &Value) -> String {
+    match (pool["encrypted"] == true, pool["memory"].as_str()) {
+        (false, _) => "no".to_owned(),
+        (true, Some("gated")) => format!("messages alone, epoch {}", pool["epoch"]),
+        (true, _) => format!("yes, epoch {}", pool["epoch"]),
+    }
 }
 
 fn all(connection: &Connection) -> Result<Vec<Value>, latzero::Error> {
@@ -128,6 +138,10 @@ fn info(args: &PoolArgs, output: &Output) -> CommandResult {
         if let Some(value) = pool.get(name) {
             facts.push((name, plain(value).into()));
         }
+    }
+    facts.push(("encrypted", encryption(&pool).into()));
+    if let Some(at) = pool["restored_ms"].as_u64() {
+        facts.push(("restored", ago(at).into()));
     }
     for (right, apps) in pool["policy"].as_object().into_iter().flatten() {
         facts.push(("policy", format!("{right}: {}", plain(apps)).into()));

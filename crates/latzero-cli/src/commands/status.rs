@@ -38,6 +38,7 @@ pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
             "apps_known": apps["apps_known"],
             "instances": apps["instances"],
             "pools": stats["pools"]["pools"],
+            "pools_encrypted": stats["pools"]["encrypted"],
             "triggers": stats["triggers"]["served"],
             "connections": stats["transport"]["connections"],
             "calls": stats["triggers"]["calls"],
@@ -81,8 +82,9 @@ pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
         (
             "pools",
             format!(
-                "{}, {}",
+                "{}, {} encrypted, {}",
                 count(number(&stats["pools"]["pools"]), "pool"),
+                number(&stats["pools"]["encrypted"]),
                 count(number(&stats["triggers"]["served"]), "trigger")
             )
             .into(),
@@ -102,9 +104,12 @@ pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
             .into(),
         ),
     ];
-    if let Some(pin) = server["pin"].as_str() {
-        // The pin belongs to the addresses, so it follows them.
-        facts.insert(5, ("pin", pin.into()));
+    // It belongs to the addresses, so it follows them.
+    let has_tcp = |address: &&str| !address.starts_with("unix:");
+    match server["pin"].as_str() {
+        Some(pin) => facts.insert(5, ("tls", format!("on, pin {pin}").into())),
+        None if addresses.iter().any(has_tcp) => facts.insert(5, ("tls", "off".into())),
+        None => {}
     }
     let parked = &stats["parked"];
     if ["waiting", "paused", "running", "dead", "answered"]

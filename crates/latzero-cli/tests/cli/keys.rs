@@ -4,7 +4,7 @@ use std::fs::Permissions;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 
-use crate::program::{latzero, run, run_with};
+use crate::program::{Server, latzero, run, run_with};
 
 fn mode(path: &Path) -> u32 {
     std::fs::symlink_metadata(path)
@@ -280,4 +280,84 @@ fn an_app_key_shows_its_public_key() {
     std::fs::write(&file, vector.replace("lza1_", "lzs1_")).unwrap();
     let shown = run(&mut latzero(home.path(), &["app", "key", "show", "worker"])).ended_with(2);
     shows_no_key(&shown);
+}
+
+#[test]
+fn a_restored_pool_is_taken_after_a_decision_and_app_keys_stay() {
+    let server = Server::start();
+    let key = |app: &str| {
+        server.run(&["app", "key", "new", app]).ended_with(0);
+        let file = server.home().join(".config/latzero/apps").join(app);
+        file.to_str().unwrap().to_owned()
+    };
+    let (early, late) = (key("early"), key("late"));
+    let call = |server: &Server, app: &str, with: &[&str]| {
+        server.run(&[&["call", "system/echo", "1", "--app", app], with].concat())
+    };
+    server.run(&["keys", "new", "vault"]).ended_with(0);
+    server
+        .run(&["pools", "create", "vault", "--encrypted"])
+        .ended_with(0);
+    call(&server, "early", &["--app-key", &early]).ended_with(0);
+    let backup = server.home().join("mine.db");
+    let backup = backup.to_str().unwrap().to_owned();
+    server.run(&["backup", "--to", &backup]).ended_with(0);
+    // Afterwards the pool moves on, and another AppID gets a key.
+    server.run(&["keys", "rotate", "vault"]).ended_with(0);
+    let info = server.run(&["pools", "info", "vault"]).ended_with(0).out;
+    assert!(
+        info.contains("encrypted\tyes, epoch 2\n") && !info.contains("restored"),
+        "{info}"
+    );
+    let pools = server.run(&["pools"]).ended_with(0).out;
+    assert!(
+        pools
+            .lines()
+            .any(|line| line.starts_with("vault\t") && line.contains("epoch 2"))
+    );
+    let status = server.run(&["status"]).ended_with(0).out;
+    assert!(
+        status.contains("1 encrypted") && status.contains("tls\toff\n"),
+        "{status}"
+    );
+    call(&server, "late", &["--app-key", &late]).ended_with(0);
+    let home = server.stop();
+    run(&mut latzero(home.path(), &["restore", &backup, "--yes"])).ended_with(0);
+    let server = Server::in_home(home, &[]);
+    // The keys of both AppIDs: what the backup had, and what nobody has removed since.
+    for (app, key) in [("early", &early), ("late", &late)] {
+        let refused = call(&server, app, &[]);
+        assert_ne!(refused.code, 0, "{app} without its key: {}", refused.out);
+        call(&server, app, &["--app-key", key]).ended_with(0);
+    }
+    // Who knew epoch 2 takes the older one after a decision alone, once.
+    let refused = server.run(&["pools", "info", "vault"]).ended_with(1);
+    let refused = refused.said("restored from a backup");
+    let refused = refused.said("latzero keys accept-restore vault");
+    shows_no_key(&refused);
+    let accepted = server
+        .run(&["keys", "accept-restore", "vault", "--json"])
+        .ended_with(0);
+    assert_eq!(accepted.json()["forgotten"], true);
+    let info = server.run(&["pools", "info", "vault"]).ended_with(0).out;
+    assert!(
+        info.contains("encrypted\tyes, epoch 1\n") && info.contains("restored\t"),
+        "{info}"
+    );
+    // The decision was for that state: a later loss is found again.
+    server.run(&["keys", "rotate", "vault"]).ended_with(0);
+    let home = server.stop();
+    run(&mut latzero(home.path(), &["restore", &backup, "--yes"])).ended_with(0);
+    let server = Server::in_home(home, &[]);
+    server
+        .run(&["pools", "info", "vault"])
+        .ended_with(1)
+        .said("accept-restore");
+    server
+        .run(&["keys", "accept-restore", "vault"])
+        .ended_with(0);
+    let again = server
+        .run(&["keys", "accept-restore", "vault", "--json"])
+        .ended_with(0);
+    assert_eq!(again.json()["forgotten"], false);
 }

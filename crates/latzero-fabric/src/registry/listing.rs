@@ -193,11 +193,11 @@ impl<D: Driver> Registry<D> {
         Ok(text.finish())
     }
 
-    /// The visible pools, or all.
-    pub fn seen_pools(&self, view: Option<&View<'_>>) -> Vec<D::Pool> {
-        let is_seen = |entry: &&PoolEntry<D>| view.is_none_or(|view| self.shows(entry, view));
-        let seen = self.pools.values().filter(is_seen);
-        seen.map(|entry| entry.pool.clone()).collect()
+    /// The visible pools, and how many of them are encrypted.
+    pub fn seen_pools(&self, view: &View<'_>) -> (Vec<D::Pool>, usize) {
+        let seen = || self.pools.values().filter(|entry| self.shows(entry, view));
+        let encrypted = seen().filter(|entry| entry.sealed.is_some()).count();
+        (seen().map(|entry| entry.pool.clone()).collect(), encrypted)
     }
 
     /// The numbers of known apps, connected apps, instances and pools.

@@ -29,6 +29,8 @@ pub(super) struct Sealed {
     pub(super) descriptor: Arc<Descriptor>,
     /// The descriptors of earlier epochs, ascending.
     older: Vec<Arc<[u8]>>,
+    /// When it was restored from a backup, so that its members may have seen newer epochs.
+    restored_ms: Option<u64>,
 }
 
 /// What a proof grants.
@@ -43,6 +45,8 @@ pub struct Proved<D: Driver> {
     pub watch: Option<EventSet>,
     /// The blocks that it subscribed to.
     pub subscriptions: Vec<BlockId>,
+    /// When the pool was restored from a backup, in Unix milliseconds.
+    pub restored_ms: Option<u64>,
 }
 
 /// The result of a rotation.
@@ -76,6 +80,7 @@ impl Sealed {
         Ok(Sealed {
             descriptor: Arc::new(descriptor),
             older: Vec::new(),
+            restored_ms: None,
         })
     }
 
@@ -85,6 +90,7 @@ impl Sealed {
         Some(Sealed {
             descriptor: Arc::new(descriptor),
             older: Vec::new(),
+            restored_ms: None,
         })
     }
 
@@ -97,6 +103,9 @@ impl Sealed {
         description["epoch"] = descriptor.epoch().into();
         description["suite"] = descriptor.suite().number().into();
         description["memory"] = if is_gated { "gated" } else { "sealed" }.into();
+        if let Some(unix_ms) = self.restored_ms {
+            description["restored_ms"] = unix_ms.into();
+        }
     }
 }
 
@@ -169,6 +178,7 @@ impl<D: Driver> Registry<D> {
         let suite = sealed.descriptor.suite();
         let chain = sealed.older.iter().rev().take(CHAIN_TOLD).rev();
         let chain = chain.cloned().collect();
+        let restored_ms = sealed.restored_ms;
         let registered = self.apps.get(app_id).map(|app| app.registration.get());
         let registered = registered.as_deref();
         let known = registered.filter(|registered| registered.pools.contains(name));
@@ -203,7 +213,18 @@ impl<D: Driver> Registry<D> {
             rehydrated,
             watch,
             subscriptions,
+            restored_ms,
         })
+    }
+
+    /// Everything was restored from a backup then: the encrypted pools of that time say so, since
+    /// their members may know newer epochs and blocks.
+    pub fn mark_restored(&mut self, unix_ms: u64) {
+        for entry in self.pools.values_mut() {
+            if let Some(sealed) = entry.sealed.as_mut().filter(|_| entry.created <= unix_ms) {
+                sealed.restored_ms = Some(unix_ms);
+            }
+        }
     }
 
     /// The newest `limit` descriptors of epochs below `before`, ascending, and whether there are

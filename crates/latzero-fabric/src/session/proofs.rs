@@ -2,21 +2,25 @@
 //! encrypted pool by the pool's keys.
 //!
 //! A challenge is valid for one proof on one connection. A refusal does not say what was wrong, and
-//! the third one closes the connection.
+//! the third one closes the connection. The driver may check signatures elsewhere: the session then
+//! waits for the result, and handles nothing else that the client sent.
+
+use std::sync::Arc;
 
 use latzero_crypto::Suite;
+use latzero_crypto::descriptor::Descriptor;
 use latzero_crypto::keys::Roles;
 use latzero_crypto::proof::{
     self, CHALLENGE_MS, ChannelBinding, Exchange, JoinProof, ProofRequest,
 };
 use latzero_crypto::text;
 use latzero_protocol::proof::{AdminProof, AppProof, Chain, PROOF_BYTES_MAX};
-use latzero_protocol::{Code, PoolName, Refusal, Request, encode};
+use latzero_protocol::{AppId, Code, PoolName, Refusal, Request, encode};
 use serde_json::json;
 
 use super::pending::{PendingReply, Reply};
 use super::{Flow, Session, leave};
-use crate::driver::Driver;
+use crate::driver::{Check, Driver};
 use crate::effects::Audit;
 use crate::now::Time;
 use crate::outbox::Class;
@@ -34,6 +38,16 @@ pub(super) struct Proofs {
     /// The challenges for pools.
     pools: proof::Challenges,
     refused: u32,
+    /// The proof that is being checked, and the id of its request.
+    pending: Option<(Option<Box<str>>, Proof)>,
+}
+
+/// What a proof is for, and what was known when it came.
+enum Proof {
+    /// An AppID, with its key.
+    App(AppId, [u8; 32]),
+    /// Roles in a pool, by the descriptor of that moment.
+    Pool(PoolName, Option<Arc<Descriptor>>, Roles),
 }
 
 impl<D: Driver> Session<D> {
@@ -51,20 +65,83 @@ impl<D: Driver> Session<D> {
             return self.reject(&Refusal::new(Code::FrameTooLarge, message), turn);
         }
         let result = match request {
-            Request::Challenge => Ok(self.challenge(turn)),
+            Request::Challenge => Ok(Some(self.challenge(turn))),
             Request::AppProof(_) if self.ready.is_some() => Err(Refusal::new(
                 Code::AlreadyReady,
                 "an app is proved before the handshake; open another connection",
             )),
-            Request::AppProof(said) => self.app_proof(said, turn),
-            Request::AdminProof(said) => self.admin_proof(said, turn),
+            Request::AppProof(said) => self.app_proof(id, said, turn),
+            Request::AdminProof(said) => self.admin_proof(said, turn).map(Some),
             _ => unreachable!("nothing else comes here"),
         };
-        self.answer_proof(id, result.map(Some), turn)
+        self.answer_proof(id, result, turn)
+    }
+
+    /// Whether a proof is being checked: nothing else is handled until
+    /// [`Session::handle_verified`].
+    pub(super) fn is_proving(&self) -> bool {
+        self.proofs.pending.is_some()
+    }
+
+    /// Has a proof checked, and decides on it where the verdict comes at once.
+    fn verify(
+        &mut self,
+        id: Option<&str>,
+        proof: Proof,
+        check: Check,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Option<String>, Refusal> {
+        match turn.driver.verify(&self.peer, check)? {
+            Some(is_good) => self.decide(id, proof, is_good, turn),
+            None => {
+                self.proofs.pending = Some((id.map(Into::into), proof));
+                Ok(None)
+            }
+        }
+    }
+
+    /// The verdict on the proof that was being checked, or why it was not checked.
+    pub fn handle_verified(
+        &mut self,
+        verdict: Result<bool, Refusal>,
+        turn: &mut Turn<'_, D>,
+    ) -> Flow {
+        let Some((id, proof)) = self.proofs.pending.take() else {
+            return Flow::Continue;
+        };
+        let id = id.as_deref();
+        let result = verdict.and_then(|is_good| self.decide(id, proof, is_good, turn));
+        self.answer_proof(id, result, turn)
+    }
+
+    fn decide(
+        &mut self,
+        id: Option<&str>,
+        proof: Proof,
+        is_good: bool,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Option<String>, Refusal> {
+        if !is_good {
+            return Err(Refusal::unproved());
+        }
+        match proof {
+            Proof::App(app, key) => self.seat_app(app, key, turn).map(Some),
+            Proof::Pool(pool, descriptor, roles) => {
+                let descriptor = descriptor.ok_or_else(Refusal::unproved)?;
+                self.seat_member(id, &pool, &descriptor, roles, turn)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// The refusal of a proof whose signatures are not looked at, or not what is wrong with it.
+    fn refuse_proof(&self, turn: &mut Turn<'_, D>) -> Refusal {
+        turn.driver.note_refused(&self.peer);
+        Refusal::unproved()
     }
 
     /// Issues a challenge, which replaces an earlier one.
-    pub(super) fn challenge(&mut self, turn: &mut Turn<'_, D>) -> String {
+    fn challenge(&mut self, turn: &mut Turn<'_, D>) -> String {
         let server_nonce = turn.driver.nonce();
         self.proofs.challenge = Some((server_nonce, turn.time()));
         let instance = turn.driver.context().instance;
@@ -74,34 +151,49 @@ impl<D: Driver> Session<D> {
         .to_string()
     }
 
-    /// Marks an app's key as proved, until the handshake.
-    pub(super) fn app_proof(
+    /// Takes the proof of an app's key.
+    fn app_proof(
         &mut self,
+        id: Option<&str>,
         said: &AppProof<'_>,
         turn: &mut Turn<'_, D>,
-    ) -> Result<String, Refusal> {
+    ) -> Result<Option<String>, Refusal> {
         let app_key: [u8; 32] = binary("app_key", &said.app_key)?;
         let client_nonce = binary("client_nonce", &said.client_nonce)?;
         let sig = binary("sig", &said.sig)?;
         self.check_attempts(turn)?;
         let exchange = self.exchange(client_nonce, &said.cb_type, turn);
-        let is_good = exchange.is_some_and(|exchange| {
-            proof::verify_app(said.app_id.as_str(), &app_key, &exchange, &sig)
-        });
+        let exchange = exchange.ok_or_else(|| self.refuse_proof(turn))?;
+        let app = said.app_id.clone();
+        let proof = Proof::App(app.clone(), app_key);
+        let check = move || proof::verify_app(app.as_str(), &app_key, &exchange, &sig);
+        self.verify(id, proof, Box::new(check), turn)
+    }
+
+    /// Marks an app's key as proved, until the handshake.
+    fn seat_app(
+        &mut self,
+        app: AppId,
+        app_key: [u8; 32],
+        turn: &mut Turn<'_, D>,
+    ) -> Result<String, Refusal> {
         let who = &self.who;
-        let decided = turn.with_registry(|registry, _| match registry.key_of(&said.app_id) {
-            _ if !is_good => Err(Refusal::unproved()),
+        let decided = turn.with_registry(|registry, _| match registry.key_of(&app) {
             Some(key) if key == app_key => Ok(()),
             Some(_) => Err(Refusal::unproved()),
-            None => registry.check_new_key(&said.app_id, who),
+            None => registry.check_new_key(&app, who),
         });
-        decided?;
-        self.who.proved = Some((said.app_id.clone(), app_key));
+        // Its signature is good, and it is somebody else's.
+        decided.map_err(|refusal| match refusal.code {
+            Code::Unauthenticated => self.refuse_proof(turn),
+            _ => refusal,
+        })?;
+        self.who.proved = Some((app, app_key));
         Ok("{}".into())
     }
 
     /// Gives this connection administrator rights, and proves that the server has the token too.
-    pub(super) fn admin_proof(
+    fn admin_proof(
         &mut self,
         said: &AdminProof<'_>,
         turn: &mut Turn<'_, D>,
@@ -117,7 +209,7 @@ impl<D: Driver> Session<D> {
         self.check_attempts(turn)?;
         let exchange = self.exchange(client_nonce, &said.cb_type, turn);
         let answer = exchange.and_then(|exchange| turn.driver.admin_mac(&exchange, &mac));
-        let answer = answer.ok_or_else(Refusal::unproved)?;
+        let answer = answer.ok_or_else(|| self.refuse_proof(turn))?;
         self.terms.is_admin = true;
         Ok(json!({"mac": text::encode(&answer)}).to_string())
     }
@@ -155,32 +247,52 @@ impl<D: Driver> Session<D> {
         .to_string()
     }
 
-    /// Joins an encrypted pool, or changes the roles there. The reply is sent first, and then what
-    /// waits for the app in the pool.
+    /// Accepts the proof of roles in an encrypted pool.
     pub(super) fn pool_prove(
         &mut self,
         id: Option<&str>,
         pool: &PoolName,
         said: &str,
         turn: &mut Turn<'_, D>,
-    ) -> Result<(), Refusal> {
+    ) -> Result<Option<String>, Refusal> {
         let said = JoinProof::from_json(said)
             .map_err(|error| Refusal::new(Code::BadMessage, error.to_string()))?;
         self.check_attempts(turn)?;
         let now_ms = turn.time().0 / 1000;
         let challenge = self.proofs.pools.take(pool.as_str(), now_ms);
-        let challenge = challenge.filter(|_| self.takes_binding(turn));
+        let binding = self.terms.binding;
+        let is_bound = said.cb_type == binding.name() && self.takes_binding(turn);
+        let challenge = challenge.filter(|_| is_bound);
+        let challenge = challenge.ok_or_else(|| self.refuse_proof(turn))?;
         let current = turn.with_registry(|registry, _| registry.descriptor(pool));
+        let proof = Proof::Pool(pool.clone(), current.clone(), said.signatures.roles());
         let app = self.app().expect("only a ready session joins").0.clone();
-        let asked = ProofRequest {
-            pool: pool.as_str(),
-            app_id: app.as_str(),
-            server_instance: turn.driver.context().instance,
-            binding: self.terms.binding,
-            current: current.as_deref(),
+        let server_instance = turn.driver.context().instance;
+        let pool = pool.clone();
+        let check = move || {
+            let asked = ProofRequest {
+                pool: pool.as_str(),
+                app_id: app.as_str(),
+                server_instance,
+                binding,
+                current: current.as_deref(),
+            };
+            proof::verify_join(&said, Some(challenge), &asked).is_some()
         };
-        let roles = proof::verify_join(&said, challenge, &asked).ok_or_else(Refusal::unproved)?;
-        let descriptor = current.expect("a proof of no pool is refused");
+        self.verify(id, proof, Box::new(check), turn)
+    }
+
+    /// Joins an encrypted pool, or changes the roles there. The reply is sent first, and then what
+    /// waits for the app in the pool.
+    fn seat_member(
+        &mut self,
+        id: Option<&str>,
+        pool: &PoolName,
+        descriptor: &Arc<Descriptor>,
+        roles: Roles,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<(), Refusal> {
+        let app = self.app().expect("only a ready session joins").0.clone();
         self.forget_left(turn);
         let is_member = self.memberships.iter().any(|m| m.name == *pool);
         if !is_member {
@@ -192,8 +304,9 @@ impl<D: Driver> Session<D> {
             rehydrated,
             watch,
             subscriptions,
+            restored_ms,
         } = turn.with_registry(|registry, turn| {
-            registry.open_proved(&app, pool, (&descriptor, roles), is_member, turn)
+            registry.open_proved(&app, pool, (descriptor, roles), is_member, turn)
         })?;
         let mut reply = json!({
             "roles": roles.number(), "descriptor": text::encode(descriptor.as_bytes()),
@@ -201,6 +314,9 @@ impl<D: Driver> Session<D> {
         });
         if !chain.is_empty() {
             reply["chain"] = chain.iter().map(|bytes| text::encode(bytes)).collect();
+        }
+        if let Some(unix_ms) = restored_ms {
+            reply["restored_ms"] = unix_ms.into();
         }
         if rehydrated {
             let ready = self.ready.as_ref().expect("only a ready session joins");
@@ -267,11 +383,10 @@ impl<D: Driver> Session<D> {
 
     /// Whether a client whose proofs were refused may try again.
     fn check_attempts(&self, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
-        if turn.driver.may_prove(&self.peer) {
-            return Ok(());
+        match turn.driver.may_prove(&self.peer) {
+            true => Ok(()),
+            false => Err(Refusal::too_many_refused()),
         }
-        let message = "too many proofs of yours were refused; wait a minute";
-        Err(Refusal::new(Code::Overloaded, message))
     }
 
     /// Counts a refused proof; the third ends the connection.
@@ -280,7 +395,6 @@ impl<D: Driver> Session<D> {
             return Flow::Continue;
         }
         self.proofs.refused += 1;
-        turn.driver.note_refused(&self.peer);
         let audit = Audit {
             event: "proof_refused",
             app: self.ready.as_ref().map(|ready| &ready.app),

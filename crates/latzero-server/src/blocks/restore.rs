@@ -15,7 +15,7 @@ use latzero_store::BlockHead;
 use serde_json::Value;
 
 use super::files::{Files, Names};
-use super::{FENCE_KEPT_MAX, pool_id, random_id, unix_ns};
+use super::{FENCE_KEPT_MAX, pool_id, unix_ns};
 
 /// Blocks being restored from a backup. Dropping this deletes those that are not committed.
 pub(crate) struct Restoring {
@@ -114,7 +114,7 @@ impl Restoring {
         let geometry = Geometry::with_spares(head.size, head.slots)
             .map_err(|error| senseless(error.to_string()))?;
         let description = Description {
-            block_id: random_id(),
+            block_id: crate::random::bytes(),
             pool_id: pool_id(&pool),
             generation,
             geometry,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -12,12 +13,12 @@ use latzero_fabric::{Class, Sent};
 use latzero_protocol::{BlockId, Code, PoolName, Refusal, encode};
 use serde_json::{Value, json};
 
-use super::{BLOCKS_AT_ONCE, DESCRIPTORS_MAX, is_trusted};
+use super::{BLOCKS_AT_ONCE, DESCRIPTORS_MAX};
 use crate::host::IoHost;
 use crate::listener::Listener;
 use crate::peer::Peer;
 use crate::shared::ServerState;
-use crate::socket::User;
+use crate::socket::{Socket, credentials};
 
 /// A shared block and its memory.
 type Block = (PoolName, BlockId, Arc<OwnedFd>);
@@ -75,19 +76,39 @@ impl Handover {
     }
 }
 
-/// Checks whether a client may take over the server: only a process of this user or of root may,
-/// whatever token it has.
+/// Checks whether a client may take over the server, whatever token it has: only a process of this
+/// user or of root may, whose program belongs to the owner of this one or to root. It gets writable
+/// memory, also that of gated pools.
 ///
 /// # Errors
 /// `forbidden` if it may not.
 pub(crate) fn check_asker(asker: &Peer) -> Result<(), Refusal> {
-    match asker.socket.as_ref().map(crate::socket::Socket::user) {
-        Some(User::Uid(uid)) if is_trusted(uid) => Ok(()),
-        _ => {
-            let message = "only the server's user, or root, may take over";
-            Err(Refusal::new(Code::Forbidden, message))
-        }
+    let refuse = |message| Err(Refusal::new(Code::Forbidden, message));
+    let Some(Socket::Unix(stream)) = &asker.socket else {
+        return refuse("a server is taken over through its Unix socket");
+    };
+    let (pid, uid) = credentials(stream).unwrap_or((0, u32::MAX));
+    if uid != rustix::process::geteuid().as_raw() {
+        return refuse("only the server's user may take over");
     }
+    let owners =
+        program_owner(std::process::id()).zip(u32::try_from(pid).ok().and_then(program_owner));
+    match owners {
+        Some((own, theirs)) if is_fit(own, theirs) => Ok(()),
+        _ => refuse("the program that takes over must belong to the owner of this one, or to root"),
+    }
+}
+
+/// Whether a program of the owner `theirs` may replace one of `own`.
+fn is_fit(own: u32, theirs: u32) -> bool {
+    theirs == own || theirs == 0
+}
+
+/// The owner of the program file that a process runs; `None` for a process of another user or
+/// outside of this PID namespace.
+fn program_owner(pid: u32) -> Option<u32> {
+    let program = std::fs::metadata(format!("/proc/{pid}/exe")).ok()?;
+    Some(program.uid())
 }
 
 /// Hands the listening sockets and the shared blocks over to a new server, and starts to stop when
@@ -287,5 +308,16 @@ mod tests {
         assert!(handover.is_quiet(0) && !handover.is_quiet(1));
         handover.note_quiet();
         assert!(handover.is_quiet(1) && !handover.is_quiet(2));
+    }
+
+    #[test]
+    fn a_program_of_another_owner_does_not_take_over() {
+        assert!(is_fit(1000, 1000) && is_fit(1000, 0) && is_fit(0, 0));
+        assert!(!is_fit(1000, 1001) && !is_fit(0, 1000));
+        // What runs this test is a file with an owner, and no process has the id 0.
+        let program = std::env::current_exe().expect("it has a file");
+        let owner = std::fs::metadata(program).expect("it is there").uid();
+        assert_eq!(program_owner(std::process::id()), Some(owner));
+        assert_eq!(program_owner(0), None);
     }
 }

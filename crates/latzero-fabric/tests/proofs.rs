@@ -1,0 +1,167 @@
+//! Proofs whose verdicts come later: who waits, who does not, and what came in between.
+
+mod net;
+use latzero_crypto::descriptor::{Descriptor, History, NewEpoch, NewPool, OldContent};
+use latzero_crypto::keys::{KeySet, NewKeys, Roles, Secret};
+use latzero_crypto::proof::{ChannelBinding, Exchange, Joining};
+use latzero_crypto::{Suite, text};
+use latzero_sim::Peer;
+use net::Net;
+use serde_json::Value;
+
+fn keys(seed: u8) -> KeySet {
+    KeySet::new_pool(NewKeys {
+        sigil: Secret::new([seed; 32]),
+        shard: Secret::new([seed + 1; 32]),
+        seal: Secret::new([seed + 2; 32]),
+        owner: None,
+    })
+}
+
+fn first(keys: &KeySet) -> Descriptor {
+    let pool = NewPool {
+        name: "vault",
+        suite: Suite::Sealed,
+        pool_id: [5; 16],
+        salt: [6; 32],
+        created_ms: 1,
+        wrap_nonce: [7; 24],
+    };
+    Descriptor::create(keys, &pool).expect("all keys are here")
+}
+
+/// A server with an encrypted pool, and its only member.
+fn vault() -> (Net, Descriptor, Peer) {
+    let mut net = Net::new();
+    let descriptor = first(&keys(1));
+    let app = net.app("owner", "");
+    let create = format!(
+        r#"{{"action":"pool_create","pool":"vault","encrypted":true,"descriptor":"{}","id":"c"}}"#,
+        text::encode(descriptor.as_bytes())
+    );
+    let seen = net.ask(app, &create);
+    assert!(seen.starts_with("c ok"), "{seen}");
+    let proof = proof(&mut net, app, "owner", &keys(1));
+    let seen = net.ask(app, &proof);
+    assert!(seen.starts_with("p ok"), "{seen}");
+    (net, descriptor, app)
+}
+
+/// The message that proves the role write, for a new challenge.
+fn proof(net: &mut Net, peer: Peer, app: &str, keys: &KeySet) -> String {
+    net.say(
+        peer,
+        r#"{"action":"pool_challenge","pool":"vault","id":"n"}"#,
+    );
+    let challenge = net.messages(peer).pop().expect("an answer").json["response"].clone();
+    fn binary<const N: usize>(value: &Value) -> [u8; N] {
+        let text = value.as_str().expect("text");
+        text::decode(text).expect("base64url")
+    }
+    let joining = Joining {
+        pool: "vault",
+        pool_id: binary(&challenge["pool_id"]),
+        epoch: challenge["epoch"].as_u64().expect("a number") as u32,
+        suite: 1,
+        app_id: app,
+        exchange: Exchange {
+            client_nonce: [9; 32],
+            server_nonce: binary(&challenge["server_nonce"]),
+            server_instance: binary(&challenge["server_instance"]),
+            binding: ChannelBinding::None,
+        },
+    };
+    let proof = joining
+        .prove(keys, Roles::Write)
+        .expect("all keys are here");
+    let proof = proof.to_json();
+    format!(r#"{{"action":"pool_join","pool":"vault","id":"p","proof":{proof}}}"#)
+}
+
+const PING: &str = r#"{"action":"ping","id":"later"}"#;
+
+#[test]
+fn proofs_that_wait_hold_up_nobody_but_who_gave_them() {
+    let (mut net, _, _) = vault();
+    let handler = net.app("handler", r#""triggers":["t"]"#);
+    let caller = net.app("caller", "");
+    net.world.hold_proofs(true);
+    let crowd: Vec<Peer> = (0..16)
+        .map(|n| {
+            let app = format!("crowd-{n}");
+            let peer = net.app(&app, "");
+            // Keys that are not the pool's.
+            let wrong = proof(&mut net, peer, &app, &keys(100));
+            assert_eq!(net.ask(peer, &wrong), "", "no verdict yet");
+            assert_eq!(net.ask(peer, PING), "", "what comes behind it waits");
+            peer
+        })
+        .collect();
+    // Others call as if there were no crowd.
+    for n in 0..3 {
+        assert_eq!(net.call(caller, &format!("{n}"), r#""data":1"#), "");
+        assert_eq!(net.answer(handler, r#""status":"ok","response":2"#), "");
+        assert_eq!(net.sees(caller), format!("{n} ok: 2"));
+    }
+    // One more does not wait: it is told to come again.
+    let late = net.app("late", "");
+    let good = proof(&mut net, late, "late", &keys(1));
+    assert_eq!(net.ask(late, &good), "p failed: overloaded ran=no");
+    assert!(net.ask(late, PING).starts_with("later ok"), "it goes on");
+    assert!(net.world.check_proof());
+    let good = proof(&mut net, late, "late", &keys(1));
+    assert_eq!(net.ask(late, &good), "");
+    assert_eq!(net.ask(late, PING), "");
+    while net.world.check_proof() {}
+    for peer in crowd {
+        let seen = net.sees(peer);
+        let (verdict, rest) = seen.split_once("; ").expect("two answers");
+        assert_eq!(verdict, "p failed: unauthenticated ran=no");
+        assert!(rest.starts_with("later ok"), "{rest}");
+    }
+    let seen = net.sees(late);
+    assert!(
+        seen.starts_with("p ok") && seen.contains("; later ok"),
+        "{seen}"
+    );
+}
+
+#[test]
+fn a_rotation_before_the_verdict_refuses_the_proof() {
+    let (mut net, current, owner) = vault();
+    let late = net.app("late", "");
+    let proof = proof(&mut net, late, "late", &keys(1));
+    net.world.hold_proofs(true);
+    assert_eq!(net.ask(late, &proof), "");
+    let to = NewEpoch {
+        salt: [8; 32],
+        created_ms: 2,
+        wrap_nonce: [9; 24],
+        history: History::Cut,
+        content: OldContent::AsBefore,
+    };
+    let next = current
+        .rotate(&keys(1), &keys(1), &to)
+        .expect("all keys are here");
+    let rotate = format!(
+        r#"{{"action":"pool_rotate","pool":"vault","descriptor":"{}","id":"r"}}"#,
+        text::encode(next.as_bytes())
+    );
+    let seen = net.ask(owner, &rotate);
+    assert!(seen.contains("r ok"), "{seen}");
+    assert!(net.world.check_proof());
+    assert_eq!(net.sees(late), "p failed: unauthenticated ran=no");
+}
+
+#[test]
+fn who_leaves_before_the_verdict_is_not_seated() {
+    let (mut net, _, _) = vault();
+    let late = net.app("late", "");
+    let proof = proof(&mut net, late, "late", &keys(1));
+    net.world.hold_proofs(true);
+    net.say(late, &proof);
+    net.hang_up(late);
+    assert!(net.world.check_proof());
+    let members = net.world.pool_stats("vault").expect("it is there").members;
+    assert_eq!(members, 1, "the owner alone");
+}

@@ -1,0 +1,227 @@
+//! Threads that check proofs: signatures take a hundred times as long as a message.
+//!
+//! Users take turns, one proof at a time: a crowd of one user's proofs delays another user's by one
+//! proof. Whoever had too many refused while theirs waited gets `overloaded`, unlooked at.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::{Builder, available_parallelism};
+
+use latzero_fabric::driver::Check;
+use latzero_protocol::{Code, Refusal};
+
+use crate::peer::Peer;
+use crate::shared::{Command, ServerState};
+use crate::socket::{Socket, User};
+
+/// Proofs of one user that wait. A connection has one at a time.
+const OF_USER_MAX: usize = 1024;
+
+/// Proofs of all users that wait, but for those of the server's own user.
+const OF_ALL_MAX: usize = 4096;
+
+/// A proof to check, and who is told.
+struct Job {
+    shared: Arc<ServerState>,
+    peer: Arc<Peer>,
+    user: User,
+    check: Check,
+}
+
+impl Job {
+    fn run(self) {
+        let Job {
+            shared,
+            peer,
+            user,
+            check,
+        } = self;
+        let now = shared.clock.now();
+        let may = shared.attempts().may(user, now);
+        let verdict = may.then(check).ok_or_else(Refusal::too_many_refused);
+        if verdict == Ok(false) {
+            shared.attempts().note(user, now);
+        }
+        shared.mailboxes[peer.home].send(Command::Verified(peer, verdict));
+    }
+}
+
+/// What waits, by user; the users in the order of their turns.
+struct Turns<T> {
+    users: VecDeque<(User, VecDeque<T>)>,
+    /// Those that do not belong to the server's own user.
+    of_others: usize,
+    is_closed: bool,
+}
+
+impl<T> Default for Turns<T> {
+    fn default() -> Self {
+        Turns {
+            users: VecDeque::new(),
+            of_others: 0,
+            is_closed: false,
+        }
+    }
+}
+
+impl<T> Turns<T> {
+    /// Queues something of a user; false if there is no room.
+    fn push(&mut self, user: User, what: T) -> bool {
+        let is_other = !user.is_trusted();
+        if is_other && self.of_others >= OF_ALL_MAX {
+            return false;
+        }
+        match self.users.iter_mut().find(|(known, _)| *known == user) {
+            Some((_, waiting)) if waiting.len() >= OF_USER_MAX => return false,
+            Some((_, waiting)) => waiting.push_back(what),
+            None => self.users.push_back((user, VecDeque::from([what]))),
+        }
+        self.of_others += usize::from(is_other);
+        true
+    }
+
+    /// The next one of the user whose turn it is.
+    fn pop(&mut self) -> Option<T> {
+        let (user, mut waiting) = self.users.pop_front()?;
+        let next = waiting.pop_front();
+        self.of_others -= usize::from(!user.is_trusted());
+        if !waiting.is_empty() {
+            self.users.push_back((user, waiting));
+        }
+        next
+    }
+}
+
+#[derive(Default)]
+struct Queue {
+    turns: Mutex<Turns<Job>>,
+    changed: Condvar,
+}
+
+impl Queue {
+    fn turns(&self) -> MutexGuard<'_, Turns<Job>> {
+        self.turns.lock().expect("nothing panics under this lock")
+    }
+
+    /// The next proof; `None` once the queue is closed.
+    fn next(&self) -> Option<Job> {
+        let mut turns = self.turns();
+        loop {
+            if turns.is_closed {
+                return None;
+            }
+            if let Some(job) = turns.pop() {
+                return Some(job);
+            }
+            turns = self
+                .changed
+                .wait(turns)
+                .expect("nothing panics under this lock");
+        }
+    }
+}
+
+/// The threads, and what waits for them.
+pub(crate) struct Verifier {
+    queue: Arc<Queue>,
+}
+
+impl Verifier {
+    /// Starts a thread for each four processors, and at least one.
+    ///
+    /// # Errors
+    /// If a thread can't be started.
+    pub(crate) fn new() -> io::Result<Verifier> {
+        let verifier = Verifier {
+            queue: Arc::default(),
+        };
+        let processors = available_parallelism().map_or(1, usize::from);
+        for _ in 0..(processors / 4).max(1) {
+            let queue = Arc::clone(&verifier.queue);
+            Builder::new().name("proofs".into()).spawn(move || {
+                while let Some(job) = queue.next() {
+                    job.run();
+                }
+            })?;
+        }
+        Ok(verifier)
+    }
+
+    /// Queues the check of a connection's proof; its loop is told the verdict.
+    ///
+    /// # Errors
+    /// `overloaded`, if too many wait.
+    pub(crate) fn pass_on(
+        &self,
+        shared: &Arc<ServerState>,
+        peer: &Arc<Peer>,
+        check: Check,
+    ) -> Result<(), Refusal> {
+        let user = peer.socket.as_ref().map_or(User::Unknown, Socket::user);
+        let job = Job {
+            shared: Arc::clone(shared),
+            peer: Arc::clone(peer),
+            user,
+            check,
+        };
+        if !self.queue.turns().push(user, job) {
+            let message = "too many proofs wait to be checked; try again";
+            return Err(Refusal::new(Code::Overloaded, message));
+        }
+        self.queue.changed.notify_one();
+        Ok(())
+    }
+}
+
+impl Drop for Verifier {
+    fn drop(&mut self) {
+        self.queue.turns().is_closed = true;
+        self.queue.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn other(n: u32) -> User {
+        // Neither root nor the user of the tests.
+        let own = rustix::process::geteuid().as_raw();
+        User::Uid((own.max(1) + 1).wrapping_add(n))
+    }
+
+    #[test]
+    fn a_crowd_delays_another_user_by_one_proof() {
+        let mut turns = Turns::default();
+        for n in 0..500 {
+            assert!(turns.push(other(0), ("crowd", n)));
+        }
+        assert!(turns.push(other(1), ("single", 0)));
+        let order: Vec<_> = (0..3).map_while(|_| turns.pop()).collect();
+        assert_eq!(order, [("crowd", 0), ("single", 0), ("crowd", 1)]);
+        // Nobody is forgotten, and each user's keep their order.
+        let rest: Vec<_> = std::iter::from_fn(|| turns.pop()).collect();
+        let expected: Vec<_> = (2..500).map(|n| ("crowd", n)).collect();
+        assert_eq!((rest, turns.of_others), (expected, 0));
+    }
+
+    #[test]
+    fn what_waits_is_bounded_and_leaves_room_for_the_own_user() {
+        let mut turns = Turns::default();
+        for n in 0..OF_USER_MAX {
+            assert!(turns.push(other(0), n));
+        }
+        assert!(!turns.push(other(0), 0), "of one user");
+        for user in 1..4 {
+            for n in 0..OF_USER_MAX {
+                assert!(turns.push(other(user), n));
+            }
+        }
+        assert!(!turns.push(other(4), 0), "of all");
+        let own = User::Uid(rustix::process::geteuid().as_raw());
+        assert!(turns.push(own, 0));
+        turns.pop();
+        assert!(turns.push(other(4), 0), "there is room again");
+    }
+}
