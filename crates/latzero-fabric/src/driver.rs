@@ -2,6 +2,8 @@
 
 use std::ops::DerefMut;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 
 use latzero_crypto::proof::Exchange;
 use latzero_protocol::memory::Access;
@@ -16,7 +18,6 @@ use crate::link::Link;
 use crate::memory::{Numbers, StorageId};
 use crate::outbox::{Bounds, Class, Sent};
 use crate::pool::Pool;
-use crate::prng::Prng;
 use crate::registry::{Registry, View};
 use crate::rows::StoreChange;
 use crate::turn::Turn;
@@ -54,6 +55,16 @@ pub struct Context {
     pub admin_over_plain_tcp: bool,
     /// Whether proofs over plain TCP are refused.
     pub require_channel_binding: bool,
+    /// Whether the server is shutting down and accepts no new calls.
+    pub is_draining: AtomicBool,
+}
+
+impl Context {
+    /// Whether the server is shutting down and accepts no new calls.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.is_draining.load(Relaxed)
+    }
 }
 
 /// A report for people, as JSON text.
@@ -118,53 +129,11 @@ pub trait Peer<D: Driver>: Clone + Eq {
     fn in_flight(&self) -> &InFlight;
 }
 
-/// The environment of the core: access to registry and pools, bytes of blocks, rows to store, and
-/// what only a server knows. It is called while a pool or the registry is locked, so nothing here
-/// may block, except [`Driver::read_block`] and [`Driver::write_block`], which are called without
-/// a lock.
-///
-/// The server keeps pools behind mutexes and the simulator keeps them in a table. The core holds
-/// one of them at a time, and never the registry together with a pool.
-pub trait Driver: Sized {
-    /// A connection.
-    type Peer: Peer<Self>;
-    /// A pool's handle.
-    type Pool: Clone;
+/// The bytes of blocks. Nothing here may block, except [`BlockStorage::read_block`] and
+/// [`BlockStorage::write_block`], which are called without a lock.
+pub trait BlockStorage {
     /// A descriptor of a block's storage.
     type Fd;
-
-    /// The decisions that are still to be carried out.
-    fn effects(&mut self) -> &mut Effects<Self>;
-
-    /// What the core knows about its server.
-    fn context(&self) -> &Arc<Context>;
-
-    /// Whether the server is shutting down and accepts no new calls.
-    fn is_draining(&self) -> bool;
-
-    /// A handle of a new pool. Called while the registry is locked.
-    fn new_pool(pool: Pool<Self>) -> Self::Pool;
-
-    /// Runs `f` with the registry.
-    fn with_registry<R>(
-        turn: &mut Turn<'_, Self>,
-        f: impl FnOnce(&mut Registry<Self>, &mut Turn<'_, Self>) -> R,
-    ) -> R;
-
-    /// Runs `f` with one pool, then arms its deadline and starts the jobs that it requested for
-    /// blocks.
-    fn with_pool<R>(
-        turn: &mut Turn<'_, Self>,
-        pool: &Self::Pool,
-        f: impl FnOnce(&mut Pool<Self>, &mut Turn<'_, Self>) -> R,
-    ) -> R;
-
-    /// Runs `f` with the numbers that are never reused.
-    fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R;
-
-    /// Stores a row. `promise` says who is notified once the row is on disk or cannot be stored;
-    /// without it, the change is retried until it is on disk.
-    fn store(&mut self, change: StoreChange, promise: Option<Promise<'_, Self>>);
 
     /// A descriptor of a block's storage with this access, if there is one.
     fn descriptor(&self, storage: StorageId, access: Access) -> Option<Self::Fd>;
@@ -199,6 +168,75 @@ pub trait Driver: Sized {
         write: &BlockWrite<'_>,
     ) -> Result<Written, Refusal>;
 
+    /// The owner of a block of an earlier run whose memory clients may still offer; without a block
+    /// name, the owner of any such block in the pool.
+    fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId>;
+}
+
+/// Checks what clients prove, and bounds how often they may be wrong.
+pub trait Verifier {
+    /// A connection.
+    type Peer;
+
+    /// The server's own MAC for an exchange with an administrator, if the client's `mac` is
+    /// correct. Takes the same time in either case.
+    fn admin_mac(&self, exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]>;
+
+    /// Whether the user of a connection may send a proof now; false if too many were refused.
+    fn may_prove(&mut self, asker: &Self::Peer) -> bool;
+
+    /// Checks a proof of a connection, and counts it as [`Verifier::note_refused`] does if it is
+    /// wrong. Returns the result, or nothing if it comes later with
+    /// [`crate::Session::handle_verified`]; until then the session takes no input.
+    ///
+    /// # Errors
+    /// `overloaded`, if too many proofs wait to be checked.
+    fn verify(&mut self, asker: &Self::Peer, check: Check) -> Result<Option<bool>, Refusal>;
+
+    /// A proof of a connection's user was refused.
+    fn note_refused(&mut self, asker: &Self::Peer);
+}
+
+/// The environment of the core: access to registry and pools, rows to store, and what only a server
+/// knows; with [`BlockStorage`] and [`Verifier`]. It is called while a pool or the registry is
+/// locked, so nothing here may block.
+///
+/// The server keeps pools behind mutexes and the simulator keeps them in a table. The core holds
+/// one of them at a time, and never the registry together with a pool.
+pub trait Driver: BlockStorage + Verifier<Peer: Peer<Self>> + Sized {
+    /// A pool's handle.
+    type Pool: Clone;
+
+    /// The decisions that are still to be carried out.
+    fn effects(&mut self) -> &mut Effects<Self>;
+
+    /// What the core knows about its server.
+    fn context(&self) -> &Arc<Context>;
+
+    /// A handle of a new pool. Called while the registry is locked.
+    fn new_pool(pool: Pool<Self>) -> Self::Pool;
+
+    /// Runs `f` with the registry.
+    fn with_registry<R>(
+        turn: &mut Turn<'_, Self>,
+        f: impl FnOnce(&mut Registry<Self>, &mut Turn<'_, Self>) -> R,
+    ) -> R;
+
+    /// Runs `f` with one pool, then arms its deadline and starts the jobs that it requested for
+    /// blocks.
+    fn with_pool<R>(
+        turn: &mut Turn<'_, Self>,
+        pool: &Self::Pool,
+        f: impl FnOnce(&mut Pool<Self>, &mut Turn<'_, Self>) -> R,
+    ) -> R;
+
+    /// Runs `f` with the numbers that are never reused.
+    fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R;
+
+    /// Stores a row. `promise` says who is notified once the row is on disk or cannot be stored;
+    /// without it, the change is retried until it is on disk.
+    fn store(&mut self, change: StoreChange, promise: Option<Promise<'_, Self>>);
+
     /// Takes back the memory of a block of an earlier run, whose descriptor came with the current
     /// message, and adds the block to `pool` ([`Pool::adopt_block`]).
     ///
@@ -211,36 +249,11 @@ pub trait Driver: Sized {
         block: &BlockId,
     ) -> Result<(), Refusal>;
 
-    /// The owner of a block of an earlier run whose memory clients may still offer; without a block
-    /// name, the owner of any such block in the pool.
-    fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId>;
-
     /// A report about the server, with what the requesting client may see.
     fn report(turn: &mut Turn<'_, Self>, what: Report, view: &View<'_>) -> String;
 
-    /// Random bytes, good enough to be a nonce.
-    fn nonce(&mut self) -> [u8; 32];
-
-    /// An id that nobody can guess; reproducible runs take it from `prng`.
-    fn fresh_id(&mut self, prng: &mut Prng) -> u64;
-
-    /// The server's own MAC for an exchange with an administrator, if the client's `mac` is
-    /// correct. Takes the same time in either case.
-    fn admin_mac(&self, exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]>;
-
-    /// Whether the user of a connection may send a proof now; false if too many were refused.
-    fn may_prove(&mut self, asker: &Self::Peer) -> bool;
-
-    /// Checks a proof of a connection, and counts it as [`Driver::note_refused`] does if it is
-    /// wrong. Returns the result, or nothing if it comes later with
-    /// [`crate::Session::handle_verified`]; until then the session takes no input.
-    ///
-    /// # Errors
-    /// `overloaded`, if too many proofs wait to be checked.
-    fn verify(&mut self, asker: &Self::Peer, check: Check) -> Result<Option<bool>, Refusal>;
-
-    /// A proof of a connection's user was refused.
-    fn note_refused(&mut self, asker: &Self::Peer);
+    /// Random bytes, good enough to be a nonce; reproducible in the simulator.
+    fn random(&mut self) -> [u8; 32];
 
     /// Carries out an administrator's request that concerns the driver; returns the reply's JSON
     /// text, or nothing if it is slow and the driver itself replies to `asker` under `id`.

@@ -428,7 +428,7 @@ impl<D: Driver> Session<D> {
 
     #[inline]
     fn call(&mut self, trigger: &Trigger<'_>, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
-        if turn.driver.is_draining() {
+        if turn.driver.context().is_draining() {
             return Err(Refusal::new(
                 Code::Draining,
                 "the server is shutting down and accepts no new calls",

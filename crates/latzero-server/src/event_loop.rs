@@ -829,7 +829,7 @@ impl EventLoop {
     /// Continues with a drain; true once this loop has nothing left.
     fn drain(&mut self, now: Time) -> bool {
         let shared = Arc::clone(&self.host.shared);
-        if !shared.is_draining.load(Relaxed) {
+        if !shared.context.is_draining() {
             return false;
         }
         if self.drain.is_none() {

@@ -70,7 +70,7 @@ pub(crate) fn report(shared: &ServerState, parked: &ParkedCounts, now: Time) -> 
     let all_ok = parts
         .as_object()
         .is_some_and(|parts| parts.values().all(|part| part["status"] == "ok"));
-    let status = match (shared.is_draining.load(Relaxed), all_ok) {
+    let status = match (shared.context.is_draining(), all_ok) {
         (true, _) => "draining",
         (false, true) => "ok",
         (false, false) => "degraded",

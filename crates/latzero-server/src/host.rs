@@ -6,14 +6,16 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use latzero_crypto::proof::{self, Exchange, Side};
-use latzero_fabric::driver::{BlockWrite, Check, Context, Observed, Promise, Report, Written};
+use latzero_fabric::driver::{
+    BlockStorage, BlockWrite, Check, Context, Observed, Promise, Report, Verifier, Written,
+};
 use latzero_fabric::ledger::Resource;
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Numbers, StorageId};
 use latzero_fabric::pool::ParkedCounts;
 use latzero_fabric::registry::View;
 use latzero_fabric::rows::StoreChange;
-use latzero_fabric::{Class, Driver, Effects, Now, Pool, Prng, Registry, Sent, Turn};
+use latzero_fabric::{Class, Driver, Effects, Now, Pool, Registry, Sent, Turn};
 use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
@@ -174,7 +176,7 @@ impl IoHost {
             "uptime_ms": now.since(self.shared.started).as_millis() as u64,
             "addresses": self.shared.identity.addresses,
             "data_dir": self.shared.identity.data_dir,
-            "draining": self.shared.is_draining.load(Relaxed),
+            "draining": self.shared.context.is_draining(),
             "pin": self.shared.tls.as_ref().map(|tls| tls.pin().to_string()),
             "io_threads": self.shared.mailboxes.len(),
             "log_lines_lost": (self.shared.log_lines_lost)(),
@@ -214,10 +216,104 @@ impl IoHost {
     }
 }
 
-impl Driver for IoHost {
-    type Peer = Arc<Peer>;
-    type Pool = Arc<PoolCell>;
+impl BlockStorage for IoHost {
     type Fd = Arc<OwnedFd>;
+
+    fn descriptor(&self, storage: StorageId, access: Access) -> Option<Arc<OwnedFd>> {
+        self.shared.blocks.descriptor(storage, access)
+    }
+
+    fn block_version(&mut self, storage: StorageId, noted: Option<u64>) -> u64 {
+        match noted {
+            Some(version) => self.shared.blocks.note_version(storage, version),
+            None => self.shared.blocks.version(storage),
+        }
+    }
+
+    fn set_fence(&mut self, storage: StorageId, fence: u64, is_held: bool) {
+        self.shared.blocks.set_fence(storage, fence, is_held);
+    }
+
+    fn read_block(
+        &mut self,
+        storage: StorageId,
+        range: std::ops::Range<u64>,
+        if_version: Option<u64>,
+    ) -> Result<(Vec<u8>, u64), Refusal> {
+        let blocks = &self.shared.blocks;
+        if range.is_empty() {
+            blocks.check(storage)?;
+            return Ok((Vec::new(), blocks.version(storage)));
+        }
+        let length = usize::try_from(range.end - range.start).expect("it fits into a frame");
+        let mut buffer = self.effects.buffers.take(length);
+        buffer.resize(length, 0);
+        match blocks.read(storage, range.start, &mut buffer, if_version) {
+            Ok(version) => Ok((buffer, version)),
+            Err(refusal) => {
+                self.effects.buffers.recycle(buffer);
+                Err(refusal)
+            }
+        }
+    }
+
+    fn write_block(
+        &mut self,
+        storage: StorageId,
+        write: &BlockWrite<'_>,
+    ) -> Result<Written, Refusal> {
+        let blocks = &self.shared.blocks;
+        let &BlockWrite {
+            offset,
+            data,
+            if_version,
+            expected,
+        } = write;
+        let Some(expected) = expected else {
+            let version = blocks.write(storage, offset, data, if_version)?;
+            return Ok(Written::Version(version));
+        };
+        Ok(match blocks.swap(storage, offset, expected, data)? {
+            (version, None) => Written::Version(version),
+            (version, Some(current)) => Written::Differs(version, current),
+        })
+    }
+
+    fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId> {
+        self.shared.blocks.awaited_owner(pool, block)
+    }
+}
+
+impl Verifier for IoHost {
+    type Peer = Arc<Peer>;
+
+    fn admin_mac(&self, exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]> {
+        let token = self.shared.token.bytes();
+        proof::verify_admin(&token, Side::Client, exchange, mac)
+            .then(|| proof::admin_mac(&token, Side::Server, exchange))
+    }
+
+    fn may_prove(&mut self, asker: &Arc<Peer>) -> bool {
+        let user = asker.socket.as_ref().map(Socket::user);
+        user.is_none_or(|user| self.shared.attempts().may(user, self.now.monotonic))
+    }
+
+    fn verify(&mut self, asker: &Arc<Peer>, check: Check) -> Result<Option<bool>, Refusal> {
+        let verifier = &self.shared.verifier;
+        verifier.pass_on(&self.shared, asker, check).map(|()| None)
+    }
+
+    fn note_refused(&mut self, asker: &Arc<Peer>) {
+        if let Some(socket) = &asker.socket {
+            self.shared
+                .attempts()
+                .note(socket.user(), self.now.monotonic);
+        }
+    }
+}
+
+impl Driver for IoHost {
+    type Pool = Arc<PoolCell>;
 
     #[inline]
     fn effects(&mut self) -> &mut Effects<IoHost> {
@@ -227,10 +323,6 @@ impl Driver for IoHost {
     #[inline]
     fn context(&self) -> &Arc<Context> {
         &self.shared.context
-    }
-
-    fn is_draining(&self) -> bool {
-        self.shared.is_draining.load(Relaxed)
     }
 
     fn new_pool(pool: Pool<Self>) -> Arc<PoolCell> {
@@ -296,66 +388,6 @@ impl Driver for IoHost {
         self.shared.persistence.write(change, promise);
     }
 
-    fn descriptor(&self, storage: StorageId, access: Access) -> Option<Arc<OwnedFd>> {
-        self.shared.blocks.descriptor(storage, access)
-    }
-
-    fn block_version(&mut self, storage: StorageId, noted: Option<u64>) -> u64 {
-        match noted {
-            Some(version) => self.shared.blocks.note_version(storage, version),
-            None => self.shared.blocks.version(storage),
-        }
-    }
-
-    fn set_fence(&mut self, storage: StorageId, fence: u64, is_held: bool) {
-        self.shared.blocks.set_fence(storage, fence, is_held);
-    }
-
-    fn read_block(
-        &mut self,
-        storage: StorageId,
-        range: std::ops::Range<u64>,
-        if_version: Option<u64>,
-    ) -> Result<(Vec<u8>, u64), Refusal> {
-        let blocks = &self.shared.blocks;
-        if range.is_empty() {
-            blocks.check(storage)?;
-            return Ok((Vec::new(), blocks.version(storage)));
-        }
-        let length = usize::try_from(range.end - range.start).expect("it fits into a frame");
-        let mut buffer = self.effects.buffers.take(length);
-        buffer.resize(length, 0);
-        match blocks.read(storage, range.start, &mut buffer, if_version) {
-            Ok(version) => Ok((buffer, version)),
-            Err(refusal) => {
-                self.effects.buffers.recycle(buffer);
-                Err(refusal)
-            }
-        }
-    }
-
-    fn write_block(
-        &mut self,
-        storage: StorageId,
-        write: &BlockWrite<'_>,
-    ) -> Result<Written, Refusal> {
-        let blocks = &self.shared.blocks;
-        let &BlockWrite {
-            offset,
-            data,
-            if_version,
-            expected,
-        } = write;
-        let Some(expected) = expected else {
-            let version = blocks.write(storage, offset, data, if_version)?;
-            return Ok(Written::Version(version));
-        };
-        Ok(match blocks.swap(storage, offset, expected, data)? {
-            (version, None) => Written::Version(version),
-            (version, Some(current)) => Written::Differs(version, current),
-        })
-    }
-
     fn reoffer(
         turn: &mut Turn<'_, Self>,
         pool: &Arc<PoolCell>,
@@ -371,10 +403,6 @@ impl Driver for IoHost {
             return Err(Refusal::new(Code::BadMessage, message));
         };
         crate::blocks::reoffer(host, pool, (name, block), &row, &offered)
-    }
-
-    fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId> {
-        self.shared.blocks.awaited_owner(pool, block)
     }
 
     fn report(turn: &mut Turn<'_, Self>, what: Report, view: &View<'_>) -> String {
@@ -395,36 +423,8 @@ impl Driver for IoHost {
         }
     }
 
-    fn nonce(&mut self) -> [u8; 32] {
+    fn random(&mut self) -> [u8; 32] {
         crate::random::bytes()
-    }
-
-    fn fresh_id(&mut self, _prng: &mut Prng) -> u64 {
-        u64::from_be_bytes(crate::random::bytes())
-    }
-
-    fn admin_mac(&self, exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]> {
-        let token = self.shared.token.bytes();
-        proof::verify_admin(&token, Side::Client, exchange, mac)
-            .then(|| proof::admin_mac(&token, Side::Server, exchange))
-    }
-
-    fn may_prove(&mut self, asker: &Arc<Peer>) -> bool {
-        let user = asker.socket.as_ref().map(Socket::user);
-        user.is_none_or(|user| self.shared.attempts().may(user, self.now.monotonic))
-    }
-
-    fn verify(&mut self, asker: &Arc<Peer>, check: Check) -> Result<Option<bool>, Refusal> {
-        let verifier = &self.shared.verifier;
-        verifier.pass_on(&self.shared, asker, check).map(|()| None)
-    }
-
-    fn note_refused(&mut self, asker: &Arc<Peer>) {
-        if let Some(socket) = &asker.socket {
-            self.shared
-                .attempts()
-                .note(socket.user(), self.now.monotonic);
-        }
     }
 
     fn admin(

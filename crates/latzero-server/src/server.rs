@@ -391,7 +391,7 @@ struct Together(Arc<ServerState>);
 
 impl Drop for Together {
     fn drop(&mut self) {
-        if !self.0.is_draining.load(Relaxed) {
+        if !self.0.context.is_draining() {
             self.0.is_over.store(true, Relaxed);
             self.0.wake_all();
         }

@@ -204,7 +204,6 @@ pub(crate) struct ServerState {
     pub(crate) verifier: Verifier,
     pub(crate) mailboxes: Vec<Mailbox>,
     pub(crate) builtin: Mutex<Option<BuiltIn>>,
-    pub(crate) is_draining: AtomicBool,
     /// The state of a hand-over.
     pub(crate) handover: Handover,
     /// A backup or database check is running.
@@ -289,6 +288,7 @@ impl ServerState {
                 secret: keeper.pool_secret(),
                 admin_over_plain_tcp: settings.admin_over_plain_tcp,
                 require_channel_binding: settings.require_channel_binding,
+                is_draining: AtomicBool::new(false),
             }),
             settings: Mutex::new(Arc::new(settings)),
             timers: Timers::default(),
@@ -305,7 +305,6 @@ impl ServerState {
             verifier,
             mailboxes,
             builtin: Mutex::new(None),
-            is_draining: AtomicBool::new(false),
             handover: Handover::default(),
             is_in_upkeep: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
@@ -344,7 +343,7 @@ impl ServerState {
     /// Starts to drain: no new calls and connections; the loops end when the last call has ended.
     /// False if it is already draining.
     pub(crate) fn drain(&self) -> bool {
-        let is_first = !self.is_draining.swap(true, Relaxed);
+        let is_first = !self.context.is_draining.swap(true, Relaxed);
         if is_first {
             self.wake_all();
         }

@@ -9,10 +9,14 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 
 use latzero_crypto::proof::{ChannelBinding, Exchange};
 use latzero_crypto::text;
-use latzero_fabric::driver::{BlockWrite, Check, Context, Observed, Promise, Report, Written};
+use latzero_fabric::driver::{
+    BlockStorage, BlockWrite, Check, Context, Observed, Promise, Report, Verifier, Written,
+};
 use latzero_fabric::ledger::{self, Holding, Ledger, Reservation, Resource, Users};
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Job, Numbers, StorageId};
@@ -99,7 +103,6 @@ pub struct World {
     /// All who come over TCP are one user, an untrusted user; the others are the server's own.
     users: Users<bool>,
     connections: Vec<Connection>,
-    is_draining: bool,
     touched: Vec<PoolHandle>,
     /// Whose promises were told of while another's message was handled.
     woken: Vec<Peer>,
@@ -131,6 +134,7 @@ impl World {
                 secret: [2; 32],
                 admin_over_plain_tcp: true,
                 require_channel_binding: false,
+                is_draining: AtomicBool::new(false),
             }),
             socket_bytes: bounds.socket_bytes,
             effects: Effects::default(),
@@ -141,7 +145,6 @@ impl World {
             proofs: None,
             users: Users::default(),
             connections: Vec::new(),
-            is_draining: false,
             touched: Vec::new(),
             woken: Vec::new(),
             beside_write: None,
@@ -609,7 +612,7 @@ impl World {
 
     /// Takes no new calls from now on, and tells everybody.
     pub fn drain(&mut self) {
-        self.is_draining = true;
+        self.context.is_draining.store(true, Relaxed);
         let event = r#"{"action":"event","event":"draining"}"#;
         for at in 0..self.connections.len() {
             let is_ready = self.connections[at]
@@ -629,7 +632,7 @@ impl World {
     /// Whether the server is about to stop.
     #[must_use]
     pub fn is_stopping(&self) -> bool {
-        self.is_draining
+        self.context.is_draining()
     }
 
     /// Begins again, as after a kill: connections are gone, apps and pools are as far as they were
@@ -668,7 +671,7 @@ impl World {
         self.effects = Effects::default();
         self.store.crash();
         self.observer.crash(&self.store.rows);
-        self.is_draining = false;
+        self.context.is_draining.store(false, Relaxed);
         self.proofs.iter_mut().for_each(VecDeque::clear);
         self.touched.clear();
         self.storages = Storages::default();
@@ -964,10 +967,103 @@ impl World {
     }
 }
 
-impl Driver for World {
-    type Peer = Line;
-    type Pool = PoolHandle;
+impl BlockStorage for World {
     type Fd = Descriptor;
+
+    fn descriptor(&self, storage: StorageId, access: Access) -> Option<Descriptor> {
+        self.storages.descriptor(storage, access)
+    }
+
+    fn block_version(&mut self, storage: StorageId, noted: Option<u64>) -> u64 {
+        // Nobody maps anything here: what is said to be written is written.
+        let Some(stored) = self.storages.stored.get_mut(&storage) else {
+            return 0;
+        };
+        // The largest number says that nobody said anything: the block itself is asked.
+        let noted = noted.filter(|version| *version < u64::MAX);
+        stored.version = stored.version.max(noted.unwrap_or(0));
+        stored.version
+    }
+
+    fn set_fence(&mut self, storage: StorageId, fence: u64, _is_held: bool) {
+        if let Some(stored) = self.storages.stored.get_mut(&storage) {
+            stored.fence = fence;
+        }
+    }
+
+    fn read_block(
+        &mut self,
+        storage: StorageId,
+        range: std::ops::Range<u64>,
+        if_version: Option<u64>,
+    ) -> Result<(Vec<u8>, u64), Refusal> {
+        let length = usize::try_from(range.end - range.start).expect("checked by the core");
+        let (stored, range) =
+            self.storages
+                .write_range(storage, range.start, length, if_version)?;
+        Ok((stored.bytes[range].to_vec(), stored.version))
+    }
+
+    fn write_block(
+        &mut self,
+        storage: StorageId,
+        write: &BlockWrite<'_>,
+    ) -> Result<Written, Refusal> {
+        if write.expected.is_none()
+            && let Some(beside) = self.beside_write.take()
+        {
+            beside(self);
+        }
+        let (stored, range) =
+            self.storages
+                .write_range(storage, write.offset, write.data.len(), write.if_version)?;
+        let current = &mut stored.bytes[range];
+        if write.expected.is_some_and(|expected| expected != current) {
+            return Ok(Written::Differs(stored.version, current.to_vec()));
+        }
+        current.copy_from_slice(write.data);
+        stored.version += 1;
+        Ok(Written::Version(stored.version))
+    }
+
+    fn awaited_owner(
+        &self,
+        _pool: &PoolName,
+        _block: Option<&latzero_protocol::BlockId>,
+    ) -> Option<AppId> {
+        None
+    }
+}
+
+impl Verifier for World {
+    type Peer = Line;
+
+    fn admin_mac(&self, _exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]> {
+        (*mac == ADMIN_MAC).then_some(ADMIN_MAC)
+    }
+
+    fn may_prove(&mut self, _asker: &Line) -> bool {
+        true
+    }
+
+    fn verify(&mut self, asker: &Line, check: Check) -> Result<Option<bool>, Refusal> {
+        match &mut self.proofs {
+            None => Ok(Some(check())),
+            Some(waiting) if waiting.len() >= PROOFS_HELD_MAX => {
+                Err(Refusal::new(Code::Overloaded, "too many proofs wait"))
+            }
+            Some(waiting) => {
+                waiting.push_back((asker.id, check));
+                Ok(None)
+            }
+        }
+    }
+
+    fn note_refused(&mut self, _asker: &Line) {}
+}
+
+impl Driver for World {
+    type Pool = PoolHandle;
 
     fn effects(&mut self) -> &mut Effects<World> {
         &mut self.effects
@@ -975,10 +1071,6 @@ impl Driver for World {
 
     fn context(&self) -> &Arc<Context> {
         &self.context
-    }
-
-    fn is_draining(&self) -> bool {
-        self.is_draining
     }
 
     fn new_pool(pool: Pool<World>) -> PoolHandle {
@@ -1050,62 +1142,6 @@ impl Driver for World {
         self.store.push(change, promised);
     }
 
-    fn descriptor(&self, storage: StorageId, access: Access) -> Option<Descriptor> {
-        self.storages.descriptor(storage, access)
-    }
-
-    fn block_version(&mut self, storage: StorageId, noted: Option<u64>) -> u64 {
-        // Nobody maps anything here: what is said to be written is written.
-        let Some(stored) = self.storages.stored.get_mut(&storage) else {
-            return 0;
-        };
-        // The largest number says that nobody said anything: the block itself is asked.
-        let noted = noted.filter(|version| *version < u64::MAX);
-        stored.version = stored.version.max(noted.unwrap_or(0));
-        stored.version
-    }
-
-    fn set_fence(&mut self, storage: StorageId, fence: u64, _is_held: bool) {
-        if let Some(stored) = self.storages.stored.get_mut(&storage) {
-            stored.fence = fence;
-        }
-    }
-
-    fn read_block(
-        &mut self,
-        storage: StorageId,
-        range: std::ops::Range<u64>,
-        if_version: Option<u64>,
-    ) -> Result<(Vec<u8>, u64), Refusal> {
-        let length = usize::try_from(range.end - range.start).expect("checked by the core");
-        let (stored, range) =
-            self.storages
-                .write_range(storage, range.start, length, if_version)?;
-        Ok((stored.bytes[range].to_vec(), stored.version))
-    }
-
-    fn write_block(
-        &mut self,
-        storage: StorageId,
-        write: &BlockWrite<'_>,
-    ) -> Result<Written, Refusal> {
-        if write.expected.is_none()
-            && let Some(beside) = self.beside_write.take()
-        {
-            beside(self);
-        }
-        let (stored, range) =
-            self.storages
-                .write_range(storage, write.offset, write.data.len(), write.if_version)?;
-        let current = &mut stored.bytes[range];
-        if write.expected.is_some_and(|expected| expected != current) {
-            return Ok(Written::Differs(stored.version, current.to_vec()));
-        }
-        current.copy_from_slice(write.data);
-        stored.version += 1;
-        Ok(Written::Version(stored.version))
-    }
-
     fn reoffer(
         _turn: &mut Turn<'_, Self>,
         _pool: &PoolHandle,
@@ -1119,14 +1155,6 @@ impl Driver for World {
         ))
     }
 
-    fn awaited_owner(
-        &self,
-        _pool: &PoolName,
-        _block: Option<&latzero_protocol::BlockId>,
-    ) -> Option<AppId> {
-        None
-    }
-
     fn report(_turn: &mut Turn<'_, Self>, what: Report, _view: &View<'_>) -> String {
         match what {
             Report::Stats => "{}".into(),
@@ -1134,39 +1162,12 @@ impl Driver for World {
         }
     }
 
-    fn nonce(&mut self) -> [u8; 32] {
+    fn random(&mut self) -> [u8; 32] {
         self.nonces += 1;
         let mut nonce = [0; 32];
         nonce[..8].copy_from_slice(&self.nonces.to_be_bytes());
         nonce
     }
-
-    fn fresh_id(&mut self, prng: &mut latzero_fabric::Prng) -> u64 {
-        prng.next_u64()
-    }
-
-    fn admin_mac(&self, _exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]> {
-        (*mac == ADMIN_MAC).then_some(ADMIN_MAC)
-    }
-
-    fn may_prove(&mut self, _asker: &Line) -> bool {
-        true
-    }
-
-    fn verify(&mut self, asker: &Line, check: Check) -> Result<Option<bool>, Refusal> {
-        match &mut self.proofs {
-            None => Ok(Some(check())),
-            Some(waiting) if waiting.len() >= PROOFS_HELD_MAX => {
-                Err(Refusal::new(Code::Overloaded, "too many proofs wait"))
-            }
-            Some(waiting) => {
-                waiting.push_back((asker.id, check));
-                Ok(None)
-            }
-        }
-    }
-
-    fn note_refused(&mut self, _asker: &Line) {}
 
     fn admin(
         &mut self,

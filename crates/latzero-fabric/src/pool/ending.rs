@@ -293,7 +293,8 @@ impl<D: Driver> Pool<D> {
             match (lasting.number, &refusal) {
                 // The server is stopping, not the handler: the next server delivers the call again.
                 (Some(number), Some(_))
-                    if matches!(how, EndReason::HandlerGone) && turn.driver.is_draining() =>
+                    if matches!(how, EndReason::HandlerGone)
+                        && turn.driver.context().is_draining() =>
                 {
                     self.interrupted(number, lasting, turn);
                 }

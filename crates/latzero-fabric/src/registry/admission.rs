@@ -181,7 +181,9 @@ impl<D: Driver> Registry<D> {
             return Ok(Admitted::Later { rehydrated });
         }
 
-        let instance = InstanceId(turn.driver.fresh_id(&mut self.prng));
+        let random = turn.driver.random();
+        let id = random.first_chunk().expect("32 bytes");
+        let instance = InstanceId(u64::from_be_bytes(*id));
         // An encrypted pool is joined, and its state restored, only after a proof.
         let joined = registration
             .pools

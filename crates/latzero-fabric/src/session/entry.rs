@@ -84,7 +84,7 @@ impl<D: Driver> Session<D> {
             );
             return Err(Refusal::new(Code::UnsupportedProtocol, message));
         }
-        if turn.driver.is_draining() {
+        if turn.driver.context().is_draining() {
             return Err(Refusal::new(
                 Code::Draining,
                 "the server is shutting down; reconnect later",

@@ -142,7 +142,7 @@ impl<D: Driver> Session<D> {
 
     /// Issues a challenge, which replaces an earlier one.
     fn challenge(&mut self, turn: &mut Turn<'_, D>) -> String {
-        let server_nonce = turn.driver.nonce();
+        let server_nonce = turn.driver.random();
         self.proofs.challenge = Some((server_nonce, turn.time()));
         let instance = turn.driver.context().instance;
         json!({
@@ -222,7 +222,7 @@ impl<D: Driver> Session<D> {
             site.instance,
             proof::decoy_pool_id(&site.secret, pool.as_str()),
         );
-        let server_nonce = turn.driver.nonce();
+        let server_nonce = turn.driver.random();
         let challenge = match current {
             Some(descriptor) => proof::Challenge {
                 server_nonce,

@@ -141,7 +141,7 @@ fn offer(
     id: Option<&str>,
 ) -> Result<(), Refusal> {
     let shared = Arc::clone(&host.shared);
-    if shared.is_draining.load(Relaxed) {
+    if shared.context.is_draining() {
         let message = "this server is already stopping; start a new one when it has stopped";
         return Err(Refusal::new(Code::Draining, message));
     }
