@@ -292,7 +292,10 @@ fn remedy(code: Code) -> String {
     let text = match code {
         Code::AppInUse => "stop the other instance, or connect as another app with --app",
         Code::NotMember => "name a pool that the app is in; `latzero pools` lists them",
-        Code::Unauthenticated | Code::Forbidden => {
+        Code::Unauthenticated => {
+            "give the keys of the pool with --keys FILE, or the key of the app with --app-key FILE"
+        }
+        Code::Forbidden => {
             "connect over the Unix socket as the server's user, or over TLS with \
              LATZERO_ADMIN_TOKEN set"
         }

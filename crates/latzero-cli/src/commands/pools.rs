@@ -135,7 +135,7 @@ fn info(args: &PoolArgs, output: &Output) -> CommandResult {
     }
     let mut facts: Vec<(&str, Cell)> = vec![("pool", toned(&args.pool, Tone::Strong))];
     for name in ["owner", "kind", "members", "durable"] {
-        if let Some(value) = pool.get(name) {
+        if let Some(value) = pool.get(name).filter(|value| !value.is_null()) {
             facts.push((name, plain(value).into()));
         }
     }
