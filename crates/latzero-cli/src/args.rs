@@ -548,7 +548,7 @@ pub(crate) struct TrustArgs {
     #[arg(value_name = "HOST[:PORT]")]
     pub(crate) host: String,
     /// Do not ask: trust it if it has this pin
-    #[arg(long, value_name = "PIN")]
+    #[arg(long, value_name = "PIN", allow_hyphen_values = true)]
     pub(crate) pin: Option<latzero::known_hosts::Pin>,
     /// Replace what was trusted there before
     #[arg(long)]

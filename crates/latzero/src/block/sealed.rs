@@ -524,12 +524,12 @@ impl Block {
             }
             i += 1;
         }
-        let seal = sealed.pool.keys().0.seal_key().ok_or_else(|| {
+        let seal = sealed.pool.seal_key().ok_or_else(|| {
             let text = format!("the keys of pool '{}' lack the seal", sealed.pool.name());
             Error::new(Code::Forbidden, text).with_ran(Ran::No)
         })?;
         let signed = next
-            .sign(base, &changed, &seal)
+            .sign(base, &changed, seal)
             .map_err(|error| sealed.unsigned(error))?;
         target
             .put(0, &signed.head())
