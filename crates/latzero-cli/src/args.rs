@@ -1056,6 +1056,8 @@ pub(crate) enum PoolsCommand {
     Create(PoolCreateArgs),
     /// Show a pool with its members and triggers
     Info(PoolArgs),
+    /// Seal the blocks of an encrypted pool with the keys of its epoch
+    Reencrypt(PoolReencryptArgs),
     /// Remove a pool
     Remove(PoolRemoveArgs),
 }
@@ -1067,6 +1069,15 @@ pub(crate) struct PoolArgs {
     pub(crate) pool: String,
     #[command(flatten)]
     pub(crate) reach: ServerArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PoolReencryptArgs {
+    #[command(flatten)]
+    pub(crate) pool: PoolArgs,
+    /// Take content too that does not count since a writer was removed, who may have changed it
+    #[arg(long)]
+    pub(crate) keep_stale: bool,
 }
 
 #[derive(Args, Debug)]

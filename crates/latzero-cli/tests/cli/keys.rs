@@ -361,3 +361,30 @@ fn a_restored_pool_is_taken_after_a_decision_and_app_keys_stay() {
         .ended_with(0);
     assert_eq!(again.json()["forgotten"], false);
 }
+
+#[test]
+fn blocks_are_sealed_anew_after_a_rotation() {
+    let server = Server::start();
+    server.run(&["keys", "new", "vault"]).ended_with(0);
+    let create = ["pools", "create", "vault", "--encrypted"];
+    server.run(&create).ended_with(0);
+    let create = ["block", "create", "vault/b", "5", "--persistent"];
+    server.run(&create).ended_with(0);
+    let write = ["block", "write", "vault/b", "bytes"];
+    server.run(&write).ended_with(0);
+    let reencrypt = || {
+        let done = server.run(&["pools", "reencrypt", "vault", "--json"]);
+        done.ended_with(0).json()
+    };
+    let (none, left) = (serde_json::json!([]), serde_json::json!(1));
+    assert_eq!(
+        (&reencrypt()["reencrypted"], &reencrypt()["left"]),
+        (&none, &left)
+    );
+    server.run(&["keys", "rotate", "vault"]).ended_with(0);
+    let done = reencrypt();
+    assert_eq!(done["reencrypted"][0]["block_id"], "b", "{done}");
+    assert_eq!(reencrypt()["reencrypted"], none);
+    let read = server.run(&["block", "read", "vault/b"]).ended_with(0);
+    assert_eq!(read.out, "bytes");
+}
