@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use latzero_sim::{Plan, run};
 
-const USAGE: &str = "usage: latzero-sim [--seed N | --seeds A..B] [--lasting | --hostile | --vault] [--steps N] [--json]";
+const USAGE: &str = "usage: latzero-sim [--seed N | --seeds A..B] \
+    [--lasting | --hostile | --vault] [--steps N] [--json]";
 
 struct Options {
     seeds: std::ops::Range<u64>,

@@ -3,8 +3,8 @@
 //! Each app proves what it can, and tries what it can't: it proves twice, late, in another's name,
 //! with keys of before a rotation. Verdicts may come later than other messages. The model knows
 //! which proof is good, and holds every message against it: nobody without a good proof on its
-//! connection gets a message of the pool or learns that it is there, and an app that comes back gets
-//! what it had behind its proof, and nothing before.
+//! connection gets a message of the pool or learns that it is there, and an app that comes back
+//! gets what it had behind its proof, and nothing before.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -636,7 +636,7 @@ impl Finished {
         Some(Finished(path.with_file_name(name)))
     }
 
-    /// Those that have not expired, the newest of them. Half an entry at the end is that of a crash.
+    /// Those that have not expired, the newest of them. Half an entry at the end is of a crash.
     fn read(&self) -> Vec<(Id, u64)> {
         let mut bytes = Vec::new();
         let file = std::fs::File::open(&self.0);

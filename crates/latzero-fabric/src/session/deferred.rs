@@ -100,8 +100,9 @@ impl<D: Driver> Session<D> {
         self.held.bytes >= limits.held_bytes_max
     }
 
-    /// Nothing more comes from the other end. Whether requests still wait for the disk or a verdict,
-    /// which the driver lets finish; calls that would have to wait for others would end with the connection.
+    /// Nothing more comes from the other end. Whether requests still wait for the disk, or a proof
+    /// for its verdict, which the driver lets finish; calls that would have to wait for others
+    /// would end with the connection.
     pub fn finish(&mut self, turn: &mut Turn<'_, D>) -> bool {
         let calls = self.held.messages.iter();
         let calls = calls.filter(|(_, waiting)| waiting.why == For::Calls);
