@@ -26,7 +26,8 @@ cargo xtask COMMAND
   codegen [--check]    write generated files (docs/errors.md, conformance vectors), or check that
                        they are current
   sim ARGS             run the simulator: --seed N, or --seeds A..B; --lasting for calls that
-                       outlive connections, --hostile for clients that attack the server
+                       outlive connections, --hostile for clients that attack the server,
+                       --vault for an encrypted pool
   hostile [ARGS]       run an innocent client beside each kind of hostile one: --seconds N,
                        --only TEXT, --json
   crash [ARGS]         kill and restart processes and check the result: --rounds N, --seed S
@@ -98,6 +99,7 @@ fn test() -> Done {
     sim(&["--seeds", "0..200"])?;
     sim(&["--lasting", "--seeds", "0..2000"])?;
     sim(&["--hostile", "--seeds", "0..200"])?;
+    sim(&["--vault", "--seeds", "0..200"])?;
     python::test()?;
     println!("\nall checks passed");
     Ok(())

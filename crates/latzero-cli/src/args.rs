@@ -551,7 +551,7 @@ pub(crate) struct TrustArgs {
     #[arg(value_name = "HOST[:PORT]")]
     pub(crate) host: String,
     /// Trust the server without asking if it has this pin
-    #[arg(long, value_name = "PIN")]
+    #[arg(long, value_name = "PIN", allow_hyphen_values = true)]
     pub(crate) pin: Option<latzero::known_hosts::Pin>,
     /// Replace the pin that was trusted before
     #[arg(long)]
@@ -1059,6 +1059,8 @@ pub(crate) enum PoolsCommand {
     Create(PoolCreateArgs),
     /// Show a pool with its members and triggers
     Info(PoolArgs),
+    /// Seal the blocks of an encrypted pool with the keys of its epoch
+    Reencrypt(PoolReencryptArgs),
     /// Remove a pool
     Remove(PoolRemoveArgs),
 }
@@ -1070,6 +1072,15 @@ pub(crate) struct PoolArgs {
     pub(crate) pool: String,
     #[command(flatten)]
     pub(crate) reach: ServerArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PoolReencryptArgs {
+    #[command(flatten)]
+    pub(crate) pool: PoolArgs,
+    /// Take content too that does not count since a writer was removed, who may have changed it
+    #[arg(long)]
+    pub(crate) keep_stale: bool,
 }
 
 #[derive(Args, Debug)]

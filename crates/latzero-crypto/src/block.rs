@@ -5,7 +5,7 @@
 //! shared memory: callers copy first and verify the copy, so that nobody can change bytes between
 //! the check and their use.
 
-use crate::backend::TAG_BYTES;
+use crate::backend::{self, TAG_BYTES};
 use crate::bytes::{Bytes, Cursor};
 use crate::keys::PoolKey;
 use crate::sign::{PublicKey, SigningKey};
@@ -167,13 +167,11 @@ impl Entry {
     /// The line as it stands in the table.
     #[must_use]
     pub fn to_bytes(&self) -> [u8; ENTRY_BYTES] {
-        let line = self.append(Bytes::new());
-        let line = line.as_slice().try_into();
-        line.expect("a line has 64 bytes")
-    }
-
-    fn append(&self, to: Bytes) -> Bytes {
-        to.u64(self.version).raw(&self.nonce).raw(&self.leaf)
+        let mut line = [0; ENTRY_BYTES];
+        line[..8].copy_from_slice(&self.version.to_be_bytes());
+        line[8..32].copy_from_slice(&self.nonce);
+        line[32..].copy_from_slice(&self.leaf);
+        line
     }
 }
 
@@ -278,11 +276,12 @@ impl ChunkKey {
 /// The root of the tree: a hash over all leaves.
 fn root_of(table: &[Entry]) -> [u8; 32] {
     let count = u32::try_from(table.len()).expect("a table is bounded by the geometry");
-    let mut root = Bytes::label("root").u32(count);
+    let head = Bytes::label("root").u32(count);
+    let mut leaves = Vec::with_capacity(32 * table.len());
     for entry in table {
-        root = root.raw(&entry.leaf);
+        leaves.extend_from_slice(&entry.leaf);
     }
-    hash(&root)
+    backend::preferred().sha256(&[head.as_slice(), &leaves])
 }
 
 /// The signed head of a version.
@@ -534,11 +533,12 @@ impl Verified {
     /// Manifest and table, as they stand at the slot's beginning.
     #[must_use]
     pub fn head(&self) -> Vec<u8> {
-        let mut head = Bytes::new().raw(&self.manifest.bytes);
+        let mut head = Vec::with_capacity(self.manifest.head_bytes());
+        head.extend_from_slice(&self.manifest.bytes);
         for entry in &self.table {
-            head = entry.append(head);
+            head.extend_from_slice(&entry.to_bytes());
         }
-        head.into_vec()
+        head
     }
 }
 

@@ -58,7 +58,8 @@ impl Bytes {
 
 impl Drop for Bytes {
     fn drop(&mut self) {
-        self.0.zeroize();
+        // What is behind them was never written.
+        self.0.as_mut_slice().zeroize();
     }
 }
 

@@ -184,8 +184,10 @@ pub fn seal(
     if bytes.len() > SEALED_BYTES_MAX - TAG_BYTES - meta_bytes {
         return Err(SealError::TooLarge);
     }
-    let header = header.encode(flags);
-    let aad = Bytes::label("event-aad").raw(header.as_slice());
+    let label = Bytes::label("event-aad");
+    let header_at = label.as_slice().len();
+    let aad = header.append(flags, label);
+    let header = &aad.as_slice()[header_at..];
     let sealed = match meta {
         None => key.seal(nonce, aad.as_slice(), bytes),
         Some(meta) => {
@@ -199,12 +201,12 @@ pub fn seal(
         }
     };
     let signature = seal.map(|seal| {
-        let message = signed_message(header.as_slice(), nonce, &sealed);
+        let message = signed_message(header, nonce, &sealed);
         seal.sign(message.as_slice())
     });
     let length = u32::try_from(sealed.len()).expect("the limit was checked");
-    let mut envelope = Vec::with_capacity(header.as_slice().len() + 28 + sealed.len() + 64);
-    envelope.extend_from_slice(header.as_slice());
+    let mut envelope = Vec::with_capacity(header.len() + 28 + sealed.len() + 64);
+    envelope.extend_from_slice(header);
     envelope.extend_from_slice(nonce);
     envelope.extend_from_slice(&length.to_be_bytes());
     envelope.extend_from_slice(&sealed);
@@ -235,8 +237,8 @@ fn signed_message(header: &[u8], nonce: &Nonce, sealed: &[u8]) -> Bytes {
 }
 
 impl Header<'_> {
-    fn encode(&self, flags: u8) -> Bytes {
-        let header = Bytes::new()
+    fn append(&self, flags: u8, to: Bytes) -> Bytes {
+        let header = to
             .raw(MAGIC)
             .u16(VERSION)
             .u16(self.suite.number())

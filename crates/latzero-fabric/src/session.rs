@@ -409,6 +409,22 @@ impl<D: Driver> Session<D> {
         self.membership(pool)
     }
 
+    /// Like [`Self::current_membership`], for requests that the pool itself does not check. A rotation
+    /// ends memberships in an encrypted pool, and their sessions find out here.
+    fn lasting_membership(
+        &mut self,
+        pool: Option<&str>,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<&Membership<D>, Refusal> {
+        let m = self.current_membership(pool, turn)?;
+        let has_ended =
+            m.grant.is_some() && !turn.with_pool(&m.pool, |pool, _| pool.has_member(m.member));
+        if has_ended {
+            self.forget_left(turn);
+        }
+        self.membership(pool)
+    }
+
     /// The membership that a message refers to: the pool that it names, else the only one, else
     /// `default`.
     fn membership(&self, pool: Option<&str>) -> Result<&Membership<D>, Refusal> {

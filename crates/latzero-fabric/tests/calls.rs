@@ -107,7 +107,7 @@ fn refusals_say_why_and_that_nothing_ran() {
         (r#""process":"t","destination":"nobody""#, "no_app"),
         (r#""process":"t","destination":"gone""#, "offline"),
         (
-            r#""process":"t","destination":{"app_id":"h","instance":"0000000000000001"}"#,
+            r#""process":"t","destination":{"app_id":"h","instance":"ffffffffffffffff"}"#,
             "offline",
         ),
         (r#""process":"t","destination":"elsewhere""#, "not_member"),

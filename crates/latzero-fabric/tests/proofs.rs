@@ -165,3 +165,37 @@ fn who_leaves_before_the_verdict_is_not_seated() {
     let members = net.world.pool_stats("vault").expect("it is there").members;
     assert_eq!(members, 1, "the owner alone");
 }
+
+#[test]
+fn whoever_a_rotation_removed_is_a_stranger_at_once() {
+    let (mut net, current, owner) = vault();
+    let to = NewEpoch {
+        salt: [8; 32],
+        created_ms: 2,
+        wrap_nonce: [9; 24],
+        history: History::Cut,
+        content: OldContent::Refused,
+    };
+    let next = current
+        .rotate(&keys(1), &keys(100), &to)
+        .expect("all keys are here");
+    let rotate = format!(
+        r#"{{"action":"pool_rotate","pool":"vault","descriptor":"{}","id":"r"}}"#,
+        text::encode(next.as_bytes())
+    );
+    let seen = net.ask(owner, &rotate);
+    assert!(
+        seen.contains("pool_rotated") && seen.contains("r ok"),
+        "{seen}"
+    );
+    for action in ["memory_list", "pool_chain", "watch", "pool_leave"] {
+        let ask = format!(r#"{{"action":"{action}","pool":"vault","id":"{action}"}}"#);
+        let seen = net.ask(owner, &ask);
+        assert_eq!(seen, format!("{action} failed: not_member ran=no"));
+    }
+    let seen = net.ask(owner, r#"{"action":"app_list","id":"l"}"#);
+    assert!(
+        seen.starts_with("l ok") && !seen.contains("vault"),
+        "{seen}"
+    );
+}

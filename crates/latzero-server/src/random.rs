@@ -38,7 +38,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "the kernel gives no random bytes")]
+    #[should_panic(expected = "the kernel returned no random bytes")]
     fn nothing_takes_the_place_of_the_kernel() {
         let _: [u8; 8] = fill(|_| Err(Errno::NOSYS));
     }

@@ -16,10 +16,11 @@ mod report;
 mod script;
 mod storage;
 mod store;
+mod vault;
 mod world;
 
 pub use line::{Bounds, Event, LENGTH_SLACK, Line, Peer, Totals};
-pub use report::{Outcome, Plan, STEPS_DEFAULT, Theme, Violation, run};
+pub use report::{Outcome, Plan, Reached, STEPS_DEFAULT, Theme, Violation, run};
 pub use storage::{Descriptor, Storages, StoredBlock};
 pub use store::Rows;
 pub use world::{Message, PoolHandle, World, admin_proof, decode, encode_frame};

@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use latzero_sim::{Plan, run};
 
-const USAGE: &str =
-    "usage: latzero-sim [--seed N | --seeds A..B] [--lasting | --hostile] [--steps N] [--json]";
+const USAGE: &str = "usage: latzero-sim [--seed N | --seeds A..B] \
+    [--lasting | --hostile | --vault] [--steps N] [--json]";
 
 struct Options {
     seeds: std::ops::Range<u64>,
@@ -67,6 +67,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
             "--json" => options.json = true,
             "--lasting" => options.plan = Plan::lasting,
             "--hostile" => options.plan = Plan::hostile,
+            "--vault" => options.plan = Plan::vault,
             "--seed" => {
                 let seed = number(&flag, &value()?)?;
                 options.seeds = seed..seed.saturating_add(1);

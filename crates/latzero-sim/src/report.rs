@@ -1,6 +1,6 @@
 //! Runs a simulation from a seed, and reports its result.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -11,6 +11,7 @@ use crate::durable::DurableScript;
 use crate::hostile::Hostile;
 use crate::line::{Bounds, Event, Totals};
 use crate::script::Script;
+use crate::vault::Vault;
 use crate::world::World;
 
 /// What the clients of a run are about.
@@ -22,6 +23,8 @@ pub enum Theme {
     Lasting,
     /// Strangers who want to use the server up, beside a polite pair.
     Hostile,
+    /// An encrypted pool, among apps with all of its keys, some, old ones or wrong ones.
+    Vault,
 }
 
 /// Clients with a script, and a model of what they may expect.
@@ -37,7 +40,15 @@ pub(crate) trait Scenario {
 
     /// Whether what is left then is as it should be.
     fn at_end(&self, world: &World) -> Result<(), String>;
+
+    /// What of it happened, and how often.
+    fn reached(&self) -> Reached {
+        Reached::new()
+    }
 }
+
+/// What a run reached, by name, and how often.
+pub type Reached = BTreeMap<&'static str, u64>;
 
 /// What a run is made of.
 #[derive(Debug, Clone)]
@@ -61,6 +72,9 @@ pub const STEPS_DEFAULT: u32 = 2000;
 
 /// Steps of a run about calls that last, each of which takes longer.
 const LASTING_STEPS: u32 = 300;
+
+/// Steps of a run with an encrypted pool.
+const VAULT_STEPS: u32 = 1000;
 
 /// Clients of a run.
 const CLIENTS: usize = 20;
@@ -125,6 +139,18 @@ impl Plan {
         }
     }
 
+    /// A run of `seed` with an encrypted pool.
+    #[must_use]
+    pub fn vault(seed: u64) -> Self {
+        Plan {
+            theme: Theme::Vault,
+            steps: VAULT_STEPS,
+            limits: Limits::default(),
+            bounds: Bounds::default(),
+            ..Plan::new(seed)
+        }
+    }
+
     /// The usual run of `seed`.
     #[must_use]
     pub fn new(seed: u64) -> Self {
@@ -158,6 +184,8 @@ pub struct Outcome {
     pub hash: u64,
     /// Totals.
     pub totals: Totals,
+    /// What of its theme it reached.
+    pub reached: Reached,
 }
 
 impl Outcome {
@@ -170,7 +198,7 @@ impl Outcome {
             "frames": t.frames,
             "calls": t.calls_started, "timeouts": t.timeouts, "refusals": t.refusals,
             "lost": t.lost,
-            "overflowed": t.overflowed,
+            "overflowed": t.overflowed, "reached": self.reached,
         })
     }
 }
@@ -200,6 +228,7 @@ impl fmt::Display for Violation {
             Theme::Calls => "",
             Theme::Lasting => " --lasting",
             Theme::Hostile => " --hostile",
+            Theme::Vault => " --vault",
         };
         write!(
             f,
@@ -220,6 +249,7 @@ pub fn run(plan: &Plan) -> Result<Outcome, Violation> {
         Theme::Calls => Box::new(Calls::new(plan.seed, plan.clients)),
         Theme::Lasting => Box::new(DurableScript::new(plan.seed)),
         Theme::Hostile => Box::new(Hostile::new(plan.seed)),
+        Theme::Vault => Box::new(Vault::new(plan.seed)),
     };
     let mut run = Run {
         world: World::new(plan.seed, plan.limits.clone(), plan.bounds),
@@ -243,6 +273,7 @@ pub fn run(plan: &Plan) -> Result<Outcome, Violation> {
                 steps: plan.steps,
                 hash: run.world.hash(),
                 totals: run.world.totals(),
+                reached: run.scenario.reached(),
             });
         }
         Ok(Err(what)) => what,

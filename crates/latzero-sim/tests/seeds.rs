@@ -4,7 +4,7 @@ use latzero_sim::{Plan, run};
 
 #[test]
 fn a_seed_replays_to_the_same_bytes() {
-    for plan in [Plan::new, Plan::lasting, Plan::hostile] {
+    for plan in [Plan::new, Plan::lasting, Plan::hostile, Plan::vault] {
         for seed in 0..4 {
             let first = run(&plan(seed)).unwrap();
             assert_eq!(first, run(&plan(seed)).unwrap());
@@ -32,4 +32,29 @@ fn runs_reach_what_they_are_meant_to_reach() {
             .iter()
             .all(|&n| n > 0)
     );
+}
+
+#[test]
+fn runs_with_an_encrypted_pool_reach_what_they_are_meant_to_reach() {
+    let mut sum = std::collections::BTreeMap::new();
+    for seed in 0..12 {
+        for (what, count) in run(&Plan::vault(seed)).unwrap().reached {
+            *sum.entry(what).or_insert(0) += count;
+        }
+    }
+    for what in [
+        "proved",
+        "refused",
+        "rehydrated",
+        "rotations",
+        "dropped",
+        "calls",
+        "emits",
+        "answers",
+    ] {
+        assert!(
+            sum.get(what).is_some_and(|count| *count > 10),
+            "{what}: {sum:?}"
+        );
+    }
 }

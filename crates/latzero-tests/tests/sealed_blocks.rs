@@ -7,6 +7,7 @@
 )]
 
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use latzero::blocking::{App, Block};
 use latzero::{Code, HandlerError};
@@ -562,6 +563,62 @@ fn content_outlives_a_rotation_but_not_a_removed_writer() {
     block.write_at(0, &vec![5; SIZE as usize]).unwrap();
     let reader = member(&server, "r2", keys(&next, READ));
     assert_eq!(reader.block("b").attach().unwrap().read().unwrap().0[0], 5);
+}
+
+#[test]
+fn a_writer_seals_what_is_of_an_earlier_epoch_anew() {
+    let (server, set) = vault();
+    let writer = member(&server, "w", keys(&set, WRITE));
+    let block = writer.block("b").create(SIZE).send().unwrap();
+    let first = block.write_at(7, SECRET).unwrap();
+    let before = block.read().unwrap().0;
+    assert_eq!(block.reencrypt(false).unwrap(), None, "it is of this epoch");
+    writer
+        .rotate_pool("vault", &keys(&set, WRITE), false)
+        .unwrap();
+    assert_eq!(block.reencrypt(false).unwrap(), Some(first + 1));
+    assert_eq!(block.reencrypt(false).unwrap(), None);
+    assert_eq!(block.read().unwrap(), (before.clone(), first + 1));
+    // Now the epoch before can be forgotten, and its writer.
+    let next = key_set(9);
+    writer
+        .rotate_pool("vault", &keys(&next, WRITE), false)
+        .unwrap();
+    let writer = member(&server, "w2", keys(&next, WRITE));
+    let block = writer.block("b").attach_writable().unwrap();
+    // What the removed writer may have changed is taken on purpose alone.
+    assert_eq!(kind(block.reencrypt(false)), Code::StaleEpoch);
+    assert_eq!(kind(block.read()), Code::StaleEpoch);
+    assert_eq!(block.reencrypt(true).unwrap(), Some(first + 2));
+    let reader = member(&server, "r", keys(&next, READ));
+    let seen = reader.block("b").attach().unwrap();
+    assert_eq!(seen.read().unwrap(), (before, first + 2));
+    // Whoever can't sign does not seal either.
+    assert_eq!(kind(seen.reencrypt(true)), Code::Forbidden);
+}
+
+#[test]
+fn several_versions_of_several_pieces_are_written_under_one_lock() {
+    let (server, set) = vault();
+    let writer = member(&server, "w", keys(&set, WRITE));
+    let reader = member(&server, "r", keys(&set, READ));
+    let block = writer.block("b").create(SIZE).send().unwrap();
+    let seen = reader.block("b").attach().unwrap();
+    let under = block.writer(Duration::from_secs(5)).unwrap();
+    let far = SIZE - 2;
+    for n in 1..=3_u8 {
+        let pieces = [(0, vec![n; 4]), (far, vec![n; 2]), (2, vec![n + 100; 1])];
+        assert_eq!(under.write_pieces(&pieces).unwrap(), u64::from(n));
+        let (bytes, version) = seen.read().unwrap();
+        assert_eq!(version, u64::from(n));
+        assert_eq!(bytes[..5], [n, n, n + 100, n, 0]);
+        assert_eq!(bytes[far as usize..], [n; 2]);
+    }
+    let beyond = [(0, vec![9]), (SIZE, vec![9])];
+    assert_eq!(kind(under.write_pieces(&beyond)), Code::OutOfRange);
+    assert_eq!(seen.read().unwrap().1, 3, "nothing of it was written");
+    drop(under);
+    block.write_at(0, b"x").unwrap();
 }
 
 #[test]

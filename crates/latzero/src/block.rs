@@ -659,7 +659,7 @@ impl Block {
             let edit = Edit {
                 writes: &[(offset, bytes.to_vec())],
                 if_version,
-                length: None,
+                ..Edit::default()
             };
             return self.edit(sealed, &edit).await;
         }
@@ -779,6 +779,21 @@ impl Block {
         self.ask("memory_resize", &json!({"size": size})).await?;
         self.shared().must_attach.store(true, Ordering::Release);
         self.readable().await.map(drop)
+    }
+
+    /// Seals the content of a block in an encrypted pool with the keys of the pool's epoch, if it
+    /// was sealed with earlier ones; the new version, if there is one. Content that does not count
+    /// any more, since a writer was removed, is only taken with `keeps_stale`: that writer may have
+    /// changed it until then, and nobody can tell.
+    ///
+    /// # Errors
+    /// `bad_message` if the block is not sealed; `stale_epoch`, `forbidden`, `locked`, `integrity`.
+    pub async fn reencrypt(&self, keeps_stale: bool) -> Result<Option<u64>, Error> {
+        let sealed = self.sealed().ok_or_else(|| {
+            let text = format!("block '{}' is not sealed", self.id());
+            Error::new(Code::BadMessage, text).with_ran(Ran::No)
+        })?;
+        self.reseal(sealed, keeps_stale).await
     }
 
     /// Whether the block's layout fits into `size` bytes.

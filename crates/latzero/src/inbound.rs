@@ -250,11 +250,16 @@ impl Batch<'_> {
             return Request::received(core, self.epoch, self.now, e);
         };
         let plain = pool.open(action, e)?;
-        let frame = frame::Frame {
-            json: plain.text.as_bytes(),
-            attachment: plain.bytes.as_deref(),
+        let attachment = plain.bytes.as_deref();
+        let envelope = match &plain.text {
+            None => Envelope { attachment, ..*e },
+            Some(text) => {
+                let json = text.as_bytes();
+                Envelope::parse(frame::Frame { json, attachment })
+                    .ok()?
+                    .ok()?
+            }
         };
-        let envelope = Envelope::parse(frame).ok()?.ok()?;
         let request = Request::received(core, self.epoch, self.now, &envelope)?;
         // Nobody else has the request yet.
         let _ = request.ticket.sealed.set(plain.reply);

@@ -3,6 +3,7 @@
 //! The server routes envelopes, and can neither read nor forge them. Its own errors about a call
 //! (that nobody serves it, or that it timed out) are marked: [`Error::is_authenticated`].
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -19,10 +20,12 @@ use latzero_crypto::events::{
 };
 use latzero_crypto::keys::Kind;
 use latzero_crypto::meta::{AnswerMeta, CallFrame, CallMeta, LentBlock};
+use latzero_crypto::sign::SigningKey;
+use latzero_crypto::xaes::{NONCE_BYTES, Nonce};
 use latzero_crypto::{Suite, text};
 use latzero_protocol::{Code, Envelope, Ran, Raw};
-use serde_json::Value;
 use serde_json::value::RawValue;
+use serde_json::{Map, Value};
 
 use crate::error::Error;
 use crate::keys::{Keys, now_ms, random};
@@ -36,6 +39,8 @@ pub(crate) struct SealedPool {
     keys: Keys,
     /// Where its accepted state is stored.
     state_dir: Option<PathBuf>,
+    /// Signs content. Deriving it takes longer than sealing a message.
+    seal_key: OnceLock<Option<SigningKey>>,
     open: Mutex<Option<Open>>,
 }
 
@@ -83,7 +88,8 @@ pub(crate) struct SealedReply {
 
 /// A message in the form that it would have in an unencrypted pool.
 pub(crate) struct Plain {
-    pub(crate) text: String,
+    /// Its JSON text, where that is not the frame's own.
+    pub(crate) text: Option<String>,
     pub(crate) bytes: Option<Vec<u8>>,
     pub(crate) reply: SealedReply,
 }
@@ -120,6 +126,7 @@ impl SealedPool {
             name: name.into(),
             keys,
             state_dir: state_dir.or_else(Stored::directory),
+            seal_key: OnceLock::new(),
             open: Mutex::new(None),
         }
     }
@@ -130,6 +137,12 @@ impl SealedPool {
 
     pub(crate) fn keys(&self) -> &Keys {
         &self.keys
+    }
+
+    /// The key that signs what only writers make, for those who have it.
+    pub(crate) fn seal_key(&self) -> Option<&SigningKey> {
+        let key = self.seal_key.get_or_init(|| self.keys.0.seal_key());
+        key.as_ref()
     }
 
     /// How it protects blocks; unknown without its keys.
@@ -297,7 +310,7 @@ impl SealedPool {
     ) -> Result<(Vec<u8>, Option<SealedCall>), Error> {
         let mut open = lock(&self.open);
         let open = open.as_mut().ok_or_else(|| self.not_open())?;
-        let (msg_id, nonce) = (random()?, random()?);
+        let (msg_id, nonce) = id_and_nonce()?;
         let out = Outgoing {
             act: unsealed.act,
             name: unsealed.name,
@@ -333,16 +346,19 @@ impl SealedPool {
     /// sent it.
     pub(crate) fn open(self: &Arc<Self>, action: Action, e: &Envelope<'_>) -> Option<Plain> {
         let sealed = envelope_of(&Payload::received(e, e.data))?;
-        let fields: BTreeMap<String, Box<RawValue>> = serde_json::from_str(e.text).ok()?;
-        let value = |name: &str| -> Value {
-            let field = fields.get(name).map(|raw| raw.get());
-            field
-                .and_then(|text| serde_json::from_str(text).ok())
-                .unwrap_or_default()
+        let string = |field: Option<Raw<'_>>| field.and_then(Raw::as_str).map(Cow::into_owned);
+        let (process, key) = (string(e.process)?, string(e.key));
+        let origin = app_of(e.origin?)?;
+        let destination = match e.destination {
+            Some(destination) => app_of(destination)?,
+            None => Cow::Borrowed(""),
         };
-        let (process, origin, headers) = (value("process"), value("origin"), value("headers"));
-        let (destination, key, blocks) = (value("destination"), value("key"), value("blocks"));
-        let destination = destination["app_id"].as_str().or(destination.as_str());
+        let value = |field: Option<Raw<'_>>| -> Option<Value> {
+            field.map_or(Some(Value::Null), |raw| {
+                serde_json::from_str(raw.text()).ok()
+            })
+        };
+        let (headers, blocks) = (value(e.headers)?, value(e.blocks)?);
         let lent = blocks
             .as_array()
             .into_iter()
@@ -354,13 +370,13 @@ impl SealedPool {
             });
         let incoming = Incoming {
             action,
-            process: process.as_str()?,
-            origin: origin["app_id"].as_str()?,
-            destination: destination.unwrap_or_default(),
+            process: &process,
+            origin: &origin,
+            destination: &destination,
             frame: CallFrame {
                 ttl: e.ttl.and_then(Raw::as_u64),
                 window: e.window.and_then(Raw::as_u64),
-                key: key.as_str(),
+                key: key.as_deref(),
                 idempotency_key: headers["idempotency-key"].as_str(),
                 blocks: lent.collect(),
             },
@@ -373,28 +389,19 @@ impl SealedPool {
                 .receive(&open.epochs, &incoming, &sealed, now_ms())
                 .ok()?
         };
-        let mut plain = fields;
-        let raw = |value: String| RawValue::from_string(value).ok();
-        for gone in ["data", "encoding", "headers"] {
-            plain.remove(gone);
-        }
         let mut headers = received.meta.headers;
         if let Some(key) = received.meta.idempotency_key {
             headers.insert("idempotency-key".into(), key.into());
         }
-        if !headers.is_empty() {
-            plain.insert("headers".into(), raw(Value::Object(headers).to_string())?);
+        let (mut data, mut bytes) = (None, None);
+        match received.opened.body() {
+            Body::Empty => {}
+            // What is no value could pass itself off as other fields.
+            Body::Json(json) => data = Some(Raw::new(json).ok()?),
+            Body::Bytes(body) => bytes = Some(body.to_vec()),
         }
-        let bytes = match received.opened.body() {
-            Body::Empty => None,
-            Body::Json(json) => {
-                plain.insert("data".into(), raw(json.to_owned())?);
-                None
-            }
-            Body::Bytes(bytes) => Some(bytes.to_vec()),
-        };
         Some(Plain {
-            text: serde_json::to_string(&plain).ok()?,
+            text: plain_text(e, &headers, data)?,
             bytes,
             reply: SealedReply {
                 pool: Arc::clone(self),
@@ -477,8 +484,9 @@ impl SealedReply {
         };
         let mut open = lock(&self.pool.open);
         let open = open.as_mut().ok_or_else(|| self.pool.not_open())?;
+        let (msg_id, nonce) = id_and_nonce()?;
         let answer = Answer {
-            msg_id: random()?,
+            msg_id,
             now_ms: now_ms(),
             meta: &meta,
             body: match payload {
@@ -486,12 +494,16 @@ impl SealedReply {
                 Payload::Json(json) => Body::Json(json),
                 Payload::Bytes(bytes) => Body::Bytes(bytes),
             },
-            nonce: random()?,
+            nonce,
         };
-        let seal = self.pool.keys.0.seal_key().filter(|_| self.to.is_signed());
+        let seal = if self.to.is_signed() {
+            self.pool.seal_key()
+        } else {
+            None
+        };
         let sealed = open
             .sender
-            .answer(&open.epochs, &self.to, &answer, seal.as_ref())
+            .answer(&open.epochs, &self.to, &answer, seal)
             .map_err(|error| unsealable(&error))?;
         if is_item {
             self.items.fetch_add(1, Ordering::Relaxed);
@@ -519,12 +531,71 @@ impl Drop for SealedReply {
     }
 }
 
+/// A message's id and its nonce, both new, with one request to the kernel.
+fn id_and_nonce() -> Result<(Id, Nonce), Error> {
+    let bytes: [u8; 16 + NONCE_BYTES] = random()?;
+    let (id, nonce) = bytes.split_at(16);
+    let nonce = nonce.try_into().expect("the rest");
+    Ok((id.try_into().expect("sixteen bytes"), nonce))
+}
+
 fn unsealable(error: &dyn std::fmt::Display) -> Error {
     Error::new(
         Code::TooLarge,
         format!("the message can't be sealed: {error}"),
     )
     .with_ran(Ran::No)
+}
+
+/// The AppID that an origin or a destination names: a string, or an object's `app_id`.
+fn app_of(raw: Raw<'_>) -> Option<Cow<'_, str>> {
+    #[derive(serde::Deserialize)]
+    struct Named<'a> {
+        #[serde(borrow)]
+        app_id: Cow<'a, str>,
+    }
+    if !raw.is_object() {
+        return raw.as_str();
+    }
+    let named: Named<'_> = serde_json::from_str(raw.text()).ok()?;
+    Some(named.app_id)
+}
+
+/// The frame's text with the headers and data that were sealed instead of its own; `Some(None)` if
+/// it is the same.
+fn plain_text(
+    e: &Envelope<'_>,
+    headers: &Map<String, Value>,
+    data: Option<Raw<'_>>,
+) -> Option<Option<String>> {
+    let has_own = e.data.is_some() || e.encoding.is_some() || e.headers.is_some();
+    if !has_own && headers.is_empty() && data.is_none() {
+        return Some(None);
+    }
+    let mut text = if has_own {
+        let mut fields: BTreeMap<String, &RawValue> = serde_json::from_str(e.text).ok()?;
+        for own in ["data", "encoding", "headers"] {
+            fields.remove(own);
+        }
+        serde_json::to_string(&fields).ok()?
+    } else {
+        let more = data.map_or(0, |data| data.text().len());
+        let mut text = String::with_capacity(e.text.len() + more + 16);
+        text.push_str(e.text.trim_end());
+        text
+    };
+    // There are other fields: without an action it would not have come here.
+    text.pop();
+    if !headers.is_empty() {
+        text.push_str(",\"headers\":");
+        text.push_str(&serde_json::to_string(headers).ok()?);
+    }
+    if let Some(data) = data {
+        text.push_str(",\"data\":");
+        text.push_str(data.text());
+    }
+    text.push('}');
+    Some(Some(text))
 }
 
 /// The envelope of a payload, which is sent as bytes or as text.
@@ -677,6 +748,9 @@ impl Stored {
 
 #[cfg(test)]
 mod tests {
+    use latzero_crypto::descriptor::NewPool;
+    use latzero_crypto::keys::{KeySet, NewKeys, Secret};
+
     use super::*;
 
     #[test]
@@ -701,5 +775,123 @@ mod tests {
         kept.add(([5; 16], later));
         assert_eq!(kept.read(), [([5; 16], later)]);
         assert_eq!(std::fs::read(&kept.0).unwrap().len(), FINISHED_BYTES);
+    }
+
+    /// The same pool for two apps.
+    fn pools() -> [Arc<SealedPool>; 2] {
+        let set = KeySet::new_pool(NewKeys {
+            sigil: Secret::new([1; 32]),
+            shard: Secret::new([2; 32]),
+            seal: Secret::new([3; 32]),
+            owner: None,
+        });
+        let new = NewPool {
+            name: "vault",
+            suite: Suite::Sealed,
+            pool_id: [5; 16],
+            salt: [6; 32],
+            created_ms: 1,
+            wrap_nonce: [7; 24],
+        };
+        let descriptor = Descriptor::create(&set, &new).unwrap();
+        let keys = Keys(Arc::new(set));
+        let directory = tempfile::tempdir().unwrap();
+        ["caller", "worker"].map(|app| {
+            let state_dir = Some(directory.path().to_owned());
+            let pool = SealedPool::new("vault", keys.clone(), state_dir);
+            let joined = Joined {
+                descriptor: Descriptor::parse(descriptor.as_bytes()).unwrap(),
+                chain: Vec::new(),
+                at_ms: now_ms(),
+                restored_ms: None,
+            };
+            pool.joined(app, &joined).unwrap();
+            Arc::new(pool)
+        })
+    }
+
+    fn call<'a>(body: Body<'a>, headers: &Value) -> Unsealed<'a> {
+        let headers = headers.as_object().cloned().unwrap_or_default();
+        Unsealed {
+            act: Act::Call,
+            name: "echo",
+            destination: "",
+            meta: CallMeta {
+                headers,
+                ..CallMeta::default()
+            },
+            body,
+        }
+    }
+
+    /// What the worker sees of a call in a frame with these further fields.
+    fn opened(body: Body<'_>, headers: &Value, more: &str) -> Option<(Value, Option<Vec<u8>>)> {
+        let [caller, worker] = pools();
+        let (sealed, _call) = caller.seal(&call(body, headers)).unwrap();
+        let json = format!(
+            r#"{{"action":"trigger","id":"1.2.3","process":"echo","pool":"vault",
+            "origin":{{"app_id":"caller","instance":"12fa"}},"ttl":30000{more}}} "#
+        );
+        let frame = latzero_protocol::Frame {
+            json: json.as_bytes(),
+            attachment: Some(&sealed),
+        };
+        let envelope = Envelope::parse(frame).unwrap().unwrap();
+        let plain = worker.open(Action::Trigger, &envelope)?;
+        let text = plain.text.as_deref().unwrap_or(&json);
+        Some((serde_json::from_str(text).unwrap(), plain.bytes.clone()))
+    }
+
+    #[test]
+    fn a_call_is_opened_into_the_frame_that_it_came_in() {
+        let frame = serde_json::json!({
+            "action": "trigger", "id": "1.2.3", "process": "echo", "pool": "vault",
+            "origin": {"app_id": "caller", "instance": "12fa"}, "ttl": 30000,
+        });
+        let none = Value::Null;
+        let bytes = opened(Body::Bytes(b"raw"), &none, "").unwrap();
+        assert_eq!(bytes, (frame.clone(), Some(b"raw".to_vec())));
+        assert_eq!(
+            opened(Body::Empty, &none, "").unwrap(),
+            (frame.clone(), None)
+        );
+        let mut whole = frame.clone();
+        whole["data"] = serde_json::json!({"x": [1, "}"]});
+        let json = opened(Body::Json(r#"{"x":[1,"}"]}"#), &none, "").unwrap();
+        assert_eq!(json, (whole.clone(), None));
+        // What the frame says of headers and data by itself does not count.
+        whole["headers"] = serde_json::json!({"trace": "t\"1"});
+        let own = r#","headers":{"forged":"yes"},"encoding":"base64""#;
+        let json = opened(Body::Json(r#"{"x":[1,"}"]}"#), &whole["headers"], own).unwrap();
+        assert_eq!(json, (whole, None));
+        let (bare, _) = opened(Body::Empty, &none, own).unwrap();
+        assert_eq!(bare, frame);
+        // Data that is no value would stand for other fields.
+        for data in [r#"1,"origin":{"app_id":"x"}"#, "", "1 2", "{"] {
+            let expected = data.is_empty().then(|| (frame.clone(), None));
+            assert_eq!(opened(Body::Json(data), &none, ""), expected, "{data}");
+        }
+        // Of another sender, or of nobody.
+        assert!(opened(Body::Empty, &none, r#","destination":"other""#).is_none());
+    }
+
+    #[test]
+    fn an_answer_opens_as_it_was_sealed_and_needs_no_seal() {
+        let [caller, worker] = pools();
+        let (sealed, call) = caller.seal(&call(Body::Empty, &Value::Null)).unwrap();
+        let json = r#"{"action":"trigger","process":"echo","origin":{"app_id":"caller"}}"#;
+        let frame = latzero_protocol::Frame {
+            json: json.as_bytes(),
+            attachment: Some(&sealed),
+        };
+        let envelope = Envelope::parse(frame).unwrap().unwrap();
+        let plain = worker.open(Action::Trigger, &envelope).unwrap();
+        let answer = plain.reply.seal("ok", &Payload::Json("42".into())).unwrap();
+        assert!(
+            worker.seal_key.get().is_none(),
+            "no key is derived for an answer that is not signed"
+        );
+        let answer = call.unwrap().open("ok", &Payload::Bytes(answer)).unwrap();
+        assert!(matches!(answer.payload, Payload::Json(json) if json == "42"));
     }
 }

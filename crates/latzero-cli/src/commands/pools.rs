@@ -3,11 +3,13 @@
 use latzero::Keys;
 use serde_json::{Map, Value, json};
 
-use crate::args::{PoolArgs, PoolCreateArgs, PoolRemoveArgs, PoolsArgs, PoolsCommand};
+use crate::args::{
+    PoolArgs, PoolCreateArgs, PoolReencryptArgs, PoolRemoveArgs, PoolsArgs, PoolsCommand,
+};
 use crate::connect::{ConnectOptions, Connection, ListKind, list};
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::names::{did_you_mean, nearest};
-use crate::output::{Cell, Output, Tone, ago, toned};
+use crate::output::{Cell, Output, Tone, ago, count, toned};
 
 /// The rights in a policy.
 const RIGHTS: [&str; 2] = ["join", "serve"];
@@ -18,6 +20,7 @@ pub(crate) fn run(args: &PoolsArgs, output: &Output) -> CommandResult {
         Some(PoolsCommand::Create(args)) => create(args, output),
         Some(PoolsCommand::Info(args)) => info(args, output),
         Some(PoolsCommand::Remove(args)) => remove(args, output),
+        Some(PoolsCommand::Reencrypt(args)) => reencrypt(args, output),
     }
 }
 
@@ -155,6 +158,30 @@ fn info(args: &PoolArgs, output: &Output) -> CommandResult {
         facts.push(("trigger", format!("{name}, handlers: {handlers}").into()));
     }
     output.facts(&facts)?;
+    Ok(Exit::Ok)
+}
+
+/// Encrypts each block again whose content is of an earlier epoch.
+fn reencrypt(args: &PoolReencryptArgs, output: &Output) -> CommandResult {
+    let name = &args.pool.pool;
+    let options = ConnectOptions::once("pools reencrypt").in_pool(Some(name));
+    let connection = args.pool.reach.connect(&options)?;
+    let (mut done, mut left) = (Vec::new(), 0);
+    for block in connection.app.blocks(Some(name))? {
+        let id = block["block_id"].as_str().unwrap_or_default();
+        let block = connection.app.block(id).pool(name).attach_writable()?;
+        let Some(version) = block.reencrypt(args.keep_stale)? else {
+            left += 1;
+            continue;
+        };
+        done.push(json!({"block_id": id, "version": version}));
+    }
+    if output.json {
+        output.value(&json!({"reencrypted": done, "left": left}))?;
+    } else {
+        let text = count(done.len() as u64, "block");
+        output.line(format_args!("{text} encrypted again, {left} unchanged"))?;
+    }
     Ok(Exit::Ok)
 }
 

@@ -290,7 +290,7 @@ fn a_restored_pool_is_taken_after_a_decision_and_app_keys_stay() {
         let file = server.home().join(".config/latzero/apps").join(app);
         file.to_str().unwrap().to_owned()
     };
-    let (early, late) = (key("early"), key("late"));
+    let (early, late, other) = (key("early"), key("late"), key("other"));
     let call = |server: &Server, app: &str, with: &[&str]| {
         server.run(&[&["call", "system/echo", "1", "--app", app], with].concat())
     };
@@ -326,12 +326,12 @@ fn a_restored_pool_is_taken_after_a_decision_and_app_keys_stay() {
     let server = Server::in_home(home, &[]);
     // The keys of both AppIDs: what the backup had, and what nobody has removed since.
     for (app, key) in [("early", &early), ("late", &late)] {
-        let refused = call(&server, app, &[]);
-        assert_ne!(refused.code, 0, "{app} without its key: {}", refused.out);
+        let refused = call(&server, app, &["--app-key", &other]);
+        assert_ne!(refused.code, 0, "{app} with another key: {}", refused.out);
         call(&server, app, &["--app-key", key]).ended_with(0);
     }
     // Who knew epoch 2 takes the older one after a decision alone, once.
-    let refused = server.run(&["pools", "info", "vault"]).ended_with(1);
+    let refused = server.run(&["pools", "info", "vault"]).ended_with(5);
     let refused = refused.said("restored from a backup");
     let refused = refused.said("latzero keys accept-restore vault");
     shows_no_key(&refused);
@@ -351,7 +351,7 @@ fn a_restored_pool_is_taken_after_a_decision_and_app_keys_stay() {
     let server = Server::in_home(home, &[]);
     server
         .run(&["pools", "info", "vault"])
-        .ended_with(1)
+        .ended_with(5)
         .said("accept-restore");
     server
         .run(&["keys", "accept-restore", "vault"])
@@ -360,4 +360,31 @@ fn a_restored_pool_is_taken_after_a_decision_and_app_keys_stay() {
         .run(&["keys", "accept-restore", "vault", "--json"])
         .ended_with(0);
     assert_eq!(again.json()["forgotten"], false);
+}
+
+#[test]
+fn blocks_are_sealed_anew_after_a_rotation() {
+    let server = Server::start();
+    server.run(&["keys", "new", "vault"]).ended_with(0);
+    let create = ["pools", "create", "vault", "--encrypted"];
+    server.run(&create).ended_with(0);
+    let create = ["block", "create", "vault/b", "5", "--persistent"];
+    server.run(&create).ended_with(0);
+    let write = ["block", "write", "vault/b", "bytes"];
+    server.run(&write).ended_with(0);
+    let reencrypt = || {
+        let done = server.run(&["pools", "reencrypt", "vault", "--json"]);
+        done.ended_with(0).json()
+    };
+    let (none, left) = (serde_json::json!([]), serde_json::json!(1));
+    assert_eq!(
+        (&reencrypt()["reencrypted"], &reencrypt()["left"]),
+        (&none, &left)
+    );
+    server.run(&["keys", "rotate", "vault"]).ended_with(0);
+    let done = reencrypt();
+    assert_eq!(done["reencrypted"][0]["block_id"], "b", "{done}");
+    assert_eq!(reencrypt()["reencrypted"], none);
+    let read = server.run(&["block", "read", "vault/b"]).ended_with(0);
+    assert_eq!(read.out, "bytes");
 }

@@ -183,7 +183,11 @@ impl<D: Driver> Registry<D> {
                     continue;
                 }
             }
-            let is_shown = |name: &PoolName| !hides || id == view.app || self.is_shown(name, view);
+            // Its own pools are there for an app, but for encrypted ones that it has not proved.
+            let is_own = id == view.app;
+            let is_shown = |name: &PoolName| {
+                !hides || (is_own && !self.is_sealed(name)) || self.is_shown(name, view)
+            };
             if !text.add(id.as_str(), |out| {
                 app_json(out, id, app, is_shown, &unix_ms)
             }) {

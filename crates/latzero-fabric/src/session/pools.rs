@@ -162,6 +162,14 @@ impl<D: Driver> Session<D> {
         name: &PoolName,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
+        // What an app has in an encrypted pool only its members change.
+        if self
+            .memberships
+            .iter()
+            .any(|m| m.name == *name && m.grant.is_some())
+        {
+            self.forget_left(turn);
+        }
         let Some(at) = self.memberships.iter().position(|m| m.name == *name) else {
             return Err(Refusal::new(
                 Code::NotMember,

@@ -352,7 +352,7 @@ impl<D: Driver> Session<D> {
         asked: &Chain,
         turn: &mut Turn<'_, D>,
     ) -> Result<String, Refusal> {
-        self.membership(Some(asked.pool.as_str()))?;
+        self.lasting_membership(Some(asked.pool.as_str()), turn)?;
         let (chain, more) = turn
             .with_registry(|registry, _| registry.chain(&asked.pool, asked.before, asked.limit));
         let chain: Vec<_> = chain.iter().map(|bytes| text::encode(bytes)).collect();
@@ -465,7 +465,7 @@ impl<D: Driver> Session<D> {
         said: &str,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
-        self.membership(Some(pool.as_str()))?
+        self.lasting_membership(Some(pool.as_str()), turn)?
             .check_roles(Roles::Write)?;
         let peer = self.peer.clone();
         let Rotated {

@@ -8,7 +8,6 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::OFlags;
-use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::StartupError;
 
@@ -81,9 +80,7 @@ impl AdminToken {
     }
 
     fn create(data_dir: &Path) -> Result<AdminToken, StartupError> {
-        let path = data_dir.join(TOKEN_NAME);
-        let token = AdminToken::random()
-            .map_err(|cause| StartupError::of_io("reading random bytes for", &path, cause))?;
+        let token = AdminToken::random();
         token.write(data_dir)?;
         Ok(token)
     }
@@ -111,19 +108,9 @@ impl AdminToken {
         write().map_err(|cause| StartupError::of_io("writing", &path, cause))
     }
 
-    fn random() -> io::Result<AdminToken> {
-        let mut bytes = [0; TOKEN_BYTES];
-        let mut filled = 0;
-        while filled < TOKEN_BYTES {
-            match getrandom(&mut bytes[filled..], GetRandomFlags::empty()) {
-                Ok(count) => filled += count,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(cause) => return Err(cause.into()),
-            }
-        }
-        Ok(AdminToken(
-            bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
-        ))
+    fn random() -> AdminToken {
+        let bytes: [u8; TOKEN_BYTES] = crate::random::bytes();
+        AdminToken(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// Whether `given` is the token, compared in constant time.

@@ -60,6 +60,8 @@ pub(super) struct Edit<'a> {
     pub(super) length: Option<u64>,
     /// The version that the block must have.
     pub(super) if_version: Option<u64>,
+    /// Whether content stays that is too old to be read.
+    pub(super) keeps_stale: bool,
 }
 
 /// The lock that a change is made under.
@@ -406,7 +408,7 @@ impl Block {
                 let edit = Edit {
                     writes: &[(offset, bytes.to_vec())],
                     if_version: Some(version),
-                    length: None,
+                    ..Edit::default()
                 };
                 self.publish_under(sealed, &under, &edit).await.map(Ok)
             }
@@ -414,6 +416,43 @@ impl Block {
         };
         under.end().await;
         swapped
+    }
+
+    /// Seals the content anew if it is of an earlier epoch; the new version.
+    pub(super) async fn reseal(
+        &self,
+        sealed: &SealedBlock,
+        keeps_stale: bool,
+    ) -> Result<Option<u64>, Error> {
+        let under = self.lock_to_edit().await?;
+        let version = self.reseal_under(sealed, &under, keeps_stale).await;
+        under.end().await;
+        version
+    }
+
+    async fn reseal_under(
+        &self,
+        sealed: &SealedBlock,
+        under: &Under,
+        keeps_stale: bool,
+    ) -> Result<Option<u64>, Error> {
+        let edit = Edit {
+            keeps_stale,
+            ..Edit::default()
+        };
+        let Some(base) = self.base(sealed, &edit).await? else {
+            return Ok(None);
+        };
+        let epochs = |epochs: &Epochs| epochs.current().descriptor().epoch();
+        if base.manifest().epoch() == sealed.pool.with_epochs(epochs)? {
+            return Ok(None);
+        }
+        let edit = Edit {
+            if_version: Some(base.manifest().version()),
+            ..edit
+        };
+        // A version never mixes epochs, so a change of nothing seals all of it.
+        self.publish_under(sealed, under, &edit).await.map(Some)
     }
 
     async fn lock_to_edit(&self) -> Result<Under, Error> {
@@ -524,12 +563,12 @@ impl Block {
             }
             i += 1;
         }
-        let seal = sealed.pool.keys().0.seal_key().ok_or_else(|| {
+        let seal = sealed.pool.seal_key().ok_or_else(|| {
             let text = format!("the keys of pool '{}' lack the seal", sealed.pool.name());
             Error::new(Code::Forbidden, text).with_ran(Ran::No)
         })?;
         let signed = next
-            .sign(base, &changed, &seal)
+            .sign(base, &changed, seal)
             .map_err(|error| sealed.unsigned(error))?;
         target
             .put(0, &signed.head())
@@ -550,7 +589,7 @@ impl Block {
             Err(error) if error.kind() == Code::StaleEpoch => {
                 let base = self.verified(sealed, Oldest::Any).await?;
                 let length = base.as_deref().map_or(0, |base| base.manifest().length());
-                if edit.covers(0..edit.length.unwrap_or(length)) {
+                if edit.keeps_stale || edit.covers(0..edit.length.unwrap_or(length)) {
                     return Ok(base);
                 }
                 Err(error)

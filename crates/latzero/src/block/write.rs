@@ -262,12 +262,45 @@ impl BlockWriter {
         self.tells_server = tells;
     }
 
+    /// Writes one version with several pieces, each from its offset on; later ones count where they
+    /// overlap. The lock stays for the next one, in encrypted pools too.
+    ///
+    /// # Errors
+    /// `out_of_range`: nothing was written; `lock_lost`.
+    pub async fn write_pieces(&self, pieces: &[(u64, Vec<u8>)]) -> Result<u64, Error> {
+        self.lock.check()?;
+        let block = self.lock.block();
+        let has_mapping = block.writable().await?.attachment.is_some();
+        if block.sealed().is_none() && has_mapping && !self.lock.is_inherited() {
+            let mut writing = self.begin()?;
+            for (offset, bytes) in pieces {
+                let written = writing.write(*offset, bytes);
+                written.map_err(|e| write_error(block.id(), e))?;
+            }
+            return self.publish(writing);
+        }
+        if let Some(sealed) = block.sealed() {
+            let version = publish_sealed(sealed, &self.lock, pieces).await?;
+            if self.tells_server {
+                notify(block, version);
+            }
+            return Ok(version);
+        }
+        match one_range(block, pieces).await? {
+            Some((offset, bytes)) => {
+                let fence = Some(self.lock.fence());
+                block.write_through(offset, &bytes, None, fence).await
+            }
+            None => Ok(block.version()),
+        }
+    }
+
     /// Begins a version, which [`Writing::publish`] of the mapped block or [`BlockWriter::publish`]
     /// publishes.
     ///
     /// # Errors
-    /// `lock_lost`; `storage` if the block is not mapped, or is sealed: use [`BlockWriter::write`]
-    /// instead.
+    /// `lock_lost`; `storage` if the block is not mapped, or sealed: use [`BlockWriter::write`] or
+    /// [`BlockWriter::write_pieces`] instead.
     pub fn begin(&self) -> Result<Writing, Error> {
         let block = self.lock.block();
         self.lock.check()?;

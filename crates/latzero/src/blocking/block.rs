@@ -301,6 +301,14 @@ impl Block {
         self.run(self.0.resize(size))
     }
 
+    /// Seals the content anew; see [`crate::Block::reencrypt`].
+    ///
+    /// # Errors
+    /// `bad_message` if the block is not sealed; `stale_epoch`, `forbidden`, `locked`, `integrity`.
+    pub fn reencrypt(&self, keeps_stale: bool) -> Result<Option<u64>, Error> {
+        self.run(self.0.reencrypt(keeps_stale))
+    }
+
     /// Flushes a persistent block to disk; returns the version on disk.
     ///
     /// # Errors
@@ -435,6 +443,15 @@ impl std::ops::DerefMut for BlockWriter {
 }
 
 impl BlockWriter {
+    /// Writes one version with several pieces; see [`crate::BlockWriter::write_pieces`].
+    ///
+    /// # Errors
+    /// `out_of_range`, `lock_lost`.
+    pub fn write_pieces(&self, pieces: &[(u64, Vec<u8>)]) -> Result<u64, Error> {
+        let app = self.0.lock().block().app().clone();
+        run(&app, self.0.write_pieces(pieces))
+    }
+
     /// Begins one last version, at whose end the lock is released.
     ///
     /// # Errors
