@@ -4,7 +4,6 @@ use std::future::Future;
 use std::os::fd::{AsRawFd as _, RawFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
-use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use latzero_crypto::proof::{self, Side};
@@ -516,6 +515,13 @@ impl App {
         on_thread(move || close(&core, CLOSE_TIME)).await
     }
 
+    /// Waits until the app has ended: it was closed, or lost its connection for good. It does not
+    /// keep the app open.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        let core = self.core().clone();
+        std::future::poll_fn(move |cx| core.poll_ended(cx))
+    }
+
     pub(crate) fn close_within(&self, time: Duration) -> Result<(), Error> {
         close(self.core(), time)
     }
@@ -709,19 +715,6 @@ impl Core {
             self.outbox.append(link.epoch, |out, link| {
                 message.finish(None, link.attachments, out);
             });
-        }
-    }
-
-    /// Whether the app ended.
-    fn poll_ended(&self, cx: &mut std::task::Context<'_>) -> Poll<()> {
-        if self.is_ended() {
-            return Poll::Ready(());
-        }
-        self.outbox.wake_at_end(cx);
-        if self.is_ended() {
-            Poll::Ready(())
-        } else {
-            Poll::Pending
         }
     }
 }

@@ -146,11 +146,6 @@ impl Outbox {
         Poll::Pending
     }
 
-    /// Notes who is woken at the end, if not before.
-    pub(crate) fn wake_at_end(&self, cx: &mut Context<'_>) {
-        lock(&self.inner).waiting.push(cx.waker().clone());
-    }
-
     pub(crate) fn phase(&self) -> Phase {
         lock(&self.inner).phase.clone()
     }

@@ -1,0 +1,62 @@
+'use strict'
+
+// Finds the addon and the program of this platform: in a checkout beside this file, else in the
+// package of the platform.
+
+const { existsSync } = require('node:fs')
+const { dirname, join } = require('node:path')
+
+const { version } = require('../package.json')
+
+/** `gnu` or `musl`: the C library that this Node was linked with. */
+function libc () {
+  return process.report.getReport().header.glibcVersionRuntime ? 'gnu' : 'musl'
+}
+
+/** The name of this platform, as its package has it. */
+function platform () {
+  const name = `${process.platform}-${process.arch}`
+  return process.platform === 'linux' ? `${name}-${libc()}` : name
+}
+
+/** A package of the platform, `undefined` if it is not installed. */
+function installed (file) {
+  try {
+    return join(dirname(require.resolve(`@latzero/${platform()}/package.json`)), file)
+  } catch (error) {
+    if (error.code !== 'MODULE_NOT_FOUND') throw error
+    return undefined
+  }
+}
+
+/** Where a file of this platform is; `undefined` if it is nowhere. */
+function find (file) {
+  const beside = join(__dirname, '..', 'native', file)
+  return existsSync(beside) ? beside : installed(file)
+}
+
+/** What to do where the package of the platform is not installed. */
+function missing () {
+  const name = `@latzero/${platform()}`
+  return new Error(
+    `latzero: the package ${name} is not installed. npm sometimes leaves out such optional ` +
+    'packages (npm/cli#4828). To repair it, delete node_modules and package-lock.json and run ' +
+    `"npm install" again, or run "npm install ${name}@${version}". If npm finds no such package, ` +
+    'this platform is not supported.'
+  )
+}
+
+function load () {
+  const file = find('latzero.node')
+  if (file === undefined) throw missing()
+  const addon = require(file)
+  if (addon.version() !== version) {
+    throw new Error(
+      `latzero: the addon ${file} has version ${addon.version()}, and the package latzero has ` +
+      `version ${version}. Install both in the same version.`
+    )
+  }
+  return addon
+}
+
+module.exports = { find, load, missing }
