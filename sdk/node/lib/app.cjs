@@ -139,8 +139,11 @@ class Connection {
 
   /** Resolves when the connection is made. */
   async connect () {
+    const connected = this.#wait(0)
+    // An address that is wrong is found at once.
+    this.drain()
     try {
-      valueOf(await this.#wait(0))
+      valueOf(await connected)
     } catch (error) {
       this.release()
       throw error
@@ -317,6 +320,14 @@ class Connection {
   }
 }
 
+/** Gives blocks along with the next call, each once. */
+function lend (native, blocks) {
+  if (blocks.length === 0) return
+  const writable = new Set(blocks.filter((block) => block.isWritable).map(({ id }) => id))
+  const once = new Map(blocks.map((block) => [block.id, block]))
+  for (const [id, block] of once) block.lend(native, writable.has(id))
+}
+
 class App {
   #closing
 
@@ -339,7 +350,7 @@ class App {
     const blocks = []
     const payload = encode(data, this.#connection.strict, blocks)
     return [(native, token) => {
-      for (const block of blocks) block.lend(native)
+      lend(native, blocks)
       try {
         return start(native, token, payload, json)
       } finally {
@@ -455,12 +466,12 @@ class App {
     await this.#connection.run((native, token) => native.join(token, textOf(pool), true))
   }
 
-  async apps () {
-    return (await this.request({ action: 'app_list' })).apps
+  apps () {
+    return this.request({ action: 'app_list' })
   }
 
-  async pools () {
-    return (await this.request({ action: 'pool_list' })).pools
+  pools () {
+    return this.request({ action: 'pool_list' })
   }
 
   async request (message) {

@@ -231,7 +231,7 @@ class Block extends Sent {
   }
 
   /** Gives it along with the next call. */
-  lend (native, isWritable = false) {
+  lend (native, isWritable) {
     native.lend(this.#native, isWritable)
   }
 
@@ -347,7 +347,7 @@ class Block extends Sent {
   }
 
   /** Writes bytes through the server; the version. */
-  writeAt (offset, data, given) {
+  async writeAt (offset, data, given) {
     const { ifVersion } = pick(given, ['ifVersion'])
     const bytes = checkBytes(data)
     return this.#connection.run(
@@ -425,18 +425,21 @@ function checkBytes (data) {
 class Writable extends Sent {
   #block
 
+  isWritable = true
+
   constructor (block) {
     super()
     if (!(block instanceof Block)) throw new TypeError('writable() takes a block')
     this.#block = block
+    this.id = block.id
   }
 
   reference () {
     return this.#block.reference()
   }
 
-  lend (native) {
-    this.#block.lend(native, true)
+  lend (native, isWritable) {
+    this.#block.lend(native, isWritable)
   }
 }
 

@@ -7,7 +7,8 @@ const { randomUUID } = require('node:crypto')
 
 const { badRequest } = require('./errors.cjs')
 
-const LEVELS_MAX = 128
+/** A message has 64 levels at most, and is one itself. */
+const LEVELS_MAX = 63
 const INTEGER_MIN = -(2n ** 63n)
 const INTEGER_MAX = 2n ** 64n - 1n
 

@@ -36,7 +36,9 @@ class Server {
     process.once('exit', this.#kill)
     const lines = createInterface({ input: child.stdout })
     const failed = new Promise((resolve, reject) => {
-      child.once('error', reject)
+      child.once('error', ({ code, message }) => reject(new Error(code === 'ENOENT'
+        ? 'the program `latzero` was not found; name it in LATZERO_BIN'
+        : message)))
       child.once('exit', (status) => {
         reject(new Error(`the server did not start (status ${status})`))
       })
