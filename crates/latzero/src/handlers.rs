@@ -474,11 +474,12 @@ impl Task {
         }));
         let outcome = match polled {
             Ok(Poll::Pending) => {
+                // As long as it has its place: who ends the task forgets the waker after that.
+                self.ticket.on_cancel(&waker);
                 drop(place);
                 if !self.is_noted.swap(true, Ordering::Relaxed) {
                     core.handlers.begin(&self.ticket);
                 }
-                self.ticket.on_cancel(&waker);
                 // What was cancelled meanwhile had no one to wake.
                 if self.ticket.is_cancelled() {
                     waker.wake();
@@ -489,6 +490,8 @@ impl Task {
             Err(_) => panicked(),
         };
         let dropped = place.take();
+        // It leads back to this task, which has the ticket.
+        self.ticket.forget_waker();
         drop(place);
         let _ = catch_unwind(AssertUnwindSafe(|| drop(dropped)));
         request::answer(core, &self.ticket, outcome);

@@ -139,6 +139,12 @@ impl Ticket {
         );
     }
 
+    /// Nobody is woken by a cancellation any more.
+    pub(crate) fn forget_waker(&self) {
+        let waker = lock(&self.state).wakers[Waits::ForCancel as usize].take();
+        drop(waker);
+    }
+
     fn poll_credit(&self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let mut state = lock(&self.state);
         if self.is_cancelled() {

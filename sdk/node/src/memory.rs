@@ -72,6 +72,7 @@ pub(crate) fn share(env: &Env, exposed: Exposed) -> Result<Option<ArrayBuffer<'_
 
 /// Takes the memory from an `ArrayBuffer`: its length is 0 from then on.
 #[napi]
+#[allow(unreachable_pub, reason = "the macro asks for it")]
 pub fn detach(buffer: ArrayBuffer<'_>) -> Result<()> {
     match buffer.is_detached()? {
         true => Ok(()),
