@@ -19,6 +19,21 @@ function platform () {
   return process.platform === 'linux' ? `${name}-${libc()}` : name
 }
 
+/** What the package of this platform says of itself. */
+function manifest () {
+  const name = platform()
+  return {
+    name: `@latzero/${name}`,
+    version,
+    description: `The addon and the program of the package latzero for ${name}`,
+    license: 'MIT',
+    os: [process.platform],
+    cpu: [process.arch],
+    ...process.platform === 'linux' && { libc: [libc() === 'gnu' ? 'glibc' : 'musl'] },
+    files: ['latzero.node', 'latzero']
+  }
+}
+
 /** A package of the platform, `undefined` if it is not installed. */
 function installed (file) {
   try {
@@ -59,4 +74,4 @@ function load () {
   return addon
 }
 
-module.exports = { find, load, missing }
+module.exports = { find, load, manifest, missing }

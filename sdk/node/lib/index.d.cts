@@ -59,7 +59,7 @@ export interface CallOptions {
   headers?: Record<string, string>
   /** Calls with the same key run once, and get the same answer. */
   idempotencyKey?: string
-  /** Give the call to another handler if its handler's connection ends: it may run more than once. */
+  /** Give the call to another handler if its handler's is lost: it may run more than once. */
   redeliver?: boolean
   /** The most handlers that a parked or redelivered call is given to (default 5). */
   attempts?: number

@@ -9,7 +9,8 @@ import { withServer } from './helpers.mjs'
 const place = withServer()
 
 const same = [
-  null, true, false, 0, -1, 0.1, 1e300, 5e-324, 2 ** 53 - 1, -(2 ** 53) + 1, '', 'ä\n"\\\u0001😀',
+  null, true, false, 0, -1, 0.1, 1e300, 5e-324, 2 ** 53 - 1, -(2 ** 53) + 1,
+  '', 'ä\n"\\\u0001😀',
   [], {}, [1, [2, { a: null }]], { a: { b: [1.5, 'x'] } }, { '': 1, 'a b': 2 }, '\u2028',
   JSON.parse('{"__proto__": {"a": 1}, "constructor": 1, "then": 5, "toString": null}')
 ]
