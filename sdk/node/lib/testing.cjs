@@ -46,12 +46,12 @@ class Server {
     failed.catch(() => {})
     const ready = new Promise((resolve) => {
       lines.on('line', (line) => {
-        const found = /^latzero ready .* tcp:\/\/(\S+) unix:(\S+)/.exec(line)
+        const found = /^latzero ready .*?(?: pin (\S+))? (?:tcp|tls):\/\/(\S+) unix:(\S+)/.exec(line)
         if (found !== null) resolve(found)
       })
     })
     try {
-      [, this.address, this.socket] = await Promise.race([ready, failed])
+      [, this.pin, this.address, this.socket] = await Promise.race([ready, failed])
     } catch (error) {
       process.removeListener('exit', this.#kill)
       throw error

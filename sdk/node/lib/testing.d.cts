@@ -5,6 +5,8 @@ export interface Server {
   readonly dataDir: string
   /** Host and port. */
   readonly address: string
+  /** The pin of its certificate, if it was started with `--tls`. */
+  readonly pin: string | undefined
   /** The path of its Unix socket. */
   readonly socket: string
   /** The address for the app `appId`. */
