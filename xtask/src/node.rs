@@ -171,7 +171,7 @@ fn cargo_in_package(args: &[&str]) -> Command {
 
 /// Whether there is a Node that runs the package.
 fn suits() -> Done {
-    let suits = "process.exit(parseInt(process.versions.node) < 20)";
+    let suits = "process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)";
     let node = quiet(Command::new("node").args(["-e", suits]));
     let npm = quiet(Command::new("npm").arg("--version"));
     node.and(npm)
@@ -194,7 +194,13 @@ fn tools() -> Result<PathBuf, String> {
     for name in ["package.json", "package-lock.json"] {
         std::fs::copy(folder().join("tools").join(name), dir.join(name)).map_err(io)?;
     }
-    let install = ["ci", "--silent", "--ignore-scripts", "--no-audit", "--no-fund"];
+    let install = [
+        "ci",
+        "--silent",
+        "--ignore-scripts",
+        "--no-audit",
+        "--no-fund",
+    ];
     quiet(Command::new("npm").args(install).current_dir(&dir))?;
     std::fs::write(&stamp, wanted).map_err(io)?;
     Ok(modules)

@@ -121,9 +121,7 @@ const BANNED: &[&str] = &[
 const COLUMNS_MAX: usize = 100;
 
 /// Files whose lines are checked, by their endings.
-const CHECKED_ENDINGS: &[&str] = &[
-    ".rs", ".md", ".toml", ".py", ".cjs", ".mjs", ".cts", ".mts",
-];
+const CHECKED_ENDINGS: &[&str] = &[".rs", ".md", ".toml", ".py", ".cjs", ".mjs", ".cts", ".mts"];
 
 /// Files that are generated, or that hold data.
 const UNCHECKED: &[&str] = &["docs/errors.md", "fuzz/corpus/", "conformance/vectors/"];

@@ -25,7 +25,7 @@ use crate::keys::Keys;
 use crate::message::Message;
 use crate::payload::{self, FromPayload, IntoPayload, Payload, Reply};
 use crate::prove::{binary, check_bound, exchange};
-use crate::request::Request;
+use crate::request::{Request, Unanswered};
 use crate::stream::Stream;
 use crate::sync::lock;
 
@@ -634,6 +634,20 @@ impl Handler {
     ) -> Result<(), Error> {
         let (app, name) = (self.app.clone(), self.name.clone());
         let registered = self.register(blocking_kind(handler))?.await;
+        undo_failed(&app, &name, registered)
+    }
+
+    /// Serves the trigger with a function that takes each call and returns at once, for those who
+    /// have an event loop of their own: [`Unanswered::answer`] answers later, from any thread.
+    ///
+    /// # Errors
+    /// If the name is not valid or the server refuses.
+    pub async fn serve_detached(
+        self,
+        take: impl Fn(Unanswered) + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        let (app, name) = (self.app.clone(), self.name.clone());
+        let registered = self.register(Kind::Detached(Box::new(take)))?.await;
         undo_failed(&app, &name, registered)
     }
 

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::core::{Core, DriverKind};
 use crate::error::HandlerError;
 use crate::events::{Emission, Queue};
-use crate::request::{self, Outcome, Request, Ticket};
+use crate::request::{self, Outcome, Request, Ticket, Unanswered};
 use crate::sync::lock;
 
 /// A handler that ran longer than this passes the reading on before it runs again.
@@ -32,6 +32,8 @@ pub(crate) enum Kind {
     Async(Box<dyn Fn(Request) -> Running + Send + Sync>),
     /// It runs on the thread that read the call.
     Blocking(Box<dyn Fn(Request) -> Outcome + Send + Sync>),
+    /// It takes the call, which is answered later.
+    Detached(Box<dyn Fn(Unanswered) + Send + Sync>),
 }
 
 /// How a trigger is offered.
@@ -284,7 +286,7 @@ impl Handlers {
         }
     }
 
-    fn finish(&self, ticket: &Ticket) {
+    pub(crate) fn finish(&self, ticket: &Ticket) {
         let Some(id) = ticket.id() else { return };
         let idle = {
             let mut running = lock(&self.running);
@@ -411,6 +413,13 @@ pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instan
                 request::answer(core, &ticket, outcome.unwrap_or_else(|_| panicked()));
                 core.handlers.finish(&ticket);
                 ended
+            }
+            Kind::Detached(handler) => {
+                core.handlers.begin(&request.ticket);
+                let unanswered = Unanswered::new(request);
+                // Dropped by a panic, it says so.
+                let _ = catch_unwind(AssertUnwindSafe(|| handler(unanswered)));
+                started
             }
             Kind::Async(handler) => {
                 let ticket = request.ticket.clone();

@@ -8,9 +8,13 @@ const { dirname, join } = require('node:path')
 
 const { version } = require('../package.json')
 
-/** `gnu` or `musl`: the C library that this Node was linked with. */
+/** `gnu` or `musl`: the C library that this Node was linked with. It takes a few milliseconds. */
 function libc () {
-  return process.report.getReport().header.glibcVersionRuntime ? 'gnu' : 'musl'
+  const before = process.report.excludeNetwork
+  process.report.excludeNetwork = true
+  const { header } = process.report.getReport()
+  process.report.excludeNetwork = before
+  return header.glibcVersionRuntime ? 'gnu' : 'musl'
 }
 
 /** The name of this platform, as its package has it. */
@@ -34,20 +38,31 @@ function manifest () {
   }
 }
 
-/** A package of the platform, `undefined` if it is not installed. */
-function installed (file) {
+/** The directory of a package of a platform; `undefined` if it is not installed. */
+function directory (name) {
   try {
-    return join(dirname(require.resolve(`@latzero/${platform()}/package.json`)), file)
+    return dirname(require.resolve(`@latzero/${name}/package.json`))
   } catch (error) {
     if (error.code !== 'MODULE_NOT_FOUND') throw error
     return undefined
   }
 }
 
+/** The directory of the package of this platform; `undefined` if it is not installed. */
+function installed () {
+  const name = `${process.platform}-${process.arch}`
+  const [gnu, musl] = [directory(`${name}-gnu`), directory(`${name}-musl`)]
+  // Some package managers install both.
+  if (gnu !== undefined && musl !== undefined) return libc() === 'gnu' ? gnu : musl
+  return gnu ?? musl
+}
+
 /** Where a file of this platform is; `undefined` if it is nowhere. */
 function find (file) {
   const beside = join(__dirname, '..', 'native', file)
-  return existsSync(beside) ? beside : installed(file)
+  if (existsSync(beside)) return beside
+  const package_ = installed()
+  return package_ && join(package_, file)
 }
 
 /** What to do where the package of the platform is not installed. */

@@ -7,7 +7,7 @@ const { basename, extname } = require('node:path')
 
 const addon = require('./addon.cjs').load()
 const { Block, blockOptions } = require('./block.cjs')
-const { badRequest, errorOf, thrown } = require('./errors.cjs')
+const { badRequest, errorOf, thrown, warn } = require('./errors.cjs')
 const { Request, handle } = require('./handlers.cjs')
 const { encode, parseExactly } = require('./json.cjs')
 const { checkSignal, options, pick, textOf } = require('./options.cjs')
@@ -423,21 +423,18 @@ class App {
     if (typeof listener !== 'function') throw new TypeError('a listener is a function')
     const events = this.events(name)
     await events.ready
-    const warn = (error) => {
-      const detail = error instanceof Error ? error.stack : String(error)
-      process.emitWarning(`a listener to '${name}' failed`, { type: 'LatZeroWarning', detail })
-    }
+    const fails = (error) => warn(`a listener to '${name}' failed`, error)
     const listen = async () => {
       for await (const event of events) {
         try {
           // Not awaited: an event does not wait for the listener of the one before.
-          Promise.resolve(listener(event)).catch(warn)
+          Promise.resolve(listener(event)).catch(fails)
         } catch (error) {
-          warn(error)
+          fails(error)
         }
       }
     }
-    listen().catch(warn)
+    listen().catch(fails)
     return new Subscription(name, events)
   }
 

@@ -2,6 +2,8 @@
 
 // Memory blocks, as typed arrays.
 
+const { isSharedArrayBuffer } = require('node:util').types
+
 const addon = require('./addon.cjs').load()
 const { BlockError, badRequest, errorOf, thrown } = require('./errors.cjs')
 const { Sent, bytesOf, isBytes } = require('./json.cjs')
@@ -273,7 +275,7 @@ class Block extends Sent {
   /** Fills `target` with the newest version; the version. */
   async readInto (target) {
     if (!isBytes(target)) throw new TypeError('a target is an array of numbers or a buffer')
-    const isShared = (target.buffer ?? target) instanceof SharedArrayBuffer
+    const isShared = isSharedArrayBuffer(target.buffer ?? target)
     const bytes = ArrayBuffer.isView(target)
       ? new Uint8Array(target.buffer, target.byteOffset, target.byteLength)
       : new Uint8Array(target)
@@ -328,6 +330,9 @@ class Block extends Sent {
       const buffer = shared ?? await this.#memory(offset, length, keep)
       try {
         await fn(arrayOf(buffer, layout))
+        if (buffer.byteLength !== length) {
+          throw new TypeError('the memory of a version stays where it is: it was transferred')
+        }
         if (shared === null && length > 0) draft.write(offset, new Uint8Array(buffer))
       } finally {
         addon.detach(buffer)

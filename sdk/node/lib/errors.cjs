@@ -2,6 +2,8 @@
 
 // The errors: one class per family of error codes, and what a handler that threw answers.
 
+const { isNativeError } = require('node:util').types
+
 const TRACEBACK_BYTES_MAX = 16 * 1024
 
 class LatZeroError extends Error {
@@ -117,7 +119,7 @@ function describe (error, tracebacks) {
   if (error instanceof Failure || error instanceof LatZeroError) {
     return { code: text(error.code), message: text(error.message), data: error.data }
   }
-  const isError = error instanceof Error
+  const isError = error instanceof Error || isNativeError(error)
   const type = isError ? text(error.constructor?.name || error.name) : typeof error
   const message = isError ? text(error.message) : text(error)
   const data = { type, message }
@@ -130,4 +132,19 @@ function describe (error, tracebacks) {
   return { code: 'handler_error', message: `${type}: ${message}`, data }
 }
 
-module.exports = { LatZeroError, ...classes, Failure, badRequest, describe, errorOf, thrown }
+/** Says on the process what nobody waits for. */
+function warn (message, error) {
+  const detail = typeof error?.stack === 'string' ? error.stack : text(error)
+  process.emitWarning(message, { type: 'LatZeroWarning', detail })
+}
+
+module.exports = {
+  LatZeroError,
+  ...classes,
+  Failure,
+  badRequest,
+  describe,
+  errorOf,
+  thrown,
+  warn
+}

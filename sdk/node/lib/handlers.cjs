@@ -2,7 +2,7 @@
 
 // Functions as handlers: what they get, what they answer, and items that they stream.
 
-const { CancelledError, badRequest, describe, thrown } = require('./errors.cjs')
+const { CancelledError, badRequest, describe, thrown, warn } = require('./errors.cjs')
 const { encode, withBlocks } = require('./json.cjs')
 
 const ERROR = 2
@@ -19,7 +19,7 @@ class Request {
   #blocks
 
   constructor (connection, name, number, meta) {
-    const [, pool, appId, instance, isEmit, blocks] = meta
+    const [, pool, appId, instance, isEmit, blocks, lost] = meta
     this.#connection = connection
     this.#number = number
     this.#blocks = blocks
@@ -27,6 +27,7 @@ class Request {
     this.pool = pool
     this.origin = { appId, instance }
     this.isEmit = isEmit
+    this.lost = lost
     this.cancelled = false
   }
 
@@ -190,11 +191,8 @@ async function handle (connection, request, handler, payload) {
     if (iterator !== undefined) result = await stream(request, iterator)
     if (!request.cancelled) request.answer(result)
   } catch (error) {
-    if (request.isEmit) {
-      const detail = error instanceof Error ? error.stack : String(error)
-      const message = `a handler of '${request.name}' failed at an emit`
-      process.emitWarning(message, { type: 'LatZeroWarning', detail })
-    }
+    // Nobody else would hear of it.
+    if (request.isEmit) warn(`a handler of '${request.name}' failed at an emit`, error)
     if (!request.cancelled) request.fail(error)
   }
 }

@@ -188,6 +188,8 @@ export interface Request {
   readonly origin: Origin
   /** Whether it is an emit, whose answer nobody receives. */
   readonly isEmit: boolean
+  /** How many emits were dropped just before this one: 1024 waited or were worked on. */
+  readonly lost: number
   readonly headers: Record<string, string>
   readonly key: string | null
   /** 1, or more where a handler may have run before. */

@@ -4,6 +4,7 @@
 // a whole payload.
 
 const { randomUUID } = require('node:crypto')
+const { isAnyArrayBuffer, isDate, isSharedArrayBuffer } = require('node:util').types
 
 const { badRequest } = require('./errors.cjs')
 
@@ -20,8 +21,7 @@ const MARKED = new RegExp(`"${MARK}(-?[0-9]+)"`, 'g')
 let lent
 
 function isBytes (value) {
-  return ArrayBuffer.isView(value) || value instanceof ArrayBuffer ||
-    value instanceof SharedArrayBuffer
+  return ArrayBuffer.isView(value) || isAnyArrayBuffer(value)
 }
 
 /** What can't be sent, as far as `value` alone says; `undefined` if it can. */
@@ -76,7 +76,7 @@ function scan (value, strict, levels) {
     return isSlow
   }
   if (isBytes(value)) throw new Fault(fault(value, strict))
-  if (typeof value.toJSON === 'function') return !(value instanceof Date || value instanceof Sent)
+  if (typeof value.toJSON === 'function') return !(isDate(value) || value instanceof Sent)
   for (const key of Object.keys(value)) {
     if (scan(value[key], strict, levels - 1)) isSlow = true
   }
@@ -134,7 +134,7 @@ function bytesOf (data) {
   const bytes = ArrayBuffer.isView(data)
     ? new Uint8Array(data.buffer, data.byteOffset, data.byteLength)
     : new Uint8Array(data)
-  return bytes.buffer instanceof SharedArrayBuffer ? new Uint8Array(bytes) : bytes
+  return isSharedArrayBuffer(bytes.buffer) ? new Uint8Array(bytes) : bytes
 }
 
 const LONG_NUMBER = /[0-9]{16}/

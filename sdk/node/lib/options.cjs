@@ -32,7 +32,10 @@ function checkTime (name, value) {
 }
 
 function checkSignal (signal) {
-  if (signal !== undefined && !(signal instanceof AbortSignal)) {
+  // Of whatever realm it is.
+  const isSignal = typeof signal?.aborted === 'boolean' && typeof signal.addEventListener ===
+    'function'
+  if (signal !== undefined && !isSignal) {
     throw new TypeError('signal is an AbortSignal')
   }
 }

@@ -11,6 +11,9 @@ const { createInterface } = require('node:readline')
 
 const { find } = require('./addon.cjs')
 
+/** What a server says when it is ready: its pin, its address and its socket. */
+const READY = /^latzero ready .*?(?: pin (\S+))? (?:tcp|tls):\/\/(\S+) unix:(\S+)/
+
 /** The program `latzero`: `LATZERO_BIN`, else the package's own, else the one in `PATH`. */
 function findProgram () {
   return process.env.LATZERO_BIN || find('latzero') || 'latzero'
@@ -46,7 +49,7 @@ class Server {
     failed.catch(() => {})
     const ready = new Promise((resolve) => {
       lines.on('line', (line) => {
-        const found = /^latzero ready .*?(?: pin (\S+))? (?:tcp|tls):\/\/(\S+) unix:(\S+)/.exec(line)
+        const found = READY.exec(line)
         if (found !== null) resolve(found)
       })
     })

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::batch::{Batch, Outcome, Payload};
 use crate::block::{NativeBlock, Open};
 use crate::errors::{self, misuse};
-use crate::handlers::{Active, Incoming, hand_over};
+use crate::handlers::{Active, Emits, Incoming, hand_over};
 use crate::mailbox::{self, Mailbox, News};
 use crate::memory::Extra;
 use crate::options;
@@ -137,8 +137,10 @@ impl NativeApp {
                     batch.add(token, result);
                 }
             }
+            // Of what was cancelled before it could begin nobody waits for an answer.
+            News::Request(Incoming::Begin(_, active)) if active.request().is_cancelled() => {}
             News::Request(Incoming::Begin(number, active)) => {
-                batch.add_request(number, &active.meta(), &active.request);
+                batch.add_request(number, &active.meta(), active.request());
                 self.requests.borrow_mut().insert(number, *active);
             }
             News::Request(Incoming::Cancel(number)) => {
@@ -153,7 +155,7 @@ impl NativeApp {
     pub(crate) fn request(&self, number: i64) -> Option<Arc<latzero::Request>> {
         let requests = self.requests.borrow();
         let active = requests.get(&number.unsigned_abs());
-        active.map(|active| active.request.clone())
+        active.map(|active| active.request().clone())
     }
 }
 
@@ -369,8 +371,9 @@ impl NativeApp {
             None => options::Serve::default(),
         };
         let handler = options.handler(self.app()?.handler(&name))?;
-        let mailbox = self.mailbox.clone();
-        let serving = handler.serve(move |request| hand_over(request, trigger, mailbox.clone()));
+        let (mailbox, emits) = (self.mailbox.clone(), Arc::new(Emits::default()));
+        let serving =
+            handler.serve_detached(move |call| hand_over(call, trigger, &mailbox, &emits));
         Ok(self.begin(token, async move {
             serving.await?;
             Ok(Outcome::nothing())
@@ -390,9 +393,10 @@ impl NativeApp {
     /// Answers a request.
     #[napi]
     pub fn answer(&self, number: i64, data: Given<'_>) -> Result<()> {
+        let data = given(data)?;
         let active = self.requests.borrow_mut().remove(&number.unsigned_abs());
         if let Some(active) = active {
-            active.end(Ok(given(data)?));
+            active.end(Ok(data));
         }
         Ok(())
     }

@@ -1,19 +1,32 @@
-//! Requests on their way to JavaScript functions, and the answers on their way back.
+//! Requests on their way to JavaScript functions.
 
-use std::pin::Pin;
-use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll, Waker};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Wake, Waker};
 
-use latzero::{Data, HandlerError, Request};
+use latzero::{Data, HandlerError, Request, Unanswered};
 use serde_json::{Value, json};
 
-use crate::mailbox::{Mailbox, News, lock};
+use crate::mailbox::{Mailbox, News};
 
-/// Where an answer is left for the client.
+/// Emits that a handler may have waiting or be at. Beyond them the newest are dropped and counted:
+/// nobody limits those who send them.
+const EMITS_MAX: u64 = 1024;
+
+/// What the emits of one trigger have in common.
 #[derive(Default)]
-struct Slot {
-    result: Option<Result<Data, HandlerError>>,
-    waker: Option<Waker>,
+pub(crate) struct Emits {
+    open: AtomicU64,
+    lost: AtomicU64,
+}
+
+/// One emit of those that are open.
+struct Open(Arc<Emits>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// News of a request.
@@ -24,17 +37,24 @@ pub(crate) enum Incoming {
     Cancel(u64),
 }
 
-/// JavaScript's half of a request. Dropped without an answer, it says so.
+/// A request that JavaScript has not answered yet.
 pub(crate) struct Active {
-    pub(crate) request: Arc<Request>,
+    unanswered: Unanswered,
     trigger: u32,
-    slot: Arc<Mutex<Slot>>,
+    /// Emits that were dropped just before this one.
+    lost: u64,
+    _open: Option<Open>,
 }
 
 impl Active {
+    pub(crate) fn request(&self) -> &Arc<Request> {
+        self.unanswered.request()
+    }
+
     /// What a handler is most likely to ask of its request.
     pub(crate) fn meta(&self) -> Value {
-        let (request, origin) = (&self.request, self.request.origin());
+        let request = self.request();
+        let origin = request.origin();
         json!([
             self.trigger,
             request.pool(),
@@ -42,82 +62,56 @@ impl Active {
             origin.instance,
             request.is_emit(),
             request.block_ids(),
+            self.lost,
         ])
     }
 
-    pub(crate) fn end(&self, result: Result<Data, HandlerError>) {
-        let waker = {
-            let mut slot = lock(&self.slot);
-            if slot.result.is_none() {
-                slot.result = Some(result);
-            }
-            slot.waker.take()
-        };
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+    pub(crate) fn end(self, answer: Result<Data, HandlerError>) {
+        self.unanswered.answer(answer);
     }
 }
 
-impl Drop for Active {
-    fn drop(&mut self) {
-        let text = "the handler's app ended before it answered";
-        self.end(Err(HandlerError::new("handler_error", text)));
-    }
-}
-
-/// The client's half: ready once JavaScript has answered. Dropped before, it cancels the request.
-pub(crate) struct Answering {
+/// Tells JavaScript that a request was cancelled.
+struct Cancelling {
     number: u64,
-    slot: Arc<Mutex<Slot>>,
     mailbox: Arc<Mailbox>,
-    is_over: bool,
 }
 
-impl Future for Answering {
-    type Output = Result<Data, HandlerError>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let result = {
-            let mut slot = lock(&self.slot);
-            if slot.result.is_none() {
-                slot.waker = Some(cx.waker().clone());
-            }
-            slot.result.take()
-        };
-        match result {
-            Some(result) => {
-                self.is_over = true;
-                Poll::Ready(result)
-            }
-            None => Poll::Pending,
-        }
-    }
-}
-
-impl Drop for Answering {
-    fn drop(&mut self) {
-        if !self.is_over {
-            let cancel = Incoming::Cancel(self.number);
-            self.mailbox.push(News::Request(cancel));
-        }
+impl Wake for Cancelling {
+    fn wake(self: Arc<Self>) {
+        let cancel = Incoming::Cancel(self.number);
+        self.mailbox.push(News::Request(cancel));
     }
 }
 
 /// Gives a request to JavaScript.
-pub(crate) fn hand_over(request: Request, trigger: u32, mailbox: Arc<Mailbox>) -> Answering {
-    let slot = Arc::new(Mutex::new(Slot::default()));
-    let number = mailbox.number();
-    let active = Active {
-        request: Arc::new(request),
-        trigger,
-        slot: slot.clone(),
-    };
-    mailbox.push(News::Request(Incoming::Begin(number, Box::new(active))));
-    Answering {
-        number,
-        slot,
-        mailbox,
-        is_over: false,
+pub(crate) fn hand_over(
+    unanswered: Unanswered,
+    trigger: u32,
+    mailbox: &Arc<Mailbox>,
+    emits: &Arc<Emits>,
+) {
+    let (mut lost, mut open) = (0, None);
+    if unanswered.request().is_emit() {
+        let before = emits.open.fetch_add(1, Ordering::AcqRel);
+        open = Some(Open(emits.clone()));
+        if before >= EMITS_MAX {
+            emits.lost.fetch_add(1, Ordering::AcqRel);
+            return;
+        }
+        lost = emits.lost.swap(0, Ordering::AcqRel);
     }
+    let number = mailbox.number();
+    let cancelling = Arc::new(Cancelling {
+        number,
+        mailbox: mailbox.clone(),
+    });
+    unanswered.on_cancel(&Waker::from(cancelling));
+    let active = Box::new(Active {
+        unanswered,
+        trigger,
+        lost,
+        _open: open,
+    });
+    mailbox.push(News::Request(Incoming::Begin(number, active)));
 }

@@ -301,6 +301,28 @@ test('a listener that throws is warned of, and hears the next event', async (t) 
   assert.match((await warned.promise).detail, /first/)
 })
 
+test('a handler of emits has a bounded number of them', async (t) => {
+  const [serves, emits] = await place.pair(t)
+  const { promise, resolve } = promised()
+  let [runs, lost] = [0, 0]
+  await serves.serve('e', async (data, request) => {
+    runs++
+    lost += request.lost
+    await promise
+  })
+  for (let i = 0; i < 2000; i++) await emits.emit('e', i)
+  // Those before this call have arrived before it is answered.
+  assert.equal(await emits.emit('e', 0, { count: true }), 1)
+  await serves.serve('f', () => 1)
+  await emits.call('f')
+  assert.equal(runs, 1024)
+  resolve()
+  await promise
+  await emits.emit('e', 0)
+  await emits.call('f')
+  assert.deepEqual([runs, lost], [1025, 2001 - 1024])
+})
+
 test('a refused name is an error of `ready` and of the first event', async (t) => {
   const app = await place.app(t)
   await assert.rejects(app.on('not valid', () => {}), BadRequestError)
