@@ -53,6 +53,13 @@ for (const [name, script] of [
     await app.close()`],
   ['a served trigger that was ended', `
     const app = await connect(url); const f = await app.serve('f', () => 1); await f.close()`],
+  ['a trigger of an app that was displaced', `
+    const app = await connect(url)
+    await app.serve('f', () => 1)
+    await connect(url, { takeover: true })`],
+  ['an address that is wrong, and a server that is not there', `
+    await connect('nonsense').catch(() => {})
+    await connect('latzero://x?socket=/nowhere').catch(() => {})`],
   ['a call in flight at process.exit', `
     const app = await connect(url)
     await app.serve('hold', () => { process.exit(0) })
