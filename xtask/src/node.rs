@@ -78,21 +78,21 @@ fn build(profile: &str) -> Done {
     }
     run(&mut build)?;
     let native = folder().join("native");
-    std::fs::create_dir_all(&native).map_err(io)?;
+    std::fs::create_dir_all(&native).map_err(|error| io(&error))?;
     let addon = target().join(profile).join("liblatzero_node.so");
     let program = root().join("target").join(profile).join("latzero");
     for (from, name) in [(addon, "latzero.node"), (program, "latzero")] {
         let to = native.join(name);
         // A running program can't be written over.
         if to.exists() {
-            std::fs::remove_file(&to).map_err(io)?;
+            std::fs::remove_file(&to).map_err(|error| io(&error))?;
         }
-        std::fs::copy(from, to).map_err(io)?;
+        std::fs::copy(from, to).map_err(|error| io(&error))?;
     }
     Ok(())
 }
 
-fn io(error: std::io::Error) -> String {
+fn io(error: &std::io::Error) -> String {
     format!("the npm packages: {error}")
 }
 
@@ -101,19 +101,20 @@ fn pack_as(profile: &str) -> Result<PathBuf, String> {
     println!("$ npm pack, in sdk/node");
     let dir = target().join("packages").join(profile);
     if dir.exists() {
-        std::fs::remove_dir_all(&dir).map_err(io)?;
+        std::fs::remove_dir_all(&dir).map_err(|error| io(&error))?;
     }
     let staged = dir.join("latzero");
     for part in ["lib", "bin"] {
         let to = staged.join(part);
-        std::fs::create_dir_all(&to).map_err(io)?;
-        for entry in std::fs::read_dir(folder().join(part)).map_err(io)? {
-            let from = entry.map_err(io)?.path();
-            std::fs::copy(&from, to.join(from.file_name().unwrap_or_default())).map_err(io)?;
+        std::fs::create_dir_all(&to).map_err(|error| io(&error))?;
+        for entry in std::fs::read_dir(folder().join(part)).map_err(|error| io(&error))? {
+            let from = entry.map_err(|error| io(&error))?.path();
+            std::fs::copy(&from, to.join(from.file_name().unwrap_or_default()))
+                .map_err(|error| io(&error))?;
         }
     }
     for name in ["package.json", "README.md"] {
-        std::fs::copy(folder().join(name), staged.join(name)).map_err(io)?;
+        std::fs::copy(folder().join(name), staged.join(name)).map_err(|error| io(&error))?;
     }
     let script = "const { manifest } = require('./lib/addon.cjs'); \
                   console.log(JSON.stringify(manifest(), null, 2))";
@@ -123,13 +124,15 @@ fn pack_as(profile: &str) -> Result<PathBuf, String> {
             .current_dir(folder()),
     )?;
     let platform = dir.join("platform");
-    std::fs::create_dir_all(&platform).map_err(io)?;
-    std::fs::write(platform.join("package.json"), manifest).map_err(io)?;
+    std::fs::create_dir_all(&platform).map_err(|error| io(&error))?;
+    std::fs::write(platform.join("package.json"), manifest).map_err(|error| io(&error))?;
     for name in ["latzero.node", "latzero"] {
-        std::fs::copy(folder().join("native").join(name), platform.join(name)).map_err(io)?;
+        std::fs::copy(folder().join("native").join(name), platform.join(name))
+            .map_err(|error| io(&error))?;
     }
     for package in [&staged, &platform] {
-        std::fs::copy(root().join("LICENSE"), package.join("LICENSE")).map_err(io)?;
+        std::fs::copy(root().join("LICENSE"), package.join("LICENSE"))
+            .map_err(|error| io(&error))?;
         quiet(
             Command::new("npm")
                 .args(["pack", "--silent", "--pack-destination"])
@@ -144,7 +147,8 @@ fn pack_as(profile: &str) -> Result<PathBuf, String> {
 pub(crate) fn lint() -> Done {
     for args in [
         &["fmt", "--check"][..],
-        &["clippy", "--all-targets", "--", "-D", "warnings"],
+        // It has no tests of its own: those of the package are in `test/`.
+        &["clippy", "--", "-D", "warnings"],
     ] {
         println!("$ cargo {}, in sdk/node", args.join(" "));
         run(&mut cargo_in_package(args))?;
@@ -155,7 +159,7 @@ pub(crate) fn lint() -> Done {
 /// Fixes what the format and lint checks can fix.
 pub(crate) fn lint_fix() -> Done {
     let fix = ["--fix", "--allow-dirty", "--allow-staged"];
-    let clippy = [&["clippy", "--all-targets"], &fix[..]].concat();
+    let clippy = [&["clippy"], &fix[..]].concat();
     run(&mut cargo_in_package(&clippy))?;
     run(&mut cargo_in_package(&["fmt"]))
 }
@@ -190,9 +194,10 @@ fn tools() -> Result<PathBuf, String> {
         return Ok(modules);
     }
     println!("$ npm ci, in {}", dir.display());
-    std::fs::create_dir_all(&dir).map_err(io)?;
+    std::fs::create_dir_all(&dir).map_err(|error| io(&error))?;
     for name in ["package.json", "package-lock.json"] {
-        std::fs::copy(folder().join("tools").join(name), dir.join(name)).map_err(io)?;
+        std::fs::copy(folder().join("tools").join(name), dir.join(name))
+            .map_err(|error| io(&error))?;
     }
     let install = [
         "ci",
@@ -202,12 +207,12 @@ fn tools() -> Result<PathBuf, String> {
         "--no-fund",
     ];
     quiet(Command::new("npm").args(install).current_dir(&dir))?;
-    std::fs::write(&stamp, wanted).map_err(io)?;
+    std::fs::write(&stamp, wanted).map_err(|error| io(&error))?;
     Ok(modules)
 }
 
 fn output(command: &mut Command) -> Result<Vec<u8>, String> {
-    let output = command.output().map_err(io)?;
+    let output = command.output().map_err(|error| io(&error))?;
     match output.status.success() {
         true => Ok(output.stdout),
         false => Err(format!(
