@@ -96,6 +96,11 @@ impl HandlerJob {
         }
     }
 
+    /// Whether it only takes a call, to be answered later.
+    pub(crate) fn is_detached(&self) -> bool {
+        matches!(self, HandlerJob::Start(entry, _) if matches!(entry.kind, Kind::Detached(_)))
+    }
+
     /// Whether it is the start of call `id`.
     pub(crate) fn is_start_of(&self, id: &str) -> bool {
         matches!(self, HandlerJob::Start(_, request) if request.ticket.id() == Some(id))

@@ -31,7 +31,8 @@ test('the built-in app answers', async (t) => {
   const { apps } = await app.apps()
   assert.ok(apps.some(({ app_id: id, live }) => id === 'me' && live))
   assert.ok(JSON.stringify(await app.pools()).includes('"system"'))
-  assert.deepEqual(await app.request({ action: 'app_list' }), await app.apps())
+  const listed = await app.request({ action: 'app_list' })
+  assert.deepEqual(listed.apps.map((app) => app.app_id), apps.map((app) => app.app_id))
   assert.match(app.instance, /^[0-9a-f]{16}$/)
   assert.deepEqual([app.appId, app.isConnected, app.isStored], ['me', true, true])
 })
@@ -301,6 +302,18 @@ test('a listener that throws is warned of, and hears the next event', async (t) 
   assert.match((await warned.promise).detail, /first/)
 })
 
+test('emits and calls come in the order that they were sent in', async (t) => {
+  const [serves, emits] = await place.pair(t)
+  const came = []
+  await serves.serve('e', (n) => { came.push(n) })
+  for (let i = 0; i < 500; i++) {
+    if (i % 7 === 0) emits.call('e', i)
+    else emits.emit('e', i)
+  }
+  await emits.call('e', 500)
+  assert.deepEqual(came, [...Array(501).keys()])
+})
+
 test('a handler of emits has a bounded number of them', async (t) => {
   const [serves, emits] = await place.pair(t)
   const { promise, resolve } = promised()
@@ -317,7 +330,8 @@ test('a handler of emits has a bounded number of them', async (t) => {
   await emits.call('f')
   assert.equal(runs, 1024)
   resolve()
-  await promise
+  // All of them have answered when the event loop comes round.
+  await new Promise(setImmediate)
   await emits.emit('e', 0)
   await emits.call('f')
   assert.deepEqual([runs, lost], [1025, 2001 - 1024])
