@@ -138,6 +138,8 @@ export interface Parked<T = unknown> {
   readonly id: string
   /** Waits for the answer. If `signal` ends the wait, the call goes on. */
   answer(options?: { signal?: AbortSignal }): Promise<T>
+  /** Lets go of it: the call goes on, and its answer goes to `answers()`. */
+  leave(): void
   /** Ends the call. */
   cancel(): void
 }

@@ -176,6 +176,11 @@ class Parked {
     return item.payload
   }
 
+  /** Lets go of it: the call goes on, and its answer goes to `answers()`. */
+  leave () {
+    this.#native.leave()
+  }
+
   /** Ends the call. */
   cancel () {
     this.#native.cancel()

@@ -250,6 +250,12 @@ impl Parking {
         }))
     }
 
+    /// Lets go of it: the call goes on, and its answer goes to `answers`.
+    #[napi]
+    pub fn leave(&self) {
+        drop(self.parked.take());
+    }
+
     /// Ends the call.
     #[napi]
     pub fn cancel(&self) {

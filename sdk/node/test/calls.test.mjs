@@ -369,11 +369,15 @@ test('parked calls', async (t) => {
   assert.equal(await parked.answer(), 18)
   await assert.rejects(parked.answer(), TypeError)
   // Nobody waits for these.
-  await calls.park('bill', { order: 1 }, { id: 'order-1' })
+  const done = await calls.park('bill', { order: 1 }, { id: 'order-1' })
+  done.leave()
+  done.leave()
+  await assert.rejects(done.answer(), TypeError)
   const answers = calls.answers()
   const first = (await answers.next()).value
   assert.deepEqual([first.id, first.result(), first.lost], ['order-1', 2, 0])
-  await calls.park('refuse', null, { id: 'order-2' })
+  const refused = await calls.park('refuse', null, { id: 'order-2' })
+  refused.leave()
   await serves.serve('refuse', () => { throw new Failure('odd_order') })
   const second = (await answers.next()).value
   assert.equal(second.id, 'order-2')
