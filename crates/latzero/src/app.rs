@@ -638,9 +638,9 @@ impl Handler {
     }
 
     /// Serves the trigger with a function that takes each call and returns at once, for those who
-    /// have an event loop of their own: [`Unanswered::answer`] answers later, from any thread. Calls
-    /// are taken in the order that they came in. `take` runs between two reads of the connection: it
-    /// must not wait for anything.
+    /// have an event loop of their own: [`Unanswered::answer`] answers later, from any thread.
+    /// Calls are taken in the order that they came in. `take` runs between two reads of the
+    /// connection: it must not wait for anything.
     ///
     /// # Errors
     /// If the name is not valid or the server refuses.
