@@ -3,6 +3,7 @@
 mod codegen;
 mod crash;
 mod dev;
+mod node;
 mod python;
 mod tidy;
 mod vectors;
@@ -18,6 +19,7 @@ cargo xtask COMMAND
   test --unit          only unit tests
   test --integration   only integration tests
   test --python        only the tests of the Python package
+  test --node          only the tests of the Node package
   lint                 tidiness, format and lint checks
   lint --fix           fix what the format and lint checks can fix
   coverage             line coverage of all tests (needs cargo-llvm-cov)
@@ -32,6 +34,7 @@ cargo xtask COMMAND
                        --only TEXT, --json
   crash [ARGS]         kill and restart processes and check the result: --rounds N, --seed S
   wheel                build the wheel of the Python package, with the program in it
+  npm                  make the npm packages of this platform, with the program in them
   bench NAME [ARGS]    run a benchmark; `cargo xtask bench --help` lists them
   fuzz TARGET [ARGS]   fuzz a parser (needs cargo-fuzz)
 ";
@@ -44,6 +47,8 @@ fn main() -> ExitCode {
         ["test", "--unit"] => unit_tests(),
         ["test", "--integration"] => integration_tests(),
         ["test", "--python"] => python::test(),
+        ["test", "--node"] => node::test(),
+        ["npm"] => node::pack(),
         ["wheel"] => python::wheel(),
         ["lint"] => lint(),
         ["lint", "--fix"] => lint_fix(),
@@ -101,6 +106,7 @@ fn test() -> Done {
     sim(&["--hostile", "--seeds", "0..200"])?;
     sim(&["--vault", "--seeds", "0..200"])?;
     python::test()?;
+    node::test()?;
     println!("\nall checks passed");
     Ok(())
 }
@@ -125,7 +131,8 @@ fn lint() -> Done {
         "-D",
         "warnings",
     ])?;
-    python::lint()
+    python::lint()?;
+    node::lint()
 }
 
 fn lint_fix() -> Done {
@@ -138,7 +145,8 @@ fn lint_fix() -> Done {
         "--allow-staged",
     ])?;
     cargo(&["fmt", "--all"])?;
-    python::lint_fix()
+    python::lint_fix()?;
+    node::lint_fix()
 }
 
 fn coverage(rest: &[&str]) -> Done {
@@ -208,6 +216,18 @@ fn run(command: &mut Command) -> Done {
         Ok(())
     } else {
         Err(format!("{command:?} ended with {status}"))
+    }
+}
+
+/// Runs a command; what it wrote is part of its error.
+fn quiet(command: &mut Command) -> Done {
+    match command.output() {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => Err(format!(
+            "{command:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        )),
+        Err(error) => Err(format!("{command:?}: {error}")),
     }
 }
 

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::{Done, cargo, cargo_program, read, root, run};
+use crate::{Done, cargo, cargo_program, quiet, read, root, run};
 
 fn folder() -> PathBuf {
     root().join("sdk/python")
@@ -148,16 +148,4 @@ fn environment() -> Result<PathBuf, String> {
     quiet(pip(&python).args(install).arg(file))?;
     std::fs::write(&stamp, wanted).map_err(|error| error.to_string())?;
     Ok(python)
-}
-
-/// Runs a command; what it wrote is part of its error.
-fn quiet(command: &mut Command) -> Done {
-    match command.output() {
-        Ok(output) if output.status.success() => Ok(()),
-        Ok(output) => Err(format!(
-            "{command:?}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        )),
-        Err(error) => Err(format!("{command:?}: {error}")),
-    }
 }

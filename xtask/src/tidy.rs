@@ -97,9 +97,11 @@ const NOT_IN_PURE_CRATES: &[&str] = &[
     "eprintln!",
 ];
 
-/// Where memory that other processes change is touched through pointers, and where Python is.
+/// Where memory that other processes change is touched through pointers, and where Python and Node
+/// are.
 const UNSAFE: &[&str] = &[
     "crates/latzero-shm/",
+    "sdk/node/src/memory.rs",
     "sdk/python/src/buffer.rs",
     "sdk/python/src/gil.rs",
 ];
@@ -119,7 +121,7 @@ const BANNED: &[&str] = &[
 const COLUMNS_MAX: usize = 100;
 
 /// Files whose lines are checked, by their endings.
-const CHECKED_ENDINGS: &[&str] = &[".rs", ".md", ".toml", ".py"];
+const CHECKED_ENDINGS: &[&str] = &[".rs", ".md", ".toml", ".py", ".cjs", ".mjs", ".cts", ".mts"];
 
 /// Files that are generated, or that hold data.
 const UNCHECKED: &[&str] = &["docs/errors.md", "fuzz/corpus/", "conformance/vectors/"];
@@ -267,7 +269,7 @@ fn files(dir: &Path, endings: &[&str]) -> Result<Vec<PathBuf>, String> {
             .to_string_lossy()
             .into_owned();
         if path.is_dir() {
-            if !name.starts_with('.') && name != "target" {
+            if !name.starts_with('.') && name != "target" && name != "node_modules" {
                 found.extend(files(&path, endings)?);
             }
         } else if endings.iter().any(|ending| name.ends_with(ending)) {

@@ -4,7 +4,6 @@ use std::future::Future;
 use std::os::fd::{AsRawFd as _, RawFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
-use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use latzero_crypto::proof::{self, Side};
@@ -26,7 +25,7 @@ use crate::keys::Keys;
 use crate::message::Message;
 use crate::payload::{self, FromPayload, IntoPayload, Payload, Reply};
 use crate::prove::{binary, check_bound, exchange};
-use crate::request::Request;
+use crate::request::{Request, Unanswered};
 use crate::stream::Stream;
 use crate::sync::lock;
 
@@ -516,6 +515,13 @@ impl App {
         on_thread(move || close(&core, CLOSE_TIME)).await
     }
 
+    /// Waits until the app has ended: it was closed, or lost its connection for good. It does not
+    /// keep the app open.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        let core = self.core().clone();
+        std::future::poll_fn(move |cx| core.poll_ended(cx))
+    }
+
     pub(crate) fn close_within(&self, time: Duration) -> Result<(), Error> {
         close(self.core(), time)
     }
@@ -631,6 +637,22 @@ impl Handler {
         undo_failed(&app, &name, registered)
     }
 
+    /// Serves the trigger with a function that takes each call and returns at once, for programs
+    /// with their own event loop: [`Unanswered::answer`] answers later, from any thread. Calls are
+    /// taken in the order in which they arrived. `take` runs between two reads of the connection, so
+    /// it must not block.
+    ///
+    /// # Errors
+    /// If the name is not valid or the server refuses.
+    pub async fn serve_detached(
+        self,
+        take: impl Fn(Unanswered) + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        let (app, name) = (self.app.clone(), self.name.clone());
+        let registered = self.register(Kind::Detached(Box::new(take)))?.await;
+        undo_failed(&app, &name, registered)
+    }
+
     /// Like [`Handler::serve_blocking`], but waits on this thread.
     pub(crate) fn serve_from_here<T: IntoPayload>(
         self,
@@ -709,19 +731,6 @@ impl Core {
             self.outbox.append(link.epoch, |out, link| {
                 message.finish(None, link.attachments, out);
             });
-        }
-    }
-
-    /// Whether the app ended.
-    fn poll_ended(&self, cx: &mut std::task::Context<'_>) -> Poll<()> {
-        if self.is_ended() {
-            return Poll::Ready(());
-        }
-        self.outbox.wake_at_end(cx);
-        if self.is_ended() {
-            Poll::Ready(())
-        } else {
-            Poll::Pending
         }
     }
 }

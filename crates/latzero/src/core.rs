@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use latzero_protocol::{Code, Ran};
@@ -89,8 +89,8 @@ pub(crate) struct Core {
     tick_armed: AtomicBool,
     is_closing: AtomicBool,
     ended: AtomicBool,
-    /// Woken at the end, for reconnects.
-    end_lock: Mutex<()>,
+    /// Who is woken at the end; reconnects wait for the signal.
+    end_lock: Mutex<Vec<Waker>>,
     end_signal: Condvar,
 }
 
@@ -382,7 +382,7 @@ impl Core {
         if is_needed || self.outbox.has_waiting() {
             self.tick_armed.store(true, Ordering::Release);
         }
-        wake.into_iter().for_each(std::task::Waker::wake);
+        wake.into_iter().for_each(Waker::wake);
         self.outbox.wake_waiting();
     }
 
@@ -390,7 +390,7 @@ impl Core {
     pub(crate) fn forget(&self, key: Key) {
         let mut wake = Vec::new();
         let in_flight = lock(&self.pending).forget(key, &mut wake);
-        wake.into_iter().for_each(std::task::Waker::wake);
+        wake.into_iter().for_each(Waker::wake);
         if let Some(call) = in_flight {
             // A call that the server has stored may end only at its deadline.
             self.arm_tick();
@@ -405,7 +405,7 @@ impl Core {
         if let Some(result) = answer {
             wake.extend(self.answers.push(Answer::new(id, None, result)));
         }
-        wake.into_iter().for_each(std::task::Waker::wake);
+        wake.into_iter().for_each(Waker::wake);
     }
 
     /// Sends the server a cancel for a call.
@@ -465,7 +465,7 @@ impl Core {
     fn end_calls(&self, epoch: u32, attempted: u64, error: &Error) {
         let mut wake = Vec::new();
         lock(&self.pending).end_connection(epoch, attempted, error, &mut wake);
-        wake.into_iter().for_each(std::task::Waker::wake);
+        wake.into_iter().for_each(Waker::wake);
         self.handlers.cancel_all();
     }
 
@@ -480,7 +480,7 @@ impl Core {
         let mut wake = Vec::new();
         lock(&self.pending).end_parked(error, &mut wake);
         wake.extend(self.answers.close());
-        wake.into_iter().for_each(std::task::Waker::wake);
+        wake.into_iter().for_each(Waker::wake);
         for queues in lock(&self.watchers).values() {
             queues
                 .iter()
@@ -489,13 +489,14 @@ impl Core {
         }
         let mut wake = Vec::new();
         self.blocks.wake_all(&mut wake);
-        wake.into_iter().for_each(std::task::Waker::wake);
+        wake.into_iter().for_each(Waker::wake);
         self.handlers.close();
         self.workers.stop();
         #[cfg(feature = "tokio")]
         self.signal.wake();
-        drop(lock(&self.end_lock));
+        let wake = std::mem::take(&mut *lock(&self.end_lock));
         self.end_signal.notify_all();
+        wake.into_iter().for_each(Waker::wake);
     }
 
     /// Waits for `time` or the end of the app, whichever is first; whether it ended.
@@ -513,6 +514,18 @@ impl Core {
                 .unwrap_or_else(std::sync::PoisonError::into_inner)
                 .0;
         }
+    }
+
+    /// Ready if the app has ended permanently; else registers a waker for its end.
+    pub(crate) fn poll_ended(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut wakers = lock(&self.end_lock);
+        if self.is_ended() {
+            return Poll::Ready(());
+        }
+        if !wakers.iter().any(|waker| waker.will_wake(cx.waker())) {
+            wakers.push(cx.waker().clone());
+        }
+        Poll::Pending
     }
 
     /// The next loss of the connection is the server's part of a clean close.

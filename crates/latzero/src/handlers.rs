@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::core::{Core, DriverKind};
 use crate::error::HandlerError;
 use crate::events::{Emission, Queue};
-use crate::request::{self, Outcome, Request, Ticket};
+use crate::request::{self, Outcome, Request, Ticket, Unanswered};
 use crate::sync::lock;
 
 /// A handler that ran longer than this passes on the reading role before it runs again.
@@ -32,6 +32,8 @@ pub(crate) enum Kind {
     Async(Box<dyn Fn(Request) -> Running + Send + Sync>),
     /// It runs on the thread that read the call.
     Blocking(Box<dyn Fn(Request) -> Outcome + Send + Sync>),
+    /// It takes the call, which is answered later.
+    Detached(Box<dyn Fn(Unanswered) + Send + Sync>),
 }
 
 /// The options of a served trigger.
@@ -93,6 +95,11 @@ impl HandlerJob {
             }
             HandlerJob::Poll(_) => false,
         }
+    }
+
+    /// Whether it only takes a call, to be answered later.
+    pub(crate) fn is_detached(&self) -> bool {
+        matches!(self, HandlerJob::Start(entry, _) if matches!(entry.kind, Kind::Detached(_)))
     }
 
     /// Whether it is the start of call `id`.
@@ -283,7 +290,7 @@ impl Handlers {
         }
     }
 
-    fn finish(&self, ticket: &Ticket) {
+    pub(crate) fn finish(&self, ticket: &Ticket) {
         let Some(id) = ticket.id() else { return };
         let idle = {
             let mut running = lock(&self.running);
@@ -411,6 +418,13 @@ pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instan
                 core.handlers.finish(&ticket);
                 ended
             }
+            Kind::Detached(handler) => {
+                core.handlers.begin(&request.ticket);
+                let unanswered = Unanswered::new(request);
+                // Dropped by a panic, it says so.
+                let _ = catch_unwind(AssertUnwindSafe(|| handler(unanswered)));
+                started
+            }
             Kind::Async(handler) => {
                 let ticket = request.ticket.clone();
                 // If one task reads and runs, no message about the call can arrive before its first
@@ -473,11 +487,12 @@ impl Task {
         }));
         let outcome = match polled {
             Ok(Poll::Pending) => {
+                // As long as it has its place: who ends the task forgets the waker after that.
+                self.ticket.on_cancel(&waker);
                 drop(place);
                 if !self.is_noted.swap(true, Ordering::Relaxed) {
                     core.handlers.begin(&self.ticket);
                 }
-                self.ticket.on_cancel(&waker);
                 // If it was cancelled in the meantime, there was no waker yet.
                 if self.ticket.is_cancelled() {
                     waker.wake();
@@ -488,6 +503,8 @@ impl Task {
             Err(_) => panicked(),
         };
         let dropped = place.take();
+        // It leads back to this task, which has the ticket.
+        self.ticket.forget_waker();
         drop(place);
         let _ = catch_unwind(AssertUnwindSafe(|| drop(dropped)));
         request::answer(core, &self.ticket, outcome);

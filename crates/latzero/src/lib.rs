@@ -96,5 +96,5 @@ pub use latzero_protocol::memory::LockMode;
 pub use latzero_protocol::message::Strategy;
 pub use latzero_protocol::{Code, InstanceId, Ran};
 pub use payload::{Bytes, Data, FromPayload, IntoPayload, Reply, check_json};
-pub use request::{Origin, Request};
+pub use request::{Origin, Request, Unanswered};
 pub use stream::{ItemOrProgress, Stream};

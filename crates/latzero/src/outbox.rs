@@ -146,11 +146,6 @@ impl Outbox {
         Poll::Pending
     }
 
-    /// Registers a waker for the end of the app.
-    pub(crate) fn wake_at_end(&self, cx: &mut Context<'_>) {
-        lock(&self.inner).waiting.push(cx.waker().clone());
-    }
-
     pub(crate) fn phase(&self) -> Phase {
         lock(&self.inner).phase.clone()
     }

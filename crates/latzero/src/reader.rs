@@ -18,7 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::connection::{Link, RECV_TIMEOUT};
 use crate::core::{Core, DriverKind};
 use crate::driver_thread;
-use crate::handlers::HandlerJob;
+use crate::handlers::{self, HandlerJob};
 use crate::inbound;
 use crate::interrupt::is_over;
 use crate::sync::{lock, thread_waker};
@@ -196,6 +196,10 @@ impl Input {
             Received::Nothing => return,
             Received::Bytes { .. } => {
                 let processed = inbound::process(core, self, jobs);
+                // Here, so that they are taken in the order that they came in.
+                for job in jobs.extract_if(.., |job| job.is_detached()) {
+                    handlers::run(core, job, Instant::now());
+                }
                 processed.err().or_else(|| self.lost.take())
             }
             Received::Lost(why) => Some(why),

@@ -139,6 +139,12 @@ impl Ticket {
         );
     }
 
+    /// Nobody is woken by a cancellation any more.
+    pub(crate) fn forget_waker(&self) {
+        let waker = lock(&self.state).wakers[Waits::ForCancel as usize].take();
+        drop(waker);
+    }
+
     fn poll_credit(&self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let mut state = lock(&self.state);
         if self.is_cancelled() {
@@ -503,6 +509,65 @@ impl Sending {
             .core
             .poll_submit(&mut self.message, by, Leave::Soon, cx)
             .map(|result| result.map(|_| ()))
+    }
+}
+
+/// A call that was taken and is answered later, from any thread; see
+/// [`Handler::serve_detached`](crate::Handler::serve_detached). Dropped without an answer, it
+/// answers `handler_error`.
+#[derive(Debug)]
+pub struct Unanswered {
+    request: Arc<Request>,
+    is_answered: bool,
+}
+
+impl Unanswered {
+    pub(crate) fn new(request: Request) -> Self {
+        Unanswered {
+            request: Arc::new(request),
+            is_answered: false,
+        }
+    }
+
+    /// The call; items of a streamed answer are sent by it.
+    #[must_use]
+    pub fn request(&self) -> &Arc<Request> {
+        &self.request
+    }
+
+    /// Wakes `waker` when the caller does not want the answer any more; at once if that is so.
+    pub fn on_cancel(&self, waker: &Waker) {
+        let ticket = &self.request.ticket;
+        ticket.on_cancel(waker);
+        if ticket.is_cancelled() {
+            waker.wake_by_ref();
+        }
+    }
+
+    /// Answers the call. The answer of an emit, and of a call that was cancelled, goes nowhere.
+    pub fn answer<T: IntoPayload>(mut self, answer: Result<T, HandlerError>) {
+        let answer = answer.and_then(|answer| Ok(payload::write(&answer)?));
+        self.end(answer);
+    }
+
+    fn end(&mut self, outcome: Outcome) {
+        self.is_answered = true;
+        let (core, ticket) = (&self.request.core, &self.request.ticket);
+        ticket.forget_waker();
+        if !ticket.is_cancelled() && ticket.id().is_some() {
+            answer(core, ticket, outcome);
+            core.flush_soon();
+        }
+        core.handlers.finish(ticket);
+    }
+}
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        if !self.is_answered {
+            let text = "the handler ended without an answer";
+            self.end(Err(HandlerError::new("handler_error", text)));
+        }
     }
 }
 

@@ -151,3 +151,41 @@ fn calls_may_be_dropped_at_any_time() {
         assert_eq!(caller.call("echo", &7).await.unwrap(), json!(7));
     });
 }
+
+#[test]
+fn a_call_is_answered_later_from_another_thread() {
+    let fake = Fake::broker(Over::Unix);
+    block_on(async {
+        let server = App::connect(&fake.url("server")).await.unwrap();
+        let (give, take) = std::sync::mpsc::channel::<latzero::Unanswered>();
+        let answers = std::thread::spawn(move || {
+            for call in take {
+                match call.request().data::<i64>() {
+                    // Dropped without an answer.
+                    Ok(0) => {}
+                    Ok(n) => call.answer(Ok(n * 2)),
+                    Err(error) => call.answer(Err::<(), _>(error)),
+                }
+            }
+        });
+        server
+            .handler("double")
+            .serve_detached(move |call| give.send(call).expect("the other thread lives"))
+            .await
+            .unwrap();
+        let caller = App::connect(&fake.url("caller")).await.unwrap();
+        let calls = (1..100).map(|n| caller.call("double", &n).send::<i64>());
+        for (n, answer) in all(calls.collect()).await.into_iter().enumerate() {
+            assert_eq!(answer.unwrap(), (n as i64 + 1) * 2);
+        }
+        let error = caller.call("double", &0).await.unwrap_err();
+        assert_eq!(error.code(), "handler_error");
+        let error = caller.call("double", &"text").await.unwrap_err();
+        assert_eq!(error.code(), "bad_message");
+        let ended = server.ended();
+        server.close().await.unwrap();
+        ended.await;
+        drop(server);
+        answers.join().unwrap();
+    });
+}

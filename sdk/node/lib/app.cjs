@@ -1,0 +1,558 @@
+'use strict'
+
+// One connection. Operations of the binding are numbered; what they come to arrives in batches,
+// one for each time that the event loop is woken.
+
+const { basename, extname } = require('node:path')
+
+const addon = require('./addon.cjs').load()
+const { Block, blockOptions } = require('./block.cjs')
+const { badRequest, errorOf, thrown, warn } = require('./errors.cjs')
+const { Request, handle } = require('./handlers.cjs')
+const { encode, parseExactly } = require('./json.cjs')
+const { checkSignal, options, pick, textOf } = require('./options.cjs')
+const { Inflow, Parked, Stream } = require('./streams.cjs')
+
+// What an item of a batch is; the addon has the same numbers.
+const JSON_VALUE = 0
+const EXTRA = 1
+const ERROR = 2
+const END_EXTRA = 4
+const OVER = 7
+const REQUEST_JSON = 8
+const REQUEST_EXTRA = 9
+
+const INTERNAL = Symbol('internal')
+const DAYS = 0x7fffffff
+
+const SEND = [
+  'timeoutMs', 'to', 'pool', 'key', 'headers', 'idempotencyKey', 'redeliver', 'attempts', 'id'
+]
+const EMIT = ['to', 'pool', 'key', 'headers', 'one', 'count']
+const SERVE = ['pools', 'strategy', 'concurrency', 'doc']
+const CONNECT = [
+  'pools', 'exclusive', 'takeover', 'rehydrate', 'transient', 'meta', 'reconnect',
+  'connectTimeoutMs', 'callTimeoutMs'
+]
+const OURS = ['bigint', 'strict', 'tracebacks']
+
+/** What is done after the code that runs now. */
+const SOON = Promise.resolve()
+
+/** Apps that have something pending: they are not collected before that has ended. */
+const busy = new Set()
+
+/** What an operation came to; its error is thrown. */
+function valueOf (item) {
+  if (item.what === ERROR) throw errorOf(item.payload)
+  return item.payload
+}
+
+/** An emit that arrived. */
+function eventOf ({ meta, payload }) {
+  const [name, pool, appId, instance, headers, lost] = meta
+  return { name, pool, data: payload, origin: { appId, instance }, headers, lost }
+}
+
+/** The answer to a parked call. */
+function answerOf ({ what, meta, payload }) {
+  const [id, pool, lost] = meta
+  const isAnswer = what === JSON_VALUE || what === EXTRA
+  return {
+    id,
+    pool,
+    lost,
+    result () {
+      if (!isAnswer) throw errorOf(payload)
+      return payload
+    }
+  }
+}
+
+/** A trigger that an app serves. */
+class Served {
+  #app
+  #end
+
+  constructor (app, name, end) {
+    this.#app = app
+    this.#end = end
+    this.name = name
+  }
+
+  async close () {
+    if (!this.#end()) return
+    if (this.#app[INTERNAL].isOpen) await this.#app[INTERNAL].run((n, t) => n.unserve(t, this.name))
+  }
+
+  [Symbol.asyncDispose] () {
+    return this.close()
+  }
+}
+
+/** A function that is called with emits. */
+class Subscription {
+  #events
+
+  constructor (name, events) {
+    this.name = name
+    this.#events = events
+  }
+
+  async close () {
+    await this.#events.return()
+  }
+
+  [Symbol.asyncDispose] () {
+    return this.close()
+  }
+}
+
+/** What the parts of the package know of an app. */
+class Connection {
+  pending = new Map()
+  running = new Map()
+  triggers = new Map()
+  served = new Map()
+  isOpen = true
+  #next = 1
+  #holds = 0
+  #mode = 'auto'
+  #timer = setInterval(() => {}, DAYS).unref()
+  #parse
+  #trigger = 1
+
+  constructor (app, url, json, { bigint = false, strict = false, tracebacks = true }) {
+    this.app = app
+    this.strict = strict
+    this.tracebacks = tracebacks
+    this.#parse = bigint ? parseExactly : JSON.parse
+    // A binding that kept the app would keep it for ever.
+    const weak = new WeakRef(this)
+    try {
+      this.native = new addon.App(url, json, () => weak.deref()?.drain())
+    } catch (error) {
+      clearInterval(this.#timer)
+      throw thrown(error)
+    }
+  }
+
+  /** Resolves when the connection is made. */
+  async connect () {
+    const connected = this.#wait(0)
+    // An address that is wrong is found at once.
+    this.drain()
+    try {
+      valueOf(await connected)
+    } catch (error) {
+      this.release()
+      throw error
+    }
+    // Not counted as pending: it ends with the app.
+    const token = this.#next++
+    this.pending.set(token, { resolve: () => this.#ended(), isQuiet: true })
+    if (this.native.ended(token)) this.drain()
+  }
+
+  hold () {
+    if (this.#holds++ > 0) return
+    busy.add(this)
+    if (this.#mode === 'auto') this.#timer.ref()
+  }
+
+  unhold () {
+    if (--this.#holds > 0) return
+    busy.delete(this)
+    if (this.#mode === 'auto') this.#timer.unref()
+  }
+
+  setMode (mode) {
+    if (!this.isOpen) return
+    this.#mode = mode
+    if (mode === 'ref') this.#timer.ref()
+    else this.#timer.unref()
+  }
+
+  #wait (token) {
+    return new Promise((resolve) => {
+      this.pending.set(token, { resolve })
+      this.hold()
+    })
+  }
+
+  /**
+   * Runs an operation, begun by `begin(native, token)`, to its end. It resolves with an item of a
+   * batch; its error is made by who awaits it, whose stack it then has.
+   */
+  op (begin, signal) {
+    return new Promise((resolve, reject) => {
+      if (signal?.aborted) {
+        reject(signal.reason)
+        return
+      }
+      const token = this.#next++
+      let isDone
+      try {
+        isDone = begin(this.native, token)
+      } catch (error) {
+        reject(thrown(error))
+        return
+      }
+      const entry = { resolve, off: undefined }
+      this.pending.set(token, entry)
+      this.hold()
+      if (signal !== undefined && !isDone) {
+        const abort = () => {
+          if (!this.pending.delete(token)) return
+          this.native.cancel(token)
+          this.unhold()
+          reject(signal.reason)
+        }
+        signal.addEventListener('abort', abort, { once: true })
+        entry.off = () => signal.removeEventListener('abort', abort)
+      }
+      if (isDone) this.drain()
+    })
+  }
+
+  /** As `op`; its value. */
+  async run (begin, signal) {
+    return valueOf(await this.op(begin, signal))
+  }
+
+  /** Closes a source of the binding, and ends the operation that reads it. */
+  stop (source) {
+    const token = source.close()
+    if (token === null) return
+    this.native.cancel(token)
+    this.#complete(token, { what: OVER, meta: 0, payload: undefined })
+  }
+
+  /** Does what is ready. Nothing of a user's runs before this has returned. */
+  drain () {
+    const batch = this.#parse(this.native.drain())
+    const end = batch.length - 1
+    let extras
+    for (let i = 0; i < end; i += 4) {
+      const token = batch[i]
+      const what = batch[i + 1]
+      const meta = batch[i + 2]
+      let payload = batch[i + 3]
+      if (what === EXTRA || what === END_EXTRA || what === REQUEST_EXTRA) {
+        extras ??= this.native.extras()
+        payload = extras[payload]
+      }
+      if (what < REQUEST_JSON) {
+        this.#complete(token, { what, meta, payload })
+      } else if (what <= REQUEST_EXTRA) {
+        this.#receive(token, meta, payload)
+      } else {
+        this.running.get(token)?.cancel()
+      }
+    }
+    if (batch[end]) setImmediate(() => this.isOpen && this.drain())
+  }
+
+  #complete (token, item) {
+    const entry = this.pending.get(token)
+    if (entry === undefined) return
+    this.pending.delete(token)
+    entry.off?.()
+    // The end of the app is waited for without holding anything.
+    if (entry.isQuiet !== true) this.unhold()
+    entry.resolve(item)
+  }
+
+  #receive (number, meta, payload) {
+    const trigger = this.triggers.get(meta[0])
+    const request = new Request(this, trigger?.name, number, meta)
+    this.running.set(number, request)
+    SOON.then(() => handle(this, request, trigger?.handler, payload))
+  }
+
+  async serve (name, handler, json) {
+    const number = this.#trigger++
+    this.triggers.set(number, { name, handler })
+    try {
+      await this.run((native, token) => native.serve(token, name, number, json))
+    } catch (error) {
+      this.triggers.delete(number)
+      throw error
+    }
+    this.hold()
+    let isOver = false
+    const end = () => {
+      if (isOver) return false
+      isOver = true
+      this.unhold()
+      const isNewest = this.served.get(name) === end
+      if (isNewest) this.served.delete(name)
+      return isNewest
+    }
+    const before = this.served.get(name)
+    this.served.set(name, end)
+    before?.()
+    // It may have ended while it was being registered.
+    if (!this.isOpen) end()
+    return new Served(this.app, name, end)
+  }
+
+  /** The app has ended, for whatever reason: what is served keeps nothing alive any more. */
+  #ended () {
+    for (const end of [...this.served.values()]) end()
+  }
+
+  /** Lets go of everything. */
+  release () {
+    if (!this.isOpen) return
+    this.isOpen = false
+    this.drain()
+    this.native.release()
+    for (const request of this.running.values()) request.cancel()
+    this.#ended()
+    const closed = {
+      family: 'Disconnected', code: 'disconnected', message: 'the app was closed', ran: 'no'
+    }
+    for (const token of [...this.pending.keys()]) {
+      this.#complete(token, { what: ERROR, meta: 0, payload: closed })
+    }
+    clearInterval(this.#timer)
+  }
+}
+
+/** Gives blocks along with the next call, each once. */
+function lend (native, blocks) {
+  if (blocks.length === 0) return
+  const writable = new Set(blocks.filter((block) => block.isWritable).map(({ id }) => id))
+  const once = new Map(blocks.map((block) => [block.id, block]))
+  for (const [id, block] of once) block.lend(native, writable.has(id))
+}
+
+class App {
+  #closing
+
+  /** Use `connect`. */
+  constructor (key, url, json, ours) {
+    if (key !== INTERNAL) throw new TypeError('an app is made by connect()')
+    Object.defineProperty(this, INTERNAL, { value: new Connection(this, url, json, ours) })
+    this.appId = undefined
+  }
+
+  get #connection () {
+    return this[INTERNAL]
+  }
+
+  /** A call as the binding takes it; blocks in its data are lent to it. */
+  #begin (data, given, allowed, start) {
+    const { signal, ...rest } = given ?? {}
+    checkSignal(signal)
+    const json = options(rest, allowed)
+    const blocks = []
+    const payload = encode(data, this.#connection.strict, blocks)
+    return [(native, token) => {
+      lend(native, blocks)
+      try {
+        return start(native, token, payload, json)
+      } finally {
+        if (blocks.length > 0) native.unlend()
+      }
+    }, signal]
+  }
+
+  async call (name, data, given) {
+    return valueOf(await this.#connection.op(...this.#begin(data, given, SEND,
+      (native, token, payload, json) => native.call(token, textOf(name), payload, json, false))))
+  }
+
+  async reply (name, data, given) {
+    const item = await this.#connection.op(...this.#begin(data, given, SEND,
+      (native, token, payload, json) => native.call(token, textOf(name), payload, json, true)))
+    return { data: valueOf(item), headers: item.meta }
+  }
+
+  async park (name, data, given) {
+    const native = await this.#connection.run(...this.#begin(data, given, SEND,
+      (native, token, payload, json) => native.park(token, textOf(name), payload, json)))
+    return new Parked(this.#connection, native)
+  }
+
+  answers () {
+    const connection = this.#connection
+    const begin = async () => {
+      try {
+        return connection.native.answers()
+      } catch (error) {
+        throw thrown(error)
+      }
+    }
+    return new Inflow(connection, begin, answerOf)
+  }
+
+  async emit (name, data, given) {
+    const json = options(given, EMIT)
+    const payload = encode(data, this.#connection.strict)
+    const delivered = await this.#connection.run(
+      (native, token) => native.emit(token, textOf(name), payload, json))
+    return delivered ?? undefined
+  }
+
+  stream (name, data, given) {
+    const [begin, signal] = this.#begin(data, given, [...SEND, 'window'],
+      (native, token, payload, json) => native.stream(textOf(name), payload, json))
+    let native
+    try {
+      native = begin(this.#connection.native)
+    } catch (error) {
+      throw thrown(error)
+    }
+    return new Stream(this.#connection, native, signal)
+  }
+
+  async serve (name, handler, given) {
+    if (typeof handler !== 'function') throw new TypeError('a handler is a function')
+    return this.#connection.serve(textOf(name), handler, options(given, SERVE))
+  }
+
+  events (name) {
+    const connection = this.#connection
+    const begin = () => connection.run((native, token) => native.events(token, textOf(name)))
+    return new Inflow(connection, begin, eventOf)
+  }
+
+  async on (name, listener) {
+    if (typeof listener !== 'function') throw new TypeError('a listener is a function')
+    const events = this.events(name)
+    await events.ready
+    const fails = (error) => warn(`a listener to '${name}' failed`, error)
+    const listen = async () => {
+      for await (const event of events) {
+        try {
+          // Not awaited: an event does not wait for the listener of the one before.
+          Promise.resolve(listener(event)).catch(fails)
+        } catch (error) {
+          fails(error)
+        }
+      }
+    }
+    listen().catch(fails)
+    return new Subscription(name, events)
+  }
+
+  watch (pool) {
+    const connection = this.#connection
+    const begin = () => connection.run((native, token) => native.watch(token, textOf(pool)))
+    return new Inflow(connection, begin, ({ payload }) => payload)
+  }
+
+  async block (id, given) {
+    const json = blockOptions(given)
+    const native = await this.#connection.run(
+      (native, token) => native.block(token, textOf(id), json))
+    return new Block(this.#connection, native)
+  }
+
+  blocks (pool) {
+    return this.#connection.run((native, token) => native.blocks(token, pool))
+  }
+
+  async join (pool) {
+    await this.#connection.run((native, token) => native.join(token, textOf(pool), false))
+  }
+
+  async leave (pool) {
+    await this.#connection.run((native, token) => native.join(token, textOf(pool), true))
+  }
+
+  apps () {
+    return this.request({ action: 'app_list' })
+  }
+
+  pools () {
+    return this.request({ action: 'pool_list' })
+  }
+
+  async request (message) {
+    const json = encode(message, this.#connection.strict)
+    if (typeof json !== 'string') throw badRequest('a request is an object')
+    return this.#connection.run((native, token) => native.ask(token, json))
+  }
+
+  ping () {
+    return this.#connection.run((native, token) => native.ping(token))
+  }
+
+  close () {
+    this.#closing ??= this.#close()
+    return this.#closing
+  }
+
+  async #close () {
+    const connection = this.#connection
+    if (!connection.isOpen) return
+    try {
+      await connection.run((native, token) => native.close(token))
+    } finally {
+      connection.release()
+    }
+  }
+
+  get instance () {
+    const { isOpen, native } = this.#connection
+    return isOpen ? native.instance ?? undefined : undefined
+  }
+
+  get joined () {
+    const { isOpen, native } = this.#connection
+    return isOpen ? native.joined : []
+  }
+
+  get isConnected () {
+    return this.#connection.native.isConnected
+  }
+
+  get isStored () {
+    return this.#connection.native.isStored
+  }
+
+  ref () {
+    this.#connection.setMode('ref')
+    return this
+  }
+
+  unref () {
+    this.#connection.setMode('unref')
+    return this
+  }
+
+  [Symbol.asyncDispose] () {
+    return this.close()
+  }
+
+  [Symbol.for('nodejs.util.inspect.custom')] (depth, { stylize }) {
+    const state = !this.#connection.isOpen
+      ? 'closed'
+      : this.isConnected ? 'connected' : 'disconnected'
+    return stylize(`App '${this.appId}' in [${this.joined.join(', ')}], ${state}`, 'special')
+  }
+}
+
+function addressOf (url) {
+  if (url !== undefined && url !== null) return { url: textOf(String(url)), isMade: false }
+  if (process.env.LATZERO_URL) return { url: process.env.LATZERO_URL, isMade: false }
+  const script = process.argv[1] ?? 'node'
+  const name = basename(script, extname(script)).replace(/[^A-Za-z0-9._-]/g, '-') || 'node'
+  return { url: `latzero://${name}-${process.pid}`, isMade: true }
+}
+
+async function connect (url, given) {
+  const address = addressOf(url)
+  const { bigint, strict, tracebacks, ...rest } = pick(given, [...CONNECT, ...OURS])
+  if (address.isMade) rest.transient = true
+  const ours = { bigint, strict, tracebacks }
+  const app = new App(INTERNAL, address.url, options(rest, CONNECT) ?? '{}', ours)
+  await app[INTERNAL].connect()
+  app.appId = app[INTERNAL].native.appId
+  return app
+}
+
+module.exports = { App, connect, families: addon.families }

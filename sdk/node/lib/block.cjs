@@ -1,0 +1,456 @@
+'use strict'
+
+// Memory blocks, as typed arrays.
+
+const { isSharedArrayBuffer } = require('node:util').types
+
+const addon = require('./addon.cjs').load()
+const { BlockError, badRequest, errorOf, thrown } = require('./errors.cjs')
+const { Sent, bytesOf, isBytes } = require('./json.cjs')
+const { checkTime, pick } = require('./options.cjs')
+const { Inflow } = require('./streams.cjs')
+
+const ERROR = 2
+
+/** How often a version is taken anew that was written over. */
+const TRIES_MAX = 64
+
+const ARRAYS = {
+  b1: Uint8Array,
+  i1: Int8Array,
+  u1: Uint8Array,
+  i2: Int16Array,
+  u2: Uint16Array,
+  i4: Int32Array,
+  u4: Uint32Array,
+  i8: BigInt64Array,
+  u8: BigUint64Array,
+  f2: globalThis.Float16Array,
+  f4: Float32Array,
+  f8: Float64Array
+}
+
+const OPTIONS = [
+  'shape', 'dtype', 'size', 'create', 'write', 'pool', 'kind', 'consistency', 'slots',
+  'readableBy', 'writableBy', 'lifetime'
+]
+
+/** A dtype in numpy's spelling, and the size of an element in bytes. */
+function dtypeOf (dtype) {
+  const known = Object.keys(ARRAYS).findLast((name) => ARRAYS[name] === dtype)
+  const found = /^([<>|]?)([biufc])([0-9]+)$/.exec(known ?? dtype)
+  if (found === null) {
+    throw new TypeError(`a dtype is like 'f4' or Float32Array, not ${String(dtype)}`)
+  }
+  const size = Number(found[3])
+  const order = size === 1 ? '|' : found[1] === '>' ? '>' : '<'
+  return { name: order + found[2] + found[3], size }
+}
+
+/** The layout that is asked for, with its size in bytes; `undefined` if there is none. */
+function layoutOf (shape, dtype) {
+  if (shape === undefined && dtype === undefined) return undefined
+  if (shape === undefined || dtype === undefined) {
+    throw new TypeError('a layout has both `shape` and `dtype`')
+  }
+  const lengths = typeof shape === 'number' ? [shape] : [...shape]
+  if (!lengths.every((length) => Number.isSafeInteger(length) && length >= 0)) {
+    throw new TypeError('a shape consists of lengths')
+  }
+  const { name, size } = dtypeOf(dtype)
+  return { layout: [name, lengths], size: lengths.reduce((a, b) => a * b, size) }
+}
+
+/** What the binding opens a block with. */
+function blockOptions (given) {
+  const {
+    shape, dtype, size, create = false, write = null, pool = null, kind = 'shared',
+    consistency = 'snapshot', slots = 2, readableBy = null, writableBy = null, lifetime = 'pool'
+  } = pick(given, OPTIONS)
+  const found = layoutOf(shape, dtype)
+  const isKnown = create === false || create === true || create === 'new'
+  if (!isKnown) throw new TypeError(`create is false, true or 'new', not ${String(create)}`)
+  if (size !== undefined && !(Number.isSafeInteger(size) && size >= 0)) {
+    throw new TypeError('size is a number of bytes')
+  }
+  if (found !== undefined && size !== undefined && size !== found.size) {
+    throw new TypeError(`size is ${size}, but the layout takes ${found.size} bytes`)
+  }
+  if (create !== false && found === undefined && size === undefined) {
+    throw new TypeError('a new block takes `shape` and `dtype`, or `size`')
+  }
+  return JSON.stringify({
+    layout: found?.layout ?? null,
+    size: size ?? found?.size ?? 0,
+    create: create === true ? 'attach' : create === 'new' ? 'new' : null,
+    write,
+    pool,
+    kind,
+    consistency,
+    slots,
+    lifetime,
+    readableBy,
+    writableBy
+  })
+}
+
+/** Memory as the layout says; as bytes where it is not of that size. */
+function arrayOf (buffer, layout) {
+  if (layout === null) return new Uint8Array(buffer)
+  const [, order, kind] = /^([<>|]?)(.*)$/.exec(layout.dtype)
+  const Typed = order === '>' ? undefined : ARRAYS[kind]
+  if (Typed === undefined) return new DataView(buffer)
+  const count = layout.shape.reduce((a, b) => a * b, 1)
+  if (count * Typed.BYTES_PER_ELEMENT !== buffer.byteLength) return new Uint8Array(buffer)
+  return new Typed(buffer)
+}
+
+/** Where the rows of `part` are: offset, length and their layout. */
+function rowsOf (part, nbytes, layout) {
+  if (part === undefined) return { offset: 0, length: nbytes, layout }
+  const rows = layout !== null && layout.shape.length > 0 ? layout.shape[0] : nbytes
+  const [start, end] = part
+  const isRange = Number.isSafeInteger(start) && Number.isSafeInteger(end) &&
+    start >= 0 && start <= end && end <= rows
+  if (!isRange) throw new RangeError(`a part is [start, end] of the ${rows} rows`)
+  const row = rows > 0 ? nbytes / rows : 0
+  return {
+    offset: start * row,
+    length: (end - start) * row,
+    layout: layout && { ...layout, shape: [end - start, ...layout.shape.slice(1)] }
+  }
+}
+
+/** The lock of a block. Not referred to any more, it is given back. */
+class Lock {
+  #connection
+  #native
+
+  constructor (connection, native) {
+    this.#connection = connection
+    this.#native = native
+    this.fence = native.fence
+  }
+
+  get isHeld () {
+    return this.#native.isHeld
+  }
+
+  async renew (leaseMs) {
+    if (leaseMs !== undefined) checkTime('leaseMs', leaseMs)
+    await this.#connection.run((native, token) => this.#native.renew(native, token, leaseMs))
+  }
+
+  async unlock () {
+    await this.#connection.run((native, token) => this.#native.unlock(native, token))
+  }
+
+  [Symbol.asyncDispose] () {
+    return this.unlock()
+  }
+}
+
+/** One version of a block. */
+class View {
+  #native
+  #layout
+
+  constructor (native, layout, buffer) {
+    this.#native = native
+    this.#layout = layout
+    this.buffer = buffer
+    this.version = native.version
+  }
+
+  /** The version as a typed array; always of the same memory. */
+  array () {
+    return arrayOf(this.buffer, this.#layout)
+  }
+
+  /** Whether the block's memory still has this version. */
+  get valid () {
+    return this.#native.isValid
+  }
+
+  /** Whether the block was resized or removed since. */
+  get stale () {
+    return this.#native.isStale
+  }
+}
+
+/** A memory block that the app takes part in. */
+class Block extends Sent {
+  #connection
+  #native
+
+  constructor (connection, native) {
+    super()
+    this.#connection = connection
+    this.#native = native
+    this.id = native.id
+    this.pool = native.pool
+  }
+
+  get nbytes () {
+    return this.#native.nbytes
+  }
+
+  get version () {
+    return this.#native.version
+  }
+
+  get generation () {
+    return this.#native.generation
+  }
+
+  get isLive () {
+    return this.#native.isLive
+  }
+
+  get isMapped () {
+    return this.#native.isMapped
+  }
+
+  /** The dtype and the shape, or `null`. */
+  get layout () {
+    const json = this.#native.layout
+    if (json === null) return null
+    const { dtype, shape } = JSON.parse(json)
+    return typeof dtype === 'string' && Array.isArray(shape) ? { dtype, shape } : null
+  }
+
+  get dtype () {
+    return this.layout?.dtype ?? null
+  }
+
+  get shape () {
+    return this.layout?.shape ?? null
+  }
+
+  /** What stands for it in the data of a call. */
+  reference () {
+    return { $block: this.id, pool: this.pool, version: this.version }
+  }
+
+  /** Gives it along with the next call. */
+  lend (native, isWritable) {
+    native.lend(this.#native, isWritable)
+  }
+
+  /** All of the newest version in memory of its own, with the version. */
+  async #copy () {
+    if (this.isMapped) {
+      const buffer = new ArrayBuffer(this.nbytes)
+      const version = this.#readNow(new Uint8Array(buffer), 0)
+      if (version !== null) return { buffer, version }
+    }
+    const item = await this.#connection.op((native, token) => this.#native.read(native, token))
+    if (item.what === ERROR) throw errorOf(item.payload)
+    return { buffer: item.payload, version: item.meta }
+  }
+
+  #readNow (target, offset) {
+    try {
+      return this.#native.readNow(target, offset)
+    } catch (error) {
+      throw thrown(error)
+    }
+  }
+
+  /**
+   * A private copy of the newest version. With `fn` it is handed to `fn`, and its memory is taken
+   * back when `fn` has returned or what it returned has settled.
+   */
+  async read (fn) {
+    const { buffer, version } = await this.#copy()
+    const array = arrayOf(buffer, this.layout)
+    if (fn === undefined) return array
+    try {
+      return await fn(array, version)
+    } finally {
+      addon.detach(buffer)
+    }
+  }
+
+  /** Fills `target` with the newest version; the version. */
+  async readInto (target) {
+    if (!isBytes(target)) throw new TypeError('a target is an array of numbers or a buffer')
+    const isShared = isSharedArrayBuffer(target.buffer ?? target)
+    const bytes = ArrayBuffer.isView(target)
+      ? new Uint8Array(target.buffer, target.byteOffset, target.byteLength)
+      : new Uint8Array(target)
+    const { nbytes } = this
+    if (bytes.length !== nbytes) {
+      throw new RangeError(`the target has ${bytes.length} bytes, and the block ${nbytes}`)
+    }
+    if (!isShared && this.isMapped) {
+      const version = this.#readNow(bytes, 0)
+      if (version !== null) return version
+    }
+    const { buffer, version } = await this.#copy()
+    if (buffer.byteLength !== bytes.length) {
+      throw new RangeError(`the block was resized to ${buffer.byteLength} bytes meanwhile`)
+    }
+    bytes.set(new Uint8Array(buffer))
+    return version
+  }
+
+  /** Some bytes of the newest version. */
+  async readAt (offset, length) {
+    const buffer = await this.#connection.run(
+      (native, token) => this.#native.readAt(native, token, offset, length))
+    return Buffer.from(buffer)
+  }
+
+  /** One version, kept for as long as it is referred to. */
+  async view () {
+    for (let tries = 0; tries < TRIES_MAX; tries++) {
+      const native = await this.#connection.run(
+        (native, token) => this.#native.view(native, token))
+      const { layout } = this
+      const buffer = new ArrayBuffer(native.nbytes)
+      // False if a writer was faster.
+      if (native.copyTo(new Uint8Array(buffer))) return new View(native, layout, buffer)
+    }
+    throw new BlockError('contended', `writers of block '${this.id}' were too busy`)
+  }
+
+  /**
+   * Takes the lock and hands the next version to `fn`; when `fn` has returned, or what it returned
+   * has settled, everybody sees it. If `fn` throws, nobody does. The number of the version.
+   */
+  async write (fn, given) {
+    if (typeof fn !== 'function') throw new TypeError('write takes a function')
+    const { keep = true, part, waitMs = 1000 } = pick(given, ['keep', 'part', 'waitMs'])
+    const draft = await this.#connection.run(
+      (native, token) => this.#native.draft(native, token, waitMs))
+    try {
+      const { offset, length, layout } = rowsOf(part, this.nbytes, this.layout)
+      const shared = draft.expose(offset, length, Boolean(keep))
+      const buffer = shared ?? await this.#memory(offset, length, keep)
+      try {
+        await fn(arrayOf(buffer, layout))
+        if (buffer.byteLength !== length) {
+          throw new TypeError('the memory of a version stays where it is: it was transferred')
+        }
+        if (shared === null && length > 0) draft.write(offset, new Uint8Array(buffer))
+      } finally {
+        addon.detach(buffer)
+      }
+    } catch (error) {
+      draft.abandon()
+      throw thrown(error)
+    }
+    return this.#connection.run((native, token) => draft.commit(native, token))
+  }
+
+  /** Memory for a part of the next version that is not written in place. */
+  async #memory (offset, length, keep) {
+    if (!keep || length === 0) return new ArrayBuffer(length)
+    return this.#connection.run(
+      (native, token) => this.#native.readAt(native, token, offset, length))
+  }
+
+  /** Writes bytes through the server; the version. */
+  async writeAt (offset, data, given) {
+    const { ifVersion } = pick(given, ['ifVersion'])
+    const bytes = checkBytes(data)
+    return this.#connection.run(
+      (native, token) => this.#native.writeAt(native, token, offset, bytes, ifVersion))
+  }
+
+  /** Writes `data` where `expected` stands: `undefined`. Else the bytes that stand there. */
+  async cas (offset, expected, data) {
+    const [before, after] = [checkBytes(expected), checkBytes(data)]
+    const found = await this.#connection.run(
+      (native, token) => this.#native.cas(native, token, offset, before, after))
+    return found ?? undefined
+  }
+
+  /** Waits for a version newer than `beyond`, or than the one now; the version. */
+  async wait (beyond = this.version, given = undefined) {
+    const { timeoutMs, signal } = pick(given, ['timeoutMs', 'signal'])
+    return this.#connection.run(
+      (native, token) => this.#native.wait(native, token, beyond, timeoutMs), signal)
+  }
+
+  /** The versions to come: each time the newest of those that came since the last look. */
+  changes () {
+    const begin = () => this.#connection.run(
+      (native, token) => this.#native.changes(native, token))
+    return new Inflow(this.#connection, begin, ({ payload }) => payload)
+  }
+
+  /** Takes the lock. */
+  async lock (given) {
+    const { shared = false, waitMs = 1000, leaseMs } = pick(given, ['shared', 'waitMs', 'leaseMs'])
+    const native = await this.#connection.run(
+      (native, token) => this.#native.lock(native, token, Boolean(shared), waitMs, leaseMs))
+    return new Lock(this.#connection, native)
+  }
+
+  /** Gives it another size: a new generation, with which everybody goes on. */
+  async resize (nbytes) {
+    await this.#connection.run((native, token) => this.#native.resize(native, token, nbytes))
+  }
+
+  /** Flushes a persistent block to disk; the version that is there. */
+  flush () {
+    return this.#connection.run((native, token) => this.#native.flush(native, token))
+  }
+
+  /** Removes it, for everybody. */
+  async remove () {
+    await this.#connection.run((native, token) => this.#native.remove(native, token))
+  }
+
+  /** All about it, as the server describes it. */
+  info () {
+    return this.#connection.run((native, token) => this.#native.info(native, token))
+  }
+
+  /** Lets go of it here. */
+  close () {
+    this.#native.close()
+  }
+
+  [Symbol.dispose ?? Symbol.for('Symbol.dispose')] () {
+    this.close()
+  }
+}
+
+function checkBytes (data) {
+  if (typeof data !== 'object' || data === null || !isBytes(data)) {
+    throw badRequest('the data is an array of numbers or a buffer')
+  }
+  return bytesOf(data)
+}
+
+/** A block that the handler of a call may write. */
+class Writable extends Sent {
+  #block
+
+  isWritable = true
+
+  constructor (block) {
+    super()
+    if (!(block instanceof Block)) throw new TypeError('writable() takes a block')
+    this.#block = block
+    this.id = block.id
+  }
+
+  reference () {
+    return this.#block.reference()
+  }
+
+  lend (native, isWritable) {
+    this.#block.lend(native, isWritable)
+  }
+}
+
+/** Marks a block in the data of a call: its handler may write it. */
+function writable (block) {
+  return new Writable(block)
+}
+
+module.exports = { Block, blockOptions, writable }

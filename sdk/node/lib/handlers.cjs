@@ -1,0 +1,200 @@
+'use strict'
+
+// Functions as handlers: what they get, what they answer, and items that they stream.
+
+const { CancelledError, badRequest, describe, thrown, warn } = require('./errors.cjs')
+const { encode, withBlocks } = require('./json.cjs')
+
+const ERROR = 2
+const OVER = 7
+
+/** A call as its handler sees it. */
+class Request {
+  #connection
+  #number
+  #info
+  #controller
+  #gone
+  #isOver = false
+  #blocks
+
+  constructor (connection, name, number, meta) {
+    const [, pool, appId, instance, isEmit, blocks, lost] = meta
+    this.#connection = connection
+    this.#number = number
+    this.#blocks = blocks
+    this.name = name
+    this.pool = pool
+    this.origin = { appId, instance }
+    this.isEmit = isEmit
+    this.lost = lost
+    this.cancelled = false
+  }
+
+  /** What few handlers ask for; as it was when it was first asked for. */
+  #ask () {
+    if (this.#info === undefined) {
+      const info = this.#connection.native.requestInfo(this.#number)
+      if (info === null) throw new Error('the call has ended: read this before it is answered')
+      this.#info = JSON.parse(info)
+    }
+    return this.#info
+  }
+
+  get app () {
+    return this.#connection.app
+  }
+
+  get headers () {
+    return this.#ask().headers
+  }
+
+  get key () {
+    return this.#ask().key
+  }
+
+  get attempt () {
+    return this.#ask().attempt
+  }
+
+  /** What is left of the call's time, in milliseconds; `null` for an emit. */
+  get timeLeftMs () {
+    const info = this.#connection.native.requestInfo(this.#number)
+    return info === null ? 0 : JSON.parse(info).timeLeftMs
+  }
+
+  /** Fires when the caller does not want the answer any more. */
+  get signal () {
+    if (this.#controller === undefined) {
+      this.#controller = new AbortController()
+      if (this.cancelled) this.#controller.abort(this.#reason())
+    }
+    return this.#controller.signal
+  }
+
+  #reason () {
+    return new CancelledError('cancelled', 'the caller does not want the answer any more')
+  }
+
+  /** Reports how far the work is. */
+  async progress (report) {
+    await this.send(report, true)
+  }
+
+  /** A block that came with the call, for as long as the call lasts. */
+  block (id) {
+    const { Block } = require('./block.cjs')
+    try {
+      return new Block(this.#connection, this.#connection.native.requestBlock(this.#number, id))
+    } catch (error) {
+      throw thrown(error)
+    }
+  }
+
+  /** The payload, with blocks in the places of their references. */
+  arrived (payload) {
+    return this.#blocks.length > 0
+      ? withBlocks(payload, this.#blocks, (id) => this.block(id))
+      : payload
+  }
+
+  /** Sends an item or a report; whether anybody waits for more. */
+  async send (data, isReport) {
+    const payload = encode(data, this.#connection.strict)
+    const item = await this.#connection.op(
+      (native, token) => native.partial(token, this.#number, payload, isReport))
+    return item.what !== ERROR && item.what !== OVER
+  }
+
+  /** The caller is gone. */
+  cancel () {
+    if (this.cancelled || this.#isOver) return
+    this.cancelled = true
+    this.#connection.running.delete(this.#number)
+    // What listens runs when the batch is done.
+    queueMicrotask(() => {
+      this.#controller?.abort(this.#reason())
+      this.#gone?.()
+    })
+  }
+
+  /** As `promise`, or `undefined` when the caller is gone. */
+  orGone (promise) {
+    return new Promise((resolve, reject) => {
+      this.#gone = resolve
+      if (this.cancelled) resolve()
+      Promise.resolve(promise).then(resolve, reject)
+    })
+  }
+
+  answer (data) {
+    const { native, strict } = this.#connection
+    native.answer(this.#number, encode(data, strict))
+    this.#end()
+  }
+
+  fail (error) {
+    const { native, strict, tracebacks } = this.#connection
+    const { code, message, data } = describe(error, tracebacks)
+    let json = null
+    let note = ''
+    try {
+      if (data !== null && data !== undefined) json = encode(data, strict)
+      if (json !== null && typeof json !== 'string') throw badRequest('bytes are no data of errors')
+    } catch (fault) {
+      json = null
+      note = ` (its data can't be sent: ${fault.message})`
+    }
+    native.fail(this.#number, code, message + note, json)
+    this.#end()
+  }
+
+  #end () {
+    this.#isOver = true
+    this.#connection.running.delete(this.#number)
+  }
+}
+
+/** The iterator of a result that is a stream; `undefined` if it is none. */
+function iteratorOf (result) {
+  if (typeof result !== 'object' || result === null) return undefined
+  if (typeof result[Symbol.asyncIterator] === 'function') return result[Symbol.asyncIterator]()
+  // A generator, and not a list.
+  const isIterator = typeof result.next === 'function'
+  return isIterator && typeof result[Symbol.iterator] === 'function' ? result : undefined
+}
+
+/** Streams what an iterator gives; what it returned is the end. */
+async function stream (request, iterator) {
+  let isOver = false
+  try {
+    for (;;) {
+      const next = await request.orGone(iterator.next())
+      if (next === undefined) return undefined
+      if (next.done) {
+        isOver = true
+        return next.value
+      }
+      if (!await request.send(next.value, false)) return undefined
+    }
+  } finally {
+    // Not awaited: a generator that waits itself returns after that. It has `signal` to end it.
+    if (!isOver) Promise.resolve(iterator.return?.()).catch(() => {})
+  }
+}
+
+/** Runs a handler. */
+async function handle (connection, request, handler, payload) {
+  try {
+    let result = await handler(request.arrived(payload), request)
+    const iterator = iteratorOf(result)
+    if (iterator !== undefined) result = await stream(request, iterator)
+    if (!request.cancelled) request.answer(result)
+  } catch (error) {
+    // Nobody else would hear of it.
+    if (request.isEmit) warn(`a handler of '${request.name}' failed at an emit`, error)
+    if (!request.cancelled) request.fail(error)
+  }
+}
+
+module.exports = { Request, handle }

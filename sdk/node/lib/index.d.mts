@@ -1,0 +1,3 @@
+// The types of the package `latzero`.
+
+export * from './index.cjs'

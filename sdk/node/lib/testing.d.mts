@@ -1,0 +1,3 @@
+// The types of `latzero/testing`.
+
+export * from './testing.cjs'

@@ -1,0 +1,556 @@
+//! One connection: what it has under way, and calls, emits, handlers, events and requests.
+
+use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::{HashMap, VecDeque};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Waker};
+
+use latzero::{App, Bytes, Call, Code, Data, Error};
+use napi::bindgen_prelude::{Array, Either, Function, Uint8ArraySlice};
+use napi::{Env, Result};
+use napi_derive::napi;
+use serde_json::{Value, json};
+
+use crate::batch::{Batch, Outcome, Payload};
+use crate::block::{NativeBlock, Open};
+use crate::errors::{self, misuse};
+use crate::handlers::{Active, Emits, Incoming, hand_over};
+use crate::mailbox::{self, Mailbox, News};
+use crate::memory::Extra;
+use crate::options;
+use crate::streams::{Inflow, NativeStream, Parking};
+
+/// An operation under way. It stays on the JavaScript thread.
+pub(crate) type Running = Pin<Box<dyn Future<Output = std::result::Result<Outcome, Error>>>>;
+
+/// Text of one batch at about most, in bytes. What is left has its turn after other events.
+const BATCH_BYTES: usize = 4 * 1024 * 1024;
+
+struct Task {
+    running: Running,
+    bell: Arc<mailbox::Waker>,
+    waker: Waker,
+}
+
+/// A payload as the face passes it: JSON text, or bytes.
+pub(crate) type Given<'a> = Either<String, Uint8ArraySlice<'a>>;
+
+/// The payload to send. The face wrote the JSON; it is checked all the same.
+pub(crate) fn given(data: Given<'_>) -> Result<Data> {
+    match data {
+        Either::A(json) => serde_json::value::RawValue::from_string(json)
+            .map(Data::Json)
+            .map_err(|e| misuse(format!("the data is not JSON: {e}"))),
+        Either::B(bytes) => Ok(Data::Bytes(Bytes(bytes.to_vec()))),
+    }
+}
+
+/// A connection, or the attempt to make one.
+#[napi(js_name = "App")]
+pub struct NativeApp {
+    place: Rc<OnceCell<App>>,
+    mailbox: Arc<Mailbox>,
+    tasks: RefCell<HashMap<u64, Task>>,
+    requests: RefCell<HashMap<u64, Active>>,
+    /// Operations that were done at once.
+    done: RefCell<Vec<(u64, std::result::Result<Outcome, Error>)>>,
+    news: RefCell<VecDeque<News>>,
+    extras: RefCell<Vec<Extra>>,
+    /// Blocks that travel with the next call.
+    lent: RefCell<Vec<(latzero::Block, bool)>>,
+    is_released: Cell<bool>,
+}
+
+impl NativeApp {
+    pub(crate) fn app(&self) -> Result<&App> {
+        match self.place.get() {
+            Some(app) if !self.is_released.get() => Ok(app),
+            _ => {
+                let closed = errors::own(Code::Disconnected, "the app was closed");
+                let mut closed = closed;
+                closed["ran"] = json!("no");
+                Err(napi::Error::from_reason(closed.to_string()))
+            }
+        }
+    }
+
+    /// Begins an operation; whether it is done already.
+    pub(crate) fn begin(
+        &self,
+        token: i64,
+        running: impl Future<Output = std::result::Result<Outcome, Error>> + 'static,
+    ) -> bool {
+        let token = token.unsigned_abs();
+        let bell = Arc::new(mailbox::Waker {
+            mailbox: self.mailbox.clone(),
+            token,
+            is_queued: AtomicBool::new(false),
+        });
+        let task = Task {
+            running: Box::pin(running),
+            waker: Waker::from(bell.clone()),
+            bell,
+        };
+        match self.poll(token, task) {
+            Some(result) => {
+                self.done.borrow_mut().push((token, result));
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Polls an operation; its result, or it is kept.
+    fn poll(&self, token: u64, mut task: Task) -> Option<std::result::Result<Outcome, Error>> {
+        task.bell.is_queued.store(false, Ordering::Release);
+        let mut cx = Context::from_waker(&task.waker);
+        match task.running.as_mut().poll(&mut cx) {
+            Poll::Ready(result) => Some(result),
+            Poll::Pending => {
+                self.tasks.borrow_mut().insert(token, task);
+                None
+            }
+        }
+    }
+
+    fn calling(&self, name: &str, data: &Data, options: &options::Send) -> Result<Call> {
+        let lent = self.lent.take();
+        let mut call = options.call(self.app()?.call(name, data))?;
+        for (block, is_writable) in &lent {
+            call = match is_writable {
+                true => call.block_writable(block),
+                false => call.block(block),
+            };
+        }
+        Ok(call)
+    }
+
+    fn take_news(&self, news: News, batch: &mut Batch) {
+        match news {
+            News::Ready(token) => {
+                // Not while it is polled: what it drops may come back here.
+                let task = self.tasks.borrow_mut().remove(&token);
+                if let Some(result) = task.and_then(|task| self.poll(token, task)) {
+                    batch.add(token, result);
+                }
+            }
+            // Of what was cancelled before it could begin nobody waits for an answer.
+            News::Request(Incoming::Begin(_, active)) if active.request().is_cancelled() => {}
+            News::Request(Incoming::Begin(number, active)) => {
+                batch.add_request(number, &active.meta(), active.request());
+                self.requests.borrow_mut().insert(number, *active);
+            }
+            News::Request(Incoming::Cancel(number)) => {
+                let active = self.requests.borrow_mut().remove(&number);
+                if active.is_some() {
+                    batch.add_cancel(number);
+                }
+            }
+        }
+    }
+
+    pub(crate) fn request(&self, number: i64) -> Option<Arc<latzero::Request>> {
+        let requests = self.requests.borrow();
+        let active = requests.get(&number.unsigned_abs());
+        active.map(|active| active.request().clone())
+    }
+}
+
+fn options_of(json: Option<&str>) -> Result<options::Send> {
+    json.map_or(Ok(options::Send::default()), options::read)
+}
+
+#[napi]
+impl NativeApp {
+    /// Begins to connect, as operation 0. `wake` is called when `drain` has something to do.
+    #[napi(constructor)]
+    pub fn new(url: String, options: String, wake: Function<'_, (), ()>) -> Result<NativeApp> {
+        let builder = options::read::<options::Connect>(&options)?.builder(&url)?;
+        let app = NativeApp {
+            place: Rc::default(),
+            mailbox: Arc::new(Mailbox::new(&wake)?),
+            tasks: RefCell::default(),
+            requests: RefCell::default(),
+            done: RefCell::default(),
+            news: RefCell::default(),
+            extras: RefCell::default(),
+            lent: RefCell::default(),
+            is_released: Cell::new(false),
+        };
+        let place = app.place.clone();
+        app.begin(0, async move {
+            let _ = place.set(builder.connect().await?);
+            Ok(Outcome::nothing())
+        });
+        Ok(app)
+    }
+
+    /// Does what is ready; a batch as JSON text. Its last element says whether there is more.
+    #[napi]
+    pub fn drain(&self) -> String {
+        let mut batch = Batch::default();
+        for (token, result) in self.done.take() {
+            batch.add(token, result);
+        }
+        let mut news = self.news.take();
+        news.append(&mut self.mailbox.take());
+        while batch.len() < BATCH_BYTES
+            && let Some(one) = news.pop_front()
+        {
+            self.take_news(one, &mut batch);
+        }
+        let is_more = !news.is_empty();
+        self.news.replace(news);
+        let (text, extras) = batch.finish(is_more);
+        self.extras.replace(extras);
+        text
+    }
+
+    /// What the last batch had that is not JSON.
+    #[napi]
+    pub fn extras<'env>(&self, env: &'env Env) -> Result<Array<'env>> {
+        let extras = self.extras.take();
+        let mut array = env.create_array(0)?;
+        for extra in extras {
+            extra.insert(env, &mut array)?;
+        }
+        Ok(array)
+    }
+
+    /// Ends an operation early: a call is cancelled.
+    #[napi]
+    pub fn cancel(&self, token: i64) {
+        let task = self.tasks.borrow_mut().remove(&token.unsigned_abs());
+        drop(task);
+    }
+
+    /// Lets go of everything: what is under way is dropped.
+    #[napi]
+    pub fn release(&self) {
+        self.is_released.set(true);
+        drop(self.tasks.take());
+        drop(self.requests.take());
+        drop(self.news.take());
+        drop(self.mailbox.take());
+    }
+
+    /// The AppID.
+    #[napi(getter)]
+    pub fn app_id(&self) -> Result<String> {
+        Ok(self.app()?.app_id().to_owned())
+    }
+
+    /// The id of the live connection.
+    #[napi(getter)]
+    pub fn instance(&self) -> Result<Option<String>> {
+        Ok(self.app()?.instance().map(|id| id.to_string()))
+    }
+
+    /// The pools that the app is in.
+    #[napi(getter)]
+    pub fn joined(&self) -> Result<Vec<String>> {
+        Ok(self.app()?.joined())
+    }
+
+    /// Whether there is a connection just now.
+    #[napi(getter)]
+    pub fn is_connected(&self) -> bool {
+        self.app().is_ok_and(App::is_connected)
+    }
+
+    /// Whether the server has on disk what the app registered.
+    #[napi(getter)]
+    pub fn is_stored(&self) -> bool {
+        self.app().is_ok_and(App::is_stored)
+    }
+
+    /// Gives a block along with the next call.
+    #[napi]
+    pub fn lend(&self, block: &NativeBlock, is_writable: bool) -> Result<()> {
+        self.lent.borrow_mut().push((block.get()?, is_writable));
+        Ok(())
+    }
+
+    /// Takes back what was lent to a call that is not made.
+    #[napi]
+    pub fn unlend(&self) {
+        self.lent.take();
+    }
+
+    /// Calls; with `is_reply` the headers come along.
+    #[napi]
+    pub fn call(
+        &self,
+        token: i64,
+        name: String,
+        data: Given<'_>,
+        options: Option<String>,
+        is_reply: bool,
+    ) -> Result<bool> {
+        let options = options_of(options.as_deref())?;
+        let reply = self.calling(&name, &given(data)?, &options)?.reply();
+        Ok(self.begin(token, async move {
+            let reply = reply.await?;
+            let headers = is_reply.then(|| reply.headers().into_iter().collect::<HashMap<_, _>>());
+            let meta = headers.map(|headers| json!(headers));
+            Ok(Outcome::Value(Payload::Reply(reply), meta))
+        }))
+    }
+
+    /// Makes a call that waits on the server.
+    #[napi]
+    pub fn park(
+        &self,
+        token: i64,
+        name: String,
+        data: Given<'_>,
+        options: Option<String>,
+    ) -> Result<bool> {
+        let options = options_of(options.as_deref())?;
+        let parking = self.calling(&name, &given(data)?, &options)?.send_parked();
+        Ok(self.begin(token, async move {
+            let parked = Parking::new(parking.await?);
+            Ok(Outcome::extra(Extra::Parked(parked)))
+        }))
+    }
+
+    /// Opens a streamed answer; it is sent with the first item that is asked for.
+    #[napi]
+    pub fn stream(
+        &self,
+        name: String,
+        data: Given<'_>,
+        options: Option<String>,
+    ) -> Result<NativeStream> {
+        let options = options_of(options.as_deref())?;
+        let call = self.calling(&name, &given(data)?, &options)?;
+        let call = match options.window {
+            Some(window) => call.window(window),
+            None => call,
+        };
+        Ok(NativeStream::new(call.stream()))
+    }
+
+    /// Tells every handler.
+    #[napi]
+    pub fn emit(
+        &self,
+        token: i64,
+        name: String,
+        data: Given<'_>,
+        options: Option<String>,
+    ) -> Result<bool> {
+        let options = options_of(options.as_deref())?;
+        let emit = options.emit(self.app()?.emit(&name, &given(data)?))?;
+        Ok(match options.count {
+            true => {
+                let counted = emit.counted();
+                self.begin(token, async move { Ok(Outcome::of(counted.await?)) })
+            }
+            false => self.begin(token, async move {
+                emit.await?;
+                Ok(Outcome::nothing())
+            }),
+        })
+    }
+
+    /// Serves `name`: its requests come with the number `trigger`.
+    #[napi]
+    pub fn serve(
+        &self,
+        token: i64,
+        name: String,
+        trigger: u32,
+        options: Option<String>,
+    ) -> Result<bool> {
+        let options: options::Serve = match options {
+            Some(options) => options::read(&options)?,
+            None => options::Serve::default(),
+        };
+        let handler = options.handler(self.app()?.handler(&name))?;
+        let (mailbox, emits) = (self.mailbox.clone(), Arc::new(Emits::default()));
+        let serving =
+            handler.serve_detached(move |call| hand_over(call, trigger, &mailbox, &emits));
+        Ok(self.begin(token, async move {
+            serving.await?;
+            Ok(Outcome::nothing())
+        }))
+    }
+
+    /// Serves `name` no longer.
+    #[napi]
+    pub fn unserve(&self, token: i64, name: String) -> Result<bool> {
+        let app = self.app()?.clone();
+        Ok(self.begin(token, async move {
+            app.unserve(&name).await?;
+            Ok(Outcome::nothing())
+        }))
+    }
+
+    /// Answers a request.
+    #[napi]
+    pub fn answer(&self, number: i64, data: Given<'_>) -> Result<()> {
+        let data = given(data)?;
+        let active = self.requests.borrow_mut().remove(&number.unsigned_abs());
+        if let Some(active) = active {
+            active.end(Ok(data));
+        }
+        Ok(())
+    }
+
+    /// Answers a request with an error; `data` is JSON.
+    #[napi]
+    pub fn fail(&self, number: i64, code: String, message: String, data: Option<String>) {
+        let active = self.requests.borrow_mut().remove(&number.unsigned_abs());
+        if let Some(active) = active {
+            active.end(Err(errors::of_handler(code, message, data.as_deref())));
+        }
+    }
+
+    /// Sends an item of a streamed answer, or with `is_report` a report on its progress.
+    #[napi]
+    pub fn partial(
+        &self,
+        token: i64,
+        number: i64,
+        data: Given<'_>,
+        is_report: bool,
+    ) -> Result<bool> {
+        let data = given(data)?;
+        let request = self.request(number);
+        Ok(self.begin(token, async move {
+            // A request that has ended has nobody who waits for items.
+            let Some(request) = request else {
+                return Ok(Outcome::Over);
+            };
+            match is_report {
+                true => request.progress(&data).await?,
+                false => request.partial(&data).await?,
+            }
+            Ok(Outcome::nothing())
+        }))
+    }
+
+    /// What a request says of itself besides its payload; nothing once it has ended.
+    #[napi]
+    pub fn request_info(&self, number: i64) -> Option<String> {
+        let request = self.request(number)?;
+        let headers: HashMap<_, _> = request.headers().into_iter().collect();
+        let left = request.time_left().map(|time| time.as_secs_f64() * 1000.0);
+        let info = json!({
+            "headers": headers, "key": request.key(), "attempt": request.attempt(),
+            "timeLeftMs": left,
+        });
+        Some(info.to_string())
+    }
+
+    /// A block that came with a request.
+    #[napi]
+    pub fn request_block(&self, number: i64, id: String) -> Result<NativeBlock> {
+        let request = self
+            .request(number)
+            .ok_or_else(|| misuse("the call has ended, and its blocks with it"))?;
+        let block = request.block(&id).map_err(|e| errors::thrown(&e))?;
+        Ok(NativeBlock::new(block))
+    }
+
+    /// Receives emits of `name`.
+    #[napi]
+    pub fn events(&self, token: i64, name: String) -> Result<bool> {
+        let app = self.app()?.clone();
+        Ok(self.begin(token, async move {
+            let events = Inflow::emissions(app.on(&name).await?);
+            Ok(Outcome::extra(Extra::Inflow(events)))
+        }))
+    }
+
+    /// Receives the events of a pool.
+    #[napi]
+    pub fn watch(&self, token: i64, pool: String) -> Result<bool> {
+        let app = self.app()?.clone();
+        Ok(self.begin(token, async move {
+            let events = Inflow::presences(app.watch(&pool).await?);
+            Ok(Outcome::extra(Extra::Inflow(events)))
+        }))
+    }
+
+    /// Answers that nobody in this process waits for.
+    #[napi]
+    pub fn answers(&self) -> Result<Inflow> {
+        Ok(Inflow::answers(self.app()?.answers()))
+    }
+
+    /// Joins a pool, or leaves it.
+    #[napi]
+    pub fn join(&self, token: i64, pool: String, leaves: bool) -> Result<bool> {
+        let app = self.app()?.clone();
+        Ok(self.begin(token, async move {
+            match leaves {
+                true => app.leave(&pool).await?,
+                false => app.join(&pool).await?,
+            }
+            Ok(Outcome::nothing())
+        }))
+    }
+
+    /// Asks the server for anything; `message` is JSON.
+    #[napi]
+    pub fn ask(&self, token: i64, message: String) -> Result<bool> {
+        let message: Value = options::read(&message)?;
+        let app = self.app()?.clone();
+        Ok(self.begin(token, async move {
+            Ok(Outcome::of(app.request(&message).await?))
+        }))
+    }
+
+    /// How long the server takes to answer, in milliseconds.
+    #[napi]
+    pub fn ping(&self, token: i64) -> Result<bool> {
+        let app = self.app()?.clone();
+        Ok(self.begin(token, async move {
+            Ok(Outcome::of(app.ping().await?.as_secs_f64() * 1000.0))
+        }))
+    }
+
+    /// Opens a block: makes it, or attaches it.
+    #[napi]
+    pub fn block(&self, token: i64, id: String, options: String) -> Result<bool> {
+        let opening = options::read::<Open>(&options)?.open(self.app()?, &id)?;
+        Ok(self.begin(token, async move {
+            let block = opening.await?;
+            Ok(Outcome::extra(Extra::Block(NativeBlock::new(block))))
+        }))
+    }
+
+    /// The blocks of a pool, as the server describes them.
+    #[napi]
+    pub fn blocks(&self, token: i64, pool: Option<String>) -> Result<bool> {
+        let app = self.app()?.clone();
+        Ok(self.begin(token, async move {
+            Ok(Outcome::of(app.blocks(pool.as_deref()).await?))
+        }))
+    }
+
+    /// Waits until the app has ended, for whatever reason.
+    #[napi]
+    pub fn ended(&self, token: i64) -> Result<bool> {
+        let ended = self.app()?.ended();
+        Ok(self.begin(token, async move {
+            ended.await;
+            Ok(Outcome::Over)
+        }))
+    }
+
+    /// Closes.
+    #[napi]
+    pub fn close(&self, token: i64) -> Result<bool> {
+        let app = self.app()?.clone();
+        Ok(self.begin(token, async move {
+            app.close().await?;
+            Ok(Outcome::nothing())
+        }))
+    }
+}

@@ -1,0 +1,547 @@
+//! Memory blocks: handles, versions under way, and locks.
+
+use std::cell::RefCell;
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use latzero::{App, Block, BlockLock, Code, Draft, Error, LockMode, OwnedView};
+use napi::bindgen_prelude::{ArrayBuffer, Uint8ArraySlice};
+use napi::{Env, Result};
+use napi_derive::napi;
+use serde::Deserialize;
+
+use crate::app::NativeApp;
+use crate::batch::Outcome;
+use crate::errors::{misuse, thrown};
+use crate::memory::{Extra, share};
+use crate::options::time;
+use crate::streams::Inflow;
+
+/// How a block is opened.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Open {
+    pool: Option<String>,
+    /// A dtype of numpy, and a shape.
+    layout: Option<(String, Vec<u64>)>,
+    size: u64,
+    /// `attach` makes it or takes one that is alike, `new` makes it.
+    create: Option<String>,
+    write: Option<bool>,
+    kind: String,
+    consistency: String,
+    slots: u32,
+    lifetime: String,
+    readable_by: Option<Vec<String>>,
+    writable_by: Option<Vec<String>>,
+}
+
+fn names(apps: &[String]) -> Vec<&str> {
+    apps.iter().map(String::as_str).collect()
+}
+
+impl Open {
+    pub(crate) fn open(
+        self,
+        app: &App,
+        id: &str,
+    ) -> Result<impl Future<Output = std::result::Result<Block, Error>> + use<>> {
+        let mut name = app.block(id);
+        if let Some(pool) = &self.pool {
+            name = name.pool(pool);
+        }
+        if let Some((dtype, shape)) = &self.layout {
+            name = name.layout(dtype, shape);
+        }
+        let mut making = name.clone().create(self.size);
+        match self.create.as_deref() {
+            None | Some("new") => {}
+            Some("attach") => making = making.or_attach(),
+            Some(other) => return Err(misuse(format!("there is no create '{other}'"))),
+        }
+        match self.kind.as_str() {
+            "shared" => {}
+            "persistent" => making = making.persistent(),
+            other => return Err(misuse(format!("there is no kind '{other}'"))),
+        }
+        match self.consistency.as_str() {
+            "snapshot" => making = making.slots(self.slots),
+            "raw" => making = making.raw(),
+            other => return Err(misuse(format!("there is no consistency '{other}'"))),
+        }
+        match self.lifetime.as_str() {
+            "pool" => {}
+            "attached" => making = making.while_attached(),
+            other => return Err(misuse(format!("there is no lifetime '{other}'"))),
+        }
+        if let Some(apps) = &self.writable_by {
+            making = making.writable_by(&names(apps));
+        }
+        if let Some(apps) = &self.readable_by {
+            making = making.readable_by(&names(apps));
+        }
+        let (creates, write) = (self.create.is_some(), self.write);
+        Ok(async move {
+            match (creates, write) {
+                (true, _) => making.send().await,
+                (false, Some(true)) => name.attach_writable().await,
+                (false, Some(false)) => name.attach().await,
+                (false, None) => match name.clone().attach_writable().await {
+                    Err(e) if e.kind() == Code::Forbidden => name.attach().await,
+                    attached => attached,
+                },
+            }
+        })
+    }
+}
+
+/// The result of a future that is ready at once; else it is dropped.
+fn at_once<T>(future: impl Future<Output = T>) -> Option<T> {
+    let mut cx = Context::from_waker(Waker::noop());
+    match pin!(future).poll(&mut cx) {
+        Poll::Ready(result) => Some(result),
+        Poll::Pending => None,
+    }
+}
+
+fn version(number: u64) -> f64 {
+    // Exact up to 2^53: a version a microsecond for 285 years.
+    number as f64
+}
+
+/// A block that the app takes part in.
+#[napi(js_name = "Block")]
+pub struct NativeBlock(RefCell<Option<Block>>);
+
+impl NativeBlock {
+    pub(crate) fn new(block: Block) -> NativeBlock {
+        NativeBlock(RefCell::new(Some(block)))
+    }
+
+    /// The block, unless this was closed.
+    pub(crate) fn get(&self) -> Result<Block> {
+        let block = self.0.borrow().clone();
+        block.ok_or_else(|| misuse("the block was closed here"))
+    }
+}
+
+#[napi]
+impl NativeBlock {
+    /// Its name.
+    #[napi(getter)]
+    pub fn id(&self) -> Result<String> {
+        Ok(self.get()?.id().to_owned())
+    }
+
+    /// Its pool.
+    #[napi(getter)]
+    pub fn pool(&self) -> Result<String> {
+        Ok(self.get()?.pool().to_owned())
+    }
+
+    /// Its size in bytes.
+    #[napi(getter)]
+    pub fn nbytes(&self) -> Result<f64> {
+        Ok(self.get()?.size() as f64)
+    }
+
+    /// Its newest version.
+    #[napi(getter)]
+    pub fn version(&self) -> Result<f64> {
+        Ok(version(self.get()?.version()))
+    }
+
+    /// Its generation.
+    #[napi(getter)]
+    pub fn generation(&self) -> Result<f64> {
+        Ok(version(self.get()?.generation()))
+    }
+
+    /// Whether the server is connected and has it.
+    #[napi(getter)]
+    pub fn is_live(&self) -> bool {
+        self.get().is_ok_and(|block| block.is_live())
+    }
+
+    /// Whether its bytes are mapped into this process.
+    #[napi(getter)]
+    pub fn is_mapped(&self) -> bool {
+        self.get().is_ok_and(|block| block.is_viewable())
+    }
+
+    /// Its layout, as JSON.
+    #[napi(getter)]
+    pub fn layout(&self) -> Result<Option<String>> {
+        Ok(self.get()?.layout().map(|layout| layout.to_string()))
+    }
+
+    /// Lets go of it here.
+    #[napi]
+    pub fn close(&self) {
+        self.0.take();
+    }
+
+    /// Copies the newest version from `offset` on into `target`; the version. Nothing where it
+    /// would have to wait, or where the block got another size or generation: read it anew then.
+    #[napi]
+    pub fn read_now(&self, mut target: Uint8ArraySlice<'_>, offset: i64) -> Result<Option<f64>> {
+        let block = self.get()?;
+        let generation = block.generation();
+        if !block.is_viewable() || offset < 0 {
+            return Ok(None);
+        }
+        let into = crate::memory::bytes_of(&mut target);
+        let read = at_once(block.read_into(offset.unsigned_abs(), into));
+        match read {
+            Some(Ok(number)) if block.generation() == generation => Ok(Some(version(number))),
+            Some(Err(error)) if block.generation() == generation => Err(thrown(&error)),
+            _ => Ok(None),
+        }
+    }
+
+    /// All of the newest version, in new memory, with the version.
+    #[napi]
+    pub fn read(&self, app: &NativeApp, token: i64) -> Result<bool> {
+        let block = self.get()?;
+        Ok(app.begin(token, async move {
+            let (bytes, number) = block.read().await?;
+            Ok(Outcome::memory(bytes, number))
+        }))
+    }
+
+    /// Some bytes of the newest version, in new memory, with the version.
+    #[napi]
+    pub fn read_at(&self, app: &NativeApp, token: i64, offset: i64, length: i64) -> Result<bool> {
+        let block = self.get()?;
+        let (offset, length) = (unsigned(offset)?, unsigned(length)?);
+        Ok(app.begin(token, async move {
+            // Checked before memory is asked for.
+            let length = match offset.checked_add(length) {
+                Some(end) if end <= block.size() => usize::try_from(length).unwrap_or(0),
+                _ => 0,
+            };
+            let offset = if length == 0 { u64::MAX } else { offset };
+            let mut bytes = vec![0; length];
+            let number = block.read_into(offset, &mut bytes).await?;
+            Ok(Outcome::memory(bytes, number))
+        }))
+    }
+
+    /// Writes bytes through the server; the version.
+    #[napi]
+    pub fn write_at(
+        &self,
+        app: &NativeApp,
+        token: i64,
+        offset: i64,
+        bytes: Uint8ArraySlice<'_>,
+        if_version: Option<i64>,
+    ) -> Result<bool> {
+        let (block, bytes) = (self.get()?, bytes.to_vec());
+        let (offset, if_version) = (unsigned(offset)?, if_version.map(unsigned).transpose()?);
+        Ok(app.begin(token, async move {
+            let number = match if_version {
+                Some(version) => block.write_if(version, offset, &bytes).await?,
+                None => block.write_at(offset, &bytes).await?,
+            };
+            Ok(Outcome::of(number))
+        }))
+    }
+
+    /// Swaps bytes; nothing if that was done, else those that are there.
+    #[napi]
+    pub fn cas(
+        &self,
+        app: &NativeApp,
+        token: i64,
+        offset: i64,
+        expected: Uint8ArraySlice<'_>,
+        bytes: Uint8ArraySlice<'_>,
+    ) -> Result<bool> {
+        let (block, offset) = (self.get()?, unsigned(offset)?);
+        let (expected, bytes) = (expected.to_vec(), bytes.to_vec());
+        Ok(app.begin(token, async move {
+            Ok(match block.cas(offset, &expected, &bytes).await? {
+                Ok(_) => Outcome::nothing(),
+                Err(found) => Outcome::extra(Extra::Buffer(found)),
+            })
+        }))
+    }
+
+    /// Waits for a version beyond `beyond`.
+    #[napi]
+    pub fn wait(
+        &self,
+        app: &NativeApp,
+        token: i64,
+        beyond: i64,
+        timeout_ms: Option<f64>,
+    ) -> Result<bool> {
+        let (block, beyond) = (self.get()?, unsigned(beyond)?);
+        let timeout = timeout_ms.map(time).transpose()?;
+        Ok(app.begin(token, async move {
+            loop {
+                let waited = block.wait_for(beyond, timeout.unwrap_or(LONG)).await;
+                match waited {
+                    Err(e) if e.kind() == Code::Timeout && timeout.is_none() => {}
+                    waited => return Ok(Outcome::of(waited?)),
+                }
+            }
+        }))
+    }
+
+    /// The versions to come.
+    #[napi]
+    pub fn changes(&self, app: &NativeApp, token: i64) -> Result<bool> {
+        let block = self.get()?;
+        Ok(app.begin(token, async move {
+            let changes = Inflow::changes(block.changes().await?);
+            Ok(Outcome::extra(Extra::Inflow(changes)))
+        }))
+    }
+
+    /// The newest version where it lies.
+    #[napi]
+    pub fn view(&self, app: &NativeApp, token: i64) -> Result<bool> {
+        let block = self.get()?;
+        Ok(app.begin(token, async move {
+            let view = NativeView(block.owned_view().await?);
+            Ok(Outcome::extra(Extra::View(view)))
+        }))
+    }
+
+    /// Begins a version, under the block's lock.
+    #[napi]
+    pub fn draft(&self, app: &NativeApp, token: i64, wait_ms: f64) -> Result<bool> {
+        let (block, wait) = (self.get()?, time(wait_ms)?);
+        Ok(app.begin(token, async move {
+            let draft = NativeDraft(Rc::new(Draftable(RefCell::new(Some(
+                block.write(wait).await?,
+            )))));
+            Ok(Outcome::extra(Extra::Draft(draft)))
+        }))
+    }
+
+    /// Takes the block's lock.
+    #[napi]
+    pub fn lock(
+        &self,
+        app: &NativeApp,
+        token: i64,
+        is_shared: bool,
+        wait_ms: f64,
+        lease_ms: Option<f64>,
+    ) -> Result<bool> {
+        let mode = match is_shared {
+            true => LockMode::Shared,
+            false => LockMode::Exclusive,
+        };
+        let block = self.get()?;
+        let (wait, lease) = (time(wait_ms)?, lease_ms.map(time).transpose()?);
+        Ok(app.begin(token, async move {
+            let held = match lease {
+                Some(lease) => block.lock_for(mode, wait, lease).await?,
+                None => block.lock(mode, wait).await?,
+            };
+            let held = RefCell::new(Some(Rc::new(held)));
+            Ok(Outcome::extra(Extra::Lock(NativeLock(held))))
+        }))
+    }
+
+    /// Gives it another size.
+    #[napi]
+    pub fn resize(&self, app: &NativeApp, token: i64, size: i64) -> Result<bool> {
+        let (block, size) = (self.get()?, unsigned(size)?);
+        Ok(app.begin(token, async move {
+            block.resize(size).await?;
+            Ok(Outcome::nothing())
+        }))
+    }
+
+    /// Flushes a persistent block; the version on disk.
+    #[napi]
+    pub fn flush(&self, app: &NativeApp, token: i64) -> Result<bool> {
+        let block = self.get()?;
+        Ok(app.begin(token, async move { Ok(Outcome::of(block.flush().await?)) }))
+    }
+
+    /// Removes it.
+    #[napi]
+    pub fn remove(&self, app: &NativeApp, token: i64) -> Result<bool> {
+        let block = self.get()?;
+        Ok(app.begin(token, async move {
+            block.remove().await?;
+            Ok(Outcome::nothing())
+        }))
+    }
+
+    /// All about it, as the server describes it.
+    #[napi]
+    pub fn info(&self, app: &NativeApp, token: i64) -> Result<bool> {
+        let block = self.get()?;
+        Ok(app.begin(token, async move { Ok(Outcome::of(block.info().await?)) }))
+    }
+}
+
+/// One version of a block, where it lies.
+#[napi(js_name = "View")]
+pub struct NativeView(OwnedView);
+
+#[napi]
+impl NativeView {
+    /// The number of the version.
+    #[napi(getter)]
+    pub fn version(&self) -> f64 {
+        version(self.0.get().version())
+    }
+
+    /// Its size in bytes.
+    #[napi(getter)]
+    pub fn nbytes(&self) -> f64 {
+        self.0.get().len() as f64
+    }
+
+    /// Whether it was not written over.
+    #[napi(getter)]
+    pub fn is_valid(&self) -> bool {
+        self.0.get().is_valid()
+    }
+
+    /// Whether the block was resized or removed since.
+    #[napi(getter)]
+    pub fn is_stale(&self) -> bool {
+        self.0.is_stale()
+    }
+
+    /// Copies it; false if it was written over meanwhile.
+    #[napi]
+    pub fn copy_to(&self, mut target: Uint8ArraySlice<'_>) -> bool {
+        let view = self.0.get();
+        let copied = view.copy_to(0, crate::memory::bytes_of(&mut target));
+        copied.is_ok() && view.is_valid()
+    }
+}
+
+/// A wait without an end is made of waits of this time.
+const LONG: Duration = Duration::from_secs(3600);
+
+fn unsigned(number: i64) -> Result<u64> {
+    u64::try_from(number).map_err(|_| misuse(format!("{number} is less than 0")))
+}
+
+/// A draft that is discarded when it is dropped.
+struct Draftable(RefCell<Option<Draft>>);
+
+impl Drop for Draftable {
+    fn drop(&mut self) {
+        if let Some(draft) = self.0.take() {
+            draft.abandon();
+        }
+    }
+}
+
+/// A version under way, under a lock of its own. Dropped, it is discarded.
+#[napi(js_name = "Draft")]
+pub struct NativeDraft(Rc<Draftable>);
+
+fn ended() -> napi::Error {
+    misuse("the version was ended before")
+}
+
+#[napi]
+impl NativeDraft {
+    /// The bytes in place; nothing where there are none that JavaScript can have.
+    #[napi]
+    pub fn expose<'env>(
+        &self,
+        env: &'env Env,
+        offset: i64,
+        length: i64,
+        keeps: bool,
+    ) -> Result<Option<ArrayBuffer<'env>>> {
+        let mut draft = self.0.0.borrow_mut();
+        let draft = draft.as_mut().ok_or_else(ended)?;
+        if !draft.is_in_place() {
+            return Ok(None);
+        }
+        let exposed = draft.expose(unsigned(offset)?, unsigned(length)?, keeps);
+        share(env, exposed.map_err(|e| thrown(&e))?)
+    }
+
+    /// Writes bytes.
+    #[napi]
+    pub fn write(&self, offset: i64, bytes: Uint8ArraySlice<'_>) -> Result<()> {
+        let mut draft = self.0.0.borrow_mut();
+        let draft = draft.as_mut().ok_or_else(ended)?;
+        let written = draft.write(unsigned(offset)?, &bytes);
+        written.map_err(|e| thrown(&e))
+    }
+
+    /// Publishes it, and gives the lock back; the version.
+    #[napi]
+    pub fn commit(&self, app: &NativeApp, token: i64) -> Result<bool> {
+        let draft = self.0.0.take().ok_or_else(ended)?;
+        Ok(app.begin(token, async move { Ok(Outcome::of(draft.commit().await?)) }))
+    }
+
+    /// Discards it.
+    #[napi]
+    pub fn abandon(&self) {
+        if let Some(draft) = self.0.0.take() {
+            draft.abandon();
+        }
+    }
+}
+
+/// A block's lock.
+#[napi(js_name = "Lock")]
+pub struct NativeLock(RefCell<Option<Rc<BlockLock>>>);
+
+impl NativeLock {
+    fn held(&self) -> Result<Rc<BlockLock>> {
+        let held = self.0.borrow().clone();
+        held.ok_or_else(|| misuse("the lock was given back before"))
+    }
+}
+
+#[napi]
+impl NativeLock {
+    /// Larger than that of every lock of this block before.
+    #[napi(getter)]
+    pub fn fence(&self) -> Result<f64> {
+        Ok(version(self.held()?.fence()))
+    }
+
+    /// Whether it is held, as far as is known here.
+    #[napi(getter)]
+    pub fn is_held(&self) -> bool {
+        self.held().is_ok_and(|held| held.is_held())
+    }
+
+    /// Renews its lease.
+    #[napi]
+    pub fn renew(&self, app: &NativeApp, token: i64, lease_ms: Option<f64>) -> Result<bool> {
+        let (held, lease) = (self.held()?, lease_ms.map(time).transpose()?);
+        Ok(app.begin(token, async move {
+            held.renew(lease).await?;
+            Ok(Outcome::nothing())
+        }))
+    }
+
+    /// Gives it back.
+    #[napi]
+    pub fn unlock(&self, app: &NativeApp, token: i64) -> Result<bool> {
+        let held = self.0.take();
+        let held = held.ok_or_else(|| misuse("the lock was given back before"))?;
+        Ok(app.begin(token, async move {
+            match Rc::try_unwrap(held) {
+                Ok(held) => held.unlock().await?,
+                // While it is being renewed: the last one gives it back.
+                Err(held) => drop(held),
+            }
+            Ok(Outcome::nothing())
+        }))
+    }
+}

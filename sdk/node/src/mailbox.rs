@@ -1,0 +1,94 @@
+//! How other threads reach the JavaScript thread: they queue what became ready, and wake it once
+//! for all of it.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Wake;
+
+use napi::bindgen_prelude::Function;
+use napi::threadsafe_function::{ThreadsafeFunction, ThreadsafeFunctionCallMode};
+use napi::{Result, Status};
+
+use crate::handlers::Incoming;
+
+/// It does not keep the process alive: what is pending does, and JavaScript counts that.
+type Bell = ThreadsafeFunction<(), (), (), Status, false, true>;
+
+pub(crate) fn lock<T>(place: &Mutex<T>) -> MutexGuard<'_, T> {
+    place.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// News for the JavaScript thread.
+pub(crate) enum News {
+    /// The operation of this number may continue.
+    Ready(u64),
+    /// Something about a request.
+    Request(Incoming),
+}
+
+#[derive(Default)]
+struct Queue {
+    news: VecDeque<News>,
+    is_signalled: bool,
+}
+
+/// What became ready since the JavaScript thread last looked.
+pub(crate) struct Mailbox {
+    queue: Mutex<Queue>,
+    bell: Bell,
+    requests: AtomicU64,
+}
+
+impl Mailbox {
+    pub(crate) fn new(wake: &Function<'_, (), ()>) -> Result<Mailbox> {
+        let bell = wake
+            .build_threadsafe_function::<()>()
+            .weak::<true>()
+            .build()?;
+        Ok(Mailbox {
+            queue: Mutex::default(),
+            bell,
+            requests: AtomicU64::new(1),
+        })
+    }
+
+    pub(crate) fn push(&self, news: News) {
+        let is_signalled = {
+            let mut queue = lock(&self.queue);
+            queue.news.push_back(news);
+            std::mem::replace(&mut queue.is_signalled, true)
+        };
+        if !is_signalled {
+            // It fails when the environment ends: then nobody looks any more.
+            let _ = self.bell.call((), ThreadsafeFunctionCallMode::NonBlocking);
+        }
+    }
+
+    /// Takes all news. What comes after that wakes again.
+    pub(crate) fn take(&self) -> VecDeque<News> {
+        let mut queue = lock(&self.queue);
+        queue.is_signalled = false;
+        std::mem::take(&mut queue.news)
+    }
+
+    /// A number for a request.
+    pub(crate) fn number(&self) -> u64 {
+        self.requests.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// Wakes one operation.
+pub(crate) struct Waker {
+    pub(crate) mailbox: Arc<Mailbox>,
+    pub(crate) token: u64,
+    pub(crate) is_queued: AtomicBool,
+}
+
+impl Wake for Waker {
+    fn wake(self: Arc<Self>) {
+        if !self.is_queued.swap(true, Ordering::AcqRel) {
+            self.mailbox.push(News::Ready(self.token));
+        }
+    }
+}

@@ -1,0 +1,307 @@
+// Memory blocks: typed arrays, views, locks, and blocks as arguments.
+
+import assert from 'node:assert/strict'
+import { execFileSync } from 'node:child_process'
+import { fileURLToPath } from 'node:url'
+import { test } from 'node:test'
+
+import { BlockError, writable } from 'latzero'
+import { promised, withServer } from './helpers.mjs'
+
+const place = withServer()
+const fill = (value) => (array) => { array.fill(value) }
+
+test('a block is read and written', async (t) => {
+  const [makes, opens, pool] = await place.pair(t)
+  const block = await makes.block('a', { shape: [2, 3], dtype: 'f4', create: true })
+  assert.deepEqual([block.id, block.pool, block.nbytes, block.dtype, block.shape, block.version],
+    ['a', pool, 24, '<f4', [2, 3], 0])
+  assert.ok(block.isLive && block.isMapped)
+  assert.equal(await block.write((array) => {
+    assert.ok(array instanceof Float32Array && array.length === 6)
+    array.set([1, 2, 3, 4, 5, 6])
+  }), 1)
+  const other = await opens.block('a')
+  const copy = await other.read()
+  assert.deepEqual(copy, new Float32Array([1, 2, 3, 4, 5, 6]))
+  // A copy is nobody's but the caller's.
+  copy.fill(0)
+  const target = new Float32Array(6)
+  assert.equal(await other.readInto(target), 1)
+  assert.deepEqual(target, new Float32Array([1, 2, 3, 4, 5, 6]))
+  assert.equal(await other.read((array, version) => array[5] + version), 7)
+  assert.deepEqual(await other.readAt(4, 4), Buffer.from(new Float32Array([2]).buffer))
+  await assert.rejects(other.readAt(20, 8), { code: 'out_of_range' })
+  await assert.rejects(other.readInto(new Float32Array(5)), RangeError)
+  await assert.rejects(other.readInto('text'), TypeError)
+  const shared = new Float32Array(new SharedArrayBuffer(24))
+  assert.equal(await other.readInto(shared), 1)
+  assert.equal(shared[5], 6)
+  assert.equal((await makes.blocks())[0].block_id, 'a')
+  assert.equal((await block.info()).block_id, 'a')
+})
+
+test('what a callback was given is gone when it has returned', async (t) => {
+  const [makes] = await place.pair(t)
+  const block = await makes.block('a', { shape: 8, dtype: 'u1', create: true })
+  const kept = []
+  await block.write(async (array) => {
+    kept.push(array)
+    array.fill(5)
+    await null
+    kept.push(array.subarray(2))
+  })
+  await block.read((array) => kept.push(array))
+  assert.deepEqual(kept.map((array) => array.length), [0, 0, 0])
+  kept[0][0] = 9
+  assert.deepEqual(await block.read(), new Uint8Array(8).fill(5))
+  await assert.rejects(block.read(() => { throw new Error('mine') }), /mine/)
+})
+
+test('a version is discarded if its callback throws', async (t) => {
+  const [makes, opens] = await place.pair(t)
+  const block = await makes.block('a', { shape: 4, dtype: 'i4', create: true })
+  await block.write(fill(1))
+  for (const fails of [
+    (array) => { array.fill(2); throw new Error('mine') },
+    async (array) => { array.fill(2); await null; throw new Error('mine') }
+  ]) {
+    await assert.rejects(block.write(fails), /mine/)
+  }
+  const other = await opens.block('a')
+  assert.deepEqual(await other.read(), new Int32Array(4).fill(1))
+  // The lock was given back.
+  assert.equal(await other.write(fill(3), { waitMs: 0 }), 2)
+  await assert.rejects(block.write('no function'), TypeError)
+})
+
+test('a version begins as the one before, in part or not at all', async (t) => {
+  const [makes] = await place.pair(t)
+  const block = await makes.block('a', { shape: [4, 2], dtype: 'u2', create: true })
+  await block.write(fill(1))
+  await block.write((array) => { array[0] = 9 })
+  assert.deepEqual(await block.read(), new Uint16Array([9, 1, 1, 1, 1, 1, 1, 1]))
+  await block.write((array) => {
+    assert.deepEqual(array, new Uint16Array([1, 1, 1, 1]))
+    array.fill(7)
+  }, { part: [1, 3] })
+  assert.deepEqual(await block.read(), new Uint16Array([9, 1, 7, 7, 7, 7, 1, 1]))
+  await block.write(fill(2), { keep: false })
+  assert.deepEqual(await block.read(), new Uint16Array(8).fill(2))
+  await block.write((array) => assert.equal(array.length, 0), { part: [2, 2] })
+  for (const part of [[3, 5], [2, 1], [-1, 2], [0.5, 1]]) {
+    await assert.rejects(block.write(fill(0), { part }), RangeError)
+  }
+})
+
+test('dtypes are typed arrays', async (t) => {
+  const [makes] = await place.pair(t)
+  const kinds = {
+    i1: Int8Array, u1: Uint8Array, i2: Int16Array, u2: Uint16Array, i4: Int32Array,
+    u4: Uint32Array, i8: BigInt64Array, u8: BigUint64Array, f4: Float32Array, f8: Float64Array
+  }
+  for (const [dtype, Kind] of Object.entries(kinds)) {
+    for (const given of [dtype, Kind]) {
+      const id = `b-${dtype}-${given === Kind}`
+      const block = await makes.block(id, { shape: 2, dtype: given, create: true })
+      const one = Kind.name.startsWith('Big') ? 1n : 1
+      await block.write(fill(one))
+      assert.deepEqual(await block.read(), new Kind(2).fill(one))
+    }
+  }
+  for (const dtype of ['>f4', 'c8']) {
+    const block = await makes.block(`b-${dtype.slice(1)}`, { shape: 2, dtype, create: true })
+    assert.ok(await block.read() instanceof DataView)
+  }
+  const plain = await makes.block('plain', { size: 5, create: 'new' })
+  assert.deepEqual(await plain.read(), new Uint8Array(5))
+  assert.deepEqual([plain.layout, plain.dtype, plain.shape], [null, null, null])
+})
+
+test('mistakes of opening', async (t) => {
+  const [makes] = await place.pair(t)
+  for (const given of [
+    { create: true }, { shape: 2 }, { shape: 2, dtype: 'nonsense' }, { shape: [-1], dtype: 'f4' },
+    { shape: 2, dtype: 'f4', size: 9 }, { size: 4, create: 'maybe' }, { size: -1, create: true },
+    { size: 4, create: true, kind: 'odd' }, { size: 4, create: true, consistency: 'odd' },
+    { size: 4, create: true, lifetime: 'odd' }, { siez: 4 }
+  ]) {
+    await assert.rejects(makes.block('a', given), TypeError)
+  }
+  await assert.rejects(makes.block('nowhere'), BlockError)
+  await makes.block('a', { size: 4, create: 'new' })
+  await assert.rejects(makes.block('a', { size: 4, create: 'new' }), { code: 'block_exists' })
+  await assert.rejects(makes.block('a', { size: 8, create: true }), { code: 'block_exists' })
+})
+
+test('a view keeps its version', async (t) => {
+  const [makes] = await place.pair(t)
+  const block = await makes.block('a', { shape: 4, dtype: 'f8', create: true })
+  await block.write(fill(1))
+  const view = await block.view()
+  const array = view.array()
+  assert.deepEqual([array, view.version, view.valid], [new Float64Array(4).fill(1), 1, true])
+  assert.equal(view.array().buffer, array.buffer)
+  // A stray write changes nothing that anybody else sees.
+  array[0] = 99
+  assert.deepEqual(await block.read(), new Float64Array(4).fill(1))
+  await block.write(fill(2))
+  await block.write(fill(3))
+  await block.write(fill(4))
+  assert.equal(view.valid, false)
+  assert.deepEqual(array, new Float64Array([99, 1, 1, 1]))
+  await block.resize(64)
+  assert.ok(view.stale)
+  await block.remove()
+  assert.equal(array[3], 1)
+})
+
+test('newer versions are waited for', async (t) => {
+  const [makes, opens] = await place.pair(t)
+  const block = await makes.block('a', { shape: 1, dtype: 'u4', create: true })
+  const other = await opens.block('a')
+  const next = other.wait()
+  await block.write(fill(1))
+  assert.equal(await next, 1)
+  assert.equal(await other.wait(0), 1)
+  await assert.rejects(other.wait(1, { timeoutMs: 10 }), { code: 'timeout' })
+  const signal = AbortSignal.timeout(10)
+  await assert.rejects(other.wait(1, { signal }), { name: 'TimeoutError' })
+  const changes = other.changes()
+  await changes.ready
+  await block.write(fill(2))
+  assert.equal((await changes.next()).value, 2)
+  const left = changes.next()
+  await changes.return()
+  assert.deepEqual(await left, { done: true, value: undefined })
+})
+
+test('locks', async (t) => {
+  const [makes, opens] = await place.pair(t)
+  const block = await makes.block('a', { size: 4, create: true })
+  const other = await opens.block('a')
+  const lock = await block.lock()
+  assert.ok(lock.isHeld && lock.fence > 0)
+  await assert.rejects(other.write(fill(1), { waitMs: 10 }), { code: 'locked' })
+  await lock.unlock()
+  await assert.rejects(lock.unlock(), TypeError)
+  assert.equal(lock.isHeld, false)
+  const shared = await Promise.all([block, other].map((b) => b.lock({ shared: true })))
+  await Promise.all(shared.map((lock) => lock.unlock()))
+  const leased = await other.lock({ leaseMs: 60_000 })
+  await leased.renew(60_000)
+  await leased.unlock()
+  assert.equal(await block.write(fill(1), { waitMs: 0 }), 1)
+})
+
+test('bytes are written and swapped through the server', async (t) => {
+  const [makes] = await place.pair(t)
+  const block = await makes.block('a', { size: 8, create: true })
+  assert.equal(await block.writeAt(2, Buffer.from([5, 6])), 1)
+  await assert.rejects(block.writeAt(0, Buffer.from([1]), { ifVersion: 7 }),
+    { code: 'version_conflict' })
+  assert.equal(await block.writeAt(0, new Uint8Array([1]), { ifVersion: 1 }), 2)
+  await assert.rejects(block.writeAt(8, Buffer.from([1])), { code: 'out_of_range' })
+  await assert.rejects(block.writeAt(0, 'text'), { name: 'BadRequestError' })
+  const raw = await makes.block('raw', { size: 8, create: true, consistency: 'raw' })
+  const [zeros, ones] = [Buffer.alloc(8), Buffer.alloc(8, 1)]
+  assert.equal(await raw.cas(0, zeros, ones), undefined)
+  assert.deepEqual(await raw.cas(0, zeros, ones), ones)
+})
+
+test('blocks are resized, removed and closed', async (t) => {
+  const [makes, opens] = await place.pair(t)
+  const block = await makes.block('a', { size: 4, create: true })
+  const other = await opens.block('a')
+  await block.resize(16)
+  assert.equal((await other.read()).length, 16)
+  assert.equal(other.nbytes, 16)
+  await other.remove()
+  await assert.rejects(makes.block('a'), { code: 'no_block' })
+  block.close()
+  assert.throws(() => block.version, /closed/)
+  await assert.rejects(block.read(), /closed/)
+  block.close()
+})
+
+test('a persistent block is not mapped, and works by copies', async (t) => {
+  const [makes, opens] = await place.pair(t)
+  const given = { shape: [4, 2], dtype: 'i4', create: true, kind: 'persistent' }
+  const block = await makes.block('p', given)
+  await block.write(fill(3))
+  await block.write((array) => {
+    assert.deepEqual(array, new Int32Array(2).fill(3))
+    array[0] = 4
+  }, { part: [1, 2] })
+  assert.equal(await block.flush(), block.version)
+  const other = await opens.block('p')
+  const expected = new Int32Array([3, 3, 4, 3, 3, 3, 3, 3])
+  assert.deepEqual(await other.read(), expected)
+  const target = new Int32Array(8)
+  await other.readInto(target)
+  assert.deepEqual(target, expected)
+  await assert.rejects(other.view(), { code: 'storage' })
+})
+
+test('blocks over TCP work by copies', async (t) => {
+  const { connect } = await import('latzero')
+  const url = (id) => `latzero://${id}@${place.server.address}?pool=tcp`
+  const apps = await Promise.all(['makes', 'opens'].map((id) => connect(url(id))))
+  t.after(() => Promise.all(apps.map((app) => app.close())))
+  const block = await apps[0].block('a', { shape: 100_000, dtype: 'f8', create: true })
+  assert.equal(block.isMapped, false)
+  await block.write((array) => { for (let i = 0; i < array.length; i++) array[i] = i })
+  const other = await apps[1].block('a')
+  assert.equal(await other.read((array) => array[99_999]), 99_999)
+  await other.write((array) => { array[0] = -1 })
+  assert.deepEqual((await block.read()).subarray(0, 2), new Float64Array([-1, 1]))
+  const changes = other.changes()
+  await changes.ready
+  const version = await block.write(fill(0), { keep: false })
+  assert.equal((await changes.next()).value, version)
+  await changes.return()
+})
+
+test('a block goes along with a call', async (t) => {
+  const [serves, calls] = await place.pair(t)
+  const block = await calls.block('frame', { shape: 4, dtype: 'f4', create: true })
+  await block.write(fill(2))
+  const kept = []
+  await serves.serve('sum', async ({ image, list: [same] }, request) => {
+    kept.push(image)
+    assert.equal(request.block('frame').id, same.id)
+    assert.throws(() => request.block('other'), { code: 'no_block' })
+    return image.read((array) => array.reduce((a, b) => a + b))
+  })
+  assert.equal(await calls.call('sum', { image: block, list: [block] }), 8)
+  await serves.serve('double', async (image) => {
+    await image.write((array) => array.forEach((x, i) => { array[i] = 2 * x }))
+  })
+  await calls.call('double', writable(block))
+  assert.deepEqual(await block.read(), new Float32Array(4).fill(4))
+  await assert.rejects(calls.call('double', block), { code: 'forbidden' })
+  await assert.rejects(calls.emit('sum', { image: block }), /along with a call/)
+  await serves.serve('gives', () => ({ block: kept[0] }))
+  await assert.rejects(calls.call('gives'), /along with a call/)
+  assert.throws(() => writable(5), TypeError)
+  // A reference that is not lent stays what it is.
+  await serves.serve('plain', (data) => data)
+  assert.deepEqual(await calls.call('plain', { $block: 'frame' }), { $block: 'frame' })
+  // Outside of calls it is plain JSON.
+  assert.equal(JSON.parse(JSON.stringify({ block })).block.$block, 'frame')
+})
+
+test('many blocks opened and forgotten keep no memory and no descriptors', { timeout: 300_000 },
+  () => {
+    const script = fileURLToPath(new URL('many-blocks.mjs', import.meta.url))
+    execFileSync(process.execPath, ['--expose-gc', script, place.server.url('many')],
+      { stdio: 'inherit' })
+  })
+
+test('everything works where the engine takes no memory of others', { timeout: 120_000 }, (t) => {
+  if (process.env.LATZERO_NO_EXTERNAL === '1') return
+  const script = fileURLToPath(import.meta.url)
+  const env = { ...process.env, LATZERO_NO_EXTERNAL: '1' }
+  delete env.NODE_TEST_CONTEXT
+  execFileSync(process.execPath, ['--test', '--test-name-pattern', '^(?!many)', script], { env })
+})

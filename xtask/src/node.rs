@@ -1,0 +1,223 @@
+//! The npm package under `sdk/node`: its addon, its tarballs, its lints and its tests.
+//!
+//! Tools are installed under the target directory. Where there is no Node that can run the package,
+//! the tests are left out, and a line says so; in continuous integration (`CI` is set) that is a
+//! failure.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::{Done, cargo, cargo_program, quiet, read, root, run};
+
+fn folder() -> PathBuf {
+    root().join("sdk/node")
+}
+
+fn target() -> PathBuf {
+    root().join("target/node")
+}
+
+/// Builds the package and runs its tests, also those of its tarballs.
+pub(crate) fn test() -> Done {
+    match tools() {
+        Ok(tools) => test_with(&tools),
+        Err(why) if std::env::var_os("CI").is_some() => Err(format!(
+            "the tests of the Node package must run here: {why}"
+        )),
+        // A person may do without the tools.
+        Err(why) => {
+            println!("LEFT OUT: the tests of the Node package: {why}");
+            Ok(())
+        }
+    }
+}
+
+fn test_with(tools: &Path) -> Done {
+    cargo(&["build", "--package", "latzero-cli"])?;
+    build("debug")?;
+    let packages = pack_as("debug")?;
+    println!("$ tsc and node --test, in sdk/node");
+    run(Command::new("node")
+        .arg(tools.join("typescript/bin/tsc"))
+        .args(["--project", "test/types", "--typeRoots"])
+        .arg(tools.join("@types"))
+        .current_dir(folder()))?;
+    run(Command::new("node")
+        .arg("--test")
+        .args(tests()?)
+        .env_remove("LATZERO_BIN")
+        .env("LATZERO_PACKAGES", packages)
+        .current_dir(folder()))
+}
+
+fn tests() -> Result<Vec<PathBuf>, String> {
+    let entries = std::fs::read_dir(folder().join("test")).map_err(|error| error.to_string())?;
+    let paths = entries.filter_map(Result::ok).map(|entry| entry.path());
+    let mut tests: Vec<_> = paths
+        .filter(|path| path.to_string_lossy().ends_with(".test.mjs"))
+        .collect();
+    tests.sort();
+    Ok(tests)
+}
+
+/// Makes the tarballs for this platform, optimised.
+pub(crate) fn pack() -> Done {
+    suits()?;
+    cargo(&["build", "--release", "--package", "latzero-cli"])?;
+    build("release")?;
+    println!("{}", pack_as("release")?.display());
+    Ok(())
+}
+
+/// Builds the addon, and puts it and the program where the package finds them in a checkout.
+fn build(profile: &str) -> Done {
+    println!("$ cargo build, in sdk/node ({profile})");
+    let mut build = cargo_in_package(&["build", "--quiet", "--locked"]);
+    if profile == "release" {
+        build.arg("--release");
+    }
+    run(&mut build)?;
+    let native = folder().join("native");
+    std::fs::create_dir_all(&native).map_err(|error| io(&error))?;
+    let addon = target().join(profile).join("liblatzero_node.so");
+    let program = root().join("target").join(profile).join("latzero");
+    for (from, name) in [(addon, "latzero.node"), (program, "latzero")] {
+        let to = native.join(name);
+        // A running program can't be written over.
+        if to.exists() {
+            std::fs::remove_file(&to).map_err(|error| io(&error))?;
+        }
+        std::fs::copy(from, to).map_err(|error| io(&error))?;
+    }
+    Ok(())
+}
+
+fn io(error: &std::io::Error) -> String {
+    format!("the npm packages: {error}")
+}
+
+/// Makes the tarballs of the package and of this platform's; the directory where they lie.
+fn pack_as(profile: &str) -> Result<PathBuf, String> {
+    println!("$ npm pack, in sdk/node");
+    let dir = target().join("packages").join(profile);
+    if dir.exists() {
+        std::fs::remove_dir_all(&dir).map_err(|error| io(&error))?;
+    }
+    let staged = dir.join("latzero");
+    for part in ["lib", "bin"] {
+        let to = staged.join(part);
+        std::fs::create_dir_all(&to).map_err(|error| io(&error))?;
+        for entry in std::fs::read_dir(folder().join(part)).map_err(|error| io(&error))? {
+            let from = entry.map_err(|error| io(&error))?.path();
+            std::fs::copy(&from, to.join(from.file_name().unwrap_or_default()))
+                .map_err(|error| io(&error))?;
+        }
+    }
+    for name in ["package.json", "README.md"] {
+        std::fs::copy(folder().join(name), staged.join(name)).map_err(|error| io(&error))?;
+    }
+    let script = "const { manifest } = require('./lib/addon.cjs'); \
+                  console.log(JSON.stringify(manifest(), null, 2))";
+    let manifest = output(
+        Command::new("node")
+            .args(["-e", script])
+            .current_dir(folder()),
+    )?;
+    let platform = dir.join("platform");
+    std::fs::create_dir_all(&platform).map_err(|error| io(&error))?;
+    std::fs::write(platform.join("package.json"), manifest).map_err(|error| io(&error))?;
+    for name in ["latzero.node", "latzero"] {
+        std::fs::copy(folder().join("native").join(name), platform.join(name))
+            .map_err(|error| io(&error))?;
+    }
+    for package in [&staged, &platform] {
+        std::fs::copy(root().join("LICENSE"), package.join("LICENSE"))
+            .map_err(|error| io(&error))?;
+        quiet(
+            Command::new("npm")
+                .args(["pack", "--silent", "--pack-destination"])
+                .arg(&dir)
+                .current_dir(package),
+        )?;
+    }
+    Ok(dir)
+}
+
+/// Lints of the binding, which is a workspace of its own. They need no Node.
+pub(crate) fn lint() -> Done {
+    for args in [
+        &["fmt", "--check"][..],
+        // It has no tests of its own: those of the package are in `test/`.
+        &["clippy", "--", "-D", "warnings"],
+    ] {
+        println!("$ cargo {}, in sdk/node", args.join(" "));
+        run(&mut cargo_in_package(args))?;
+    }
+    Ok(())
+}
+
+/// Fixes what the format and lint checks can fix.
+pub(crate) fn lint_fix() -> Done {
+    let fix = ["--fix", "--allow-dirty", "--allow-staged"];
+    let clippy = [&["clippy"], &fix[..]].concat();
+    run(&mut cargo_in_package(&clippy))?;
+    run(&mut cargo_in_package(&["fmt"]))
+}
+
+fn cargo_in_package(args: &[&str]) -> Command {
+    let mut command = Command::new(cargo_program());
+    command
+        .args(args)
+        .env("CARGO_TARGET_DIR", target())
+        .current_dir(folder());
+    command
+}
+
+/// Whether there is a Node that runs the package.
+fn suits() -> Done {
+    let suits = "process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)";
+    let node = quiet(Command::new("node").args(["-e", suits]));
+    let npm = quiet(Command::new("npm").arg("--version"));
+    node.and(npm)
+        .map_err(|_| "it takes Node 20 or newer and npm".to_owned())
+}
+
+/// The modules of the tools, installed once for each content of their lock file.
+fn tools() -> Result<PathBuf, String> {
+    suits()?;
+    let dir = target().join("tools");
+    let modules = dir.join("node_modules");
+    let lock = folder().join("tools/package-lock.json");
+    let wanted = read(&lock)?;
+    let stamp = dir.join("made-of");
+    if std::fs::read_to_string(&stamp).is_ok_and(|made| made == wanted) {
+        return Ok(modules);
+    }
+    println!("$ npm ci, in {}", dir.display());
+    std::fs::create_dir_all(&dir).map_err(|error| io(&error))?;
+    for name in ["package.json", "package-lock.json"] {
+        std::fs::copy(folder().join("tools").join(name), dir.join(name))
+            .map_err(|error| io(&error))?;
+    }
+    let install = [
+        "ci",
+        "--silent",
+        "--ignore-scripts",
+        "--no-audit",
+        "--no-fund",
+    ];
+    quiet(Command::new("npm").args(install).current_dir(&dir))?;
+    std::fs::write(&stamp, wanted).map_err(|error| io(&error))?;
+    Ok(modules)
+}
+
+fn output(command: &mut Command) -> Result<Vec<u8>, String> {
+    let output = command.output().map_err(|error| io(&error))?;
+    match output.status.success() {
+        true => Ok(output.stdout),
+        false => Err(format!(
+            "{command:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        )),
+    }
+}
