@@ -188,6 +188,70 @@ fn a_damaged_backup_is_never_restored() {
     assert_eq!(contents(dir.path()).apps, [app("a")]);
 }
 
+/// Backups of strangers: an extra trigger would run at each write, a log beside the file would take
+/// the place of its content, and a pipe would never end.
+#[test]
+fn what_a_stranger_adds_to_a_backup_has_no_effect() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = reopen(dir.path()).store;
+    store
+        .commit(vec![RowChange::PutApp(app("a")), set("k", "mine")])
+        .unwrap();
+    let backup = store.backup(None).unwrap();
+    store.close().unwrap();
+    let strange = |name: &str| {
+        let path = dir.path().join(name);
+        fs::copy(backup.path(), &path).unwrap();
+        path
+    };
+    let into = |path: &Path| {
+        let target = tempfile::tempdir().unwrap();
+        restore(path, target.path(), no_blocks).map(|_| target)
+    };
+
+    let triggered = strange("trigger.db");
+    let conn = rusqlite::Connection::open(&triggered).unwrap();
+    conn.execute_batch(
+        "CREATE TRIGGER strange AFTER INSERT ON server_config BEGIN
+             DELETE FROM app_registry;
+         END",
+    )
+    .unwrap();
+    drop(conn);
+    match into(&triggered) {
+        Ok(target) => {
+            let store = reopen(target.path()).store;
+            store.commit(vec![set("k", "new")]).unwrap();
+            store.close().unwrap();
+            assert_eq!(contents(target.path()).apps, [app("a")], "the trigger ran");
+        }
+        Err(error) => assert!(matches!(error, OpenError::Backup(_)), "{error}"),
+    }
+
+    // The log of a writer that says something else, and never wrote it into the file.
+    let logged = strange("logged.db");
+    let conn = rusqlite::Connection::open(&logged).unwrap();
+    conn.execute_batch("PRAGMA journal_mode = WAL; PRAGMA wal_autocheckpoint = 0")
+        .unwrap();
+    conn.execute(
+        "UPDATE server_config SET value = 'forged' WHERE key = 'k'",
+        [],
+    )
+    .unwrap();
+    let log = fs::read(dir.path().join("logged.db-wal")).unwrap();
+    assert!(!log.is_empty());
+    let beside = strange("beside.db");
+    fs::write(dir.path().join("beside.db-wal"), &log).unwrap();
+    let target = into(&beside).unwrap();
+    assert_eq!(contents(target.path()).settings[0].1, "mine");
+    drop(conn);
+
+    let pipe = dir.path().join("pipe.db");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    assert!(matches!(into(&pipe), Err(OpenError::Backup(_))));
+}
+
 #[test]
 fn restoring_keeps_the_previous_database() {
     let dir = tempfile::tempdir().unwrap();
