@@ -118,7 +118,7 @@ fn a_block_that_a_client_holds_is_back_after_a_kill() {
         seen == *b"third"
     });
     assert!(slots.contains(&true));
-    // A restored block is not offered again.
+    // A restored block accepts no more offers.
     assert_eq!(offer(&mut reader, &held), "no_block");
     // The same again, after an orderly stop.
     server.signal(rustix::process::Signal::TERM);
