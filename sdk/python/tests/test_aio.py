@@ -1,4 +1,4 @@
-"""The asyncio face against a real server."""
+"""The asyncio interface against a real server."""
 
 import asyncio
 import gc
@@ -14,7 +14,7 @@ import pytest
 
 
 def run(latzero_server, request, test):
-    """Runs `test(serves, calls)` with two apps in a pool of their own."""
+    """Runs `test(serves, calls)` with two apps in a separate pool."""
     pool = "".join(c if c.isalnum() else "-" for c in request.node.name)[:60]
 
     async def main():
@@ -162,7 +162,7 @@ def test_streams(on_loop):
                 if item == 5:
                     break
         await closed.wait()
-        # A wait that is given up leaves the stream usable.
+        # Giving up a wait leaves the stream usable.
         items = calls.stream("count", n=1)
         assert [item async for item in items] == [0]
 
@@ -303,9 +303,9 @@ print("end")
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"end\n", b"")
 
 
-# What one face has and the other has not, and why.
+# Names in one interface that the other lacks, and why.
 ONLY_IN_AIO = {("App", "ready")}
-# Differences of single methods.
+# Differences between single methods.
 PARAMETERS_ONLY_IN_AIO = {("App", "serve"): {"inline"}}
 
 

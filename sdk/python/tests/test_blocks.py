@@ -1,4 +1,4 @@
-"""Memory blocks, as arrays and without numpy."""
+"""Memory blocks, with and without numpy."""
 
 import gc
 import subprocess

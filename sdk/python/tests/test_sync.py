@@ -1,4 +1,4 @@
-"""The blocking face against a real server."""
+"""The blocking interface against a real server."""
 
 import dataclasses
 import datetime
@@ -214,7 +214,7 @@ def test_ctrl_c_ends_a_waiting_call(pair):
         calls.call("hold", timeout=20)
     assert time.monotonic() - began < 10
     release.set()
-    # The connection works on.
+    # The connection still works.
     assert calls.ping() >= 0
 
 
@@ -266,7 +266,7 @@ def test_a_pending_call_is_cancelled(pair):
     call.cancel()
     with pytest.raises(latzero.Cancelled):
         call.result()
-    # The handler's connection hears of it before the answer to what is asked later.
+    # The handler's connection gets the notice before the reply to a later request.
     calls.ping(), serves.ping()
     assert requests[0].cancelled
     release.set()
@@ -278,7 +278,7 @@ def test_parked_calls(pair):
     assert parked.id == "order-17"
     serves.serve("bill", lambda order: order + 1)
     assert parked.answer() == 18
-    # Nobody waits for this one.
+    # Nobody waits for this answer.
     calls.park("bill", order=1, id="order-1", timeout=60)
     answer = next(calls.answers())
     assert (answer.id, answer.result(), answer.lost) == ("order-1", 2, 0)
