@@ -120,7 +120,7 @@ fn a_file_is_followed_while_it_grows() {
 }
 
 #[test]
-fn the_twin_takes_over() {
+fn the_second_worker_takes_over() {
     let server = server().unwrap();
     let text = stdout(&run(&server, "failover", &[]));
     let lines: Vec<&str> = text.lines().collect();

@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_meta_is_an_object_whose_members_have_their_types() {
+    fn a_meta_is_an_object_with_typed_members() {
         let good = |text| CallMeta::parse(Some(text)).is_some();
         assert!(good("{}") && good(" {\"ttl\":5} ") && good("{\"unknown\":[1]}"));
         for text in [

@@ -515,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_challenge_takes_the_place_and_the_oldest_is_forgotten() {
+    fn a_newer_challenge_replaces_the_old_one_and_the_oldest_is_forgotten() {
         let mut challenges = Challenges::default();
         challenges.put("p0", challenge(1), 0);
         challenges.put("p0", challenge(2), 0);

@@ -302,7 +302,7 @@ fn make_messages(keys: &KeySet, epochs: &Epochs, seed: u32) -> (Vec<String>, Vec
 }
 
 #[test]
-fn what_this_crate_makes() {
+fn the_checker_opens_what_this_crate_creates() {
     let made = make();
     let Some(output) = checker(&["open"], &made.json.to_string()) else {
         return;

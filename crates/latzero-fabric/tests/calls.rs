@@ -158,7 +158,7 @@ fn the_pool_is_the_one_named_or_the_only_one_or_default() {
 }
 
 #[test]
-fn a_pool_that_was_removed_is_not_one_of_several() {
+fn a_removed_pool_is_not_a_candidate() {
     let mut net = Net::new();
     let owner = net.app("owner", "");
     net.ask(owner, r#"{"action":"pool_create","pool":"made"}"#);
@@ -186,7 +186,7 @@ fn round_robin_takes_turns() {
 }
 
 #[test]
-fn random_takes_any() {
+fn random_uses_any_handler() {
     let (mut net, handlers, c) = trio("random");
     let row = spread(&mut net, &handlers, c, 60, "", true);
     assert_eq!(row.len(), 60);

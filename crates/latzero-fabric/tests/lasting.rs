@@ -338,7 +338,7 @@ fn a_stream_continues_with_the_rest_of_its_window() {
 }
 
 #[test]
-fn what_is_in_a_pool_does_not_outlive_its_rules() {
+fn the_contents_of_a_pool_do_not_outlive_its_rules() {
     let rules = r#""policy":{"join":["caller","good"],"serve":["good"]}"#;
     for (durable, expected) in [
         ("", "failed: bad_message ran=no"),
@@ -540,7 +540,7 @@ fn a_cancelled_call_does_not_run_after_a_kill() {
 }
 
 #[test]
-fn what_was_to_run_once_is_not_run_again_after_a_kill() {
+fn a_call_that_must_run_once_does_not_run_again_after_a_kill() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     keyed(&mut net, caller, "1", r#","park":true"#);

@@ -507,7 +507,7 @@ fn busy_handlers_get_parked_calls_in_order_as_room_allows() {
 }
 
 #[test]
-fn what_is_parked_is_bounded() {
+fn parked_calls_are_bounded() {
     let mut net = Net::with(|limits| limits.parked_max = 2);
     let caller = net.app("caller", "");
     park(&mut net, caller, "1", "");

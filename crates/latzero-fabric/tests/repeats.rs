@@ -163,7 +163,7 @@ fn parked_calls_are_repeated_across_restarts() {
 }
 
 #[test]
-fn a_repeat_takes_the_place_of_a_call_that_never_ran() {
+fn a_repeat_replaces_a_call_that_never_ran() {
     let parked = r#","park":true"#;
     for end in ["cancel", "expire"] {
         let mut net = Net::new();
@@ -248,7 +248,7 @@ fn keys_are_checked_and_bounded() {
 }
 
 #[test]
-fn a_repeat_ends_by_itself_and_the_first_call_goes_on() {
+fn a_repeat_ends_alone_and_the_first_call_continues() {
     let (mut net, caller, handler) = two();
     call(&mut net, caller, "1", "k", "");
     assert_eq!(call(&mut net, caller, "2", "k", r#","ttl":100"#), "");

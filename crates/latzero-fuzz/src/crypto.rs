@@ -165,7 +165,7 @@ pub fn envelope(data: &[u8]) {
     envelope_verifies(data);
 }
 
-/// As [`envelope`]; returns whether it verified.
+/// As [`envelope()`]; returns whether it verified.
 fn envelope_verifies(data: &[u8]) -> bool {
     for text in [std::str::from_utf8(data).ok(), None] {
         let _ = (CallMeta::parse(text), AnswerMeta::parse(text));

@@ -177,7 +177,7 @@ fn a_write_inside_an_outdated_range_copies_only_its_two_ends() {
 }
 
 #[test]
-fn more_slots_copy_what_lies_between_the_versions_missed() {
+fn more_slots_copy_the_changes_of_the_versions_missed() {
     for slots in [3, 4] {
         let (memory, geometry) = warm(slots);
         let missed = u64::from(slots) - 1;
@@ -224,7 +224,7 @@ fn an_empty_version_and_a_read_cost_only_their_size() {
 }
 
 #[test]
-fn a_writer_that_died_costs_one_whole_copy_and_no_more() {
+fn a_writer_that_died_costs_exactly_one_full_copy() {
     for slots in [2, 3] {
         let (memory, geometry) = warm(slots);
         write(&memory, &geometry, 0, SMALL, 3);

@@ -146,7 +146,7 @@ proptest! {
     /// A dropped draft of one client leaves nothing in the next version, neither in the other
     /// client's nor in the server's.
     #[test]
-    fn clients_and_a_server_that_comes_back(
+    fn clients_and_a_server_that_reopens_the_file(
         size in sizes(),
         slots in 2..=4u32,
         is_persistent in any::<bool>(),

@@ -372,7 +372,7 @@ fn after_a_reconnect_blocks_and_subscriptions_come_back() {
 }
 
 #[test]
-fn a_mapping_outlives_the_server_and_says_so() {
+fn a_mapping_outlives_the_server_and_reports_it() {
     let mut server = start();
     let a = app(&server, Via::Mapped, "a");
     let block = a.block("b").create(5).send().unwrap();

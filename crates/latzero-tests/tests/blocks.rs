@@ -246,7 +246,7 @@ fn blocks_larger_than_a_frame_are_read_in_parts() {
 }
 
 #[test]
-fn quotas_say_what_is_needed_and_what_is_free() {
+fn quota_errors_report_what_is_needed_and_what_is_free() {
     let server = Server::with(&[
         "limits.memory_bytes_max=2MiB",
         "limits.block_bytes_max=512KiB",

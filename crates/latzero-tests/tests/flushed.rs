@@ -311,7 +311,7 @@ fn an_unannounced_version_is_announced_when_its_writer_ends() {
 }
 
 #[test]
-fn a_name_is_used_anew_in_a_later_generation() {
+fn a_reused_name_starts_at_a_later_generation() {
     let site = Site::new();
     let server = site.start();
     let mut wire = app(&server);

@@ -87,7 +87,7 @@ fn a_block_that_exceeds_a_limit_stays_on_the_disk() {
 }
 
 #[test]
-fn what_was_set_aside_is_counted_at_each_start() {
+fn files_set_aside_are_counted_at_each_start() {
     let mut server = Server::start();
     let memory = server.0.data_dir().join("memory");
     let log = server.0.data_dir().join("logs/server.log");

@@ -252,7 +252,7 @@ def test_blocks(on_loop):
         await block.remove()
 
 
-def test_another_loop_is_told(latzero_server):
+def test_use_from_another_loop_is_an_error(latzero_server):
     async def connect():
         return await latzero.aio.connect(latzero_server.url("loops"), transient=True)
 
@@ -310,7 +310,7 @@ PARAMETERS_ONLY_IN_AIO = {("App", "serve"): {"inline"}}
 
 
 @pytest.mark.parametrize("name", ["App", "Block", "Stream", "Pending", "Parked"])
-def test_both_faces_have_the_same_names(name):
+def test_both_interfaces_have_the_same_names(name):
     sync, aio = getattr(latzero, name), getattr(latzero.aio, name)
 
     def public(kind):

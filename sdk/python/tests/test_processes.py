@@ -32,7 +32,7 @@ def in_child(work):
     return told
 
 
-def test_a_forked_child_has_a_connection_of_its_own(pair):
+def test_a_forked_child_has_its_own_connection(pair):
     serves, calls = pair
     serves.serve("double", lambda n: n * 2)
     before = calls.instance

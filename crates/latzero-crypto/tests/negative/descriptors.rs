@@ -481,7 +481,7 @@ fn only_the_owner_can_create_an_epoch() {
 }
 
 #[test]
-fn a_history_that_was_cut_leads_nowhere() {
+fn a_cut_history_gives_no_earlier_key() {
     let (one, keys) = (descriptor1(), keys(false));
     let mut to = new_epoch(2);
     to.history = History::Cut;

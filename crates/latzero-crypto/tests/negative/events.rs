@@ -131,7 +131,7 @@ fn n17_no_bit_of_an_envelope_can_change() {
 }
 
 #[test]
-fn n17_the_frame_says_what_the_header_says() {
+fn n17_the_frame_must_agree_with_the_header() {
     let check = |frame: Incoming<'_>, header: Header<'_>, why| {
         assert_eq!(pair().take(&frame, &header), why, "{frame:?}");
     };
@@ -234,7 +234,7 @@ fn n17_the_frame_says_what_the_header_says() {
 }
 
 #[test]
-fn n17_the_frame_says_what_the_meta_says() {
+fn n17_the_frame_must_agree_with_the_meta() {
     let mut pair = pair();
     let meta = r#"{"ttl":1000,"idempotency_key":"order-17"}"#;
     let good = sealed(&pair.epochs, &header(), Some(meta), None);
@@ -267,7 +267,7 @@ fn n17_the_frame_says_what_the_meta_says() {
 }
 
 #[test]
-fn n17_a_privileged_handler_takes_signed_calls_only() {
+fn n17_a_privileged_handler_accepts_only_signed_calls() {
     let privileged = Incoming {
         privileged: true,
         ..frame()
@@ -340,7 +340,7 @@ fn n17_times_are_within_30_seconds_and_not_before_joining() {
 }
 
 #[test]
-fn n17_a_message_counts_once() {
+fn n17_a_message_is_accepted_once() {
     let mut pair = pair();
     let good = sealed(&pair.epochs, &header(), None, None);
     assert!(pair.receive(&frame(), &good, NOW).is_ok());
@@ -828,7 +828,7 @@ impl Talk {
 }
 
 #[test]
-fn an_answer_comes_back_once() {
+fn an_answer_is_accepted_once() {
     for act in [Act::Call, Act::DeferredCall] {
         let mut talk = talk();
         let to = talk.call(act, [9; 16], None, None);
@@ -963,7 +963,7 @@ fn a_repeat_accepts_the_answer_to_the_first_call_only_by_its_key() {
 }
 
 #[test]
-fn items_of_a_stream_come_in_order_and_the_last_one_counts_them() {
+fn items_of_a_stream_are_in_order_and_the_last_one_has_their_count() {
     let mut talk = talk();
     let to = talk.call(Act::Call, [9; 16], None, None);
     let items: Vec<_> = (0..4)

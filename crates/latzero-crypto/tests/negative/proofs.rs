@@ -38,7 +38,7 @@ fn prove(joining: &Joining<'_>, roles: Roles) -> JoinProof {
 }
 
 #[test]
-fn n10_a_proof_is_good_for_what_it_says_and_nothing_else() {
+fn n10_a_proof_is_valid_only_for_what_it_states() {
     let current = descriptor1();
     let good = joining(unix());
     let decide = |proof: &JoinProof| verify_join(proof, Some(challenge()), &asked(Some(&current)));
