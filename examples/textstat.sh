@@ -9,7 +9,7 @@ case $text in
   '"'*'"') ;;
   *) echo "expected a JSON string, got: $text" >&2; exit 64 ;;
 esac
-# Without the quotes around it. Escapes inside are counted as they stand, which is enough for an example.
+# Without the surrounding quotes. Escapes are counted as characters, which is enough for an example.
 text=${text#?}
 text=${text%?}
 words=$(printf '%s' "$text" | wc -w | tr -d ' ')

@@ -3,11 +3,11 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
-/// A process of this same program, in another role. It is killed when this is dropped.
+/// A process of this program in another role. It is killed when this is dropped.
 pub struct Worker(Child);
 
 impl Worker {
-    /// Starts this program again with `args`, and waits until it says that it is ready.
+    /// Starts this program again with `args`, and waits until it reports that it is ready.
     ///
     /// # Errors
     /// If it can't be started or ends before it is ready.
@@ -36,7 +36,7 @@ impl Worker {
 
     /// Kills it at once (SIGKILL), as a crash would.
     pub fn kill(&mut self) {
-        // One that ended by itself is as dead.
+        // It may have ended by itself.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -48,7 +48,7 @@ impl Drop for Worker {
     }
 }
 
-/// Says that this worker is ready, and serves until it is killed.
+/// Reports that this worker is ready, and serves until it is killed.
 pub fn serve_for_ever() -> ! {
     println!("ready");
     loop {

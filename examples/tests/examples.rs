@@ -1,4 +1,4 @@
-//! Runs each example as its page says, against a private server.
+//! Runs each example as its documentation describes, against a private server.
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Write as _};
@@ -105,7 +105,7 @@ fn a_file_is_followed_while_it_grows() {
     let mut follow = Background(follow);
     assert_eq!(lines.next().unwrap().unwrap(), "there before");
     for i in 0..3 {
-        // In two writes, so that a reader that takes half a line for a whole one is found out.
+        // Two writes, to detect a reader that takes half a line for a complete one.
         write!(file, "line ").unwrap();
         writeln!(file, "{i}").unwrap();
         assert_eq!(lines.next().unwrap().unwrap(), format!("line {i}"));
@@ -120,7 +120,7 @@ fn a_file_is_followed_while_it_grows() {
 }
 
 #[test]
-fn the_twin_takes_over() {
+fn the_second_worker_takes_over() {
     let server = server().unwrap();
     let text = stdout(&run(&server, "failover", &[]));
     let lines: Vec<&str> = text.lines().collect();

@@ -10,7 +10,7 @@ use latzero_protocol::{Code, Ran};
 
 use crate::{Done, read, root, vectors};
 
-/// Writes every generated file, and removes vectors that no document has any more.
+/// Writes every generated file, and removes vectors that no document contains any more.
 pub(crate) fn write() -> Done {
     let files = files()?;
     for (path, text) in &files {
@@ -23,7 +23,7 @@ pub(crate) fn write() -> Done {
     Ok(())
 }
 
-/// Fails where a generated file is not what it would be made to.
+/// Fails if a generated file is out of date.
 pub(crate) fn check() -> Done {
     let files = files()?;
     let mut stale: Vec<String> = files

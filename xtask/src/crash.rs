@@ -7,8 +7,8 @@ use crate::{Done, cargo, cargo_program, root, run};
 
 const ROUNDS: &str = "1000";
 
-/// Runs it; `args` may be `--rounds N` and `--seed S`. Without a seed the clock chooses, and the
-/// test says which one failed.
+/// Runs it; `args` may be `--rounds N` and `--seed S`. Without a seed, the clock chooses one; a
+/// failing test prints its seed.
 pub(crate) fn crash(args: &[&str]) -> Done {
     let mut rounds = ROUNDS.to_owned();
     let clock = SystemTime::now().duration_since(UNIX_EPOCH);

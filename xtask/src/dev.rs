@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::{Done, cargo_program, root};
 
-/// How often the sources are looked at.
+/// How often the sources are checked for changes.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Runs until it is interrupted.
@@ -20,8 +20,7 @@ pub(crate) fn run(args: &[&str]) -> Done {
             seen = now;
             println!("dev: a source file changed; restarting");
             if let Some(child) = &mut server {
-                // The server drains on SIGTERM, which a child of ours gets by asking `kill`; a wait
-                // follows.
+                // The server drains on SIGTERM, which is sent with `kill`; the wait follows.
                 let _ = Command::new("kill").arg(child.id().to_string()).status();
                 let _ = child.wait();
             }
@@ -52,7 +51,7 @@ fn start(args: &[&str]) -> Option<Child> {
     }
 }
 
-/// When a source file changed last.
+/// The time of the latest change of a source file.
 fn newest(dir: &Path) -> Result<Option<SystemTime>, String> {
     let mut newest = None;
     for part in ["crates", "Cargo.toml"] {

@@ -79,10 +79,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// What a step comes to: nothing, or what went wrong.
+/// The result of a step: nothing, or an error message.
 type Done = Result<(), String>;
 
-/// Tests that are run with several IO threads too.
+/// Tests that also run with several IO threads.
 const THREADED: &[&str] = &["bounds", "ends", "blocks", "block_client"];
 
 fn test() -> Done {
@@ -91,9 +91,9 @@ fn test() -> Done {
     // The tests start the real program.
     cargo(&["build", "--workspace", "--all-targets"])?;
     cargo(&["test", "--workspace"])?;
-    // Once more with several IO threads: what loops do to each other shows only there. The vectors
-    // are left out, since they take the end of one connection for seen before the next message of
-    // another.
+    // Again with several IO threads: only this shows how loops affect each other. The vectors are
+    // excluded, because they assume that the end of one connection is processed before the next
+    // message of another.
     let mut threads = vec!["test", "--package", "latzero-tests"];
     threads.extend(THREADED.iter().flat_map(|name| ["--test", name]));
     println!("$ LATZERO_IO_THREADS=4 cargo {}", threads.join(" "));
@@ -192,7 +192,7 @@ fn hostile(rest: &[&str]) -> Done {
 fn fuzz(rest: &[&str]) -> Done {
     let mut args = vec!["fuzz", "run"];
     args.extend(rest);
-    // libFuzzer's instrumentation needs flags that a stable compiler only takes this way.
+    // libFuzzer's instrumentation needs flags that a stable compiler accepts only this way.
     run(Command::new(cargo_program())
         .args(&args)
         .env("RUSTC_BOOTSTRAP", "1")

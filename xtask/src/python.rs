@@ -1,8 +1,8 @@
 //! The Python package under `sdk/python`: its wheel, its lints and its tests.
 //!
-//! Tools are installed into a virtual environment under the target directory. Where there is no
-//! Python that can make one, the tests are left out, and a line says so; in continuous integration
-//! (`CI` is set) that is a failure.
+//! Tools are installed into a virtual environment under the target directory. If there is no Python
+//! that can create one, the tests are skipped with a message; in continuous integration (`CI` is
+//! set) that is a failure.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,7 +24,7 @@ pub(crate) fn test() -> Done {
         Err(why) if std::env::var_os("CI").is_some() => Err(format!(
             "the tests of the Python package must run here: {why}"
         )),
-        // A person may do without the tools.
+        // On a developer's machine, the tools are optional.
         Err(why) => {
             println!("LEFT OUT: the tests of the Python package: {why}");
             Ok(())
@@ -32,7 +32,7 @@ pub(crate) fn test() -> Done {
     }
 }
 
-/// Tests the wheel as it would be installed, with the program inside it.
+/// Tests the wheel as an installation would have it, with the program inside it.
 fn test_wheel(python: &Path) -> Done {
     cargo(&["build", "--package", "latzero-cli"])?;
     let wheel = wheel_of(python, "debug")?;
@@ -49,13 +49,13 @@ fn test_wheel(python: &Path) -> Done {
         command
     };
     run(tool("mypy").args(["--package", "latzero"]))?;
-    // The binding's stub says what the binding has.
+    // The stub of the binding must match the binding.
     let stubs = ["--ignore-disjoint-bases", "latzero._latzero"];
     run(tool("mypy.stubtest").args(stubs))?;
     run(&mut tool("pytest"))
 }
 
-/// Builds the wheel for other machines, optimised.
+/// Builds the wheel for other machines, optimized.
 pub(crate) fn wheel() -> Done {
     let python = environment()?;
     cargo(&["build", "--release", "--package", "latzero-cli"])?;
@@ -64,7 +64,7 @@ pub(crate) fn wheel() -> Done {
     Ok(())
 }
 
-/// Builds the wheel with the program of this profile; where it lies.
+/// Builds the wheel with the program of this profile; returns its path.
 fn wheel_of(python: &Path, profile: &str) -> Result<PathBuf, String> {
     let io = |error: std::io::Error| format!("the wheel: {error}");
     let scripts = folder().join("latzero.data/scripts");
@@ -109,7 +109,8 @@ pub(crate) fn lint_fix() -> Done {
 
 fn cargo_in_package(args: &[&str]) -> Done {
     println!("$ cargo {}, in sdk/python", args.join(" "));
-    // A directory of its own: with and without an interpreter the dependencies are built anew.
+    // A separate target directory: the dependencies are built differently with and without an
+    // interpreter.
     run(Command::new(cargo_program())
         .args(args)
         .env("PYO3_NO_PYTHON", "1")
@@ -124,7 +125,7 @@ fn pip(python: &Path) -> Command {
     pip
 }
 
-/// The interpreter of a virtual environment with the tools, made once for each content of
+/// The interpreter of a virtual environment with the tools, created once for each content of
 /// `requirements.txt`.
 fn environment() -> Result<PathBuf, String> {
     let dir = target().join("tools");

@@ -1,12 +1,12 @@
-//! Rules that no compiler checks: which crate may depend on which, words that no file may contain,
-//! and the length of lines.
+//! Rules that no compiler checks: which crate may depend on which, forbidden words, and the length
+//! of lines.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::{Done, read, root};
 
-/// Which crates of this workspace a crate may depend on. A new edge is rare, and discussed.
+/// The workspace crates that each crate may depend on. A new edge is rare, and needs a discussion.
 const EDGES: &[(&str, &[&str])] = &[
     ("latzero-protocol", &[]),
     ("latzero-fabric", &["latzero-crypto", "latzero-protocol"]),
@@ -81,7 +81,7 @@ const EDGES: &[(&str, &[&str])] = &[
 /// Crates that are functions of their inputs.
 const PURE: &[&str] = &["crates/latzero-fabric/src/", "crates/latzero-crypto/src/"];
 
-/// What they must not use, because they only decide.
+/// What they must not use, because they only decide and perform no IO.
 const NOT_IN_PURE_CRATES: &[&str] = &[
     "std::net",
     "std::fs",
@@ -97,8 +97,8 @@ const NOT_IN_PURE_CRATES: &[&str] = &[
     "eprintln!",
 ];
 
-/// Where memory that other processes change is touched through pointers, and where Python and Node
-/// are.
+/// Where `unsafe` is allowed: memory that other processes change is accessed through pointers
+/// there, and Python and Node are called.
 const UNSAFE: &[&str] = &[
     "crates/latzero-shm/",
     "sdk/node/src/memory.rs",
@@ -117,16 +117,16 @@ const BANNED: &[&str] = &[
     "dbg!(",
 ];
 
-/// Columns of a line, in code, comments and documents.
+/// The most columns of a line, in code, comments and documents.
 const COLUMNS_MAX: usize = 100;
 
-/// Files whose lines are checked, by their endings.
+/// The endings of files whose lines are checked.
 const CHECKED_ENDINGS: &[&str] = &[".rs", ".md", ".toml", ".py", ".cjs", ".mjs", ".cts", ".mts"];
 
 /// Files that are generated, or that hold data.
 const UNCHECKED: &[&str] = &["docs/errors.md", "fuzz/corpus/", "conformance/vectors/"];
 
-/// Checks all of it.
+/// Performs all checks.
 pub(crate) fn check() -> Done {
     let mut faults = Vec::new();
     edges(&mut faults)?;
@@ -184,7 +184,7 @@ fn edges(faults: &mut Vec<String>) -> Done {
             .to_string_lossy()
             .into_owned();
         let manifest = read(&dir.join("Cargo.toml"))?;
-        // Tests may look further than what they test.
+        // Tests may depend on more crates than the code that they test.
         let dependencies = manifest
             .split("[dev-dependencies]")
             .next()
@@ -207,7 +207,7 @@ fn edges(faults: &mut Vec<String>) -> Done {
     Ok(())
 }
 
-/// Notes lines that are too long.
+/// Reports lines that are too long.
 fn lengths(faults: &mut Vec<String>) -> Done {
     for path in files(&root(), CHECKED_ENDINGS)? {
         let shown = shown(&path);
@@ -223,9 +223,8 @@ fn lengths(faults: &mut Vec<String>) -> Done {
     Ok(())
 }
 
-/// The numbers and lengths of the lines that are too long. A line with a URL may be, and in
-/// Markdown also a row of a table, a message of a conformance block and the output in a console
-/// block.
+/// The numbers and lengths of the lines that are too long. A line with a URL may be longer; in
+/// Markdown also a table row, a message of a conformance block, and the output in a console block.
 fn too_long(text: &str, is_markdown: bool) -> Vec<(usize, usize)> {
     let mut found = Vec::new();
     let mut language = None;
@@ -252,7 +251,7 @@ fn too_long(text: &str, is_markdown: bool) -> Vec<(usize, usize)> {
     found
 }
 
-/// A path as it is shown: inside the repository.
+/// A path for messages, relative to the repository.
 fn shown(path: &Path) -> String {
     let inside = path.strip_prefix(root()).unwrap_or(path);
     inside.display().to_string()

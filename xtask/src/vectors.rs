@@ -20,14 +20,14 @@ pub(crate) struct Vector {
 }
 
 impl Vector {
-    /// The name as a file's.
+    /// The name as a file name.
     pub(crate) fn file_name(&self) -> String {
         self.name
             .to_lowercase()
             .replace(|c: char| !c.is_ascii_alphanumeric(), "_")
     }
 
-    /// The vector as it is written to its file.
+    /// The vector as written to its file.
     pub(crate) fn to_json(&self) -> String {
         let vector = json!({"name": self.name, "steps": self.steps});
         serde_json::to_string_pretty(&vector).expect("values can be written") + "\n"

@@ -14,7 +14,7 @@ use serde_json::json;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct AllArgs {
-    /// Each with as little as shows that it works: measures nothing, installs nothing
+    /// Run each with minimal work: shows that it works, measures nothing, installs nothing
     #[arg(long)]
     quick: bool,
     /// Print the results as one JSON object
@@ -22,7 +22,7 @@ pub(crate) struct AllArgs {
     json: bool,
 }
 
-/// Runs them all. Tables are printed as they come, JSON at the end.
+/// Runs all benchmarks. Tables are printed one by one, JSON at the end.
 pub(crate) fn run(args: &AllArgs) -> Result<(), Failure> {
     let AllArgs { quick, json } = *args;
     let mut start = StartArgs::default();
@@ -41,7 +41,7 @@ pub(crate) fn run(args: &AllArgs) -> Result<(), Failure> {
     block.quick = quick;
     durable.quick = quick;
     rpc.quick = quick;
-    // The quickest first: what keeps one from running keeps the others too.
+    // The quickest first: a problem that stops one usually stops the others too.
     let benches: [&dyn Fn() -> Result<Results, Failure>; 8] = [
         &|| start::run(&start),
         &|| idle::run(&idle),

@@ -1,10 +1,10 @@
 //! Benchmarks of memory blocks, each compared with the same operation of the kernel and the
 //! processor.
-//!
 //! This process writes, and a child process reads. The time of a version is measured from before
 //! its first byte is copied until the sleeping reader has seen it. A plain futex on a plain mapping
-//! is measured alternately with it. If Redis is installed, it moves the same mebibyte with `SET`
-//! and `GET` over its Unix socket, and the same futex announces it. With another server (`before`),
+//! is measured alternately. If Redis is installed, it moves the same mebibyte with `SET` and `GET`
+//! over its Unix socket, and the same futex announces it. With `--before`, the block operations of
+//! two servers are compared instead.
 //! what the servers do is compared instead.
 
 mod before;
@@ -32,13 +32,13 @@ const MIB: usize = 1 << 20;
 const GIB: u64 = 1 << 30;
 const WAKE_BYTES: usize = 64 * 1024;
 
-/// What is copied over TCP: one version that fits into a frame, as a picture of 1080 by 1920
-/// numbers does.
+/// The size of copies over TCP: one version that fits into a frame, for example a picture of 1080
+/// by 1920 numbers.
 const COPIED_BYTES: usize = 8 * MIB;
 
 const WAIT: Duration = Duration::from_secs(20);
 
-/// So long a reader is given to fall asleep before it is woken.
+/// How long a reader has to fall asleep before it is woken.
 const TO_SLEEP: Duration = Duration::from_micros(200);
 
 const ATTACH_RATIO_MAX: f64 = 3.0;
@@ -48,7 +48,7 @@ const SMALL_WRITE_RATIO_MAX: f64 = 2.0;
 const REDIS_RATIO_MIN: f64 = 10.0;
 const COPY_GB_MIN: f64 = 1.0;
 
-/// How much the server's resident memory may change by attachments, in MiB.
+/// By how many MiB attachments may change the server's resident memory.
 const GROWTH_MIB_MAX: f64 = 1.0;
 
 #[derive(Debug, Default, clap::Args)]
@@ -62,7 +62,7 @@ pub(crate) struct BlockArgs {
     /// Samples of each kind [default: 2000]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     samples: Option<u64>,
-    /// Compare what the server does with blocks with this other `latzero` program, and nothing else
+    /// Compare only the server's block operations, with those of this other `latzero` program
     #[arg(long, value_name = "PROGRAM")]
     before: Option<PathBuf>,
 }
@@ -72,7 +72,7 @@ pub(crate) struct RoleArgs {
     /// The server's Unix socket
     #[arg(long)]
     socket: String,
-    /// The bare files' directory
+    /// The directory of the bare files
     #[arg(long)]
     scratch: PathBuf,
     #[arg(long)]
@@ -82,14 +82,14 @@ pub(crate) struct RoleArgs {
     redis: Option<PathBuf>,
 }
 
-/// What the child timed, in microseconds.
+/// Times measured by the child, in microseconds.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Woken {
     bare: Vec<f64>,
     block: Vec<f64>,
 }
 
-/// Nanoseconds of the clock that all processes share (clock_gettime(2), CLOCK_MONOTONIC).
+/// The clock that all processes share, in nanoseconds (clock_gettime(2), CLOCK_MONOTONIC).
 fn now_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
@@ -107,7 +107,7 @@ fn bare<T>(result: Result<T, latzero_shm::Fault>) -> Result<T, Failure> {
     result.map_err(|fault| Failure::said(format!("the bare mapping: {fault}")))
 }
 
-/// A file to map barely, all of it allocated.
+/// Creates a file for bare mappings, fully allocated.
 fn bare_file(path: &Path, bytes: u64) -> Result<(), Failure> {
     let file = File::create(path).during(format!("make {}", path.display()))?;
     let flags = rustix::fs::FallocateFlags::empty();
@@ -116,7 +116,7 @@ fn bare_file(path: &Path, bytes: u64) -> Result<(), Failure> {
         .during(format!("allocate {}", path.display()))
 }
 
-/// In memory where the system has such a directory.
+/// A temporary directory, in memory if the system has one there.
 fn scratch() -> Result<tempfile::TempDir, Failure> {
     let memory = Path::new("/dev/shm");
     let made = match memory.is_dir() {
@@ -199,11 +199,11 @@ pub(crate) fn run(args: &BlockArgs) -> Result<Results, Failure> {
                 let writes = samples.min(1000);
                 let begin = Instant::now();
                 for n in 0..writes {
-                    // The same places in every round, spread over the whole block.
+                    // The same offsets in every round, spread over the whole block.
                     let offset = n * 0x9e37_79b9 % (size - 100);
                     did("write", writer.write(offset, &[round as u8; 100]))?;
                 }
-                // The first touch of each page is the kernel's.
+                // In the first round, the kernel allocates each page when it is touched.
                 if round > 1 {
                     times.push(us(begin) / writes as f64);
                 }
@@ -351,7 +351,7 @@ fn size(bytes: u64) -> String {
     }
 }
 
-/// What attaching takes.
+/// The cost of attaching.
 struct Attached {
     attach_us: Vec<f64>,
     bare_us: Vec<f64>,
@@ -359,8 +359,8 @@ struct Attached {
     grown: u64,
 }
 
-/// Attaches a block of `large` bytes again and again, beside bare mappings of such a file, with a
-/// server of its own.
+/// Attaches a block of `large` bytes repeatedly, alternating with bare mappings of such a file,
+/// with a server of its own.
 fn attach(large: u64, samples: u64) -> Result<Attached, Failure> {
     let server = Running::start(&[format!("limits.memory_bytes_max={}", 8 * GIB)])?;
     let address = server.address(Transport::Unix);
@@ -383,7 +383,7 @@ fn attach(large: u64, samples: u64) -> Result<Attached, Failure> {
         let mut byte = [0];
         did("read", block.read_into(0, &mut byte))?;
         attach_us.push(us(begin));
-        // Detaching is not attaching: it is done when this is answered.
+        // Detaching is not measured: it is done when this is answered.
         drop(block);
         did("ping", app.ping())?;
     }
@@ -396,7 +396,7 @@ fn attach(large: u64, samples: u64) -> Result<Attached, Failure> {
     })
 }
 
-/// Two times and how many times the second the first is.
+/// Reports two times and their ratio.
 fn pair(
     name: &str,
     beside: &str,
@@ -428,7 +428,7 @@ struct Two {
     redis_us: Vec<f64>,
 }
 
-/// Everything that takes a second process.
+/// Measures everything that needs a second process.
 fn between_processes(
     app: &App,
     server: &Running,
@@ -499,7 +499,7 @@ fn between_processes(
             wait_for_ack()?;
             redis_us.push(us(begin));
         }
-        // The child is let into the next round.
+        // Lets the child start the next round.
         bare(go.bump())?;
     }
     let woken = child.wait_for(READY_WAIT, |line| serde_json::from_str(line).ok())?;
@@ -510,7 +510,7 @@ fn between_processes(
     })
 }
 
-/// The life of the reader.
+/// Runs the reader process.
 pub(crate) fn play(args: &RoleArgs) -> Result<(), Failure> {
     end_with_parent()?;
     let app = app(&format!("latzero://reader?socket={}", args.socket))?;
@@ -566,18 +566,18 @@ pub(crate) fn play(args: &RoleArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A Redis that keeps nothing, on its own socket.
+/// A Redis server without persistence, on its own socket.
 struct Redis {
     socket: PathBuf,
     _process: Process,
     _scratch: tempfile::TempDir,
 }
 
-/// A connection that speaks what is needed of RESP.
+/// A connection that speaks the necessary part of RESP.
 struct Client(UnixStream);
 
 impl Redis {
-    /// Starts one; none where the program is not installed.
+    /// Starts Redis; `None` if the program is not installed.
     fn start() -> Result<Option<Redis>, Failure> {
         let program = Path::new("redis-server");
         if Command::new(program).arg("--version").output().is_err() {

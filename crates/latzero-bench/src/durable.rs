@@ -18,12 +18,12 @@ use crate::results::{Finding, Results, Sheet};
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 
-/// Descriptors that either process needs at most: one per connection, and some.
+/// The most descriptors that either process needs: one per connection, and some more.
 const DESCRIPTORS: u64 = 4_000;
 
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct DurableArgs {
-    /// As little as shows that it works: measures nothing
+    /// Do minimal work: shows that it works, measures nothing
     #[arg(long)]
     pub(crate) quick: bool,
     /// Print the results as JSON, every round of them
@@ -32,8 +32,8 @@ pub(crate) struct DurableArgs {
     /// Parts to measure, separated by commas; all by default
     #[arg(long, value_enum, value_delimiter = ',')]
     part: Vec<Part>,
-    /// Another `latzero` program, beside whose calls those of this one are measured; without it
-    /// there is no such part
+    /// Another `latzero` program whose calls are compared with those of this one; without it, this
+    /// part is skipped
     #[arg(long, value_name = "PROGRAM")]
     before: Option<PathBuf>,
     /// Rounds of each part [default: 5]
@@ -51,7 +51,7 @@ pub(crate) struct DurableArgs {
     /// Apps that the server knows when it starts [default: 100000]
     #[arg(long, value_parser = clap::value_parser!(u64).range(100..=1_000_000))]
     known: Option<u64>,
-    /// Apps that come back at once [default: 1000]
+    /// Apps that reconnect at the same time [default: 1000]
     #[arg(long, value_parser = clap::value_parser!(u64).range(2..=3_000))]
     back: Option<u64>,
 }
@@ -60,11 +60,11 @@ pub(crate) struct DurableArgs {
 enum Part {
     /// Calls that are parked, per second
     Parked,
-    /// Calls that are not parked, beside another server's
+    /// Calls that are not parked, compared with another server
     Calls,
     /// A start with many known apps, and handshakes then
     Known,
-    /// Many apps that come back at once
+    /// Many apps that reconnect at the same time
     Back,
 }
 
@@ -82,7 +82,7 @@ impl Part {
 }
 
 impl DurableArgs {
-    /// What was asked for, else as much as is usual or, for a quick run, enough.
+    /// The requested number, or else the default: `quick` for a quick run, `usual` otherwise.
     fn or(&self, asked: Option<u64>, usual: u64, quick: u64) -> u64 {
         asked.unwrap_or(if self.quick { quick } else { usual })
     }
@@ -92,7 +92,7 @@ impl DurableArgs {
     }
 }
 
-/// What one part found, and its rounds for the JSON.
+/// The results of one part, and its rounds for the JSON.
 struct Found {
     findings: Vec<Finding>,
     rounds: Value,

@@ -2,18 +2,18 @@
 
 use std::io;
 
-/// A benchmark has one reader, a person: every failure is a sentence, and ends the run.
+/// The reader of a benchmark is a person: every failure is a sentence, and ends the run.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
-    /// What went wrong, in words.
+    /// A failure described in words.
     #[error("{0}")]
     Said(String),
     /// A system call failed.
     #[error("{what}: {source}")]
     Io {
-        /// What was being done.
+        /// What the program was doing.
         what: String,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }
@@ -24,7 +24,7 @@ impl Failure {
     }
 }
 
-/// Names what was being done when a system call failed.
+/// Adds what the program was doing to the error of a system call.
 pub(crate) trait During<T> {
     fn during(self, what: impl Into<String>) -> Result<T, Failure>;
 }

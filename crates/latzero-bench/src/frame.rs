@@ -6,15 +6,15 @@
 use crate::failure::Failure;
 use std::io::{self, Read};
 
-/// What every call carries and every response returns: 64 bytes of JSON.
+/// The data of every call and every response: 64 bytes of JSON.
 pub(crate) const PAYLOAD: &str =
     r#"{"x":42,"text":"sixty-four bytes, quotes and braces counted in"}"#;
 const _: () = assert!(PAYLOAD.len() == 64);
 
-/// The name under which the handler serves.
+/// The name of the handler's trigger.
 pub(crate) const PROCESS: &str = "echo";
 
-/// Ids count up from here, so that all of a run have one length.
+/// Ids count up from here, so all ids of a run have the same length.
 pub(crate) const FIRST_ID: u64 = 1_000_000;
 
 /// Bytes read from a socket at once, as in the server under test.
@@ -39,7 +39,7 @@ pub(crate) fn append_call(out: &mut Vec<u8>, id: u64) {
     append_forwarded_call(out, id, PROCESS, "bench", 30_000, PAYLOAD);
 }
 
-/// Appends a call as the server passes it on.
+/// Appends a call as the server forwards it.
 pub(crate) fn append_forwarded_call(
     out: &mut Vec<u8>,
     id: u64,
@@ -76,8 +76,7 @@ pub(crate) fn append_response(out: &mut Vec<u8>, id: &str, status: &str, respons
     });
 }
 
-/// Appends `number` as text. With the formatting machinery instead, that would be a visible part of
-/// a relay's work.
+/// Appends `number` as text. The formatting machinery would be a visible part of a relay's work.
 fn append_decimal(out: &mut Vec<u8>, mut number: u64) {
     let start = out.len();
     loop {
@@ -91,7 +90,7 @@ fn append_decimal(out: &mut Vec<u8>, mut number: u64) {
     out[start..].reverse();
 }
 
-/// What was read from one socket and not yet used.
+/// Bytes that were read from one socket and not yet used.
 pub(crate) struct Input {
     bytes: Box<[u8]>,
     start: usize,
@@ -107,7 +106,7 @@ impl Input {
         }
     }
 
-    /// Reads once, as much as there is room for. `Ok(0)` is the end of the stream.
+    /// Reads once, up to the free space of the buffer. `Ok(0)` is the end of the stream.
     pub(crate) fn fill(&mut self, from: &mut impl Read) -> io::Result<usize> {
         if self.start > 0 {
             self.bytes.copy_within(self.start..self.end, 0);
@@ -119,12 +118,12 @@ impl Input {
         Ok(read)
     }
 
-    /// Whether the last read was ended by lack of room, so that the socket may hold more.
+    /// Whether the last read filled the buffer, so the socket may have more.
     pub(crate) fn is_full(&self) -> bool {
         self.end == self.bytes.len()
     }
 
-    /// The body of the next whole frame, if there is one.
+    /// The body of the next complete frame, if there is one.
     pub(crate) fn next_frame(&mut self) -> Result<Option<&[u8]>, Failure> {
         let unused = &self.bytes[self.start..self.end];
         let Some((header, rest)) = unused.split_first_chunk::<HEADER_BYTES>() else {
@@ -143,7 +142,7 @@ impl Input {
         Ok(Some(body))
     }
 
-    /// Everything unused, whole frames or not.
+    /// All unused bytes, complete frames or not.
     pub(crate) fn take_all(&mut self) -> &[u8] {
         let unused = self.start..self.end;
         self.start = self.end;

@@ -13,15 +13,15 @@ use crate::wire::Wire;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
-/// Bytes of resident memory that one idle connection may cost.
+/// The most resident memory of one idle connection, in bytes.
 const BYTES_MAX: f64 = 8192.0;
 
-/// Descriptors that either process needs beside those of the connections.
+/// Descriptors that either process needs in addition to the connections.
 const OTHER_DESCRIPTORS: u64 = 100;
 
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct IdleArgs {
-    /// A few connections: shows that it works, measures nothing
+    /// Open only a few connections: shows that it works, measures nothing
     #[arg(long)]
     pub(crate) quick: bool,
     /// Print the results as JSON
@@ -35,7 +35,7 @@ pub(crate) struct IdleArgs {
 /// What the apps that connect register.
 #[derive(Clone, Copy)]
 enum Registration {
-    /// Nothing but themselves, in the default pool.
+    /// Only the app itself, in the default pool.
     Bare,
     /// One trigger as well.
     OneTrigger,
@@ -109,7 +109,7 @@ fn measure(
     transport: Transport,
     registration: Registration,
 ) -> Result<(Memory, Memory), Failure> {
-    // A stranger, as all over TCP is, leaves some of all places to others.
+    // Clients over TCP are one untrusted user, who may not use the whole limit.
     let bound = 2 * connections + 2;
     let names = [
         "connections_max",
@@ -129,11 +129,11 @@ fn measure(
     Ok((before, after))
 }
 
-/// Lets this process, and those it starts, have `wanted` descriptors each (`RLIMIT_NOFILE`,
+/// Allows this process, and those it starts, `wanted` descriptors each (`RLIMIT_NOFILE`,
 /// `getrlimit(2)`).
 pub(crate) fn raise_descriptors(wanted: u64) -> Result<(), Failure> {
     let limit = getrlimit(Resource::Nofile);
-    // No limit at all is `None`.
+    // `None` means no limit.
     if limit.maximum.is_some_and(|maximum| maximum < wanted) {
         return Err(Failure::said(format!(
             "{wanted} descriptors are needed, and {} allowed: open fewer with --connections, \

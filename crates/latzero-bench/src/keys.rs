@@ -1,10 +1,9 @@
-//! What sealing costs a call: the same call in a plain pool and in an encrypted one, of one server;
-//! what it costs a change of a large block; and what TLS costs a call.
+//! The cost of encryption: a call in a plain and in an encrypted pool of one server, a change of a
+//! large block, and a call over TLS.
 //!
-//! Caller and handler are two apps of this process, so that both pools pay the same for everything
-//! but the keys. Turns are interleaved, and the encrypted pool is quoted as a multiple of the plain
-//! one. Beside that, a large message is sealed and compared with what the cipher alone takes for
-//! it.
+//! Caller and handler are two apps of this process, so that the two pools differ only in the keys.
+//! Turns are interleaved, and the encrypted pool is reported as a multiple of the plain one. In
+//! addition, the time to seal a large message is compared with the cipher alone.
 
 mod blocks;
 mod tls;
@@ -27,23 +26,23 @@ use crate::results::{Finding, Results, Sheet, Unit};
 use crate::server::Running;
 use crate::stream::Transport;
 
-/// How many times the time in a plain pool a call may take.
+/// The largest ratio of a call's time to that in a plain pool.
 const CALL_RATIO_MAX: f64 = 1.15;
 
-/// How many times the time over plain TCP a call over TLS may take.
+/// The largest ratio of a call's time over TLS to that over plain TCP.
 const TLS_RATIO_MAX: f64 = 1.4;
 
-/// How long a TLS handshake may keep a loop, in microseconds.
+/// The longest that a TLS handshake may occupy a loop, in microseconds.
 const HANDSHAKE_MICROS_MAX: f64 = 1000.0;
 
-/// How fast a message is sealed at least, beside the cipher alone.
+/// The lowest speed of sealing a message, as a ratio to the cipher alone.
 const SEAL_RATIO_MIN: f64 = 0.7;
 
-/// How many times the time of sealing one chunk a version of a large block may take that changes
-/// it alone.
+/// The largest ratio of the time of a version of a large block that changes one chunk to the time
+/// of sealing that chunk.
 const PUBLISH_RATIO_MAX: f64 = 6.0;
 
-/// Bytes of a call, and of a large message.
+/// The size in bytes of a call, and of a large message.
 const SMALL: usize = 64;
 const LARGE: usize = 64 * 1024;
 
@@ -195,7 +194,7 @@ fn measure(rounds: u64, calls: u64) -> Result<[Vec<Outcome>; 2], Failure> {
     Ok(cells)
 }
 
-/// How fast a large message is sealed, beside the cipher alone.
+/// The speed of sealing a large message, as a ratio to the cipher alone.
 fn sealing(is_quick: bool) -> f64 {
     let set = key_set();
     let epoch = latzero_crypto::keys::EpochId {

@@ -19,7 +19,7 @@ use crate::stream::Transport;
 use crate::wire::Wire;
 use serde_json::{Value, json};
 
-/// How many times the time in the small server a call may take.
+/// The largest ratio of a call's time to that in the small server.
 const RATIO_MAX: f64 = 1.1;
 
 #[derive(Debug, Default, clap::Args)]
@@ -43,7 +43,7 @@ pub(crate) struct LookupArgs {
 struct Size {
     pools: usize,
     triggers_per_pool: usize,
-    /// Pools that caller and handler are in, the last ones. Other apps, which only stand there, are
+    /// How many pools caller and handler are in, the last ones. Other apps, which do nothing, are
     /// in the others.
     pools_in_use: usize,
 }
@@ -51,7 +51,7 @@ struct Size {
 /// Pools that each of the other apps is in.
 const POOLS_PER_OTHER: usize = 250;
 
-/// The first is what the others are compared with.
+/// The others are compared with the first.
 const SIZES: [Size; 5] = [
     Size {
         pools: 1,
@@ -68,8 +68,8 @@ const SIZES: [Size; 5] = [
         triggers_per_pool: 10,
         pools_in_use: 250,
     },
-    // More pools in one app than the server's default bound allows: here a search among them would
-    // show.
+    // More pools in one app than the server's default limit allows, so that a linear search would
+    // be visible.
     Size {
         pools: 1_000,
         triggers_per_pool: 10,
@@ -108,7 +108,7 @@ impl Size {
     }
 }
 
-/// Which of the triggers are called.
+/// Which triggers are called.
 #[derive(Clone, Copy)]
 enum Reach {
     Last,
@@ -131,9 +131,9 @@ struct Subject {
     size: Size,
     caller: Wire,
     _others: Vec<Wire>,
-    /// Of the trigger registered last, in the pool joined last.
+    /// A call of the trigger registered last, in the pool joined last.
     last_call: String,
-    /// One for each trigger of each pool in use, in a scattered order.
+    /// A call of each trigger in each pool in use, in scattered order.
     calls: Vec<String>,
     next: usize,
     _server: Running,
@@ -202,10 +202,10 @@ fn calls(pools: &[String], triggers: &[String]) -> Vec<String> {
         .collect()
 }
 
-/// The same calls in an order in which neighbours are far apart.
+/// The same calls, reordered so that neighbors are far apart.
 fn scatter(calls: &[String]) -> Vec<String> {
-    // A stride without a common divisor reaches each once: this one is prime, and no multiple of it
-    // is that long.
+    // A stride without a common divisor reaches each call once: this one is prime, and the number
+    // of calls is no multiple of it.
     let stride = 7_919;
     (0..calls.len())
         .map(|n| calls[n * stride % calls.len()].clone())

@@ -1,10 +1,10 @@
-//! The machine that was measured. A figure is worthless without it.
+//! The machine that was measured. A figure means nothing without it.
 
 use serde::Serialize;
 use std::fmt;
 use std::fs;
 
-/// The machine, as far as it says. Fields that it keeps to itself are empty.
+/// The machine's properties. Those that it does not report are empty.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Machine {
     system: String,
@@ -15,7 +15,7 @@ pub(crate) struct Machine {
     memory_mib: u64,
     /// One-minute load average before the first run.
     load_before: String,
-    /// `release`, or a profile whose figures mean nothing.
+    /// `release`, or a profile whose figures are not representative.
     profile: &'static str,
 }
 
@@ -54,7 +54,7 @@ impl Machine {
         self.load_before.parse().is_ok_and(|load: f64| load > 0.5)
     }
 
-    /// Says so on standard error where this build's figures would be taken for something.
+    /// Warns on standard error if this build's figures are not representative.
     pub(crate) fn warn_of_debug_build(&self, is_quick: bool) {
         if self.profile != "release" && !is_quick {
             eprintln!("this is a debug build: its figures mean nothing; use --release");

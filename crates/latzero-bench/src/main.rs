@@ -45,24 +45,25 @@ struct Cli {
 enum Bench {
     /// Request and reply between three processes: time of one call, and calls per second
     Rpc(rpc::RpcArgs),
-    /// Memory of the server for each connection that does nothing
+    /// Memory of the server for each idle connection
     Idle(idle::IdleArgs),
     /// Time of a call in a server with few pools and triggers, and in one with many
     Lookup(lookup::LookupArgs),
-    /// What readers that stopped reading cost the server and the others
+    /// Cost of readers that stopped reading, for the server and for other clients
     SlowReader(slow_reader::SlowReaderArgs),
     /// Time from exec to the ready line, and the program's size
     Start(start::StartArgs),
-    /// Memory blocks beside bare mappings, memcpy, bare futexes and Redis
+    /// Memory blocks compared with bare mappings, memcpy, bare futexes and Redis
     Block(block::BlockArgs),
-    /// Parked calls, starts and returns with many known apps, and calls beside those of another
+    /// Parked calls, starts and reconnects with many known apps, and calls compared with another
     /// server
     Durable(durable::DurableArgs),
-    /// Calls in an encrypted pool beside those in a plain one, and sealing beside the cipher alone
+    /// Calls in an encrypted pool compared with a plain one, and sealing compared with the cipher
+    /// alone
     Keys(keys::KeysArgs),
     /// Every benchmark, one after the other
     All(all::AllArgs),
-    /// One process of a measurement; the program starts itself with this
+    /// One process of a measurement; the program starts itself with this command
     #[command(hide = true)]
     Role(process::RoleArgs),
     /// One process of the block benchmark

@@ -1,4 +1,4 @@
-//! On which CPUs the processes of a measurement run.
+//! The CPUs on which the processes of a measurement run.
 
 use crate::failure::{During, Failure};
 use std::process::{Child, Command};
@@ -7,7 +7,7 @@ use std::process::{Child, Command};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Placement {
-    /// All three on one CPU: the steady figure.
+    /// All three on one CPU: the figures vary least.
     OneCpu,
     /// Left to the scheduler: what users see.
     Free,
@@ -16,7 +16,7 @@ pub(crate) enum Placement {
 impl Placement {
     pub(crate) const ALL: [Self; 2] = [Self::OneCpu, Self::Free];
 
-    /// The placement whose figures change least, where the system has it.
+    /// The placement whose figures vary least, if the system supports it.
     pub(crate) fn steadiest() -> Self {
         if cfg!(target_os = "linux") {
             Self::OneCpu
@@ -25,7 +25,7 @@ impl Placement {
         }
     }
 
-    /// As [`Self::describe`], of a measurement that is not three processes.
+    /// As [`Self::describe`], for a measurement that is not three processes.
     pub(crate) fn describe_one(self) -> &'static str {
         match self {
             Self::OneCpu => "everything on one CPU",
@@ -40,20 +40,20 @@ impl Placement {
         }
     }
 
-    /// Starts `command` so that it runs there with all the threads that it will ever have.
+    /// Starts `command` with this placement for all its threads.
     pub(crate) fn spawn(self, command: &mut Command) -> Result<Child, Failure> {
         let program = command.get_program().display().to_string();
         let spawn = |command: &mut Command| command.spawn().during(format!("start {program}"));
         match self {
             Self::Free => spawn(command),
             // A child inherits the CPUs of the thread that starts it. So it is pinned before its
-            // first instruction: threads of its own are too, and a runtime that counts CPUs at its
-            // start counts one.
+            // first instruction, and so are its threads; a runtime that counts CPUs when it starts
+            // counts one.
             Self::OneCpu => cpus::on_one(|| spawn(command))?,
         }
     }
 
-    /// Runs `act`, and the threads and processes that it starts, there.
+    /// Runs `act`, and the threads and processes that it starts, with this placement.
     pub(crate) fn run<T>(self, act: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
         match self {
             Self::Free => act(),
@@ -61,7 +61,7 @@ impl Placement {
         }
     }
 
-    /// Fails if the process `pid` has a thread that may run elsewhere.
+    /// Fails if a thread of process `pid` may run elsewhere.
     pub(crate) fn check(self, pid: u32) -> Result<(), Failure> {
         match self {
             Self::Free => Ok(()),
@@ -76,14 +76,14 @@ mod cpus {
     use rustix::thread::{CpuSet, Pid, sched_getaffinity, sched_setaffinity};
     use std::io;
 
-    /// Runs `act` with this thread on one CPU, then lets it go again.
+    /// Runs `act` with this thread on one CPU, then restores its CPUs.
     pub(super) fn on_one<T>(act: impl FnOnce() -> T) -> Result<T, Failure> {
         let before = affinity(None).during("read this thread's CPUs")?;
         let last = (0..CpuSet::MAX_CPU)
             .rev()
             .find(|cpu| before.is_set(*cpu))
             .expect("a running thread may run on some CPU");
-        // The last one: the first is where most systems send their interrupts.
+        // The last CPU: most systems send their interrupts to the first one.
         let mut one = CpuSet::new();
         one.set(last);
         sched_setaffinity(None, &one)
@@ -112,7 +112,7 @@ mod cpus {
                         name.display()
                     )));
                 }
-                // A thread that has ended meanwhile runs nowhere.
+                // The thread has ended in the meantime.
                 _ => {}
             }
         }

@@ -5,7 +5,7 @@ use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
-/// How many calls a caller keeps unanswered.
+/// How many calls a caller has in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Load {
     /// The next call is sent when the last one is answered; each is timed.
@@ -18,29 +18,29 @@ pub(crate) enum Load {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
     pub(crate) load: Load,
-    /// Calls made before the measurement begins.
+    /// Calls before the measurement begins.
     pub(crate) warmup: u64,
     /// Calls measured.
     pub(crate) calls: u64,
 }
 
-/// What one run of a caller came to. It travels from the caller process as one line of JSON.
+/// The result of one run of a caller. The caller process sends it as one line of JSON.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Outcome {
-    /// Calls sent, those of the warm-up too.
+    /// Calls sent, including the warm-up.
     pub(crate) asked: u64,
-    /// Calls answered with what was expected.
+    /// Calls with the expected answer.
     pub(crate) answered: u64,
     /// Calls within the measurement.
     pub(crate) measured: u64,
-    /// How long those took together, in nanoseconds.
+    /// The total time of the measured calls, in nanoseconds.
     pub(crate) elapsed_ns: u64,
-    /// Present where each call was timed.
+    /// Present if each call was timed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) latency: Option<Latency>,
 }
 
-/// How long single calls took, in nanoseconds.
+/// The time of single calls, in nanoseconds.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Latency {
     pub(crate) p50_ns: u64,
@@ -65,7 +65,7 @@ pub(crate) struct LatencyClock {
 
 impl LatencyClock {
     pub(crate) fn new(plan: &Plan) -> Self {
-        // A minute exceeds any caller's timeout; what takes longer counts as a minute.
+        // A minute is longer than any caller's timeout; longer times count as a minute.
         let histogram = Histogram::new_with_bounds(1, 60_000_000_000, 3)
             .expect("the bounds are far apart and three significant digits are few enough");
         Self {
@@ -81,7 +81,7 @@ impl LatencyClock {
         self.answered < self.plan.warmup + self.plan.calls
     }
 
-    /// One more call was answered, after `took`.
+    /// Records a call that was answered after `took`.
     pub(crate) fn answered(&mut self, took: Duration) {
         self.answered += 1;
         if self.answered > self.plan.warmup {
@@ -122,8 +122,8 @@ pub(crate) fn time_each(
 
 /// Counts calls per second while a window of calls is kept full.
 ///
-/// The clock runs from the answer that ends the warm-up to the one that completes the calls.
-/// Sending goes on past that, so the window is full for all of the measured time, and at the end
+/// The time is measured from the answer that ends the warm-up to the one that completes the calls.
+/// Sending continues after that, so the window stays full during the whole measurement; at the end
 /// every call sent must be answered.
 pub(crate) struct RateClock {
     plan: Plan,
@@ -146,7 +146,7 @@ impl RateClock {
         }
     }
 
-    /// How many calls must be sent now to fill the window; they count as asked.
+    /// How many calls must be sent now to fill the window; they count as sent.
     pub(crate) fn ask(&mut self) -> u64 {
         let room = self.window - (self.asked - self.answered);
         let count = room.min(self.total() - self.asked);
@@ -154,7 +154,7 @@ impl RateClock {
         count
     }
 
-    /// `count` more calls were answered.
+    /// Records `count` more answers.
     pub(crate) fn answered(&mut self, count: u64) {
         self.answered += count;
         match (self.begin, self.measured) {
@@ -184,8 +184,8 @@ impl RateClock {
         }
     }
 
-    /// Answers come in batches of a window at most: one may overshoot the warm-up, one the measured
-    /// calls.
+    /// Answers arrive in batches of at most one window: one may exceed the warm-up, one the
+    /// measured calls.
     fn total(&self) -> u64 {
         self.plan.warmup + self.plan.calls + 2 * self.window
     }

@@ -21,7 +21,7 @@ pub(crate) const READY_WAIT: Duration = Duration::from_secs(20);
 /// How long one run of a caller may take.
 const CALLER_WAIT: Duration = Duration::from_secs(120);
 
-/// A child that lives no longer than this.
+/// A child that is killed when this is dropped.
 pub(crate) struct Process {
     what: String,
     child: Child,
@@ -29,7 +29,7 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts `command`, whose standard output is read line by line. `what` names it in messages.
+    /// Starts `command` and reads its standard output line by line. `what` names it in messages.
     pub(crate) fn spawn(
         what: impl Into<String>,
         command: &mut Command,
@@ -38,7 +38,8 @@ impl Process {
         let mut child = placement.spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
         let stdout = child.stdout.take().expect("its standard output is piped");
         let (sender, lines) = mpsc::channel();
-        // Reads to the end even when nobody listens any more: a full pipe would stop the child.
+        // Reads to the end even if nobody waits for lines any more: a full pipe would block the
+        // child.
         std::thread::spawn(move || {
             for line in BufReader::new(stdout).lines().map_while(Result::ok) {
                 sender.send(line).ok();
@@ -55,7 +56,7 @@ impl Process {
         self.child.id()
     }
 
-    /// The first thing that `pick` finds in a line of the child's.
+    /// The first result of `pick` for a line of the child's.
     pub(crate) fn wait_for<T>(
         &self,
         wait: Duration,
@@ -88,13 +89,13 @@ impl Process {
         }
     }
 
-    /// Asks the child to end (SIGTERM), and returns when it has.
+    /// Asks the child to end (SIGTERM), and waits until it has.
     pub(crate) fn end_orderly(mut self) -> Result<(), Failure> {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM)
             .map_err(std::io::Error::from)
             .during(format!("end {}", self.what))?;
-        // Its standard output ends with it.
+        // Its standard output is closed when it ends.
         let deadline = Instant::now() + READY_WAIT;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -114,7 +115,7 @@ impl Process {
         self.child.wait().map(drop).during(what)
     }
 
-    /// The address with which it announced itself; see [`announce`].
+    /// The address that it announced; see [`announce`].
     pub(crate) fn wait_until_ready(&self) -> Result<String, Failure> {
         self.wait_for(READY_WAIT, |line| {
             line.strip_prefix("ready ").map(str::to_owned)
@@ -124,19 +125,19 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may have ended by itself; either way it is waited for, and leaves no zombie.
+        // It may have ended by itself; it is waited for in any case, so that it leaves no zombie.
         self.child.kill().ok();
         self.child.wait().ok();
     }
 }
 
-/// A running server, and where to reach it.
+/// A running server and its address.
 pub(crate) struct Server {
     pub(crate) process: Process,
     pub(crate) address: String,
 }
 
-/// Tells the parent that this server is reachable at `address`, or that this handler (any
+/// Notifies the parent that this server is reachable at `address`, or that this handler (any
 /// `address`) serves.
 pub(crate) fn announce(address: &str) -> Result<(), Failure> {
     say(&format!("ready {address}"))
@@ -161,7 +162,7 @@ pub(crate) struct RoleArgs {
     role: Role,
     #[arg(long)]
     peer: String,
-    /// A server's directory for sockets and the like
+    /// A server's directory for sockets and other files
     #[arg(long, default_value = ".")]
     scratch: PathBuf,
     #[arg(long, default_value_t)]
@@ -175,7 +176,7 @@ pub(crate) struct RoleArgs {
     calls: u64,
 }
 
-/// The life of one child.
+/// Runs the role of one child.
 pub(crate) fn play(args: &RoleArgs) -> Result<(), Failure> {
     end_with_parent()?;
     let peer = peers::by_name(&args.peer)?;
@@ -195,8 +196,8 @@ pub(crate) fn play(args: &RoleArgs) -> Result<(), Failure> {
     }
 }
 
-/// Drop kills the children of a run that fails; this is for a run that is killed itself. It
-/// outlives an exec.
+/// Makes this process end with its parent. Dropping kills the children of a run that fails; this is
+/// for a run that is killed itself. The setting survives exec.
 pub(crate) fn end_with_parent() -> Result<(), Failure> {
     #[cfg(target_os = "linux")]
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
@@ -220,7 +221,7 @@ pub(crate) fn tied_command(program: &Path) -> Result<Command, Failure> {
     Ok(command)
 }
 
-/// The life of a child of [`tied_command`].
+/// Runs as a child of [`tied_command`].
 pub(crate) fn exec_tied(args: &TiedArgs) -> Result<(), Failure> {
     end_with_parent()?;
     let (program, rest) = args.command.split_first().expect("clap requires one");

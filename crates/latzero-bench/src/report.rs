@@ -29,7 +29,7 @@ pub(crate) struct Skipped {
     pub(crate) reason: String,
 }
 
-/// A figure of a cell, whose median over the rounds is quoted.
+/// A figure of a cell; the median over the rounds is reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Figure {
     P50,
@@ -38,7 +38,7 @@ enum Figure {
     Rate,
 }
 
-/// What sets the scale: the relays over the same kind of socket, and NATS.
+/// The reference for ratios: the relays over the same kind of socket, and NATS.
 #[derive(Clone, Copy, Debug)]
 enum Base {
     Relay,
@@ -108,7 +108,7 @@ impl Cell {
     }
 }
 
-/// The middle of `values`, in any order.
+/// The median of `values`, in any order.
 pub(crate) fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
@@ -119,7 +119,7 @@ pub(crate) fn median(mut values: Vec<f64>) -> Option<f64> {
     }
 }
 
-/// Everything that one run of the benchmark found.
+/// All results of one run of the benchmark.
 pub(crate) struct Report {
     quick: bool,
     machine: Machine,
@@ -150,7 +150,7 @@ impl Report {
             .find(|cell| cell.peer == peer && cell.placement == placement && cell.load == load)
     }
 
-    /// `figure` of `cell` as a multiple of the same figure of `base`, where that ran.
+    /// `figure` of `cell` as a multiple of the same figure of `base`; `None` if that did not run.
     fn ratio(&self, cell: &Cell, figure: Figure, base: Base) -> Option<f64> {
         let base = self.cell(base.peer(cell.transport), cell.placement, cell.load)?;
         Some(cell.median(figure)? / base.median(figure)?)
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ratio_needs_its_base_in_the_same_place_and_load() {
+    fn a_ratio_needs_its_base_with_the_same_placement_and_load() {
         let cell = |peer, placement, elapsed_ns| {
             let mut cell = Cell::new(peer, Transport::Tcp, placement, Load::InFlight(64));
             let (asked, answered, measured) = (1000, 1000, 1000);

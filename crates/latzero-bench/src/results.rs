@@ -4,7 +4,7 @@ use crate::machine::{self, Machine};
 use serde_json::{Value, json};
 use std::fmt::{self, Write};
 
-/// One benchmark's results in both of their forms.
+/// One benchmark's results in both forms.
 pub(crate) struct Results {
     pub(crate) table: String,
     pub(crate) json: Value,
@@ -20,7 +20,7 @@ impl Results {
     }
 }
 
-/// What a figure counts.
+/// The unit of a figure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unit {
     Bytes,
@@ -30,7 +30,7 @@ pub(crate) enum Unit {
     Millis,
     /// A multiple of another figure of the same run.
     Ratio,
-    /// So many a second.
+    /// A number per second.
     PerSecond,
     /// Gigabytes (10^9) a second.
     GigabytesPerSecond,
@@ -85,7 +85,7 @@ impl Finding {
         }
     }
 
-    /// Says how small it may be.
+    /// Sets the smallest expected value.
     pub(crate) fn expect_at_least(self, bound: f64) -> Self {
         Self {
             at_least: Some(bound),
@@ -93,7 +93,7 @@ impl Finding {
         }
     }
 
-    /// Says how large it may be.
+    /// Sets the largest expected value.
     pub(crate) fn expect_at_most(self, bound: f64) -> Self {
         Self {
             at_most: Some(bound),
@@ -122,12 +122,12 @@ impl Finding {
 pub(crate) struct Sheet {
     /// The benchmark's name on the command line.
     pub(crate) bench: &'static str,
-    /// What was done, in a line or two.
+    /// What was measured, in a line or two.
     pub(crate) about: String,
     pub(crate) quick: bool,
     pub(crate) machine: Machine,
     pub(crate) findings: Vec<Finding>,
-    /// Every round, for the JSON alone.
+    /// Every round, only for the JSON.
     pub(crate) rounds: Value,
 }
 
@@ -198,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_finding_says_whether_it_is_as_expected() {
+    fn a_finding_reports_whether_it_is_as_expected() {
         let finding = Finding::new("start", 50.0, Unit::Millis);
         assert_eq!(finding.is_met(), None);
         for (bound, met) in [(50.0, true), (49.9, false)] {
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_names_what_was_missed() {
+    fn the_table_lists_missed_expectations() {
         let sheet = Sheet {
             bench: "start",
             about: "a test".to_owned(),

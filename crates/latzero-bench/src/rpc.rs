@@ -17,7 +17,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 
-/// Calls in flight, for the three rates that are quoted.
+/// Calls in flight, for the three rates that are reported.
 pub(crate) const WINDOWS: [u64; 3] = [64, 256, 1024];
 
 #[derive(Debug, Default, clap::Args)]
@@ -34,7 +34,7 @@ pub(crate) struct RpcArgs {
     /// Placements to measure, separated by commas; both by default
     #[arg(long, value_enum, value_delimiter = ',')]
     placement: Vec<Placement>,
-    /// A program `latzero` of before, whose server is a contestant too
+    /// An earlier `latzero` program, whose server is a contestant too
     #[arg(long, value_name = "PROGRAM")]
     before: Option<PathBuf>,
     /// Rounds of the calls per second [default: 3]
@@ -77,7 +77,7 @@ impl RpcArgs {
 /// Runs the benchmark.
 pub(crate) fn run(args: &RpcArgs) -> Result<Results, Failure> {
     if let Some(before) = args.before.as_ref().filter(|_| program_before().is_none()) {
-        // Every process of the measurement is to know it.
+        // Every process of the measurement must know it.
         let this = std::env::current_exe().during("find this program")?;
         let mut again = Command::new(this);
         again.args(std::env::args_os().skip(1)).env(BEFORE, before);
@@ -109,7 +109,7 @@ pub(crate) fn run(args: &RpcArgs) -> Result<Results, Failure> {
     Ok(Report::new(args.quick, machine, skipped, cells).to_results())
 }
 
-/// Who runs, and who cannot.
+/// The contestants that run, and those that cannot.
 fn take_part(
     args: &RpcArgs,
     install: Install,
@@ -139,7 +139,7 @@ fn take_part(
     Ok((peers, skipped))
 }
 
-/// One load in one placement, for everyone.
+/// Measures one load in one placement, for all contestants.
 fn measure(
     args: &RpcArgs,
     peers: &[&'static dyn Peer],
@@ -170,7 +170,7 @@ fn measure(
     Ok(cells)
 }
 
-/// Three fresh processes, one run of the caller.
+/// Starts three new processes and makes one run of the caller.
 fn run_once(peer: &dyn Peer, plan: &Plan, placement: Placement) -> Result<Outcome, Failure> {
     let scratch = tempfile::tempdir().during("make a directory for sockets")?;
     let server = peer.start(scratch.path(), placement)?;

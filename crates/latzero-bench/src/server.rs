@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
 
-/// The program `latzero`: the one that `LATZERO_BIN` names, else the one beside this program.
+/// The program `latzero`: the one that `LATZERO_BIN` names, or else the one next to this program.
 pub(crate) fn program() -> PathBuf {
     if let Some(named) = std::env::var_os("LATZERO_BIN") {
         return named.into();
@@ -34,7 +34,7 @@ pub(crate) enum Which {
     Before,
 }
 
-/// The variable that names the program of before to the processes of a measurement.
+/// The variable that passes the path of the earlier program to the processes of a measurement.
 pub(crate) const BEFORE: &str = "BENCH_BEFORE";
 
 /// The program that `--before` names.
@@ -42,7 +42,7 @@ pub(crate) fn program_before() -> Option<PathBuf> {
     std::env::var_os(BEFORE).map(PathBuf::from)
 }
 
-/// Fails, with the remedy, where there is no such program.
+/// Fails with a remedy if there is no such program.
 pub(crate) fn check_program() -> Result<(), Failure> {
     let program = program();
     if program.is_file() {
@@ -55,19 +55,19 @@ pub(crate) fn check_program() -> Result<(), Failure> {
     )))
 }
 
-/// Where the data directory of a server is that was started with its files under `scratch`.
+/// The data directory of a server that was started with its files under `scratch`.
 pub(crate) fn data_dir(scratch: &Path) -> PathBuf {
     scratch.join("data")
 }
 
-/// Appends the arguments with which every server here is started: quiet, and with its files under
+/// Appends the arguments with which every server is started: quiet, and with its files under
 /// `scratch`.
 pub(crate) fn append_start_args(command: &mut Command, scratch: &Path) {
     command.args(["start", "--port", "0", "--log-level", "warn", "--data-dir"]);
     command.arg(data_dir(scratch));
 }
 
-/// What the server's ready line says.
+/// The contents of the server's ready line.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Ready {
     /// `IP:PORT`.
@@ -93,7 +93,7 @@ impl Ready {
     }
 }
 
-/// A running server; it is killed, and the files of its own go, when this is dropped.
+/// A running server. Dropping it kills the server and removes its own files.
 pub(crate) struct Running {
     process: Process,
     ready: Ready,
@@ -118,7 +118,7 @@ impl Running {
         Self::start_program(&program(), scratch, settings)
     }
 
-    /// As [`Running::start_in`], of another program than the usual one.
+    /// As [`Running::start_in`], with another program.
     pub(crate) fn start_program(
         program: &Path,
         scratch: &Path,
@@ -129,7 +129,7 @@ impl Running {
         for setting in settings {
             command.arg("--set").arg(setting);
         }
-        // Where this thread is pinned, the server is too.
+        // The server inherits the placement of this thread.
         let process = Process::spawn("the server of LatZero", &mut command, Placement::Free)?;
         let ready = process.wait_for(READY_WAIT, Ready::parse)?;
         Ok(Self {
@@ -139,7 +139,7 @@ impl Running {
         })
     }
 
-    /// Asks the server to end, and returns when it has. Dropped, it is killed.
+    /// Asks the server to end, and waits until it has. Dropping kills it instead.
     pub(crate) fn end_orderly(self) -> Result<(), Failure> {
         self.process.end_orderly()
     }
@@ -160,11 +160,11 @@ impl Running {
     }
 }
 
-/// A process's memory, in bytes; see `proc_pid_smaps_rollup(5)`. What the kernel holds for its
-/// sockets is not in it.
+/// A process's memory, in bytes; see `proc_pid_smaps_rollup(5)`. Socket buffers of the kernel are
+/// not included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Memory {
-    /// Pages in memory, those shared with others included.
+    /// Pages in memory, including shared ones.
     pub(crate) resident: u64,
     /// Pages in memory, each divided by the number of processes that share it.
     pub(crate) proportional: u64,
@@ -193,7 +193,7 @@ impl Memory {
         })
     }
 
-    /// How much more this is than `before`; what shrank counts as nothing.
+    /// The increase since `before`; a decrease counts as zero.
     pub(crate) fn since(self, before: Self) -> Self {
         Self {
             resident: self.resident.saturating_sub(before.resident),

@@ -20,20 +20,20 @@ use serde_json::json;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// How many times the caller's p99 without readers it may be with them.
+/// The largest ratio of the caller's p99 with readers to that without.
 const RATIO_MAX: f64 = 1.5;
 
-/// How many times the outbox bounds together the server's memory may grow: the allocator has its
-/// share.
+/// The largest ratio of the growth of the server's memory to the sum of the outbox limits; the rest
+/// is for the allocator.
 const GROWTH_MAX: f64 = 1.1;
 
-/// Events while the outboxes fill carry this much; those while calls are timed as little as a call.
+/// The size of events while the outboxes fill; while calls are timed, events are as small as calls.
 const FILLING_BYTES: usize = 64 * 1024;
 
-/// An event is thrown this often, and a call instead of every tenth.
+/// The interval between events; every tenth is a call instead.
 const THROW_EVERY: Duration = Duration::from_millis(1);
 
-/// What is thrown at, served by every reader.
+/// The trigger that every reader serves.
 const TARGET: &str = "thrown";
 
 #[derive(Debug, Default, clap::Args)]
@@ -50,7 +50,7 @@ pub(crate) struct SlowReaderArgs {
     /// Calls in one turn [default: 5000]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
     calls: Option<u64>,
-    /// The outbox bound, in KiB [default: 8192, as the server's]
+    /// The outbox limit, in KiB [default: 8192, as the server's]
     #[arg(long, value_parser = clap::value_parser!(u64).range(16..=1_048_576))]
     outbox_kib: Option<u64>,
 }
@@ -64,7 +64,7 @@ enum Readers {
     Stopped(usize),
 }
 
-/// The first is what the others are compared with.
+/// The others are compared with the first.
 const CASES: [Readers; 5] = [
     Readers::Absent,
     Readers::Reading(1),
@@ -94,7 +94,7 @@ impl Readers {
 #[derive(Clone, Copy, Debug, Serialize)]
 struct Turn {
     latency: Latency,
-    /// How much the server's resident memory grew once the readers had connected.
+    /// How much the server's resident memory grew after the readers had connected.
     growth_bytes: u64,
 }
 
@@ -189,7 +189,8 @@ fn take_turn(readers: Readers, calls: u64, outbox_bytes: u64) -> Result<Turn, Fa
     let all_bytes = outbox_bytes * (readers.count() as u64 + 2) * 2;
     let server = Running::start(&[
         format!("limits.outbox_bytes_max={outbox_bytes}"),
-        // The bound over all outboxes would close some of the readers, and the clock all of them.
+        // The default total outbox limit would close some of the readers, and the default write
+        // timeout all of them.
         format!("limits.outbox_total_bytes_max={all_bytes}"),
         "write_stall_timeout=1h".to_owned(),
     ])?;
@@ -246,11 +247,10 @@ fn emit(id: Option<&str>, bytes: usize) -> String {
     format!(r#"{{"action":"emit",{id}"process":"{TARGET}","pool":"bench","data":"{data}"}}"#)
 }
 
-/// Throws events until no reader takes one: large ones first, then such as fill what those left.
+/// Sends events until no reader accepts one: large ones first, then smaller ones for the rest.
 fn fill(thrower: &mut Wire, outbox_bytes: u64) -> Result<(), Failure> {
     let mut bytes = FILLING_BYTES;
-    // What the kernel holds for a socket comes on top of the outbox; ten times as much is out of
-    // the question.
+    // The kernel's socket buffers add to the outbox, but never ten times as much.
     for _ in 0..10_000 + outbox_bytes / 1024 {
         if delivered(thrower, bytes)? > 0 {
             continue;
@@ -265,7 +265,7 @@ fn fill(thrower: &mut Wire, outbox_bytes: u64) -> Result<(), Failure> {
     ))
 }
 
-/// To how many readers the server delivered an event, or will.
+/// How many readers accepted an event.
 fn delivered(thrower: &mut Wire, bytes: usize) -> Result<u64, Failure> {
     let reply = thrower.ask(&emit(Some("e"), bytes))?;
     reply["response"]["delivered"]
@@ -273,7 +273,7 @@ fn delivered(thrower: &mut Wire, bytes: usize) -> Result<u64, Failure> {
         .ok_or_else(|| Failure::said(format!("an event was answered with {reply}")))
 }
 
-/// Throws events and calls at a steady pace until it is over.
+/// Sends events and calls at a steady rate until `is_over` is set.
 fn throw(thrower: &mut Wire, is_over: &AtomicBool) -> Result<(), Failure> {
     let event = emit(None, PAYLOAD.len());
     let call = format!(
@@ -295,7 +295,7 @@ fn throw(thrower: &mut Wire, is_over: &AtomicBool) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Makes sure that the readers were to the end what the case says.
+/// Checks that the readers behaved to the end as the case requires.
 fn check(readers: Readers, thrower: &mut Wire) -> Result<(), Failure> {
     let expected = match readers {
         Readers::Reading(count) => count as u64,

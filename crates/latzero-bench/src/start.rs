@@ -1,6 +1,6 @@
 //! The time of a start, and the size of the program.
 //!
-//! The time is measured from before the program is executed until its ready line was read.
+//! The time is measured from before the program is executed until its ready line has been read.
 //! `--version` is timed in the same rounds, to show the share of the system and the loader.
 
 use crate::failure::{During, Failure};
@@ -20,7 +20,7 @@ const PROGRAM_MB_MAX: f64 = 15.0;
 
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct StartArgs {
-    /// Two starts: shows that it works, measures nothing
+    /// Start only twice: shows that it works, measures nothing
     #[arg(long)]
     pub(crate) quick: bool,
     /// Print the results as JSON, every start of them
@@ -47,7 +47,7 @@ pub(crate) fn run(args: &StartArgs) -> Result<Results, Failure> {
         let scratch = tempfile::tempdir().during("make a directory for the server")?;
         versions.push(time(Command::new(&program).arg("--version"), |_| Some(()))?);
         firsts.push(start(&program, scratch.path())?);
-        // Its predecessor was killed, and left its socket and its lock behind.
+        // The previous server was killed, and left its socket and its lock behind.
         agains.push(start(&program, scratch.path())?);
     }
 
@@ -88,14 +88,14 @@ pub(crate) fn run(args: &StartArgs) -> Result<Results, Failure> {
     Ok(sheet.to_results())
 }
 
-/// Milliseconds from exec to ready; then the server is killed.
+/// Milliseconds from exec to ready; the server is killed afterwards.
 fn start(program: &Path, scratch: &Path) -> Result<f64, Failure> {
     let mut command = Command::new(program);
     append_start_args(&mut command, scratch);
     time(&mut command, Ready::parse)
 }
 
-/// Milliseconds until `command` writes a line in which `pick` finds something.
+/// Milliseconds until `command` writes a line for which `pick` returns a value.
 fn time<T>(command: &mut Command, pick: impl FnMut(&str) -> Option<T>) -> Result<f64, Failure> {
     let begin = Instant::now();
     let process = Process::spawn("latzero", command, Placement::Free)?;

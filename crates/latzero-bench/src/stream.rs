@@ -35,8 +35,7 @@ impl Stream {
         connected.during(format!("connect to {address}"))
     }
 
-    /// Ends a read that gets nothing for this long; with `None`, as from the start, a read waits
-    /// for ever.
+    /// Sets how long a read waits for data; with `None`, the initial value, it waits for ever.
     pub(crate) fn set_read_timeout(&self, timeout: Option<Duration>) -> Result<(), Failure> {
         match self {
             Self::Tcp(stream) => stream.set_read_timeout(timeout),
@@ -45,7 +44,7 @@ impl Stream {
         .during("bound the wait for an answer")
     }
 
-    /// Whether reads and writes that would have to wait fail instead, with `WouldBlock`.
+    /// Sets whether reads and writes fail with `WouldBlock` instead of waiting.
     pub(crate) fn set_nonblocking(&self, nonblocking: bool) -> Result<(), Failure> {
         match self {
             Self::Tcp(stream) => stream.set_nonblocking(nonblocking),
@@ -86,17 +85,16 @@ impl Write for Stream {
     }
 }
 
-/// A caller's side of the conversation.
+/// A caller's side of the protocol.
 pub(crate) trait Calls {
     /// Appends the next call.
     fn append_call(&mut self, out: &mut Vec<u8>);
-    /// Takes every whole answer, makes sure that it is the expected one, and says how many there
-    /// were.
+    /// Takes every complete answer, checks that it is the expected one, and returns their number.
     fn take_answers(&mut self, input: &mut Input) -> Result<u64, Failure>;
 }
 
-/// Runs a caller through `plan`: answers are read as they come, and all calls that follow from one
-/// read leave in one write.
+/// Runs a caller through `plan`: answers are read as they arrive, and all calls that follow from
+/// one read are sent with one write.
 pub(crate) fn run_calls(
     stream: &mut Stream,
     calls: &mut impl Calls,
@@ -128,8 +126,7 @@ pub(crate) fn run_calls(
     }
 }
 
-/// Serves until the server ends the connection: `answer` turns what was read into what is written,
-/// at once.
+/// Serves until the server ends the connection: `answer` immediately turns input into output.
 pub(crate) fn run_handler(
     stream: &mut Stream,
     input: &mut Input,

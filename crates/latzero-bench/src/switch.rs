@@ -14,9 +14,9 @@ use mio::{Events, Interest, Poll, Registry, Token};
 use std::io::{self, ErrorKind, Read, Write};
 use std::path::Path;
 
-/// What a relay does with the bytes. Connections are numbered in the order in which they came.
+/// How a relay moves the bytes. Connections are numbered in the order in which they were accepted.
 pub(crate) trait Switch {
-    /// Uses what was read from the connection `from`.
+    /// Handles the bytes that were read from the connection `from`.
     fn switch(&mut self, from: usize, input: &mut Input, out: &mut Outboxes)
     -> Result<(), Failure>;
 }
@@ -29,7 +29,7 @@ pub(crate) struct Outboxes {
 }
 
 impl Outboxes {
-    /// The outbox of `connection`, which will be written at the end of this batch.
+    /// The outbox of `connection`, which is written at the end of this batch.
     pub(crate) fn touch(&mut self, connection: usize) -> Result<&mut Vec<u8>, Failure> {
         let Some(outbox) = self.outboxes.get_mut(connection) else {
             return Err(Failure::said(format!(
@@ -43,8 +43,8 @@ impl Outboxes {
     }
 }
 
-/// Listens, says where, and switches until it is killed. Loopback or a socket in `scratch`, nothing
-/// else.
+/// Listens, announces its address, and runs until it is killed. Loopback or a socket in `scratch`
+/// only.
 pub(crate) fn serve(
     transport: Transport,
     scratch: &Path,
@@ -94,7 +94,7 @@ pub(crate) fn serve(
                 .map(|it| it.write(outbox, to, poll.registry()))
             {
                 Some(Ok(())) => {}
-                // The other end is gone, and with it whoever waited for these bytes.
+                // The connection has ended, so nobody reads these bytes.
                 Some(Err(_)) | None => {
                     connections[to] = None;
                     outbox.clear();
@@ -115,7 +115,7 @@ enum State {
 struct Connection {
     socket: Socket,
     input: Input,
-    /// It took less than it was given, and is registered for writing until it has taken the rest.
+    /// It accepted only a part, and is registered for writing until it has accepted the rest.
     is_full: bool,
 }
 
@@ -142,8 +142,9 @@ impl Connection {
                 Ok(_) => {
                     let was_full = self.input.is_full();
                     switch(&mut self.input)?;
-                    // A stream that gave less than there was room for is empty, and its next byte
-                    // is a new edge: epoll(7), question 9. No second read has to find that out.
+                    // A stream that returned less than there was room for is empty, and its next
+                    // byte is a new edge: epoll(7), question 9. No second read is needed to find
+                    // that out.
                     if !was_full {
                         return Ok(State::Open);
                     }

@@ -1,4 +1,4 @@
-//! One connection to LatZero at the level of frames, without the work of a client library.
+//! A connection to LatZero at the level of frames, without the work of a client library.
 
 use crate::failure::{During, Failure};
 use crate::server::Running;
@@ -22,11 +22,11 @@ pub(crate) struct Wire {
     stream: Stream,
     out: Vec<u8>,
     input: Vec<u8>,
-    /// Bytes of `input` that were used.
+    /// How many bytes of `input` were used.
     used: usize,
 }
 
-/// What one read came to.
+/// The result of one read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fill {
     Some,
@@ -43,7 +43,7 @@ impl AsRawFd for Wire {
 }
 
 impl Wire {
-    /// Connects and introduces itself with `handshake`, which needs `app_id` at least.
+    /// Connects and sends `handshake`, which needs at least `app_id`.
     pub(crate) fn connect(
         server: &Running,
         transport: Transport,
@@ -54,7 +54,7 @@ impl Wire {
         Ok(wire)
     }
 
-    /// Connects and says nothing yet.
+    /// Connects without sending anything.
     pub(crate) fn open(server: &Running, transport: Transport) -> Result<Self, Failure> {
         let stream = Stream::connect(transport, server.address(transport))?;
         stream.set_read_timeout(Some(ANSWER_WAIT))?;
@@ -66,20 +66,20 @@ impl Wire {
         })
     }
 
-    /// Has its handshake, and returns the acknowledgement.
+    /// Performs the handshake, and returns the acknowledgement.
     pub(crate) fn introduce(&mut self, handshake: Value) -> Result<Value, Failure> {
         let ack = self.ask(&handshake_json(handshake))?;
         if ack["status"] != "ok" {
             return Err(Failure::said(format!("the handshake was refused: {ack}")));
         }
-        // Thousands of these wait side by side.
+        // Thousands of these exist at the same time, so the buffers are freed.
         self.out = Vec::new();
         self.input = self.input.split_off(self.used);
         self.used = 0;
         Ok(ack)
     }
 
-    /// From now on nothing here waits: see [`Wire::fill`].
+    /// Makes reads and writes non-blocking: see [`Wire::fill`].
     pub(crate) fn set_nonblocking(&self) -> Result<(), Failure> {
         self.stream.set_nonblocking(true)
     }
@@ -90,7 +90,7 @@ impl Wire {
         self.flush()
     }
 
-    /// Puts the message `json` behind those that [`Wire::flush`] sends.
+    /// Appends the message `json` to those that [`Wire::flush`] sends.
     pub(crate) fn append(&mut self, json: &str) {
         frame::append(&mut self.out, |out| out.extend_from_slice(json.as_bytes()));
     }
@@ -115,7 +115,7 @@ impl Wire {
         }
     }
 
-    /// The next message, if the whole of it has been read.
+    /// The next message, if it has been read completely.
     pub(crate) fn received(&mut self) -> Result<Option<&[u8]>, Failure> {
         Ok(self.next_received()?.map(|range| &self.input[range]))
     }
@@ -135,7 +135,7 @@ impl Wire {
         Ok(Some(start..self.used))
     }
 
-    /// Reads once; what was returned before is thrown away.
+    /// Reads once; discards the messages that were returned before.
     pub(crate) fn fill(&mut self) -> Result<Fill, Failure> {
         self.input.drain(..self.used);
         self.used = 0;
@@ -152,7 +152,7 @@ impl Wire {
         }
     }
 
-    /// Sends `json`, and returns the next message that replies to anything.
+    /// Sends `json`, and returns the next message that is a reply.
     pub(crate) fn ask(&mut self, json: &str) -> Result<Value, Failure> {
         self.send(json)?;
         loop {
@@ -166,7 +166,7 @@ impl Wire {
         }
     }
 
-    /// Sends the call `json`, and fails unless it is answered with `ok`.
+    /// Sends the call `json`, and fails unless the answer is `ok`.
     pub(crate) fn call(&mut self, json: &str) -> Result<(), Failure> {
         #[derive(Deserialize)]
         struct Reply<'a> {
@@ -183,10 +183,10 @@ impl Wire {
         }
     }
 
-    /// Answers every call with its own data, and passes over everything else, until the connection
+    /// Answers every call with its own data, and ignores everything else, until the connection
     /// ends.
     pub(crate) fn serve(mut self) {
-        // No call may come for a long time: nothing is wrong then.
+        // Calls may be far apart, so there is no timeout.
         if self.stream.set_read_timeout(None).is_ok() {
             while self.answer_next().is_ok() {}
         }
@@ -214,7 +214,7 @@ impl Wire {
     }
 }
 
-/// The message of `handshake`, which needs `app_id` at least.
+/// The handshake message; it needs at least `app_id`.
 pub(crate) fn handshake_json(mut handshake: Value) -> String {
     handshake["action"] = "handshake".into();
     handshake["id"] = "h".into();

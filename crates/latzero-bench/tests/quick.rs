@@ -1,5 +1,5 @@
-//! The benchmark as a smoke test: a few hundred calls through every contestant that needs nothing
-//! installed.
+//! The benchmark as a smoke test: a few hundred calls through every contestant that needs no
+//! installation.
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ fn bench(args: &[&str]) -> std::process::Output {
         .expect("the benchmark starts")
 }
 
-/// Checks every cell that `placement` should have, and that each call in it was answered.
+/// Checks every cell that `placement` should have, and that each of its calls was answered.
 fn check(placement: &str) {
     let peers = PEERS.join(",");
     let output = bench(&[
@@ -58,7 +58,7 @@ fn check(placement: &str) {
 }
 
 #[test]
-fn every_call_is_answered_where_the_scheduler_puts_it() {
+fn every_call_is_answered_with_free_placement() {
     check("free");
 }
 
@@ -69,7 +69,7 @@ fn every_call_is_answered_on_one_cpu() {
 }
 
 #[test]
-fn an_unknown_contestant_is_named_with_those_there_are() {
+fn an_unknown_contestant_is_refused_with_a_list_of_the_known() {
     let output = bench(&["rpc", "--quick", "--peers", "relay-tpc"]);
     assert!(!output.status.success());
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -79,19 +79,18 @@ fn an_unknown_contestant_is_named_with_those_there_are() {
     );
 }
 
-/// The server, where there is one.
+/// The server, if there is one.
 fn program() -> PathBuf {
     let beside = Path::new(env!("CARGO_BIN_EXE_latzero-bench")).with_file_name("latzero");
     std::env::var_os("LATZERO_BIN").map_or(beside, PathBuf::from)
 }
 
-/// Runs `bench --quick --json`, or returns `None`, with a message, where there is no server to run
-/// it with.
+/// Runs `bench --quick --json`; prints a message and returns `None` if there is no server.
 fn with_server(bench_name: &str) -> Option<Value> {
     with_server_and(bench_name, &[])
 }
 
-/// As [`with_server`], with more arguments.
+/// As [`with_server`], with additional arguments.
 fn with_server_and(bench_name: &str, more: &[&str]) -> Option<Value> {
     let program = program();
     if !program.is_file() {
@@ -108,8 +107,8 @@ fn with_server_and(bench_name: &str, more: &[&str]) -> Option<Value> {
     Some(serde_json::from_slice(&output.stdout).expect("JSON on stdout"))
 }
 
-/// Checks that the benchmark found so many figures, each a number above `least`, so many of them
-/// with a bound.
+/// Checks that the benchmark has `count` figures, each a number above `least`, and `bounded` of
+/// them with a limit.
 fn check_findings(report: &Value, count: usize, bounded: usize, least: f64) {
     let findings = report["findings"].as_array().expect("a list of findings");
     assert_eq!(findings.len(), count, "{findings:?}");
@@ -124,7 +123,7 @@ fn check_findings(report: &Value, count: usize, bounded: usize, least: f64) {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn idle_connections_are_weighed() {
+fn idle_connections_are_measured() {
     if let Some(report) = with_server("idle") {
         check_findings(&report, 12, 4, 0.0);
         assert_eq!(report["rounds"][0]["connections"], 200);
@@ -143,7 +142,7 @@ fn every_trigger_of_every_size_answers() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn calls_are_answered_beside_readers_that_stopped() {
+fn calls_are_answered_next_to_readers_that_stopped() {
     if let Some(report) = with_server("slow-reader") {
         check_findings(&report, 18, 4, 0.0);
         assert_eq!(report["rounds"][4]["readers"]["stopped"], 100);
@@ -163,9 +162,9 @@ fn starts_are_timed() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn what_is_durable_is_measured() {
+fn durability_is_measured() {
     if let Some(report) = with_server("durable") {
-        // A few apps may fit into memory that the server has in any case.
+        // A few apps may fit into memory that the server has anyway.
         check_findings(&report, 25, 7, 0.0);
         let parts = &report["rounds"];
         assert_eq!(parts["known"]["rounds"]["known"], 500);

@@ -1,4 +1,4 @@
-//! App keys: an AppID that has one is nobody else's.
+//! App keys: an AppID with a key belongs to the holder of the key.
 
 use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
@@ -7,7 +7,7 @@ use crate::keys::{KeyError, Secret, checksum, with_checksum};
 use crate::sign::SigningKey;
 use crate::text;
 
-/// How the text of an app key begins.
+/// The prefix of an app key's text.
 pub const PREFIX: &str = "lza1_";
 
 /// The secret key of an app.
@@ -20,10 +20,10 @@ impl AppKey {
         AppKey(seed)
     }
 
-    /// Reads the line of an app-key file; a line end behind it does not count.
+    /// Parses the line of an app-key file, with or without a line end.
     ///
     /// # Errors
-    /// If it is none.
+    /// If it is not a valid app key.
     pub fn parse(line: &str) -> Result<Self, KeyError> {
         let line = line.strip_suffix('\n').unwrap_or(line);
         let encoded = line.strip_prefix(PREFIX).ok_or(KeyError::AppKey)?;
@@ -41,7 +41,7 @@ impl AppKey {
         with_checksum(PREFIX, &*self.0)
     }
 
-    /// The key that signs.
+    /// The signing key.
     #[must_use]
     pub fn signing_key(&self) -> SigningKey {
         SigningKey::from_seed(&self.0)

@@ -1,7 +1,7 @@
-//! The two libraries that can do the heavy work, behind one trait.
+//! The two libraries that can provide the ciphers and hashes, behind one trait.
 //!
-//! Both give the same bytes; the tests run every vector on each. Signatures, key derivation and the
-//! subkeys of XAES-256-GCM are the same code on both.
+//! Both produce the same bytes; the tests run every vector on each. Signatures, key derivation and
+//! the subkeys of XAES-256-GCM use the same code with both.
 
 #[cfg(feature = "aws-lc")]
 mod aws_lc;
@@ -14,12 +14,12 @@ pub use rust_crypto::RustCrypto;
 /// The length of an authentication tag in bytes.
 pub const TAG_BYTES: usize = 16;
 
-/// What a library has to provide.
+/// The operations of a library.
 pub trait Backend: Sync {
     /// The library's name.
     fn name(&self) -> &'static str;
 
-    /// Encrypts `data` in place with AES-256-GCM, and gives its tag. At most 64 GiB.
+    /// Encrypts `data` in place with AES-256-GCM and returns its tag. At most 64 GiB.
     fn seal(
         &self,
         key: &[u8; 32],
@@ -28,16 +28,16 @@ pub trait Backend: Sync {
         data: &mut [u8],
     ) -> [u8; TAG_BYTES];
 
-    /// Decrypts `sealed`, ciphertext and then tag, in place. On success the plaintext stands before
-    /// the tag's place; otherwise the content of `sealed` is unspecified and must not be used.
+    /// Decrypts `sealed`, ciphertext followed by tag, in place. On success the plaintext is in
+    /// front of the tag; otherwise the content of `sealed` is unspecified and must not be used.
     #[must_use]
     fn open(&self, key: &[u8; 32], nonce: &[u8; 12], aad: &[u8], sealed: &mut [u8]) -> bool;
 
-    /// SHA-256 of the parts, one after the other.
+    /// SHA-256 of the concatenated parts.
     fn sha256(&self, parts: &[&[u8]]) -> [u8; 32];
 }
 
-/// The fastest that this build has.
+/// The fastest backend of this build.
 #[must_use]
 pub fn preferred() -> &'static dyn Backend {
     #[cfg(feature = "aws-lc")]
@@ -46,7 +46,7 @@ pub fn preferred() -> &'static dyn Backend {
     return &RustCrypto;
 }
 
-/// All that this build has, for tests and measurements.
+/// All backends of this build, for tests and measurements.
 #[must_use]
 pub fn all() -> &'static [&'static dyn Backend] {
     &[

@@ -16,19 +16,19 @@ const MAGIC: &[u8; 4] = b"LZMF";
 const VERSION: u16 = 1;
 /// The length of a manifest.
 pub const MANIFEST_BYTES: usize = 256;
-/// What its signature covers.
+/// The part of a manifest that its signature covers.
 const SIGNED_BYTES: usize = 192;
 /// The length of a table entry.
 pub const ENTRY_BYTES: usize = 64;
-/// The plaintext of a chunk; the last one may be shorter.
+/// The plaintext bytes of a chunk; the last one may be shorter.
 pub const CHUNK_BYTES: usize = 65_536;
-/// From the beginning of a chunk to that of the next: its ciphertext and tag.
+/// The distance from one chunk to the next: ciphertext and tag.
 pub const CHUNK_STRIDE: usize = CHUNK_BYTES + TAG_BYTES;
 const PAGE_BYTES: u64 = 4096;
 /// The largest sealed block: 1 TiB, of which manifest and table are 1 GiB.
 pub const SIZE_MAX: u64 = 1 << 40;
 
-/// Why a version of a block is not taken.
+/// Why a version of a block is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BlockError {
     /// `integrity`.
@@ -52,9 +52,9 @@ pub enum BlockError {
     /// `version_conflict`, at the server.
     #[error("the block's next version is {expected}, not {got}")]
     VersionConflict {
-        /// The version that can be written.
+        /// The next version.
         expected: u64,
-        /// The version that came.
+        /// The received version.
         got: u64,
     },
 }
@@ -69,7 +69,7 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// The geometry of a block that takes `size` bytes of plaintext; `None` above [`SIZE_MAX`].
+    /// The geometry of a block for up to `size` bytes of plaintext; `None` above [`SIZE_MAX`].
     #[must_use]
     pub fn of(size: u64) -> Option<Self> {
         if size > SIZE_MAX {
@@ -83,19 +83,19 @@ impl Geometry {
         })
     }
 
-    /// The most chunks.
+    /// The largest number of chunks.
     #[must_use]
     pub fn chunks_max(&self) -> u32 {
         self.chunks_max
     }
 
-    /// What a slot takes.
+    /// The size of a slot in bytes.
     #[must_use]
     pub fn capacity(&self) -> u64 {
         self.chunks_at + u64::from(self.chunks_max) * CHUNK_STRIDE as u64
     }
 
-    /// The bytes from the slot's beginning to its end, for a plaintext of `length` bytes that fits.
+    /// The bytes of a slot that a plaintext of `length` bytes uses; the plaintext must fit.
     #[must_use]
     pub fn slot_len(&self, length: u64) -> Option<u64> {
         let chunks = chunk_count(length).filter(|chunks| *chunks <= self.chunks_max)?;
@@ -105,7 +105,7 @@ impl Geometry {
         self.chunk(last, length).map(|range| range.end)
     }
 
-    /// Where chunk `i` with its tag lies, in a plaintext of `length` bytes.
+    /// The range of chunk `i` with its tag, for a plaintext of `length` bytes.
     #[must_use]
     pub fn chunk(&self, i: u32, length: u64) -> Option<std::ops::Range<u64>> {
         let bytes = chunk_len(i, length).filter(|_| i < self.chunks_max)?;
@@ -114,12 +114,12 @@ impl Geometry {
     }
 }
 
-/// How many chunks a plaintext has.
+/// The number of chunks of a plaintext.
 fn chunk_count(length: u64) -> Option<u32> {
     u32::try_from(length.div_ceil(CHUNK_BYTES as u64)).ok()
 }
 
-/// How many bytes of plaintext chunk `i` has.
+/// The number of plaintext bytes in chunk `i`.
 fn chunk_len(i: u32, length: u64) -> Option<u32> {
     let left = length
         .checked_sub(u64::from(i) * CHUNK_BYTES as u64)
@@ -127,7 +127,7 @@ fn chunk_len(i: u32, length: u64) -> Option<u32> {
     u32::try_from(left.min(CHUNK_BYTES as u64)).ok()
 }
 
-/// What a block is, for everything that is bound to it.
+/// The identity of a block, to which its content is bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockId<'a> {
     /// The pool's id.
@@ -141,7 +141,7 @@ pub struct BlockId<'a> {
 }
 
 impl BlockId<'_> {
-    /// The hash of the name in this pool, by which a manifest belongs to it.
+    /// The hash of the name in this pool, which binds a manifest to the block.
     #[must_use]
     pub fn name_hash(&self) -> [u8; 32] {
         hash(
@@ -152,7 +152,7 @@ impl BlockId<'_> {
     }
 }
 
-/// The line of a chunk in the table.
+/// A chunk's entry in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
     /// The block version that wrote the chunk.
@@ -164,7 +164,7 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// The line as it stands in the table.
+    /// The bytes of the entry in the table.
     #[must_use]
     pub fn to_bytes(&self) -> [u8; ENTRY_BYTES] {
         let mut line = [0; ENTRY_BYTES];
@@ -220,7 +220,7 @@ impl ChunkKey {
     /// Seals chunk `i` for block version `version`. `plain` has 1 to 65,536 bytes.
     ///
     /// # Panics
-    /// Where `plain` is no chunk.
+    /// If `plain` is empty or too long.
     #[must_use]
     pub fn seal(&self, i: u32, version: u64, nonce: Nonce, plain: &[u8]) -> (Entry, Vec<u8>) {
         assert!(
@@ -247,7 +247,7 @@ impl ChunkKey {
     /// Opens chunk `i` of a verified version. `sealed` is a private copy of the chunk's bytes.
     ///
     /// # Errors
-    /// If it is not the chunk that the table names.
+    /// If it is not the chunk that the table describes.
     pub fn open(&self, of: &Verified, i: u32, sealed: Vec<u8>) -> Result<Vec<u8>, BlockError> {
         let manifest = &of.manifest;
         let entry = of
@@ -322,7 +322,7 @@ impl Manifest {
         Self::fields(bytes, cursor, suite).ok_or(Integrity("its manifest contradicts itself"))
     }
 
-    /// The fields behind the suite; `None` if they contradict each other.
+    /// The fields after the suite; `None` if they contradict each other.
     fn fields(bytes: &[u8; MANIFEST_BYTES], mut cursor: Cursor<'_>, suite: Suite) -> Option<Self> {
         let (pool_id, uid) = (cursor.array()?, cursor.array()?);
         let (epoch, chunk_size) = (cursor.u32()?, cursor.u32()?);
@@ -357,7 +357,7 @@ impl Manifest {
         &self.bytes
     }
 
-    /// The epoch that it was written in.
+    /// The epoch in which it was written.
     #[must_use]
     pub fn epoch(&self) -> u32 {
         self.epoch
@@ -375,31 +375,31 @@ impl Manifest {
         self.length
     }
 
-    /// How many chunks it has.
+    /// The number of chunks.
     #[must_use]
     pub fn chunks(&self) -> u32 {
         self.chunks
     }
 
-    /// When its writer wrote it, by the writer's clock, in Unix milliseconds.
+    /// When it was written, by the writer's clock, in Unix milliseconds.
     #[must_use]
     pub fn written_ms(&self) -> u64 {
         self.written_ms
     }
 
-    /// The writer's session, as the writer says.
+    /// The writer's session, as stated by the writer.
     #[must_use]
     pub fn session(&self) -> [u8; 16] {
         self.session
     }
 
-    /// The bytes of manifest and table, which are copied first.
+    /// The size of manifest and table, which a reader copies first.
     #[must_use]
     pub fn head_bytes(&self) -> usize {
         MANIFEST_BYTES + ENTRY_BYTES * self.chunks as usize
     }
 
-    /// The hash by which the next version names this one.
+    /// The hash by which the next version refers to this one.
     #[must_use]
     pub fn hash(&self) -> [u8; 32] {
         hash(&self.message())
@@ -426,19 +426,19 @@ pub struct Seen {
     pub hash: [u8; 32],
 }
 
-/// What a version is checked against.
+/// The values that a version is checked against.
 pub struct Checks<'a> {
     /// The block.
     pub id: BlockId<'a>,
-    /// Its geometry, by its own description rather than the manifest's.
+    /// Its geometry, from the block's own description rather than the manifest.
     pub geometry: Geometry,
     /// The pool's epoch.
     pub epoch: u32,
-    /// The oldest epoch whose content counts.
+    /// The oldest epoch whose content is accepted.
     pub min_content_epoch: u32,
 }
 
-/// A version that was verified, or made here. A successor can be made of nothing else.
+/// A version that was verified or created here. Successors can be created only from it.
 #[derive(Debug, Clone)]
 pub struct Verified {
     manifest: Manifest,
@@ -446,12 +446,12 @@ pub struct Verified {
 }
 
 impl Verified {
-    /// Verifies manifest and table. `head` is a private copy of the slot's beginning,
-    /// `slot_version` the slot's own number. `seal_of` gives the key that signed content in an
+    /// Verifies manifest and table. `head` is a private copy of the start of the slot,
+    /// `slot_version` the slot's own number. `seal_of` returns the key that signed content in an
     /// epoch.
     ///
     /// # Errors
-    /// The first check that fails. Where the slot changed in the meantime, it was a torn read: try
+    /// The first check that fails. If the slot changed in the meantime, the read was torn: try
     /// again.
     pub fn new(
         head: &[u8],
@@ -476,7 +476,7 @@ impl Verified {
         Ok(verified)
     }
 
-    /// Signature, root and table.
+    /// Checks signature, root and table.
     fn signed(manifest: Manifest, head: &[u8], seal: &PublicKey) -> Result<Self, BlockError> {
         if !manifest.is_signed(seal) {
             return Err(Integrity("its manifest is not signed by a writer"));
@@ -521,7 +521,7 @@ impl Verified {
         &self.table
     }
 
-    /// What to remember of it.
+    /// The version's number and hash, to be remembered.
     #[must_use]
     pub fn seen(&self) -> Seen {
         Seen {
@@ -530,7 +530,7 @@ impl Verified {
         }
     }
 
-    /// Manifest and table, as they stand at the slot's beginning.
+    /// Manifest and table, as at the start of the slot.
     #[must_use]
     pub fn head(&self) -> Vec<u8> {
         let mut head = Vec::with_capacity(self.manifest.head_bytes());
@@ -559,7 +559,7 @@ fn table(bytes: &[u8]) -> Vec<Entry> {
 }
 
 impl Checks<'_> {
-    /// What needs no key: layout, identity, and that the table is there.
+    /// Checks what needs no key: layout, identity, and that the table is complete.
     fn manifest(&self, head: &[u8]) -> Result<Manifest, BlockError> {
         let bytes = head
             .first_chunk()
@@ -580,8 +580,8 @@ impl Checks<'_> {
         Ok(manifest)
     }
 
-    /// What the server checks of a slot that a client writes, without any key of the pool but the
-    /// public one. `version` is the block's current one, 0 before the first.
+    /// Checks a slot that a client writes. The server needs only the pool's public key for that.
+    /// `version` is the block's current one, 0 before the first.
     ///
     /// # Errors
     /// The first check that fails.
@@ -603,7 +603,7 @@ impl Checks<'_> {
     }
 }
 
-/// A version that is about to be signed.
+/// The description of a version that is about to be signed.
 pub struct Next<'a> {
     /// The block.
     pub id: BlockId<'a>,
@@ -619,7 +619,7 @@ pub struct Next<'a> {
     pub session: [u8; 16],
 }
 
-/// Why a version is not signed.
+/// Why a version can't be signed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PublishError {
     /// The plaintext does not fit into the block.
@@ -628,27 +628,27 @@ pub enum PublishError {
     /// A chunk is missing, or was not sealed for this version.
     #[error("chunk {0} was not sealed for this version, which changes or needs it")]
     Chunk(u32),
-    /// There are no more versions.
+    /// The version numbers are used up.
     #[error("the block has used up its versions; make a new block")]
     Versions,
 }
 
 impl Next<'_> {
-    /// The version's number, for which changed chunks are sealed.
+    /// The version's number, with which changed chunks are sealed.
     ///
     /// # Errors
-    /// If there is none.
+    /// If the version numbers are used up.
     pub fn version(&self, base: Option<&Verified>) -> Result<u64, PublishError> {
         let base = base.map_or(0, |base| base.manifest.version);
         base.checked_add(1).ok_or(PublishError::Versions)
     }
 
-    /// Signs the version. `base` is the current one, verified: what it has and `changed` does not
-    /// replace is signed again unseen, so it must be good. `changed` are chunks that were sealed
-    /// for this version.
+    /// Signs the version. `base` is the current version, verified: its chunks that `changed` does
+    /// not replace are signed again without being opened, so it must be valid. `changed` are chunks
+    /// that were sealed for this version.
     ///
     /// # Errors
-    /// If a chunk is missing or of another version. A new epoch needs all of them.
+    /// If a chunk is missing or of another version. In a new epoch every chunk must be changed.
     pub fn sign(
         &self,
         base: Option<&Verified>,

@@ -2,11 +2,11 @@
 
 use zeroize::Zeroize as _;
 
-/// Bytes being written. They are wiped when dropped, because some are secret.
+/// A buffer for writing. It is wiped when dropped, because some contents are secret.
 pub(crate) struct Bytes(Vec<u8>);
 
 impl Bytes {
-    /// Begins with nothing, and with room for most, so that growing leaves no copy of a secret
+    /// Starts empty, with enough capacity for most uses, so that growing leaves no copy of a secret
     /// behind.
     pub(crate) fn new() -> Self {
         Bytes(Vec::with_capacity(512))
@@ -63,7 +63,7 @@ impl Drop for Bytes {
     }
 }
 
-/// Bytes being read. Nothing is allocated: lengths are checked against what is there.
+/// A reader of bytes. It allocates nothing: lengths are checked against the available bytes.
 #[derive(Clone, Copy)]
 pub(crate) struct Cursor<'a>(&'a [u8]);
 
@@ -98,7 +98,7 @@ impl<'a> Cursor<'a> {
         self.array().map(u64::from_be_bytes)
     }
 
-    /// Bytes behind a length of four bytes, at most `max` of them.
+    /// Bytes with a length prefix of four bytes, at most `max` of them.
     pub(crate) fn prefixed(&mut self, max: usize) -> Option<&'a [u8]> {
         let length = usize::try_from(self.u32()?).ok()?;
         if length > max {
@@ -107,7 +107,7 @@ impl<'a> Cursor<'a> {
         self.take(length)
     }
 
-    /// How many bytes are left.
+    /// The number of remaining bytes.
     pub(crate) fn left(&self) -> usize {
         self.0.len()
     }

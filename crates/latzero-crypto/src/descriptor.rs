@@ -1,7 +1,7 @@
 //! The descriptor of a pool: public, signed by its owner, one for each epoch and never changed.
 //!
 //! The server stores descriptors and knows nothing else about keys. A client accepts one only after
-//! [`Descriptor::accept`]: the server may lie about all of it.
+//! [`Descriptor::accept`], because the server may have forged any part.
 
 use subtle::ConstantTimeEq as _;
 
@@ -13,7 +13,7 @@ use crate::{NAME_BYTES_MAX, Suite, hash, is_name};
 
 const MAGIC: &[u8; 4] = b"LZPD";
 const VERSION: u16 = 1;
-/// What the wraps are bound to: everything before them.
+/// The part that the wraps are bound to: everything before them.
 const BOUND_BYTES: usize = 296;
 const WRAP_BYTES: usize = 48;
 const SIGNATURES_BYTES: usize = 128;
@@ -27,8 +27,8 @@ pub enum DescriptorError {
     /// It does not verify: `integrity`.
     #[error("the pool's descriptor does not verify: {0}")]
     Invalid(&'static str),
-    /// A descriptor between what is stored and this one is needed: `integrity`, after it was asked
-    /// for in vain.
+    /// A descriptor between the stored one and this one is needed: `integrity`, if the server did
+    /// not return it on request.
     #[error("the pool's descriptor does not verify: the descriptor of epoch {0} is missing")]
     Missing(u32),
     /// Another version or suite: `downgrade`.
@@ -36,10 +36,10 @@ pub enum DescriptorError {
         "the pool's descriptor has another {0} than this program knows; upgrade the older side"
     )]
     Downgrade(&'static str),
-    /// The server admits to less than was asked for: `downgrade`.
+    /// The server reports less protection than requested: `downgrade`.
     #[error("the server answers {0}; do not use the pool, and find out why")]
     Unprotected(&'static str),
-    /// Older than what was accepted before, or another pool of the same name: `rollback`.
+    /// Older than the one accepted before, or another pool with the same name: `rollback`.
     #[error("the pool's descriptor {0} than the one accepted before; find out who restored it")]
     Rollback(&'static str),
     /// Two descriptors of one epoch: `fork`.
@@ -64,7 +64,7 @@ pub struct PublicKeys {
     pub seal: PublicKey,
 }
 
-/// A descriptor whose layout was checked; whether it can be trusted says [`Descriptor::accept`].
+/// A descriptor with a valid layout; [`Descriptor::accept`] decides whether it can be trusted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Descriptor {
     bytes: Vec<u8>,
@@ -78,10 +78,10 @@ pub struct Descriptor {
     name: String,
 }
 
-/// What the server said about the pool before the proof.
+/// What the server stated about the pool before the proof.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Expected<'a> {
-    /// The name that was asked for.
+    /// The requested name.
     pub name: &'a str,
     /// The challenge's pool id.
     pub pool_id: [u8; 16],
@@ -92,7 +92,7 @@ pub struct Expected<'a> {
 }
 
 impl Descriptor {
-    /// Reads a descriptor to its last byte.
+    /// Parses a descriptor; no bytes may be left over.
     ///
     /// # Errors
     /// If the layout is wrong, or version or suite are unknown.
@@ -109,7 +109,7 @@ impl Descriptor {
         Self::fields(bytes, cursor, suite).ok_or(CUT)?
     }
 
-    /// The fields behind the suite; `None` if bytes are missing.
+    /// The fields after the suite; `None` if bytes are missing.
     fn fields(
         bytes: &[u8],
         mut cursor: Cursor<'_>,
@@ -192,19 +192,19 @@ impl Descriptor {
         self.id.epoch
     }
 
-    /// What keys are derived from.
+    /// The epoch's identity, from which keys are derived.
     #[must_use]
     pub fn epoch_id(&self) -> &EpochId {
         &self.id
     }
 
-    /// The oldest epoch whose content is still accepted; 0 accepts all.
+    /// The oldest epoch whose content is still accepted; 0 accepts all epochs.
     #[must_use]
     pub fn min_content_epoch(&self) -> u32 {
         self.min_content_epoch
     }
 
-    /// When its maker made it, in Unix milliseconds.
+    /// When it was created, in Unix milliseconds.
     #[must_use]
     pub fn created_ms(&self) -> u64 {
         self.created_ms
@@ -222,13 +222,13 @@ impl Descriptor {
         &self.name
     }
 
-    /// The hash by which the next descriptor names this one.
+    /// The hash by which the next descriptor refers to this one.
     #[must_use]
     pub fn hash(&self) -> [u8; 32] {
         hash(&Bytes::new().raw(&self.bytes))
     }
 
-    /// The hash of the descriptor before; zero at epoch 1.
+    /// The hash of the previous descriptor; zero in epoch 1.
     #[must_use]
     pub fn prev_hash(&self) -> [u8; 32] {
         self.prev_hash
@@ -271,7 +271,7 @@ impl Descriptor {
             && self.is_signed_by_previous(&previous.keys.owner)
     }
 
-    /// The same, but for the signatures.
+    /// As above, without checking signatures.
     fn follows(&self, previous: &Descriptor) -> bool {
         previous.epoch().checked_add(1) == Some(self.epoch())
             && self.prev_hash == previous.hash()
@@ -281,11 +281,11 @@ impl Descriptor {
             && self.min_content_epoch >= previous.min_content_epoch
     }
 
-    /// Decides whether a client with `keys` takes this descriptor, and gives the epoch's pool key
-    /// if it may read.
+    /// Decides whether a client with `keys` accepts this descriptor, and returns the epoch's pool
+    /// key if the client may read.
     ///
-    /// `chain` are descriptors before it in ascending order, as the server sent them; `stored` is
-    /// the newest one that was accepted before. On success the caller stores this one in its place.
+    /// `chain` has earlier descriptors in ascending order, as the server sent them; `stored` is the
+    /// newest one accepted before. On success the caller stores this descriptor instead.
     ///
     /// # Errors
     /// The first check that fails.
@@ -317,7 +317,7 @@ impl Descriptor {
         self.open(keys)
     }
 
-    /// The owner is the one that the tokens name, or was made its successor by it.
+    /// Checks that the tokens name the owner, or that the named owner made this one its successor.
     fn check_pin(&self, pin: &Pin, chain: &[Descriptor]) -> Result<(), DescriptorError> {
         const OTHER: DescriptorError = Invalid("its owner is not the one that the tokens name");
         let mut current = self;
@@ -336,7 +336,7 @@ impl Descriptor {
         }
     }
 
-    /// It is what was accepted before, or every step from there is a succession.
+    /// Checks that it equals the stored descriptor, or that a chain of successions leads to it.
     fn check_stored(
         &self,
         stored: &Descriptor,
@@ -375,7 +375,7 @@ impl Descriptor {
         Ok(())
     }
 
-    /// What the holder's own keys make is what the descriptor says.
+    /// Checks that the holder's own keys produce the public keys of the descriptor.
     fn check_own_keys(&self, keys: &KeySet) -> Result<(), DescriptorError> {
         let owner = if keys.has(Kind::Owner) {
             keys.owner_key()
@@ -397,7 +397,7 @@ impl Descriptor {
         Ok(())
     }
 
-    /// Unwraps the pool key; `None` for those who may not read.
+    /// Unwraps the pool key; `None` for clients that may not read.
     fn open(&self, keys: &KeySet) -> Result<Option<PoolKey>, DescriptorError> {
         const OTHER_KEY: DescriptorError =
             Invalid("it wraps another pool key than the one it names");
@@ -417,13 +417,13 @@ impl Descriptor {
         Ok(Some(key))
     }
 
-    /// The pool key of the epoch before; `None` if the history was cut.
+    /// The pool key of the previous epoch; `None` if the history was cut.
     ///
-    /// `previous` is taken by hash and signature alone: it may be older than anything that was
-    /// accepted.
+    /// `previous` is checked only by hash and signature: it may be older than any accepted
+    /// descriptor.
     ///
     /// # Errors
-    /// If `previous` is not the one that this descriptor names, or its key does not open.
+    /// If `previous` is not the one that this descriptor refers to, or its key can't be unwrapped.
     pub fn open_previous(
         &self,
         key: &PoolKey,
@@ -446,7 +446,7 @@ impl Descriptor {
         Ok(Some(key))
     }
 
-    /// The nonce of the pool key's wrap (0) or of the one before (1).
+    /// The nonce of the pool key's wrap (0) or of the previous key's wrap (1).
     fn nonce(&self, which: usize) -> &Nonce {
         let at = BOUND_BYTES + which * (24 + WRAP_BYTES);
         self.bytes[at..at + 24]
@@ -480,7 +480,7 @@ impl Descriptor {
     }
 }
 
-/// What a rotation changed; it says who must prove again, and what is purged.
+/// Which keys a rotation changed; that decides who must prove again, and what is purged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(
     clippy::struct_excessive_bools,
@@ -505,7 +505,7 @@ fn signed_message(body: &[u8]) -> Vec<u8> {
     Bytes::label("descriptor").raw(body).into_vec()
 }
 
-/// What a new pool is made from. Id, salt and nonce are random.
+/// The inputs for a new pool. Id, salt and nonce are random.
 #[derive(Debug, Clone, Copy)]
 pub struct NewPool<'a> {
     /// The pool's name.
@@ -522,7 +522,7 @@ pub struct NewPool<'a> {
     pub wrap_nonce: Nonce,
 }
 
-/// What a new epoch is made from. Salt and nonces are random.
+/// The inputs for a new epoch. Salt and nonces are random.
 #[derive(Debug, Clone, Copy)]
 pub struct NewEpoch {
     /// The epoch's salt.
@@ -531,16 +531,17 @@ pub struct NewEpoch {
     pub created_ms: u64,
     /// The nonce of the pool key's wrap.
     pub wrap_nonce: Nonce,
-    /// The oldest epoch whose content stays acceptable. To remove a writer it is the new epoch.
+    /// The oldest epoch whose content stays acceptable. To remove a writer, it is set to the new
+    /// epoch.
     pub content: OldContent,
     /// Whether readers of the new epoch can read the content of the old one.
     pub history: History,
 }
 
-/// Checks the reply to a proof: it must have the roles that were asked for, and a descriptor.
+/// Checks the reply to a proof: it must have the requested roles and a descriptor.
 ///
 /// # Errors
-/// If the server speaks as of a plain pool, or grants less.
+/// If the server replies as for a plain pool, or grants less.
 pub fn check_reply(
     asked: Roles,
     roles: Option<u64>,
@@ -562,10 +563,10 @@ pub enum OldContent {
     Refused,
 }
 
-/// Whether an epoch leads back to the one before.
+/// Whether an epoch gives access to the previous one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum History {
-    /// It wraps the key before, with this nonce.
+    /// It wraps the previous key, with this nonce.
     Kept(Nonce),
     /// It does not.
     Cut,
@@ -577,22 +578,22 @@ pub enum MakeError {
     /// A key is missing.
     #[error(transparent)]
     Key(#[from] KeyError),
-    /// The name is not one.
+    /// The name is invalid.
     #[error("a pool's name is 1 to 255 bytes without control characters")]
     Name,
-    /// The old keys are not those of the pool as it is.
+    /// The old keys are not those of the pool's current epoch.
     #[error("the keys are not the owner's of the pool's current epoch; get the current ones")]
     NotOwner,
-    /// There are no more epochs.
+    /// The epoch numbers are used up.
     #[error("the pool has used up its epochs; make a new pool")]
     Epochs,
 }
 
 impl Descriptor {
-    /// Makes the descriptor of a new pool.
+    /// Creates the descriptor of a new pool.
     ///
     /// # Errors
-    /// If one of the three keys is missing, or the name is not one.
+    /// If one of the three keys is missing, or the name is invalid.
     pub fn create(keys: &KeySet, pool: &NewPool<'_>) -> Result<Self, MakeError> {
         let draft = Draft {
             name: pool.name,
@@ -611,11 +612,11 @@ impl Descriptor {
         draft.sign(keys, None)
     }
 
-    /// Makes the descriptor of the next epoch. `old` are the keys of this epoch, `new` those of the
-    /// next.
+    /// Creates the descriptor of the next epoch. `old` are the keys of this epoch, `new` those of
+    /// the next.
     ///
     /// # Errors
-    /// Where keys are missing, or `old` are not the owner's of this epoch.
+    /// If keys are missing, or `old` are not the owner's of this epoch.
     pub fn rotate(&self, old: &KeySet, new: &KeySet, to: &NewEpoch) -> Result<Self, MakeError> {
         let owner = old.owner_key().ok_or(KeyError::Missing(Kind::Owner))?;
         if owner.public() != self.keys.owner {
@@ -664,7 +665,7 @@ struct Draft<'a> {
     created_ms: u64,
     prev_hash: [u8; 32],
     wrap_nonce: Nonce,
-    /// The key of the epoch before, and the nonce of its wrap.
+    /// The key of the previous epoch, and the nonce of its wrap.
     previous: Option<(Nonce, PoolKey)>,
 }
 
@@ -742,10 +743,10 @@ pub enum StoreError {
     Signature,
 }
 
-/// What the server checks of a new pool; whether name and id are free, it knows itself.
+/// The server's check of a new pool. The caller checks that name and id are not in use.
 ///
 /// # Errors
-/// If the descriptor is not one of a new pool of this name.
+/// If it is not the descriptor of a new pool with this name.
 pub fn check_creation(bytes: &[u8], name: &str) -> Result<Descriptor, StoreError> {
     let descriptor = Descriptor::parse(bytes).map_err(StoreError::Layout)?;
     if descriptor.epoch() != 1 {
@@ -762,7 +763,7 @@ pub fn check_creation(bytes: &[u8], name: &str) -> Result<Descriptor, StoreError
     Ok(descriptor)
 }
 
-/// What the server checks of a rotation; who asks, it has checked before.
+/// The server's check of a rotation. The caller has checked who asks for it.
 ///
 /// # Errors
 /// If the descriptor does not succeed `current`.

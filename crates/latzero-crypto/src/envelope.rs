@@ -1,5 +1,5 @@
-//! One sealed message: a header that everybody can read and nobody can change, and a body that
-//! readers open.
+//! A sealed message: a header that everybody can read and nobody can change, and a body that only
+//! readers can open.
 
 use zeroize::Zeroizing;
 
@@ -19,14 +19,14 @@ const VERSION: u16 = 1;
 pub const NAME_BYTES_MAX: usize = 128;
 /// The largest ciphertext with its tag.
 pub const SEALED_BYTES_MAX: usize = 16 << 20;
-/// How the base64url text of an envelope begins.
+/// The first characters of an envelope's base64url text.
 pub const TEXT_START: &str = "TFpFVgAB";
 
 const META: u8 = 1;
 const BYTES: u8 = 2;
 const SIGNED: u8 = 4;
 
-/// What a message is.
+/// The kind of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Kind {
@@ -34,7 +34,7 @@ pub enum Kind {
     Emit = 1,
     /// A call that ends with its caller's connection.
     Trigger = 2,
-    /// Its answer.
+    /// The answer to a `Trigger`.
     Response = 3,
     /// An emit that a writer signed.
     PrivilegedEmit = 4,
@@ -42,7 +42,7 @@ pub enum Kind {
     PrivilegedTrigger = 5,
     /// A call that may be parked, redelivered or repeated.
     DeferredTrigger = 6,
-    /// Its answer.
+    /// The answer to a `DeferredTrigger`.
     DeferredResponse = 7,
 }
 
@@ -60,7 +60,7 @@ impl Kind {
         })
     }
 
-    /// Whether messages of this kind expire at a time of their own.
+    /// Whether messages of this kind have an expiry time.
     #[must_use]
     pub fn is_deferred(self) -> bool {
         matches!(self, Kind::DeferredTrigger | Kind::DeferredResponse)
@@ -79,7 +79,7 @@ impl Kind {
     }
 }
 
-/// What a message says of itself.
+/// The header of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header<'a> {
     /// The pool's suite.
@@ -90,7 +90,7 @@ pub struct Header<'a> {
     pub epoch: u32,
     /// What the message is.
     pub kind: Kind,
-    /// 16 random bytes of the sender, one for each connection.
+    /// 16 random bytes, which the sender generates for each connection.
     pub session: [u8; 16],
     /// The number of the message in the session and the pool, from 1.
     pub seq: u64,
@@ -98,15 +98,15 @@ pub struct Header<'a> {
     pub sent_ms: u64,
     /// 16 random bytes.
     pub msg_id: [u8; 16],
-    /// The call that a response answers; 0 in all others.
+    /// The call that a response answers; 0 for all other kinds.
     pub in_reply_to: [u8; 16],
-    /// The trigger's name; a response has its call's.
+    /// The trigger's name; a response has the name of its call.
     pub name: &'a str,
     /// The AppID of the sender.
     pub sender: &'a str,
-    /// The AppID of the receiver, or nothing.
+    /// The AppID of the receiver, or an empty string.
     pub destination: &'a str,
-    /// When a deferred message is over; 0 in all others, which do not have the field.
+    /// When a deferred message expires; 0 for all other kinds, which lack the field.
     pub expires_ms: u64,
 }
 
@@ -127,31 +127,31 @@ pub enum SealError {
     /// A privileged message without the key to sign it.
     #[error(transparent)]
     Key(#[from] KeyError),
-    /// A name that is not one, or too long.
+    /// A name that is invalid or too long.
     #[error("names in sealed messages have 1 to 128 bytes without control characters")]
     Name,
-    /// More meta than fits.
+    /// More metadata than fits.
     #[error("headers and options of a sealed message have at most 32 KiB; send less of them")]
     Meta,
     /// A body that is too large.
     #[error("a sealed message has at most 16 MiB; send a block instead")]
     TooLarge,
-    /// A ttl that no deferred message may have.
+    /// A ttl that is too long for a deferred message.
     #[error("a call that may be deferred has a ttl of at most 30 days")]
     Ttl,
-    /// The session has used up its numbers.
+    /// The session has used up its message numbers.
     #[error("this connection has used up its message numbers; connect again")]
     Numbers,
-    /// Not a member that reads.
+    /// The reader's key is missing.
     #[error("the {} is missing, without which nothing can be sealed", KeyKind::Shard.name())]
     NoReader,
 }
 
 /// Seals a message. `seal` signs it: required for privileged kinds, allowed for answers and
-/// deferred kinds, and left out of account for others.
+/// deferred kinds, and ignored for others.
 ///
 /// # Errors
-/// If a limit is passed, or the key for a privileged message is missing.
+/// If a limit is exceeded, or the key for a privileged message is missing.
 pub fn seal(
     header: &Header<'_>,
     meta: Option<&str>,
@@ -263,10 +263,10 @@ impl Header<'_> {
     }
 }
 
-/// A sealed message whose layout was checked.
+/// A sealed message with a valid layout.
 #[derive(Debug, Clone, Copy)]
 pub struct Envelope<'a> {
-    /// What it says of itself.
+    /// Its header.
     pub header: Header<'a>,
     flags: u8,
     header_bytes: &'a [u8],
@@ -275,7 +275,7 @@ pub struct Envelope<'a> {
     signature: Option<&'a SignatureBytes>,
 }
 
-/// A message that was opened.
+/// A message that has been opened.
 pub struct Opened {
     plain: Zeroizing<Vec<u8>>,
     meta: Option<std::ops::Range<usize>>,
@@ -302,7 +302,7 @@ impl Opened {
     }
 }
 
-/// Why a message does not open.
+/// Why a message can't be opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
     /// The signature is wrong.
@@ -311,13 +311,13 @@ pub enum OpenError {
     /// It was not sealed with this key, or was changed.
     #[error("it does not open")]
     Seal,
-    /// Its meta or its body is not what the flags say.
+    /// Its meta or its body does not match the flags.
     #[error("its content is malformed")]
     Content,
 }
 
 impl<'a> Envelope<'a> {
-    /// Reads an envelope to its last byte; `None` if it is none.
+    /// Parses an envelope, with no bytes left over; `None` if it is invalid.
     #[must_use]
     pub fn parse(bytes: &'a [u8]) -> Option<Self> {
         let mut cursor = Cursor::new(bytes);
@@ -379,7 +379,7 @@ impl<'a> Envelope<'a> {
         })
     }
 
-    /// Whether a signature comes with it. Whether it is good, [`Envelope::open`] says.
+    /// Whether it has a signature. [`Envelope::open`] verifies it.
     #[must_use]
     pub fn is_signed(&self) -> bool {
         self.signature.is_some()
@@ -395,7 +395,7 @@ impl<'a> Envelope<'a> {
     /// Checks the signature if there is one, and opens the message.
     ///
     /// # Errors
-    /// If it is not what it says.
+    /// If the signature is wrong, or the message can't be opened.
     pub fn open(&self, key: &Xaes, seal: &PublicKey) -> Result<Opened, OpenError> {
         if let Some(signature) = self.signature {
             let message = signed_message(self.header_bytes, self.nonce, self.sealed);
@@ -416,7 +416,7 @@ impl<'a> Envelope<'a> {
         }
         let raw = self.flags & BYTES != 0;
         let opened = Opened { plain, meta, raw };
-        // JSON is UTF-8; whether it is more than that, its reader sees.
+        // JSON must be UTF-8; the consumer checks the rest.
         if !raw && matches!(opened.body(), Body::Bytes(_)) {
             return Err(OpenError::Content);
         }

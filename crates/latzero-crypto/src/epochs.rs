@@ -1,5 +1,4 @@
-//! The epochs of a pool as a member knows them: the one that was accepted last, and those before
-//! it.
+//! The epochs of a pool that a member knows: the one accepted last, and earlier ones.
 
 use std::collections::VecDeque;
 
@@ -10,10 +9,10 @@ use crate::keys::PoolKey;
 use crate::sign::PublicKey;
 use crate::xaes::Xaes;
 
-/// How many epochs a member keeps keys of. Older content needs their descriptors again.
+/// Of how many epochs a member stores the keys. Older content needs their descriptors again.
 pub const EPOCHS_MAX: usize = 256;
 
-/// How long messages of the epoch before are taken after a rotation.
+/// How long messages of the previous epoch are accepted after a rotation.
 pub const GRACE_MS: u64 = 30_000;
 
 /// One epoch.
@@ -45,7 +44,7 @@ impl Epoch {
     }
 }
 
-/// The epochs of one pool, of a member that reads.
+/// The epochs of one pool, for a member that reads.
 pub struct Epochs {
     /// The newest first.
     known: VecDeque<Epoch>,
@@ -53,7 +52,7 @@ pub struct Epochs {
 }
 
 impl Epochs {
-    /// Begins with a descriptor that was accepted, and its pool key.
+    /// Starts with an accepted descriptor and its pool key.
     #[must_use]
     pub fn new(descriptor: Descriptor, key: PoolKey, now_ms: u64) -> Self {
         Epochs {
@@ -68,8 +67,8 @@ impl Epochs {
         &self.known[0]
     }
 
-    /// Goes on to an epoch that was accepted. Epochs between it and the current one are unknown;
-    /// where they matter they count as another membership.
+    /// Advances to an accepted epoch. Epochs between it and the current one are unknown and count
+    /// as a change of membership.
     pub fn advance(&mut self, descriptor: Descriptor, key: PoolKey, now_ms: u64) {
         if descriptor.epoch() <= self.current().descriptor.epoch() {
             return;
@@ -79,11 +78,11 @@ impl Epochs {
         self.accepted_ms = now_ms;
     }
 
-    /// Adds the epoch before the oldest one, for old content. Gives `false` where the history was
-    /// cut there, or [`EPOCHS_MAX`] are known.
+    /// Adds the epoch before the oldest known one, for old content. Returns `false` if the history
+    /// was cut there, or if [`EPOCHS_MAX`] are known.
     ///
     /// # Errors
-    /// If the descriptor is not the one that the oldest one names.
+    /// If the oldest known descriptor does not refer to this one.
     pub fn add_older(&mut self, descriptor: Descriptor) -> Result<bool, DescriptorError> {
         let oldest = &self.known[self.known.len() - 1];
         let Some(key) = oldest.descriptor.open_previous(&oldest.key, &descriptor)? else {
@@ -104,7 +103,7 @@ impl Epochs {
             .find(|known| known.descriptor.epoch() == epoch)
     }
 
-    /// The epoch of a message, where its messages still count.
+    /// The epoch of a message, if its messages are still accepted.
     #[must_use]
     pub fn of_message(&self, epoch: u32, kind: Kind, now_ms: u64) -> Option<&Epoch> {
         let current = &self.current().descriptor;
@@ -114,7 +113,7 @@ impl Epochs {
         if epoch < current.min_content_epoch() {
             return None;
         }
-        // Down from the current epoch, without a gap and without a removal of members.
+        // Goes back from the current epoch while there is no gap and no removal of members.
         let mut expected = current.epoch();
         let mut found = None;
         for known in &self.known {

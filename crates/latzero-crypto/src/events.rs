@@ -1,8 +1,8 @@
-//! What senders and receivers of sealed messages remember, so that the server cannot repeat,
-//! re-route, delay or exchange one without notice.
+//! The state that senders and receivers of sealed messages keep, so that the server cannot repeat,
+//! re-route, delay or exchange a message unnoticed.
 //!
-//! A message that fails a rule is dropped and counted. The order of the rules is that of the cost:
-//! nothing is remembered of a message before its signature and its seal were good.
+//! A message that fails a rule is dropped and counted. Cheap rules come first, and nothing is
+//! remembered of a message before its signature and its seal were verified.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,21 +14,21 @@ use crate::meta::{AnswerMeta, CallFrame, CallMeta};
 use crate::sign::SigningKey;
 use crate::xaes::Nonce;
 
-/// How far the clocks of sender and receiver may differ.
+/// The largest accepted difference between the clocks of sender and receiver.
 pub const CLOCK_MS_MAX: u64 = 30_000;
-/// How much older than the receiver's joining a message may be.
+/// How long before the receiver joined a message may have been sent.
 pub const BEFORE_JOIN_MS_MAX: u64 = 2_000;
 /// The longest life of a deferred message.
 pub const DEFERRED_MS_MAX: u64 = 30 * 24 * 60 * 60 * 1000;
-/// How far messages of a session may overtake each other.
+/// How far messages of a session may arrive out of order.
 pub const WINDOW: u64 = 1024;
 /// How many sessions a receiver remembers in a pool.
 pub const SESSIONS_MAX: usize = 4096;
-/// After what silence a session is forgotten.
+/// How long a session must be silent before it is forgotten.
 pub const SESSION_MS: u64 = 60_000;
-/// How many deferred calls of a pool a receiver remembers.
+/// How many deferred calls a receiver remembers in a pool.
 pub const DEFERRED_MAX: usize = 65_536;
-/// How many calls wait for answers in a pool.
+/// How many calls may wait for answers in a pool.
 pub const WAITING_MAX: usize = 65_536;
 
 /// A message's or a session's id.
@@ -38,22 +38,22 @@ pub type Id = [u8; 16];
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 #[repr(u8)]
 pub enum Dropped {
-    /// No envelope.
+    /// It is not an envelope.
     #[error("it is not a sealed message")]
     Layout,
-    /// Another pool's or suite's.
+    /// It belongs to another pool or suite.
     #[error("it belongs to another pool")]
     Pool,
     /// A kind that does not fit the frame's action.
     #[error("it is of another kind than its frame")]
     Kind,
-    /// Frame and header, or frame and meta, differ.
+    /// The frame differs from the header or the meta.
     #[error("its frame says something else")]
     Frame,
-    /// Not signed, where only writers count.
+    /// Not signed, although only writers are accepted.
     #[error("it needs a writer's signature")]
     Unprivileged,
-    /// An epoch whose messages do not count any more.
+    /// An epoch whose messages are no longer accepted.
     #[error("it is of an epoch that is over")]
     Epoch,
     /// Too old or too new.
@@ -62,7 +62,7 @@ pub enum Dropped {
     /// Seen before.
     #[error("it was seen before")]
     Replay,
-    /// Expired, or with an expiry that none may have.
+    /// Expired, or with an invalid expiry.
     #[error("it has expired")]
     Expired,
     /// A limit is reached.
@@ -87,11 +87,11 @@ pub enum Dropped {
 }
 
 impl Dropped {
-    /// How many reasons there are.
+    /// The number of reasons.
     const COUNT: usize = Dropped::Index as usize + 1;
 }
 
-/// What was dropped, by reason.
+/// The number of dropped messages, by reason.
 #[derive(Debug, Default)]
 pub struct Drops([u64; Dropped::COUNT]);
 
@@ -101,13 +101,13 @@ impl Drops {
         *count = count.saturating_add(1);
     }
 
-    /// How many for this reason.
+    /// The count for this reason.
     #[must_use]
     pub fn of(&self, why: Dropped) -> u64 {
         self.0[why as usize]
     }
 
-    /// How many in all.
+    /// The total count.
     #[must_use]
     pub fn total(&self) -> u64 {
         self.0
@@ -123,7 +123,7 @@ pub struct Sender {
     last_seq: u64,
 }
 
-/// What is emitted or called.
+/// The kind of message: emit or call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Act {
     /// An emit.
@@ -134,20 +134,20 @@ pub enum Act {
     DeferredCall,
 }
 
-/// A call or an emit before it is sealed. Id and nonce are random.
+/// A call or an emit to be sealed. Id and nonce are random.
 #[derive(Debug, Clone, Copy)]
 pub struct Outgoing<'a> {
-    /// What it is.
+    /// The kind.
     pub act: Act,
     /// The trigger's name.
     pub name: &'a str,
-    /// The AppID that must handle it, or nothing.
+    /// The AppID that must handle it, or an empty string.
     pub destination: &'a str,
     /// The message's id.
     pub msg_id: Id,
     /// The time in Unix milliseconds.
     pub now_ms: u64,
-    /// What is sealed beside the body.
+    /// The metadata that is sealed with the body.
     pub meta: &'a CallMeta,
     /// The body.
     pub body: Body<'a>,
@@ -155,7 +155,7 @@ pub struct Outgoing<'a> {
     pub nonce: Nonce,
 }
 
-/// An answer before it is sealed. Id and nonce are random.
+/// An answer to be sealed. Id and nonce are random.
 #[derive(Debug, Clone, Copy)]
 pub struct Answer<'a> {
     /// The message's id.
@@ -164,7 +164,7 @@ pub struct Answer<'a> {
     pub now_ms: u64,
     /// Status, index and headers; the call's idempotency key is added.
     pub meta: &'a AnswerMeta,
-    /// The body; of `error` the error object.
+    /// The body; for `error` the error object.
     pub body: Body<'a>,
     /// The nonce.
     pub nonce: Nonce,
@@ -177,7 +177,7 @@ impl Sender {
         self.session
     }
 
-    /// Begins a session. `session` is random, drawn for each connection.
+    /// Starts a session. `session` is random, generated for each connection.
     #[must_use]
     pub fn new(app_id: &str, session: Id) -> Self {
         Sender {
@@ -187,10 +187,10 @@ impl Sender {
         }
     }
 
-    /// Seals a call or an emit. With `seal` it is a privileged one, signed.
+    /// Seals a call or an emit. With `seal` it is privileged, that is, signed.
     ///
     /// # Errors
-    /// If a limit is passed.
+    /// If a limit is exceeded.
     pub fn seal(
         &mut self,
         epochs: &Epochs,
@@ -228,11 +228,11 @@ impl Sender {
         Ok(sealed)
     }
 
-    /// Seals an answer to a call that was received. A signed call gets a signed answer, for which
-    /// `seal` is needed.
+    /// Seals an answer to a received call. The answer to a signed call is signed too, which needs
+    /// `seal`.
     ///
     /// # Errors
-    /// If a limit is passed, or the key is missing.
+    /// If a limit is exceeded, or the key is missing.
     pub fn answer(
         &mut self,
         epochs: &Epochs,
@@ -297,7 +297,7 @@ impl Sender {
     }
 }
 
-/// The frame's action around a call or an emit.
+/// The action of the frame that carries a call or an emit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// `emit`.
@@ -306,7 +306,7 @@ pub enum Action {
     Trigger,
 }
 
-/// The frame in which a call or an emit came.
+/// The frame in which a call or an emit arrived.
 #[derive(Debug, Clone)]
 pub struct Incoming<'a> {
     /// Its action.
@@ -315,9 +315,9 @@ pub struct Incoming<'a> {
     pub process: &'a str,
     /// `origin.app_id`.
     pub origin: &'a str,
-    /// `destination`, or its `app_id`; nothing where it has none.
+    /// `destination`, or its `app_id`; empty if the frame has none.
     pub destination: &'a str,
-    /// What else it says.
+    /// Its other fields.
     pub frame: CallFrame<'a>,
     /// Whether the handler was registered as privileged.
     pub privileged: bool,
@@ -325,15 +325,15 @@ pub struct Incoming<'a> {
 
 /// A call or an emit that was received.
 pub struct Received {
-    /// What an answer needs.
+    /// What is needed to answer it.
     pub reply_to: ReplyTo,
-    /// What was sealed beside the body.
+    /// The metadata that was sealed with the body.
     pub meta: CallMeta,
     /// The content.
     pub opened: Opened,
 }
 
-/// What an answer needs of its call.
+/// What is needed to answer a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReplyTo {
     msg_id: Id,
@@ -365,14 +365,14 @@ impl ReplyTo {
     }
 }
 
-/// The frame in which an answer came.
+/// The frame in which an answer arrived.
 #[derive(Debug, Clone, Copy)]
 pub struct IncomingAnswer<'a> {
     /// The id of the call that the frame answers.
     pub call: Id,
-    /// `process`, where the frame has one.
+    /// `process`, if the frame has it.
     pub process: Option<&'a str>,
-    /// `origin.app_id`, where the frame has one.
+    /// `origin.app_id`, if the frame has it.
     pub origin: Option<&'a str>,
     /// `status`.
     pub status: &'a str,
@@ -384,7 +384,7 @@ pub struct ReceivedAnswer {
     pub meta: AnswerMeta,
     /// The content.
     pub opened: Opened,
-    /// Who answered.
+    /// The AppID that answered.
     pub from: String,
 }
 
@@ -401,11 +401,11 @@ pub struct PendingCall {
     pub deferred: bool,
     /// Whether it was signed.
     pub signed: bool,
-    /// How many items of its stream came.
+    /// How many items of its stream have arrived.
     pub items: u64,
 }
 
-/// Takes the messages of one pool for one app.
+/// Receives the messages of one pool for one app.
 pub struct Receiver {
     app_id: String,
     joined_ms: u64,
@@ -417,7 +417,7 @@ pub struct Receiver {
     drops: Drops,
 }
 
-/// Which numbers of a session were seen.
+/// The numbers of a session that have been seen.
 struct Window {
     highest: u64,
     seen: [u64; (WINDOW / 64) as usize],
@@ -434,8 +434,7 @@ impl Window {
 
     fn put(&mut self, seq: u64, now_ms: u64) {
         if seq > self.highest {
-            // Numbers that were passed over are not seen yet, and their bits are those of older
-            // ones.
+            // Skipped numbers have not been seen yet, and their bits still belong to older numbers.
             if seq - self.highest >= WINDOW {
                 self.seen = [0; (WINDOW / 64) as usize];
             } else {
@@ -459,7 +458,7 @@ fn bit(seq: u64) -> u64 {
 }
 
 impl Receiver {
-    /// Begins when the app has joined.
+    /// Starts when the app has joined.
     #[must_use]
     pub fn new(app_id: &str, now_ms: u64) -> Self {
         Receiver {
@@ -474,16 +473,16 @@ impl Receiver {
         }
     }
 
-    /// What was dropped.
+    /// The counters of dropped messages.
     #[must_use]
     pub fn drops(&self) -> &Drops {
         &self.drops
     }
 
-    /// Takes a call or an emit.
+    /// Receives a call or an emit.
     ///
     /// # Errors
-    /// If a rule fails. It was counted; the message is dropped.
+    /// If a rule fails. The message is dropped and counted.
     pub fn receive(
         &mut self,
         epochs: &Epochs,
@@ -549,7 +548,7 @@ impl Receiver {
         })
     }
 
-    /// What all messages have in common: pool, epoch, time, repetition, signature and seal.
+    /// The checks of all messages: pool, epoch, time, repetition, signature and seal.
     fn open(
         &mut self,
         epochs: &Epochs,
@@ -592,7 +591,7 @@ impl Receiver {
                 Ok(())
             };
         }
-        // A full table is looked through once a second at most, however much comes.
+        // A full table is searched at most once a second, however many messages arrive.
         if self.sessions.len() >= SESSIONS_MAX && now_ms.saturating_sub(self.swept_ms) >= 1000 {
             self.swept_ms = now_ms;
             self.sessions
@@ -650,8 +649,9 @@ impl Receiver {
             .put(header.seq, now_ms);
     }
 
-    /// The final answer of a deferred call was given to the connection: it does not run again.
-    /// Gives what the caller keeps on disk until then: the id and the time of its expiry.
+    /// Records that the final answer of a deferred call was passed to the connection, so that the
+    /// call does not run again. Returns what the caller must store on disk until it expires: the id
+    /// and the time of expiry.
     pub fn finish(&mut self, call: &ReplyTo) -> Option<(Id, u64)> {
         if !self.under_way.remove(&call.msg_id) {
             return None;
@@ -660,12 +660,12 @@ impl Receiver {
         Some((call.msg_id, call.expires_ms))
     }
 
-    /// A deferred call ended without an answer and may be delivered again.
+    /// Records that a deferred call ended without an answer and may be delivered again.
     pub fn abandon(&mut self, call: &ReplyTo) {
         self.under_way.remove(&call.msg_id);
     }
 
-    /// Takes back from disk what was finished before.
+    /// Restores finished calls from disk.
     pub fn restore(&mut self, finished: impl IntoIterator<Item = (Id, u64)>, now_ms: u64) {
         let unexpired = finished
             .into_iter()
@@ -673,8 +673,8 @@ impl Receiver {
         self.finished.extend(unexpired.take(DEFERRED_MAX));
     }
 
-    /// Waits for the answers to a call. Gives `false` where [`WAITING_MAX`] calls wait: the call
-    /// must not be sent.
+    /// Starts to wait for the answers to a call. Returns `false` if [`WAITING_MAX`] calls are
+    /// waiting: the call must not be sent then.
     #[must_use]
     pub fn wait(&mut self, msg_id: Id, waiting: PendingCall) -> bool {
         let room = self.waiting.len() < WAITING_MAX;
@@ -684,16 +684,16 @@ impl Receiver {
         room
     }
 
-    /// Waits no longer: the call ended otherwise.
+    /// Stops waiting: the call ended in another way.
     pub fn forget(&mut self, msg_id: &Id) -> Option<PendingCall> {
         self.waiting.remove(msg_id)
     }
 
-    /// Takes an answer. A final one ends the wait.
+    /// Receives an answer. A final one ends the wait.
     ///
     /// # Errors
-    /// If a rule fails. It was counted; the answer is dropped, and the call goes on waiting.
-    /// After [`Dropped::Index`] of a final answer it does not: it ends with `integrity`.
+    /// If a rule fails. The answer is dropped and counted, and the call keeps waiting, except after
+    /// [`Dropped::Index`] for a final answer: the call then ends with `integrity`.
     pub fn receive_answer(
         &mut self,
         epochs: &Epochs,
@@ -728,8 +728,8 @@ impl Receiver {
             && waiting.destination.as_deref().is_none_or(|app| app == header.sender)
             && waiting.deferred == header.kind.is_deferred()
             && (!waiting.signed || envelope.is_signed())
-            // The answer to a repeat may be the first call's: then the key must be the same, as is
-            // checked below.
+            // The answer to a repeat may be the answer to the first call. Its key must then be the
+            // same, which is checked below.
             && (header.in_reply_to == frame.call || waiting.idempotency_key.is_some());
         if !awaited {
             return Err(Dropped::NotAwaited);

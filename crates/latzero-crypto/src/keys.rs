@@ -1,8 +1,8 @@
 //! The keys of a pool: SigilKey joins, CipherShard reads, OblivionSeal writes; an owner key may
 //! decide rotations.
 //!
-//! A key travels as a token, which names what it is for, carries the pin of the pool's owner and
-//! notices typing errors. Everything else is derived here, with a label for each use.
+//! A key is passed around as a token, which contains its kind and the pin of the pool's owner, and
+//! detects typing errors. Everything else is derived from the keys here, with a label for each use.
 
 use std::fmt::Write as _;
 
@@ -16,27 +16,27 @@ use crate::text;
 use crate::xaes::Xaes;
 use crate::{derive, expand, hash};
 
-/// A secret of 32 bytes. It wipes itself, and is neither printed nor copied by chance.
+/// A secret of 32 bytes. It is wiped when dropped, and can't be printed or copied by accident.
 pub struct Secret(Zeroizing<[u8; 32]>);
 
 impl Secret {
-    /// Takes a secret. The caller wipes its own copy.
+    /// Wraps a secret. The caller must wipe its own copy.
     #[must_use]
     pub fn new(bytes: [u8; 32]) -> Self {
         Secret(Zeroizing::new(bytes))
     }
 
-    /// Fills a secret in place, say with random bytes.
+    /// Fills a secret in place, for example with random bytes.
     ///
     /// # Errors
-    /// What `fill` gives.
+    /// The errors of `fill`.
     pub fn filled<E>(fill: impl FnOnce(&mut [u8]) -> Result<(), E>) -> Result<Self, E> {
         let mut secret = Secret::new([0; 32]);
         fill(&mut secret.0[..])?;
         Ok(secret)
     }
 
-    /// A secret of bytes that are known to be 32.
+    /// Copies a secret from a slice of 32 bytes.
     pub(crate) fn copied(bytes: &[u8]) -> Self {
         let mut secret = Secret::new([0; 32]);
         secret.0.copy_from_slice(bytes);
@@ -66,7 +66,7 @@ pub const TOKEN_BYTES: usize = 75;
 /// The largest key file.
 pub const KEY_FILE_BYTES_MAX: usize = 64 << 10;
 
-/// What a key is for.
+/// The kind of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Kind {
@@ -76,7 +76,7 @@ pub enum Kind {
     Shard = 2,
     /// OblivionSeal: writes, together with both.
     Seal = 3,
-    /// The optional owner key: decides creation and rotation.
+    /// The optional owner key: required for creation and rotation.
     Owner = 4,
 }
 
@@ -84,7 +84,7 @@ impl Kind {
     /// Every kind, in the order of a key file.
     pub const ALL: [Kind; 4] = [Kind::Sigil, Kind::Shard, Kind::Seal, Kind::Owner];
 
-    /// How its tokens begin.
+    /// The prefix of its tokens.
     #[must_use]
     pub fn prefix(self) -> &'static str {
         match self {
@@ -111,16 +111,16 @@ impl Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Roles {
-    /// Be a member.
+    /// May be a member.
     Join = 1,
-    /// And read.
+    /// May read too.
     Read = 3,
-    /// And write.
+    /// May write too.
     Write = 7,
 }
 
 impl Roles {
-    /// Reads the number of the wire: 1, 3 or 7.
+    /// Converts the number on the wire: 1, 3 or 7.
     #[must_use]
     pub fn from_number(number: u64) -> Option<Self> {
         match number {
@@ -138,22 +138,22 @@ impl Roles {
     }
 }
 
-/// Why keys are not taken: `key_format`. No message quotes what it refuses.
+/// Why keys are rejected: `key_format`. No message quotes the rejected text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
-    /// Not the length of a token.
+    /// The wrong length for a token.
     #[error("a token has 75 characters; check that it was copied completely")]
     TokenLength,
-    /// Not the beginning of a token.
+    /// An unknown token prefix.
     #[error("a token begins with lzs1_, lzc1_, lzo1_ or lzw1_")]
     TokenPrefix,
-    /// Another kind of key than the place asks for.
+    /// A key of another kind than required.
     #[error("this token is not a {}; one kind of key cannot replace another", .0.name())]
     WrongKind(Kind),
-    /// Characters that no token has.
+    /// Characters that are not allowed in a token.
     #[error("a token has letters, digits, '-' and '_' only; check that it was copied completely")]
     TokenText,
-    /// The checksum does not fit.
+    /// The checksum is wrong.
     #[error("the token's checksum is wrong; it was mistyped or not copied completely")]
     Checksum,
     /// Tokens of two pools, or of a pool before and after its owner changed.
@@ -162,7 +162,7 @@ pub enum KeyError {
     /// Two keys of one kind.
     #[error("there are two of the same kind: {}", .0.name())]
     Twice(Kind),
-    /// A key that the use needs is missing.
+    /// A required key is missing.
     #[error("the {} is missing", .0.name())]
     Missing(Kind),
     /// A key that is too short.
@@ -174,10 +174,10 @@ pub enum KeyError {
     /// A key that is too long.
     #[error("a key has 32 bytes, and this one is longer; tokens are read as text, not as raw keys")]
     TooLong,
-    /// A passphrase where a key belongs.
+    /// A passphrase instead of a key.
     #[error("these 32 bytes are text, not a random key; derive a key with Key.from_passphrase")]
     Passphrase,
-    /// A key file that is no text, or is too large.
+    /// A key file that is not text, or is too large.
     #[error("a key file is UTF-8 text of at most 64 KiB, one token a line")]
     File,
     /// An app key that is not well formed.
@@ -185,10 +185,10 @@ pub enum KeyError {
     AppKey,
 }
 
-/// Reads a raw key: exactly 32 bytes, which are not all printable.
+/// Checks a raw key: exactly 32 bytes, which are not all printable.
 ///
 /// # Errors
-/// If the length is another, or the bytes look like a passphrase.
+/// If the length is wrong, or the bytes look like a passphrase.
 pub fn raw_key(bytes: &[u8]) -> Result<Secret, KeyError> {
     if bytes.len() < 32 {
         return Err(KeyError::TooShort);
@@ -200,7 +200,7 @@ pub fn raw_key(bytes: &[u8]) -> Result<Secret, KeyError> {
     Ok(Secret::copied(key))
 }
 
-/// A token, read.
+/// A parsed token.
 pub struct Token {
     /// What it is for.
     pub kind: Kind,
@@ -211,10 +211,10 @@ pub struct Token {
 }
 
 impl Token {
-    /// Reads a token.
+    /// Parses a token.
     ///
     /// # Errors
-    /// If the text is not one.
+    /// If the text is not a valid token.
     pub fn parse(token: &str) -> Result<Self, KeyError> {
         let kind = Kind::ALL
             .into_iter()
@@ -236,10 +236,10 @@ impl Token {
         })
     }
 
-    /// Reads a token where one of this kind belongs.
+    /// Parses a token that must be of this kind.
     ///
     /// # Errors
-    /// If the text is not one, or one of another kind.
+    /// If the text is not a valid token, or is of another kind.
     pub fn parse_as(kind: Kind, token: &str) -> Result<Self, KeyError> {
         let token = Token::parse(token)?;
         if token.kind == kind {
@@ -249,7 +249,7 @@ impl Token {
         }
     }
 
-    /// Writes the token.
+    /// The token as text.
     #[must_use]
     pub fn to_text(&self) -> Zeroizing<String> {
         let body = Bytes::new().raw(&*self.secret).raw(&self.pin);
@@ -257,11 +257,11 @@ impl Token {
     }
 }
 
-/// `prefix`, then `body` and its checksum as text.
+/// `prefix`, followed by `body` and its checksum as text.
 pub(crate) fn with_checksum(prefix: &str, body: &[u8]) -> Zeroizing<String> {
     let check = checksum(prefix, body);
     let encoded = Zeroizing::new(text::encode(Bytes::new().raw(body).raw(&check).as_slice()));
-    // One allocation, so that no part of the secret stays behind in another.
+    // One allocation, so that no part of the secret stays in another buffer.
     let mut token = Zeroizing::new(String::with_capacity(prefix.len() + encoded.len()));
     token.push_str(prefix);
     token.push_str(&encoded);
@@ -280,7 +280,7 @@ pub fn pin_of(owner: &PublicKey) -> Pin {
     hash[..16].try_into().expect("half of a hash")
 }
 
-/// The secrets of a new pool, as the system's generator gave them.
+/// The secrets of a new pool, from the system's random generator.
 pub struct NewKeys {
     /// SigilKey.
     pub sigil: Secret,
@@ -288,7 +288,7 @@ pub struct NewKeys {
     pub shard: Secret,
     /// OblivionSeal.
     pub seal: Secret,
-    /// The owner key, where rotations need one of their own.
+    /// The owner key, if rotations need a key of their own.
     pub owner: Option<Secret>,
 }
 
@@ -308,7 +308,7 @@ impl KeySet {
         }
     }
 
-    /// The keys of a new pool. They are pinned to the owner that they make.
+    /// The keys of a new pool, pinned to its owner.
     #[must_use]
     pub fn new_pool(keys: NewKeys) -> Self {
         let mut set = KeySet::empty();
@@ -322,10 +322,10 @@ impl KeySet {
         set
     }
 
-    /// Reads tokens: at most one of each kind, all of one owner.
+    /// Parses tokens: at most one of each kind, all of one owner.
     ///
     /// # Errors
-    /// If one is no token, or they do not belong together.
+    /// If one is invalid, or they do not belong together.
     pub fn from_tokens<'a>(tokens: impl IntoIterator<Item = &'a str>) -> Result<Self, KeyError> {
         let mut set = KeySet::empty();
         for token in tokens {
@@ -341,11 +341,11 @@ impl KeySet {
         Ok(set)
     }
 
-    /// Reads the text of a key file: one token a line; empty lines and lines that begin with `#` do
-    /// not count.
+    /// Parses a key file: one token per line; empty lines and lines that begin with `#` are
+    /// ignored.
     ///
     /// # Errors
-    /// If it is no text, has another line, or its tokens do not belong together.
+    /// If it is not text, has an invalid line, or its tokens do not belong together.
     pub fn from_file(text: &[u8]) -> Result<Self, KeyError> {
         if text.len() > KEY_FILE_BYTES_MAX {
             return Err(KeyError::File);
@@ -357,18 +357,18 @@ impl KeySet {
         Self::from_tokens(lines)
     }
 
-    /// Reads the tokens of an environment variable, separated by spaces.
+    /// Parses the tokens of an environment variable, separated by spaces.
     ///
     /// # Errors
-    /// If one is no token, or they do not belong together.
+    /// If one is invalid, or they do not belong together.
     pub fn from_variable(text: &str) -> Result<Self, KeyError> {
         Self::from_tokens(text.split(' ').filter(|token| !token.is_empty()))
     }
 
-    /// Takes raw keys. They have no pin: the first owner that is seen must be trusted.
+    /// Creates a set of raw keys. They have no pin, so the first owner seen must be trusted.
     ///
     /// # Errors
-    /// If one is no key ([`raw_key`]), or two are of one kind.
+    /// If one is not a valid key ([`raw_key`]), or two are of the same kind.
     pub fn from_raw(keys: &[(Kind, &[u8])]) -> Result<Self, KeyError> {
         let mut set = KeySet::empty();
         for (kind, bytes) in keys {
@@ -386,7 +386,7 @@ impl KeySet {
         Ok(())
     }
 
-    /// The same keys, used through another library.
+    /// The same keys, used with another library.
     #[must_use]
     pub fn with_backend(mut self, backend: &'static dyn Backend) -> Self {
         self.backend = backend;
@@ -399,13 +399,13 @@ impl KeySet {
         self.pin
     }
 
-    /// Whether a key of this kind is here.
+    /// Whether the set has a key of this kind.
     #[must_use]
     pub fn has(&self, kind: Kind) -> bool {
         self.keys[kind as usize - 1].is_some()
     }
 
-    /// The most that these keys can prove.
+    /// The highest role that these keys can prove.
     #[must_use]
     pub fn roles(&self) -> Option<Roles> {
         let [sigil, shard, seal, _] = Kind::ALL.map(|kind| self.has(kind));
@@ -417,7 +417,7 @@ impl KeySet {
         }
     }
 
-    /// The token of a key that is here; `None` with raw keys too, which have no pin.
+    /// The token of a key in this set; `None` for raw keys, which have no pin.
     #[must_use]
     pub fn token(&self, kind: Kind) -> Option<Zeroizing<String>> {
         let token = Token {
@@ -431,7 +431,7 @@ impl KeySet {
     /// The text of a key file with these kinds of keys.
     ///
     /// # Errors
-    /// If one of them is not here.
+    /// If the set lacks one of them.
     pub fn to_file(&self, kinds: &[Kind]) -> Result<Zeroizing<String>, KeyError> {
         let mut text = Zeroizing::new(String::with_capacity(kinds.len() * (TOKEN_BYTES + 1)));
         for kind in kinds {
@@ -468,7 +468,7 @@ impl KeySet {
         self.signing(Kind::Shard, "sig/read")
     }
 
-    /// Proves that its holder may write. It signs challenges only, never content.
+    /// Proves that its holder may write. It signs only challenges, never content.
     #[must_use]
     pub fn write_key(&self) -> Option<SigningKey> {
         self.signing(Kind::Seal, "sig/write")
@@ -480,8 +480,8 @@ impl KeySet {
         self.signing(Kind::Seal, "sig/seal")
     }
 
-    /// Signs descriptors: the owner key's where there is one, otherwise one that all three keys
-    /// make.
+    /// Signs descriptors: the owner key if there is one, otherwise a key derived from all three
+    /// keys.
     #[must_use]
     pub fn owner_key(&self) -> Option<SigningKey> {
         if let Some(key) = self.signing(Kind::Owner, "sig/owner") {
@@ -490,7 +490,7 @@ impl KeySet {
         Some(signing_key(self.ikm3()?.as_slice(), "sig/owner"))
     }
 
-    /// All three keys, with their lengths, so that no other three give the same bytes.
+    /// All three keys with their lengths, so that no other three keys give the same bytes.
     fn ikm3(&self) -> Option<Bytes> {
         Some(self.ikm2()?.prefixed(&**self.require(Kind::Seal).ok()?))
     }
@@ -519,7 +519,7 @@ impl KeySet {
         Some(Xaes::new(&*self.read_kek_bytes(epoch)?, self.backend))
     }
 
-    /// The same as bytes, for vectors.
+    /// The same, as bytes, for vectors.
     #[doc(hidden)]
     #[must_use]
     pub fn read_kek_bytes(&self, epoch: &EpochId) -> Option<Secret> {
@@ -535,14 +535,14 @@ fn signing_key(secret: &[u8], purpose: &str) -> SigningKey {
     SigningKey::from_seed(&derive(&[0; 32], secret, Bytes::label(purpose).as_slice()))
 }
 
-/// What the keys of an epoch depend on.
+/// The inputs from which the keys of an epoch are derived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EpochId {
     /// The pool's id, random at its creation.
     pub pool_id: [u8; 16],
     /// The epoch's number, from 1.
     pub epoch: u32,
-    /// The epoch's salt, random at its beginning.
+    /// The epoch's salt, random.
     pub salt: [u8; 32],
 }
 
@@ -552,7 +552,7 @@ impl EpochId {
     }
 }
 
-/// The pool key of one epoch, and what follows from it.
+/// The pool key of one epoch, from which other keys are derived.
 pub struct PoolKey {
     key: Secret,
     backend: &'static dyn Backend,
@@ -575,14 +575,13 @@ impl PoolKey {
             .expect("a key and a tag")
     }
 
-    /// The key check value, which is public: whoever unwraps a key sees whether it is the right
-    /// one.
+    /// The key check value, which is public: it shows whether an unwrapped key is the right one.
     #[must_use]
     pub fn check_value(&self) -> [u8; 32] {
         *expand(&self.key, Bytes::label("key-check").as_slice())
     }
 
-    /// Whether this is the key of a check value.
+    /// Whether this key has the check value.
     #[must_use]
     pub fn fits(&self, check_value: &[u8; 32]) -> bool {
         self.check_value().ct_eq(check_value).into()
@@ -610,7 +609,7 @@ impl PoolKey {
         Xaes::new(&expand(&self.key, info.as_slice()), self.backend)
     }
 
-    /// Wraps the key of the epoch before.
+    /// Wraps the key of the previous epoch.
     pub(crate) fn previous_kek(&self) -> Xaes {
         Xaes::new(
             &expand(&self.key, Bytes::label("prev-wrap").as_slice()),

@@ -1,4 +1,4 @@
-//! Keys, proofs and sealing of encrypted pools, to the byte.
+//! Keys, proofs and sealing of encrypted pools, exact to the byte.
 //!
 //! Everything here is a function of its arguments: no IO, no clock, no randomness, no threads.
 //! Nonces, secrets and the time come from the caller, so a server that only checks proofs, a
@@ -6,15 +6,15 @@
 //! nothing of sockets, messages, or who asks.
 //!
 //! - [`keys`]: the keys of a pool, their tokens and what is derived from them
-//! - [`descriptor`]: what everybody may know of a pool, signed; creation, rotation and acceptance
+//! - [`descriptor`]: the public, signed description of a pool; creation, rotation and acceptance
 //! - [`proof`]: joining a pool, app keys, and the mutual proof of administrators
 //! - [`block`]: blocks in chunks under a signed manifest
 //! - [`envelope`]: one sealed event, call or answer
-//! - [`events`]: what a sender and a receiver remember, against replay and re-routing
+//! - [`events`]: the state of senders and receivers, against replay and re-routing
 //! - [`xaes`] and [`backend`]: the cipher, and the two libraries that can provide it
 //!
-//! Secrets wipe themselves, and no type that holds a key can be printed, but for the text of a
-//! token, which is made to be. Errors never quote their input.
+//! Secrets are wiped when dropped, and no type that holds a key can be printed, except the text of
+//! a token. Errors never quote their input.
 
 pub mod app_key;
 pub mod backend;
@@ -32,7 +32,7 @@ pub mod sign;
 pub mod text;
 pub mod xaes;
 
-/// Wipes its content when it is dropped.
+/// Wipes its content when dropped.
 pub use zeroize::Zeroizing;
 
 use bytes::Bytes;
@@ -44,12 +44,12 @@ use keys::Secret;
 pub enum Suite {
     /// Blocks and events are sealed.
     Sealed = 0x0001,
-    /// Events are sealed; blocks are plain, and the keys decide who gets their memory.
+    /// Events are sealed; blocks are plain, and the keys decide who may access their memory.
     Gated = 0x0101,
 }
 
 impl Suite {
-    /// Reads a suite's number. Another number than these two is a downgrade, or a newer version.
+    /// Converts a suite's number. Any other number is a downgrade, or a newer version.
     #[must_use]
     pub fn from_number(number: u16) -> Option<Self> {
         match number {
@@ -74,18 +74,18 @@ pub const NAME_BYTES_MAX: usize = 255;
 
 /// Whether `name` is 1 to 255 bytes without control characters.
 ///
-/// Names are compared byte by byte: normalisation differs between implementations of Unicode.
+/// Names are compared byte by byte, because normalization differs between Unicode implementations.
 #[must_use]
 pub fn is_name(name: &str) -> bool {
     (1..=NAME_BYTES_MAX).contains(&name.len()) && !name.chars().any(char::is_control)
 }
 
-/// Extract and expand: 32 bytes of HKDF-SHA256.
+/// HKDF-SHA256, extract and expand: 32 bytes.
 fn derive(salt: &[u8; 32], ikm: &[u8], info: &[u8]) -> Secret {
     expand_by(&hkdf::Hkdf::new(Some(salt), ikm), info)
 }
 
-/// Expand alone: 32 bytes from a key that is uniform already.
+/// HKDF-SHA256, expand only: 32 bytes from a key that is already uniform.
 fn expand(key: &[u8; 32], info: &[u8]) -> Secret {
     let key = hkdf::Hkdf::from_prk(key).expect("a key has the length of a hash");
     expand_by(&key, info)
@@ -102,7 +102,7 @@ pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     backend::preferred().sha256(&[bytes])
 }
 
-/// SHA-256 of what was written.
+/// SHA-256 of the written bytes.
 fn hash(bytes: &Bytes) -> [u8; 32] {
     sha256(bytes.as_slice())
 }

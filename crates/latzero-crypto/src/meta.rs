@@ -1,9 +1,9 @@
-//! What is sealed beside a body, because the server carries it in the clear and could change it.
+//! Metadata that is sealed with a body. The server has a copy in the clear, which it could change.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// The ttl of a call that names none, in milliseconds.
+/// The default ttl of a call, in milliseconds.
 pub const TTL_MS_DEFAULT: u64 = 30_000;
 
 /// The longest meta in bytes.
@@ -37,7 +37,7 @@ pub struct CallMeta {
     /// The key of a sticky route.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
-    /// The key by which a repeat is noticed.
+    /// The key that identifies repeats.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub idempotency_key: Option<String>,
     /// The blocks that the call lends, in order.
@@ -66,10 +66,10 @@ impl Default for CallMeta {
     }
 }
 
-/// What the frame around a call says in the clear.
+/// The fields in the clear of the frame around a call.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CallFrame<'a> {
-    /// The ttl that is left; the default where the frame has none.
+    /// The remaining ttl; the default if the frame has none.
     pub ttl: Option<u64>,
     /// `window`.
     pub window: Option<u64>,
@@ -77,24 +77,24 @@ pub struct CallFrame<'a> {
     pub key: Option<&'a str>,
     /// The header `idempotency-key`.
     pub idempotency_key: Option<&'a str>,
-    /// `blocks`, of which the frame may say more.
+    /// `blocks`; the frame may have more fields for each.
     pub blocks: Vec<LentBlock>,
 }
 
 impl CallMeta {
-    /// Reads the meta of an envelope; without one everything has its default.
+    /// Parses the meta of an envelope; absent fields have their defaults.
     #[must_use]
     pub fn parse(meta: Option<&str>) -> Option<Self> {
         object(meta)
     }
 
-    /// The text to seal; `None` if everything has its default.
+    /// The text to be sealed; `None` if everything has its default.
     #[must_use]
     pub fn to_text(&self) -> Option<String> {
         (*self != Self::default()).then(|| json(self))
     }
 
-    /// Whether the frame says the same as far as it says something.
+    /// Whether the fields that the frame has agree with the meta.
     #[must_use]
     pub fn agrees(&self, frame: &CallFrame<'_>) -> bool {
         frame.ttl.unwrap_or(TTL_MS_DEFAULT) <= self.ttl
@@ -110,10 +110,10 @@ impl CallMeta {
 pub struct AnswerMeta {
     /// `ok`, `partial`, `error`.
     pub status: String,
-    /// The number of a `partial` item from 0, or how many there were.
+    /// The number of a `partial` item from 0, or the total in a final response.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub index: Option<u64>,
-    /// The call's.
+    /// The idempotency key of the call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub idempotency_key: Option<String>,
     /// The handler's headers.
@@ -122,19 +122,19 @@ pub struct AnswerMeta {
 }
 
 impl AnswerMeta {
-    /// Reads the meta of an envelope; a response has one always.
+    /// Parses the meta of an envelope; a response always has one.
     #[must_use]
     pub fn parse(meta: Option<&str>) -> Option<Self> {
         object(Some(meta?))
     }
 
-    /// The text to seal.
+    /// The text to be sealed.
     #[must_use]
     pub fn to_text(&self) -> String {
         json(self)
     }
 
-    /// Whether this is an item of a stream, after which others follow.
+    /// Whether this is an item of a stream, so that others follow.
     #[must_use]
     pub fn is_partial(&self) -> bool {
         self.status == "partial"
@@ -145,7 +145,7 @@ fn json(meta: &impl Serialize) -> String {
     serde_json::to_string(meta).expect("strings, numbers and JSON")
 }
 
-/// Reads an object. An array would do for serde, but not for other languages.
+/// Parses an object. serde would accept an array too, but other languages would not.
 fn object<T: for<'a> Deserialize<'a>>(meta: Option<&str>) -> Option<T> {
     let text = meta.unwrap_or("{}");
     let opens = text
@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_meta_is_an_object_whose_members_have_their_types() {
+    fn a_meta_is_an_object_with_typed_members() {
         let good = |text| CallMeta::parse(Some(text)).is_some();
         assert!(good("{}") && good(" {\"ttl\":5} ") && good("{\"unknown\":[1]}"));
         for text in [

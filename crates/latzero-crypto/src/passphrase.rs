@@ -1,5 +1,5 @@
-//! Keys from passphrases, for people who must type them. Whoever steals the server's data can guess
-//! them offline.
+//! Keys from passphrases, for people who must type them. An attacker with the server's data can
+//! guess them offline.
 
 use zeroize::Zeroize as _;
 
@@ -7,13 +7,13 @@ use crate::bytes::Bytes;
 use crate::hash;
 use crate::keys::{Kind, Secret};
 
-/// Memory of one derivation in KiB. The parameters belong to the version of the label: no server
+/// Memory of one derivation in KiB. The parameters are fixed by the version of the label: no server
 /// chooses them.
 const MEMORY_KIB: u32 = 65_536;
 const PASSES: u32 = 3;
 const LANES: u32 = 4;
 
-/// What must be said wherever a passphrase is used.
+/// The warning that must be shown wherever a passphrase is used.
 pub const WARNING: &str =
     "anyone with a copy of the server's data directory can guess the passphrase";
 
@@ -28,10 +28,10 @@ pub fn salt(kind: Kind, pool: &str) -> [u8; 16] {
     hash[..16].try_into().expect("half of a hash")
 }
 
-/// Derives a key with Argon2id, in 64 MiB of memory and the better part of a second.
+/// Derives a key with Argon2id, using 64 MiB of memory and most of a second.
 ///
 /// # Errors
-/// If the memory is not there.
+/// If the memory is not available.
 pub fn key(kind: Kind, pool: &str, passphrase: &[u8]) -> Result<Secret, OutOfMemory> {
     let params = argon2::Params::new(MEMORY_KIB, PASSES, LANES, Some(32)).expect("constants");
     let mut blocks: Vec<argon2::Block> = Vec::new();

@@ -6,11 +6,11 @@ use ed25519_dalek::{Signature, Signer as _, VerifyingKey};
 /// A signature's bytes.
 pub type SignatureBytes = [u8; 64];
 
-/// A secret key. It wipes itself.
+/// A secret key. It is wiped when dropped.
 pub struct SigningKey(ed25519_dalek::SigningKey);
 
 impl SigningKey {
-    /// The key of a seed: any 32 bytes are one.
+    /// The key of a seed; any 32 bytes are valid.
     #[must_use]
     pub fn from_seed(seed: &[u8; 32]) -> Self {
         SigningKey(ed25519_dalek::SigningKey::from_bytes(seed))
@@ -29,16 +29,16 @@ impl SigningKey {
     }
 }
 
-/// A public key that was checked: a canonical encoding of a point that is not of small order.
+/// A public key that was checked: the canonical encoding of a point that is not of small order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PublicKey(VerifyingKey);
 
 impl PublicKey {
-    /// Checks a key that came from somewhere.
+    /// Checks a key from an untrusted source.
     #[must_use]
     pub fn parse(bytes: &[u8; 32]) -> Option<Self> {
         let point = CompressedEdwardsY(*bytes).decompress()?;
-        // `decompress` takes some points in two forms; only their own re-encoding counts.
+        // `decompress` accepts two encodings of some points; only the canonical one is valid.
         if point.compress().as_bytes() != bytes || point.is_small_order() {
             return None;
         }
@@ -51,8 +51,8 @@ impl PublicKey {
         self.0.to_bytes()
     }
 
-    /// Whether `signature` is this key's of `message`. A malleated one is not, nor one whose point
-    /// is of small order or in another encoding than its own.
+    /// Whether `signature` is this key's signature of `message`. Malleable signatures are rejected,
+    /// and signatures whose point is of small order or not canonically encoded.
     #[must_use]
     pub fn verify(&self, message: &[u8], signature: &SignatureBytes) -> bool {
         let signature = Signature::from_bytes(signature);

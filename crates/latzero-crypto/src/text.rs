@@ -1,4 +1,4 @@
-//! The text form of bytes: base64url without padding, exactly one text for each value.
+//! The text form of bytes: base64url without padding, with exactly one text for each value.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -10,14 +10,14 @@ pub fn encode(bytes: &[u8]) -> String {
     URL_SAFE_NO_PAD.encode(bytes)
 }
 
-/// Reads text of exactly `N` bytes. Padding, other characters, unused bits that are not 0 and other
-/// lengths are refused. The length is looked at first, so nothing large is decoded.
+/// Decodes text of exactly `N` bytes. Padding, other characters, unused bits that are not 0 and
+/// other lengths are refused. The length is checked first, so nothing large is decoded.
 #[must_use]
 pub fn decode<const N: usize>(text: &str) -> Option<[u8; N]> {
     decode_secret(text).map(|bytes| *bytes)
 }
 
-/// Reads text of at most `max` bytes, by the same rules.
+/// Decodes text of at most `max` bytes, by the same rules.
 #[must_use]
 pub fn decode_within(text: &str, max: usize) -> Option<Vec<u8>> {
     if text.len() > (max * 8).div_ceil(6) {
@@ -26,7 +26,7 @@ pub fn decode_within(text: &str, max: usize) -> Option<Vec<u8>> {
     URL_SAFE_NO_PAD.decode(text).ok()
 }
 
-/// The same, for what must not stay in memory.
+/// As [`decode`], for secrets.
 pub(crate) fn decode_secret<const N: usize>(text: &str) -> Option<Zeroizing<[u8; N]>> {
     if text.len() != (N * 8).div_ceil(6) {
         return None;
@@ -46,7 +46,7 @@ mod tests {
     fn one_value_has_one_text() {
         assert_eq!(encode(&[0xfb, 0xff]), "-_8");
         assert_eq!(decode::<2>("-_8"), Some([0xfb, 0xff]));
-        // Other alphabet, padding, stray bits, spaces, other lengths, other scripts.
+        // Another alphabet, padding, non-zero unused bits, spaces, wrong lengths, other scripts.
         for text in ["+/8", "-_8=", "-_9", "-_ ", " -_", "", "-_8A", "-_", "é8"] {
             assert_eq!(decode::<2>(text), None, "{text}");
         }

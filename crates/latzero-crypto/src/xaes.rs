@@ -13,7 +13,7 @@ use crate::backend::{Backend, TAG_BYTES};
 /// The length of a nonce in bytes.
 pub const NONCE_BYTES: usize = 24;
 
-/// A nonce: random, drawn by the caller for each use.
+/// A nonce, which the caller generates at random for each use.
 pub type Nonce = [u8; NONCE_BYTES];
 
 /// A key, ready for use.
@@ -53,8 +53,8 @@ impl Xaes {
         sealed
     }
 
-    /// The plaintext of `sealed`, which is taken so that it cannot change between check and use.
-    /// Nothing is returned if the tag is wrong.
+    /// Decrypts `sealed`, which is taken by value so that it cannot change between check and use.
+    /// Returns nothing if the tag is wrong.
     #[must_use]
     pub fn open(&self, nonce: &Nonce, aad: &[u8], mut sealed: Vec<u8>) -> Option<Vec<u8>> {
         let length = sealed.len().checked_sub(TAG_BYTES)?;

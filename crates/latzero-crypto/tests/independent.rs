@@ -1,8 +1,8 @@
-//! The checker in Python, which shares no code with this crate: it computes the vectors anew, and
-//! opens what this crate makes.
+//! The checker in Python, which shares no code with this crate: it computes the vectors again, and
+//! opens what this crate creates.
 //!
-//! It runs in a virtual environment under the target directory. Where there is no Python, or its
-//! packages cannot be installed, it is left out with a line on standard error; in continuous
+//! It runs in a virtual environment under the target directory. If there is no Python, or its
+//! packages cannot be installed, the test is skipped with a line on standard error; in continuous
 //! integration (`CI` is set) that is a failure.
 
 mod common;
@@ -27,7 +27,7 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../conformance/keys")
 }
 
-/// The environment's interpreter, made once.
+/// The interpreter of the environment, created once.
 static PYTHON: LazyLock<Result<PathBuf, String>> = LazyLock::new(|| {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("keys-checker");
     let python = dir.join("bin/python");
@@ -40,7 +40,7 @@ static PYTHON: LazyLock<Result<PathBuf, String>> = LazyLock::new(|| {
         )),
         Err(error) => Err(format!("{command:?}: {error}")),
     };
-    // Made once for each list of packages.
+    // Created once for each list of packages.
     let stamp = dir.join("requirements.txt");
     let wanted = std::fs::read(&requirements).map_err(|error| error.to_string())?;
     if std::fs::read(&stamp).is_ok_and(|made| made == wanted) {
@@ -61,7 +61,7 @@ static PYTHON: LazyLock<Result<PathBuf, String>> = LazyLock::new(|| {
     Ok(python)
 });
 
-/// Runs the checker; `None` where it is left out.
+/// Runs the checker; `None` if it is skipped.
 fn checker(args: &[&str], input: &str) -> Option<Output> {
     let python = match &*PYTHON {
         Ok(python) => python,
@@ -70,7 +70,7 @@ fn checker(args: &[&str], input: &str) -> Option<Output> {
                 std::env::var_os("CI").is_none(),
                 "the checker must run here: {why}"
             );
-            // Past the capture of test output: who reads the result must see it.
+            // Not captured with the test's output: a reader of the results must see it.
             let _ = writeln!(std::io::stderr(), "LEFT OUT: the checker in Python: {why}");
             return None;
         }
@@ -116,7 +116,7 @@ struct Made {
     bodies: Vec<&'static str>,
 }
 
-/// Bytes that differ from each other, and from run to run not.
+/// Bytes that differ from each other, but not from run to run.
 fn random<const N: usize>(seed: u32) -> [u8; N] {
     let mut out = [0; N];
     for (i, part) in (0u32..).zip(out.chunks_mut(32)) {
@@ -207,7 +207,7 @@ fn make_slot(keys: &KeySet, epochs: &Epochs, pool_id: [u8; 16]) -> (Value, Vec<u
     let mut slot =
         vec![0; usize::try_from(geometry.slot_len(next.length).expect("it fits")).expect("small")];
     let mut base: Option<Verified> = None;
-    // All chunks, then one of them twice.
+    // All chunks, then single chunks.
     for (version, changes) in [(1, 0..4u32), (2, 2..3), (3, 3..4)] {
         let mut changed = Vec::new();
         for i in changes {
@@ -302,7 +302,7 @@ fn make_messages(keys: &KeySet, epochs: &Epochs, seed: u32) -> (Vec<String>, Vec
 }
 
 #[test]
-fn what_this_crate_makes() {
+fn the_checker_opens_what_this_crate_creates() {
     let made = make();
     let Some(output) = checker(&["open"], &made.json.to_string()) else {
         return;
@@ -327,9 +327,9 @@ fn what_this_crate_makes() {
     assert_eq!(kinds.len(), 7, "every kind is there: {kinds:?}");
 }
 
-/// The checker is able to refuse: each part with one bit changed.
+/// The checker can refuse: each part with one bit changed.
 #[test]
-fn what_was_changed_is_refused() {
+fn changed_parts_are_refused() {
     let made = make();
     let flip = |text: &Value, at: usize| {
         let mut text = text.as_str().expect("hex").to_owned();

@@ -129,7 +129,7 @@ fn descriptors() {
         same(&one.as_bytes()[320..368], &of("epoch1", "wrap"));
         same(&one.as_bytes()[447..511], &of("epoch1", "sig_owner"));
         same(&one.hash(), &of("epoch1", "sha256"));
-        // Derived keys show in what they seal.
+        // Derived keys are tested through what they seal.
         let (event, block) = (
             array(&of("epoch1", "event_key")),
             array(&of("epoch1", "block_key")),
@@ -163,7 +163,7 @@ fn descriptors() {
         same(&three.as_bytes()[511..575], &of("epoch3", "sig_prev"));
         same(&three.hash(), &of("epoch3", "sha256"));
 
-        // Who may read gets the same key, and goes back from it; who may join gets none.
+        // A reader gets the same key, and can get the previous one from it; a joiner gets none.
         let reader = only(&keys, &[Kind::Sigil, Kind::Shard]).with_backend(backend);
         let joiner = only(&keys, &[Kind::Sigil]).with_backend(backend);
         let opened = two.accept(
@@ -188,7 +188,7 @@ fn descriptors() {
                 .is_some()
         );
 
-        // What the server checks.
+        // The server's checks.
         assert_eq!(check_creation(one.as_bytes(), "alpha").as_ref(), Ok(&one));
         assert_eq!(check_rotation(two.as_bytes(), &one).as_ref(), Ok(&two));
         assert_eq!(check_rotation(three.as_bytes(), &two).as_ref(), Ok(&three));
@@ -258,7 +258,7 @@ fn administrators() {
         &exchange,
         &client
     ));
-    // A client's proof sent back to it is not the server's.
+    // A client's proof is not accepted as the server's.
     assert!(!proof::verify_admin(
         &token,
         Side::Server,
@@ -322,7 +322,7 @@ fn blocks() {
         slot[..head.len()].copy_from_slice(&head);
         assert_eq!(sha256(&slot), text(&expect("slot_sha256")));
 
-        // Read back, as a reader and as the server do.
+        // Parsed again, as a reader and the server do.
         let checks = latzero_crypto::block::Checks {
             id,
             geometry,

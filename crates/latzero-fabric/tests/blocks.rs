@@ -1,4 +1,4 @@
-//! Blocks: who may do what, who waits for whom, and what is left when somebody goes.
+//! Blocks: permissions, waiting, and what remains when a member leaves.
 
 #![allow(
     clippy::unwrap_used,
@@ -15,7 +15,7 @@ use serde_json::Value;
 const WRITER: &str = r#""pools":["p"],"triggers":["t"],"features":["attachments","fd_passing"]"#;
 const READER: &str = r#""pools":["p"]"#;
 
-/// Asks about block `b`, and what comes back: the error's code, or the fields named in `show`.
+/// Sends a request about block `b`; returns the error code, or the fields named in `show`.
 fn ask(net: &mut Net, peer: Peer, action: &str, more: &str, show: &[&str]) -> String {
     net.sees(peer);
     let more = if more.is_empty() {
@@ -196,7 +196,7 @@ fn a_block_is_made_attached_read_and_written() {
 }
 
 #[test]
-fn permissions_hold_for_everything() {
+fn permissions_are_checked_for_every_request() {
     let (mut net, owner, other) = two();
     let create = r#""size":10,"permissions":{"read":["friend"],"write":["writer2"]}"#;
     assert_eq!(ask(&mut net, owner, "create", create, &["owner"]), "writer");
@@ -286,7 +286,7 @@ fn layouts_are_checked() {
 }
 
 #[test]
-fn locks_are_given_in_turn_and_fall_with_their_owner() {
+fn locks_are_granted_in_order_and_end_with_their_owner() {
     let (mut net, a, b) = two();
     let c = net.app("c", READER);
     ask(&mut net, a, "create", r#""size":8"#, &[]);
@@ -315,7 +315,7 @@ fn locks_are_given_in_turn_and_fall_with_their_owner() {
     net.advance(500);
     assert_eq!(gist(&mut net, c, &[]), "locked");
     net.hang_up(a);
-    // The end of the first is a step of the fence too.
+    // The end of the first owner also increments the fence.
     assert_eq!(gist(&mut net, b, &["fence"]), "3");
     assert!(net.sees(c).contains("lock_broken"));
     assert_eq!(
@@ -328,7 +328,7 @@ fn locks_are_given_in_turn_and_fall_with_their_owner() {
 }
 
 #[test]
-fn a_wait_for_a_lock_can_be_cancelled_and_goes_with_its_waiter() {
+fn a_wait_for_a_lock_can_be_cancelled_and_ends_with_its_waiter() {
     let (mut net, a, b) = two();
     let c = net.app("c", READER);
     ask(&mut net, a, "create", r#""size":8"#, &[]);
@@ -358,7 +358,7 @@ fn a_lease_ends_and_its_writer_is_left_behind() {
     net.advance(60);
     assert_eq!(gist(&mut net, b, &[]), "(waits)");
     net.advance(60);
-    // It is alive and has a mapping: a new generation keeps it out.
+    // The writer is alive and has a mapping: a new generation excludes it.
     let seen = net.sees(a);
     assert!(
         seen.contains("lock_lost p b") && seen.contains("block_moved p b lock_broken"),
@@ -371,7 +371,7 @@ fn a_lease_ends_and_its_writer_is_left_behind() {
 }
 
 #[test]
-fn changes_are_told_once_and_newest() {
+fn changes_are_announced_once_with_the_newest_version() {
     let (mut net, a, b) = two();
     ask(&mut net, a, "create", r#""size":8"#, &[]);
     assert_eq!(ask(&mut net, b, "subscribe", "", &["version"]), "0");
@@ -419,7 +419,7 @@ fn a_resize_is_a_new_generation_with_the_old_content() {
     ask(&mut net, a, "write", r#""data":"AQIDBA==""#, &[]);
     net.world.hold_jobs(true);
     assert_eq!(ask(&mut net, a, "resize", r#""size":6"#, &[]), "(waits)");
-    // While it moves it is read on, and written by nobody.
+    // While the block moves it can be read, but not written.
     assert_eq!(ask(&mut net, b, "read", "", &["data"]), "AQIDBA==");
     assert_eq!(ask(&mut net, b, "write", r#""data":"AA==""#, &[]), "locked");
     assert_eq!(ask(&mut net, b, "resize", r#""size":9"#, &[]), "locked");
@@ -441,7 +441,7 @@ fn a_resize_is_a_new_generation_with_the_old_content() {
     assert_eq!(net.world.storages().count(), 1);
     assert_eq!(ask(&mut net, a, "resize", r#""size":9"#, &[]), "locked");
     assert_eq!(ask(&mut net, b, "unlock", r#""lock":"1""#, &[]), "");
-    // An array without elements is an array, too.
+    // An array without elements is valid.
     assert_eq!(ask(&mut net, a, "resize", r#""size":0"#, &["size"]), "0");
     assert_eq!(
         ask(&mut net, a, "resize", r#""size":99999999999"#, &[]),
@@ -450,7 +450,7 @@ fn a_resize_is_a_new_generation_with_the_old_content() {
 }
 
 #[test]
-fn who_asks_while_it_is_made_waits_for_it() {
+fn requests_wait_while_a_block_is_created() {
     let (mut net, a, b) = two();
     net.world.hold_jobs(true);
     assert_eq!(ask(&mut net, a, "create", r#""size":8"#, &[]), "(waits)");
@@ -459,7 +459,7 @@ fn who_asks_while_it_is_made_waits_for_it() {
     net.world.hold_jobs(false);
     assert_eq!(gist(&mut net, a, &["mode"]), "write");
     assert_eq!(gist(&mut net, b, &["mode"]), "read");
-    // Nobody waits any more when it is there, or nobody is there any more.
+    // If its only member has left when the block is ready, nothing remains of it.
     net.world.hold_jobs(true);
     ask(&mut net, a, "remove", "", &[]);
     ask(
@@ -475,7 +475,7 @@ fn who_asks_while_it_is_made_waits_for_it() {
 }
 
 #[test]
-fn no_memory_is_an_answer_and_leaves_nothing() {
+fn out_of_memory_is_an_error_and_leaves_nothing() {
     let (mut net, a, b) = two();
     net.world.fill_memory(true);
     assert_eq!(ask(&mut net, a, "create", r#""size":8"#, &[]), "storage");
@@ -491,7 +491,7 @@ fn no_memory_is_an_answer_and_leaves_nothing() {
 }
 
 #[test]
-fn quotas_hold_before_anything_is_made() {
+fn quotas_are_checked_before_anything_is_created() {
     let mut net = Net::with(|limits| {
         limits.block_bytes_max = 10_000;
         limits.blocks_max = 3;
@@ -552,7 +552,7 @@ fn a_stranger_leaves_room_for_blocks_whatever_its_names_are() {
         net.say(peer, &format!(r#"{{"action":"memory_create","id":"m","block_id":"{name}","size":{size},"attach":false}}"#));
         gist(net, peer, &["size"])
     };
-    // By bytes: a block of 16 KiB takes 36 KiB with its two slots and its header.
+    // By bytes: a block of 16 KiB uses 36 KiB with its two slots and its header.
     let mut made = Vec::new();
     for n in 0..6 {
         let stranger = net.stranger(&format!("stranger{n}"), READER);
@@ -598,7 +598,7 @@ fn waits_are_bounded_by_connection_and_end_by_their_ids() {
         replies.map(|m| outcome(&m)).collect()
     };
     net.sees(other);
-    // Two under one id, and one more than there may be.
+    // Two with one id, and one more than the limit.
     for (id, block) in [
         ("1", "b"),
         ("2", "b"),
@@ -622,7 +622,7 @@ fn waits_are_bounded_by_connection_and_end_by_their_ids() {
         ["2 cancelled", "2 cancelled", "4 cancelled"]
     );
     net.world.check_ledger();
-    // What is left ends in time, or is granted.
+    // The remaining waits time out or are granted.
     net.advance(1000);
     assert_eq!(
         outcomes(&mut net, other),
@@ -664,12 +664,12 @@ fn descriptors_that_are_not_read_are_bounded() {
     let code = |m: &latzero_sim::Message| m.json["error"]["code"] == "overloaded";
     let refused = messages.iter().filter(|m| code(m)).count();
     assert!((5..=7).contains(&refused), "{refused} of 10 were refused");
-    // Once they are read there is room again.
+    // Once they are read, there is room again.
     assert_eq!(ask(&mut net, reader, "attach", "", &["access"]), "mapped");
 }
 
 #[test]
-fn a_pool_stays_with_its_blocks_and_takes_them_along() {
+fn a_pool_stays_with_its_blocks_and_is_removed_with_them() {
     let (mut net, a, b) = two();
     ask(&mut net, a, "create", r#""size":8"#, &[]);
     ask(&mut net, a, "write", r#""data":"AQ==""#, &[]);
@@ -706,7 +706,7 @@ fn a_pool_stays_with_its_blocks_and_takes_them_along() {
 }
 
 #[test]
-fn a_block_for_as_long_as_it_is_attached() {
+fn a_block_with_lifetime_attached_ends_with_its_last_attachment() {
     let (mut net, a, b) = two();
     ask(
         &mut net,
@@ -725,7 +725,7 @@ fn a_block_for_as_long_as_it_is_attached() {
 }
 
 #[test]
-fn a_call_lends_its_blocks_for_as_long_as_it_lasts() {
+fn a_call_lends_its_blocks_until_it_ends() {
     let (mut net, handler, caller) = two();
     let create = r#""size":8,"permissions":{"read":["reader"],"write":["reader"]}"#;
     assert_eq!(
@@ -767,7 +767,7 @@ fn a_call_lends_its_blocks_for_as_long_as_it_lasts() {
         .filter_map(|m| m.json["id"].as_str().map(Into::into))
         .collect();
     assert!(ids.is_empty());
-    // However a call ends, what was lent is taken back.
+    // However a call ends, the access that it lent ends too.
     net.say(
         handler,
         &format!(
@@ -790,14 +790,14 @@ fn a_call_lends_its_blocks_for_as_long_as_it_lasts() {
         r#"{"action":"trigger","process":"t","id":"4","blocks":["b"]}"#,
     );
     assert!(net.sees(handler).contains("4 failed: forbidden ran=no"));
-    // The handler's end takes it back too.
+    // The access also ends if the handler disconnects.
     call(&mut net, "5", r#"["b"]"#);
     net.hang_up(handler);
     assert!(net.sees(caller).contains("5 failed: handler_gone"));
 }
 
-/// Calls the handler `t` with block `b`, which only the call allows it; returns the call's id at
-/// the handler.
+/// Calls the handler `t` with block `b`, which it may use only through the call; returns the
+/// handler's id of the call.
 fn lend(net: &mut Net, caller: Peer, handler: Peer, mode: &str) -> String {
     net.sees(handler);
     net.say(
@@ -820,11 +820,11 @@ fn give_back(net: &mut Net, handler: Peer, call: &str) {
 const OWN_ONLY: &str = r#""size":8,"permissions":{"read":["reader"],"write":["reader"]}"#;
 
 #[test]
-fn what_a_call_lends_is_not_kept() {
+fn access_lent_by_a_call_ends_with_it() {
     let (mut net, handler, caller) = two();
     ask(&mut net, caller, "create", OWN_ONLY, &[]);
     let call = lend(&mut net, caller, handler, "write");
-    // It may look again while the call lasts, lock, and listen; but neither end the block nor pass
+    // During the call it may read again, lock, and subscribe, but neither remove the block nor pass
     // it on.
     assert_eq!(
         ask(
@@ -862,14 +862,14 @@ fn what_a_call_lends_is_not_kept() {
         ask(&mut net, caller, "info", "", &["lock", "subscribers"]),
         "null 0"
     );
-    // It mapped the block and held its lock when the call ended: it writes into a generation of the
-    // past.
+    // It mapped the block and held its lock when the call ended, so it writes into an old
+    // generation.
     assert_eq!(ask(&mut net, caller, "info", "", &["generation"]), "2");
     assert_eq!(lock(&mut net, caller, ""), "3");
 }
 
 #[test]
-fn of_two_calls_that_lend_a_block_each_takes_back_its_own() {
+fn each_of_two_calls_that_lend_a_block_revokes_only_its_own_access() {
     let (mut net, handler, caller) = two();
     ask(&mut net, caller, "create", OWN_ONLY, &[]);
     let reading = lend(&mut net, caller, handler, "read");
@@ -878,7 +878,7 @@ fn of_two_calls_that_lend_a_block_each_takes_back_its_own() {
     assert_eq!(lock(&mut net, caller, r#""wait":1000"#), "(waits)");
     assert_eq!(lock(&mut net, handler, r#""wait":1000"#), "(waits)");
     give_back(&mut net, handler, &writing);
-    // Its place in line for writing goes, its lock for reading stays.
+    // Its wait for the write lock ends; its read lock stays.
     assert_eq!(gist(&mut net, handler, &[]), "cancelled");
     assert_eq!(
         ask(&mut net, handler, "write", r#""data":"AA==""#, &[]),
@@ -908,7 +908,7 @@ fn holders_of_a_shared_lock_are_bounded() {
 }
 
 #[test]
-fn who_leaves_a_pool_hears_that_its_waits_are_over() {
+fn leaving_a_pool_ends_its_waits_with_a_notification() {
     let (mut net, a, b) = two();
     ask(&mut net, a, "create", r#""size":8"#, &[]);
     assert_eq!(lock(&mut net, a, ""), "1");
@@ -928,7 +928,7 @@ fn who_leaves_a_pool_hears_that_its_waits_are_over() {
 }
 
 #[test]
-fn readers_who_locked_it_are_not_written_under() {
+fn nobody_writes_a_block_while_readers_hold_its_lock() {
     let (mut net, a, b) = two();
     ask(&mut net, a, "create", r#""size":8"#, &[]);
     assert_eq!(lock(&mut net, b, r#""mode":"shared""#), "1");
@@ -941,7 +941,7 @@ fn readers_who_locked_it_are_not_written_under() {
 }
 
 #[test]
-fn a_write_beside_a_broken_lock_is_not_lost() {
+fn a_write_during_which_its_lock_expires_is_not_lost() {
     let (mut net, a, b) = two();
     ask(&mut net, a, "create", r#""size":1"#, &[]);
     assert_eq!(lock(&mut net, a, r#""lease":100"#), "1");
@@ -979,7 +979,7 @@ fn net_instance(net: &mut Net, peer: Peer) -> String {
 }
 
 #[test]
-fn a_removed_block_answers_who_waits_for_it() {
+fn removing_a_block_answers_its_waiters() {
     let (mut net, a, b) = two();
     ask(
         &mut net,

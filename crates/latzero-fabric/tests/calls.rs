@@ -14,8 +14,8 @@ fn trio(strategy: &str) -> (Net, [Peer; 3], Peer) {
     (net, handlers, caller)
 }
 
-/// Which handlers get the next `n` calls, as their places in a row; each is answered where
-/// `answers`.
+/// The indexes of the handlers that get the next `n` calls; each call is answered if `answers` is
+/// true.
 fn spread(
     net: &mut Net,
     handlers: &[Peer],
@@ -73,7 +73,7 @@ fn a_call_reaches_its_handler_and_its_answer_comes_back() {
 }
 
 #[test]
-fn errors_travel_as_they_are() {
+fn errors_are_forwarded_unchanged() {
     let mut net = Net::new();
     let h = net.app("h", r#""triggers":["t"]"#);
     let c = net.app("c", "");
@@ -93,7 +93,7 @@ fn errors_travel_as_they_are() {
 }
 
 #[test]
-fn refusals_say_why_and_that_nothing_ran() {
+fn refusals_report_the_reason_and_that_nothing_ran() {
     let mut net = Net::new();
     net.app("h", r#""pools":["p","q"],"triggers":["t"]"#);
     net.app("elsewhere", r#""pools":["q"],"triggers":["t"]"#);
@@ -158,7 +158,7 @@ fn the_pool_is_the_one_named_or_the_only_one_or_default() {
 }
 
 #[test]
-fn a_pool_that_was_removed_is_not_one_of_several() {
+fn a_removed_pool_is_not_a_candidate() {
     let mut net = Net::new();
     let owner = net.app("owner", "");
     net.ask(owner, r#"{"action":"pool_create","pool":"made"}"#);
@@ -186,7 +186,7 @@ fn round_robin_takes_turns() {
 }
 
 #[test]
-fn random_takes_any() {
+fn random_uses_any_handler() {
     let (mut net, handlers, c) = trio("random");
     let row = spread(&mut net, &handlers, c, 60, "", true);
     assert_eq!(row.len(), 60);
@@ -197,16 +197,16 @@ fn random_takes_any() {
 }
 
 #[test]
-fn least_busy_takes_the_one_with_least_to_do() {
+fn least_busy_picks_the_handler_with_the_fewest_calls() {
     let (mut net, handlers, c) = trio("least_busy");
     assert_eq!(spread(&mut net, &handlers, c, 4, "", false), [0, 1, 2, 0]);
-    // The one that answers is free again.
+    // The handler that answers is free again.
     net.answer(handlers[2], r#""status":"ok""#);
     assert_eq!(spread(&mut net, &handlers, c, 1, "", false), [2]);
 }
 
 #[test]
-fn sticky_stays_with_its_handler_and_moves_only_where_that_goes() {
+fn sticky_stays_with_its_handler_until_that_leaves() {
     let (mut net, handlers, c) = trio("sticky");
     let mut home = Vec::new();
     for key in 0..12 {
@@ -231,8 +231,8 @@ fn sticky_stays_with_its_handler_and_moves_only_where_that_goes() {
             assert_eq!(row[0], home / 2, "key {key} moved");
         }
     }
-    // Without a key the caller itself is the key; an emit to one goes where a call with its key
-    // goes.
+    // Without a key, the caller itself is the key. An emit to one handler goes to the same handler
+    // as a call with its key.
     let row = spread(&mut net, &left, c, 5, "", true);
     assert!(row.iter().all(|&at| at == row[0]));
     for key in 0..6 {
@@ -276,7 +276,7 @@ fn a_call_ends_when_its_ttl_does() {
     net.advance(1);
     assert_eq!(net.sees(c), "1 failed: timeout ran=unknown");
     assert_eq!(net.sees(handlers[0]), "call t from c: null; cancel timeout");
-    // Thirty seconds where none is named.
+    // The default is thirty seconds.
     net.call(c, "2", "");
     net.advance(29_999);
     assert_eq!(net.sees(c), "");
@@ -304,7 +304,7 @@ fn a_cancel_ends_the_call_once_and_has_no_reply_of_its_own() {
     );
     assert_eq!(net.ask(c, r#"{"action":"cancel","id":"1"}"#), "");
     assert_eq!(net.ask(c, r#"{"action":"cancel"}"#), "error bad_message");
-    // Nobody ends another's call.
+    // Only the caller can cancel a call.
     net.call(c, "2", "");
     assert_eq!(net.ask(handlers[0], r#"{"action":"cancel","id":"2"}"#), "");
     net.answer(handlers[1], r#""status":"ok","response":2"#);
@@ -370,7 +370,7 @@ fn a_stream_keeps_its_order_and_its_window() {
     net.answer_to(h, &call, r#""status":"partial","response":5"#);
     net.answer_to(h, &call, r#""status":"ok","response":6"#);
     assert_eq!(net.sees(c), "1 partial: 5; 1 ok: 6");
-    // An ack that is wrong does not end the call, nor does one for no call.
+    // Neither an invalid acknowledgement nor one for an unknown call ends the call.
     net.call(c, "2", r#""window":1"#);
     assert_eq!(
         net.ask(c, r#"{"action":"ack","id":"2"}"#),
@@ -388,7 +388,7 @@ fn a_stream_keeps_its_order_and_its_window() {
         net.sees(c),
         "2 partial: null; 2 failed: handler_error ran=unknown"
     );
-    // What was acknowledged counts once.
+    // Each acknowledgement counts once.
     net.call(c, "w", r#""window":1"#);
     let call = net.last_call(handlers[2]);
     net.answer_to(handlers[2], &call, r#""status":"partial""#);
@@ -406,7 +406,7 @@ fn a_stream_keeps_its_order_and_its_window() {
         "cancel handler_error"
     );
     net.sees(c);
-    // Without a window there is no bound.
+    // Without a window there is no limit.
     net.call(c, "3", "");
     let call = net.last_call(handlers[0]);
     for _ in 0..50 {
@@ -426,7 +426,7 @@ fn either_side_may_go() {
     assert_eq!(net.sees(c), "2 failed: handler_gone ran=unknown");
     net.call(c, "3", "");
     net.sees(handlers[2]);
-    // A caller that leaves the pool is still told.
+    // A caller that leaves the pool still gets the answers.
     assert_eq!(
         net.ask(c, r#"{"action":"pool_leave","pool":"default","id":"l"}"#),
         "3 failed: cancelled ran=unknown; l ok: {}"
@@ -497,7 +497,7 @@ fn limits_answer_overloaded() {
     }
     assert_eq!(net.call(d, "1", ""), "");
     assert_eq!(net.call(d, "2", ""), "2 failed: overloaded ran=no");
-    // What has ended makes room.
+    // A finished call makes room.
     net.ask(c, r#"{"action":"cancel","id":"1"}"#);
     assert_eq!(net.call(d, "2", ""), "");
 }
@@ -513,7 +513,7 @@ fn at_the_limit_only_new_calls_wait() {
         assert_eq!(net.call(c, id, ""), "");
     }
     assert_eq!(net.calls_of(h).len(), 2, "the others wait");
-    // Emits keep their place behind calls; pings, acknowledgements and cancels do not wait.
+    // Emits keep their position behind calls; pings, acknowledgements and cancels do not wait.
     net.say(c, r#"{"action":"emit","process":"t","data":"behind"}"#);
     let seen = net.ask(c, r#"{"action":"ping","id":"p"}"#);
     assert!(seen.starts_with("p ok"), "{seen}");
@@ -524,7 +524,7 @@ fn at_the_limit_only_new_calls_wait() {
     let said = net.ask(c, r#"{"action":"cancel","id":"4"}"#);
     assert_eq!(said, "4 failed: cancelled ran=no");
     assert_eq!(net.call(c, "5", ""), "5 failed: bad_message ran=no");
-    // Room for one: the oldest goes, and behind it what its place allows.
+    // Room for one call: the oldest is delivered, then the messages behind it that may follow.
     let seen = net.answer_to(h, &stream, r#""status":"ok""#);
     assert_eq!(
         (&*net.sees(c), &*seen),
@@ -539,7 +539,7 @@ fn at_the_limit_only_new_calls_wait() {
 }
 
 #[test]
-fn a_call_that_waited_too_long_is_not_begun() {
+fn a_call_that_waited_too_long_is_not_started() {
     let mut net = Net::with(|l| l.in_flight_max = 1);
     let h = net.app("h", r#""triggers":["t"]"#);
     let c = net.app("c", "");
@@ -562,7 +562,7 @@ fn a_call_that_waited_too_long_is_not_begun() {
 }
 
 #[test]
-fn concurrency_is_the_most_that_one_instance_takes() {
+fn concurrency_limits_the_calls_of_one_instance() {
     let mut net = Net::new();
     let h = net.app("h", r#""triggers":[{"name":"t","concurrency":2}]"#);
     let c = net.app("c", "");
@@ -570,7 +570,8 @@ fn concurrency_is_the_most_that_one_instance_takes() {
         assert_eq!(net.call(c, id, ""), "");
     }
     assert_eq!(net.call(c, "3", ""), "3 failed: overloaded ran=no");
-    // It may be lowered while calls are in progress, and another handler takes what this one can't.
+    // It may be lowered while calls are in progress; another handler gets the calls above the
+    // limit.
     net.ask(
         h,
         r#"{"action":"trigger_register","triggers":[{"name":"t","concurrency":1}]}"#,
@@ -583,7 +584,7 @@ fn concurrency_is_the_most_that_one_instance_takes() {
     assert_eq!(net.sees(twin), "call t from c: null");
 }
 
-/// Outboxes that are soon full.
+/// A server whose outboxes are full soon.
 fn tight() -> Net {
     let bounds = Bounds {
         outbox_bytes: 2000,
@@ -594,14 +595,14 @@ fn tight() -> Net {
 }
 
 #[test]
-fn a_handler_that_does_not_read_costs_its_callers_a_refusal() {
+fn calls_to_a_handler_that_does_not_read_are_refused() {
     let mut net = tight();
     let slow = net.app("slow", r#""triggers":["t"]"#);
     let c = net.app("c", "");
     let data = format!(r#""data":"{}""#, "x".repeat(1000));
     assert_eq!(net.call(c, "1", &data), "");
     assert_eq!(net.call(c, "2", &data), "2 failed: overloaded ran=no");
-    // A twin that reads takes over meanwhile.
+    // Another instance that reads gets the calls in the meantime.
     let twin = net.app("slow", r#""triggers":["t"]"#);
     assert_eq!(net.call(c, "2", &data), "");
     assert!(net.sees(twin).starts_with("call"));
@@ -613,7 +614,7 @@ fn a_handler_that_does_not_read_costs_its_callers_a_refusal() {
 #[test]
 fn an_answer_that_does_not_fit_becomes_a_short_error() {
     let large = "x".repeat(3000);
-    // Whoever has said its last word has nothing to cancel.
+    // Nothing is cancelled at a handler that has sent its last response.
     let cases = [
         (format!(r#""status":"ok","response":"{large}""#), ""),
         (
@@ -630,7 +631,7 @@ fn an_answer_that_does_not_fit_becomes_a_short_error() {
         let h = net.app("h", r#""triggers":["t"]"#);
         let c = net.app("c", "");
         net.call(c, "1", "");
-        // Something waits in its outbox already: an empty one takes any answer.
+        // Its outbox is not empty: an empty one accepts any answer.
         net.say(c, r#"{"action":"ping","id":"p"}"#);
         assert_eq!(net.answer(h, &answer), expected);
         let seen = net.sees(c);
@@ -670,14 +671,15 @@ fn raw_bytes_travel_raw_or_as_base64() {
     let call = net.last_call(h);
     net.say_raw(h, &answer(&call), b"raw");
     assert_eq!(net.sees(c), "h ok: raw:raw");
-    // The attachment takes the field's place.
+    // The attachment replaces the field.
     net.say_raw(
         c,
         r#"{"action":"trigger","process":"t","id":"2","data":1}"#,
         b"x",
     );
     assert_eq!(net.sees(c), "2 failed: bad_message ran=no");
-    // What is too large as base64 is refused before it is sent, or ends the call after it ran.
+    // If it is too large as base64, it is refused before delivery, or the call ends with an error
+    // after it ran.
     net.ask(h, r#"{"action":"trigger_unregister","triggers":["t"]}"#);
     net.say_raw(
         c,

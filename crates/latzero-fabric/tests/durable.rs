@@ -1,5 +1,5 @@
-//! What outlives the server: registrations, pools, subscriptions; and what a disk that is full,
-//! slow or lost does to it.
+//! What survives a restart of the server: registrations, pools, subscriptions; and how a full, slow
+//! or lost disk affects it.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,7 +14,7 @@ use net::Net;
 const SERVER: &str = r#""pools":["p","q"],"triggers":["t",{"name":"u","pools":["q"]}]"#;
 
 #[test]
-fn an_app_comes_back_after_the_server_did() {
+fn an_app_is_restored_after_a_restart() {
     let mut net = Net::new();
     let a = net.app("a", SERVER);
     net.ask(
@@ -32,7 +32,7 @@ fn an_app_comes_back_after_the_server_did() {
     assert_eq!(net.sees(a), "app_online p b");
     net.call(b, "1", "");
     assert_eq!(net.sees(a), "call t from b: null");
-    // Whoever comes first after a restart: an app that never left for itself is offline to others.
+    // After a restart, an app that never disconnected by itself is listed as offline.
     net.world.restart(8);
     let b = net.app("b", r#""pools":["p"]"#);
     assert_eq!(
@@ -42,7 +42,7 @@ fn an_app_comes_back_after_the_server_did() {
 }
 
 #[test]
-fn subscriptions_come_back_with_their_app() {
+fn subscriptions_are_restored_with_their_app() {
     let mut net = Net::new();
     let maker = net.app("maker", r#""pools":["p"]"#);
     net.say(
@@ -82,7 +82,7 @@ fn subscriptions_come_back_with_their_app() {
 }
 
 #[test]
-fn nothing_is_acknowledged_before_it_is_written_down() {
+fn nothing_is_acknowledged_before_it_is_stored() {
     let mut net = Net::new();
     net.world.hold_disk(true);
     let a = net.connect();
@@ -90,7 +90,7 @@ fn nothing_is_acknowledged_before_it_is_written_down() {
         a,
         r#"{"action":"handshake","app_id":"a","pools":["p"],"triggers":["t"]}"#,
     );
-    // What is sent meanwhile waits as well.
+    // Messages that are sent in the meantime wait as well.
     net.say(a, r#"{"action":"ping","id":"2"}"#);
     assert_eq!(net.sees(a), "");
     net.world.hold_disk(false);
@@ -109,7 +109,7 @@ fn nothing_is_acknowledged_before_it_is_written_down() {
         a,
         r#"{"action":"pool_create","id":"4","pool":"d","durable":true}"#,
     );
-    // A call never waits.
+    // A call does not wait for the disk.
     assert_eq!(
         net.ask(
             a,
@@ -125,7 +125,7 @@ fn nothing_is_acknowledged_before_it_is_written_down() {
         "{seen}"
     );
 
-    // What was on its way at a kill is as if it had never been asked.
+    // After a kill, an unfinished write is as if it had never been requested.
     net.world.hold_disk(true);
     net.say(
         a,
@@ -137,7 +137,7 @@ fn nothing_is_acknowledged_before_it_is_written_down() {
 }
 
 #[test]
-fn coming_back_as_before_writes_nothing_that_is_waited_for() {
+fn reconnecting_unchanged_waits_for_no_write() {
     let mut net = Net::new();
     let a = net.app("a", SERVER);
     net.hang_up(a);
@@ -149,7 +149,7 @@ fn coming_back_as_before_writes_nothing_that_is_waited_for() {
 }
 
 #[test]
-fn a_full_disk_is_told_and_heals_by_itself() {
+fn a_full_disk_is_reported_and_recovery_is_automatic() {
     let mut net = Net::new();
     let a = net.app("a", SERVER);
     net.world.fill_disk(true);
@@ -167,7 +167,7 @@ fn a_full_disk_is_told_and_heals_by_itself() {
         ),
         "2 failed: storage ran=unknown"
     );
-    // Calls and apps go on; a new one learns that it is not written down.
+    // Calls and apps continue; a new app is notified that it is not stored.
     assert_eq!(
         net.ask(
             a,
@@ -182,7 +182,7 @@ fn a_full_disk_is_told_and_heals_by_itself() {
         (&ack["status"], &ack["stored"]),
         (&"ok".into(), &false.into())
     );
-    // A pool that could not be kept is not half there.
+    // A pool that could not be stored leaves nothing behind.
     assert!(!net.world.pool_names().contains(&"d".to_owned()));
     assert_eq!(net.world.rows().apps.len(), 1);
     net.world.fill_disk(false);
@@ -195,7 +195,7 @@ fn a_full_disk_is_told_and_heals_by_itself() {
 }
 
 #[test]
-fn pools_that_are_durable_stay_and_others_leave_nothing() {
+fn durable_pools_stay_and_others_leave_nothing() {
     let mut net = Net::new();
     let a = net.app("a", "");
     let make = |net: &mut Net, more: &str| {
@@ -226,7 +226,7 @@ fn pools_that_are_durable_stay_and_others_leave_nothing() {
             &1.into()
         )
     );
-    // Its rules hold.
+    // Its rules still apply.
     assert_eq!(
         net.hello("c", r#""pools":["d"]"#).1,
         "error forbidden; (closed)"
@@ -246,7 +246,7 @@ fn pools_that_are_durable_stay_and_others_leave_nothing() {
     );
     let b = net.app("b", r#""pools":["d"],"triggers":["t"]"#);
     assert_eq!(net.call(b, "1", ""), "1 failed: no_handler ran=no");
-    // Removed is removed.
+    // A removed pool does not come back.
     net.hang_up(b);
     net.ask(
         a,
@@ -261,7 +261,7 @@ fn pools_that_are_durable_stay_and_others_leave_nothing() {
 }
 
 #[test]
-fn an_app_that_closed_itself_out_of_a_pool_comes_back_without_it() {
+fn an_app_that_shut_itself_out_of_a_pool_is_restored_without_it() {
     let mut net = Net::new();
     let b = net.app("b", r#""pools":["d","p"]"#);
     net.hang_up(b);
@@ -274,7 +274,7 @@ fn an_app_that_closed_itself_out_of_a_pool_comes_back_without_it() {
 }
 
 #[test]
-fn apps_are_forgotten_on_request_and_tools_by_themselves() {
+fn apps_are_forgotten_on_request_and_tools_automatically() {
     let mut net = Net::new();
     let admin = net.world.connect(Transport::BuiltIn);
     net.say(admin, r#"{"action":"handshake","app_id":"latzero"}"#);
@@ -304,7 +304,7 @@ fn apps_are_forgotten_on_request_and_tools_by_themselves() {
 }
 
 #[test]
-fn apps_say_since_when_they_are_offline() {
+fn listings_show_since_when_apps_are_offline() {
     let mut net = Net::new();
     let a = net.app("a", "");
     let seen = |net: &Net| net.world.rows().apps.values().next().unwrap().last_seen;
@@ -324,7 +324,7 @@ fn apps_say_since_when_they_are_offline() {
 }
 
 #[test]
-fn the_audit_log_tells_who_came_took_over_was_refused_and_administered() {
+fn the_audit_log_records_connections_takeovers_refusals_and_administration() {
     let mut net = Net::new();
     let a = net.app("a", r#""pools":["p"],"triggers":["t"]"#);
     net.ask(a, r#"{"action":"trigger_register","triggers":["u"]}"#);
@@ -339,7 +339,7 @@ fn the_audit_log_tells_who_came_took_over_was_refused_and_administered() {
     ] {
         assert!(seen.contains(part), "{part} is not in:\n{seen}");
     }
-    // What changes nothing is no news, and of many names the first are told.
+    // A change without effect is not logged, and of many names only the first are.
     let b = net.app("b", r#""triggers":["t"]"#);
     net.ask(b, r#"{"action":"trigger_register","triggers":["t"]}"#);
     assert!(!net.world.take_audit().join("\n").contains("registered"));

@@ -69,7 +69,7 @@ fn a_failed_handshake_is_answered_and_closed() {
 }
 
 #[test]
-fn an_app_that_comes_back_has_what_it_had() {
+fn a_reconnecting_app_is_restored() {
     let mut net = Net::new();
     let w = net.app("w", r#""pools":["p"]"#);
     net.ask(w, r#"{"action":"watch","pool":"p"}"#);
@@ -89,12 +89,12 @@ fn an_app_that_comes_back_has_what_it_had() {
     let (a, seen) = net.hello("a", "");
     assert_eq!(seen, r#"hello ["p","q"] ["t","u"] rehydrated"#);
     assert_eq!(net.sees(w), "app_online p a; trigger_added p a t");
-    // Its watch is back too.
+    // Its watch is restored too.
     let b = net.app("b", r#""pools":["p"]"#);
     assert_eq!(net.sees(a), "app_online p b");
     assert_eq!(net.call(b, "1", ""), "");
     assert_eq!(net.sees(a), "call t from b: null");
-    // One that names either replaces both.
+    // A handshake that names pools or triggers replaces both.
     net.hang_up(a);
     assert_eq!(
         net.hello("a", r#""triggers":["v"]"#).1,
@@ -109,7 +109,7 @@ fn an_app_that_comes_back_has_what_it_had() {
 }
 
 #[test]
-fn what_changed_while_it_lived_is_remembered() {
+fn changes_made_while_connected_are_remembered() {
     let mut net = Net::new();
     let a = net.app("a", r#""pools":["p"],"triggers":["t"]"#);
     net.ask(a, r#"{"action":"pool_join","pool":"q"}"#);
@@ -121,7 +121,7 @@ fn what_changed_while_it_lived_is_remembered() {
 }
 
 #[test]
-fn instances_share_an_app_unless_one_wants_to_be_alone() {
+fn instances_share_an_app_unless_one_asks_to_be_exclusive() {
     let mut net = Net::new();
     let first = net.app("a", "");
     let second = net.app("a", "");
@@ -185,7 +185,7 @@ fn quotas_hold() {
         net.hello("a", r#""meta":{"a":1}"#).1,
         "error too_large; (closed)"
     );
-    // The two built-in pools count.
+    // The two built-in pools count too.
     let mut net = Net::with(|l| l.pools_max = 3);
     assert_eq!(
         net.hello("a", r#""pools":["x","y"]"#).1,
@@ -202,7 +202,7 @@ fn the_app_offline_longest_makes_room() {
         net.advance(1);
         net.hang_up(peer);
     }
-    // Refused for another reason, it must not cost anybody's place.
+    // A handshake that is refused for another reason must not displace an offline app.
     assert_eq!(
         net.hello("c", r#""pools":["x","y"]"#).1,
         "error quota; (closed)"
@@ -215,14 +215,14 @@ fn the_app_offline_longest_makes_room() {
             .count(),
         2
     );
-    // Both live now: nobody can make room.
+    // Both apps are connected now: neither can be displaced.
     assert_eq!(net.hello("d", "").1, "error quota; (closed)");
     net.hang_up(a);
     assert_eq!(net.hello("b", "").1, r#"hello ["default"] []"#);
 }
 
 #[test]
-fn what_one_instance_may_have_is_bounded_even_where_another_replaces_it() {
+fn the_state_of_an_instance_is_bounded_even_if_another_replaces_it() {
     let mut net = Net::with(|l| (l.triggers_per_app_max, l.pools_per_app_max) = (2, 2));
     let a = net.app("a", r#""pools":["p","q"],"triggers":["t","u"]"#);
     net.app("a", r#""pools":["r"],"triggers":[]"#);
@@ -252,14 +252,14 @@ fn kicking_an_app_that_is_offline_changes_nothing() {
     let kick = r#"{"action":"kick","id":"k","app_id":"a"}"#;
     assert_eq!(net.ask(b, kick), r#"k ok: {"kicked":0}"#);
     let a = net.app("a", "");
-    // Both live: there is no room, and nobody's place is given away.
+    // Both apps are connected: there is no room, and neither is displaced.
     assert_eq!(net.hello("c", "").1, "error quota; (closed)");
     net.hang_up(a);
     net.app("c", "");
 }
 
 #[test]
-fn features_are_what_both_sides_named() {
+fn features_are_those_that_both_sides_support() {
     let mut net = Net::new();
     let a = net.connect();
     net.say(
@@ -271,7 +271,7 @@ fn features_are_what_both_sides_named() {
         ack["features"],
         serde_json::json!(["attachments", "fd_passing"])
     );
-    // What a descriptor replaces travels as an attachment, and only a Unix socket carries
+    // An attachment carries what a descriptor would replace; only a Unix socket carries
     // descriptors.
     let b = net.connect();
     net.say(
@@ -295,7 +295,7 @@ fn features_are_what_both_sides_named() {
 }
 
 #[test]
-fn while_draining_nobody_comes_in_and_nothing_begins() {
+fn while_draining_no_connection_is_admitted_and_no_call_starts() {
     let mut net = Net::new();
     let a = net.app("a", r#""triggers":["t"]"#);
     net.call(a, "1", "");
@@ -306,12 +306,12 @@ fn while_draining_nobody_comes_in_and_nothing_begins() {
         net.hello("b", r#""id":"h""#).1,
         "h failed: draining ran=no; (closed)"
     );
-    // What runs may end.
+    // Calls in progress may finish.
     assert_eq!(net.answer(a, r#""status":"ok","response":1"#), "1 ok: 1");
 }
 
 #[test]
-fn a_watch_comes_back_only_with_its_pool() {
+fn a_watch_is_restored_only_with_its_pool() {
     let mut net = Net::new();
     let a = net.app("a", r#""pools":["p"]"#);
     net.app("a", r#""pools":["q"]"#);

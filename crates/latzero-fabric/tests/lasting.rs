@@ -1,5 +1,5 @@
-//! Calls that outlive a connection, where things go wrong in turn: full outboxes, dead handlers,
-//! pools that close.
+//! Calls that outlive a connection under combined failures: full outboxes, dead handlers, pools
+//! that close.
 
 #![allow(
     clippy::unwrap_used,
@@ -24,7 +24,7 @@ fn keyed(net: &mut Net, peer: Peer, id: &str, more: &str) -> String {
 }
 
 #[test]
-fn calls_for_who_is_away_are_not_in_the_way_of_others() {
+fn calls_for_an_absent_app_do_not_block_others() {
     let mut net = Net::new();
     let handler = net.app("handler", H);
     let caller = net.app("caller", "");
@@ -38,7 +38,7 @@ fn calls_for_who_is_away_are_not_in_the_way_of_others() {
     net.call(caller, "x", r#""park":true"#);
     net.advance(1);
     assert_eq!(net.sees(handler), "call t from caller: null");
-    // And when all were looked at, there is nothing to do until something happens.
+    // Once all calls have been examined, there is nothing to do until something changes.
     net.world.take_log();
     net.advance(100_000 - 60_000);
     let log = net.world.take_log();
@@ -46,7 +46,7 @@ fn calls_for_who_is_away_are_not_in_the_way_of_others() {
 }
 
 #[test]
-fn a_call_is_given_out_at_once_behind_others_that_wait_for_who_is_away() {
+fn a_call_is_delivered_at_once_behind_calls_for_an_absent_app() {
     let mut net = Net::new();
     let handler = net.app("handler", H);
     let caller = net.app("caller", "");
@@ -62,7 +62,7 @@ fn a_call_is_given_out_at_once_behind_others_that_wait_for_who_is_away() {
 }
 
 #[test]
-fn a_call_whose_handler_died_goes_to_the_one_that_has_room() {
+fn a_call_whose_handler_died_goes_to_a_handler_with_room() {
     let mut net = Net::new();
     let c1 = r#""triggers":[{"name":"t","concurrency":1}]"#;
     let a = net.app("a", c1);
@@ -112,7 +112,7 @@ fn repeats_end_with_their_pool() {
 }
 
 #[test]
-fn repeats_of_who_left_do_not_count() {
+fn repeats_of_a_caller_that_left_do_not_count() {
     let mut net = Net::new();
     let _handler = net.app("handler", H);
     for n in 0..18 {
@@ -123,7 +123,7 @@ fn repeats_of_who_left_do_not_count() {
 }
 
 #[test]
-fn a_parked_call_that_is_said_again_is_answered_once() {
+fn a_parked_call_that_is_sent_again_is_answered_once() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     keyed(&mut net, caller, "1", r#","park":true"#);
@@ -140,7 +140,7 @@ fn a_parked_call_that_is_said_again_is_answered_once() {
 }
 
 #[test]
-fn an_app_that_follows_a_tool_is_written_down() {
+fn an_app_that_follows_a_tool_is_stored() {
     let mut net = Net::new();
     let _tool = net.app("a", r#""pools":["p"],"triggers":["t"],"transient":true"#);
     assert_eq!(net.world.rows().apps.len(), 0);
@@ -149,7 +149,7 @@ fn an_app_that_follows_a_tool_is_written_down() {
 }
 
 #[test]
-fn who_comes_back_serves_no_more_where_it_may_not() {
+fn a_restored_app_does_not_serve_where_it_is_no_longer_allowed() {
     let mut net = Net::new();
     let a = net.app(
         "a",
@@ -202,7 +202,7 @@ fn kept_answers_are_bounded() {
 }
 
 #[test]
-fn parked_calls_are_offered_again_to_who_was_full() {
+fn parked_calls_are_delivered_again_to_a_handler_that_was_full() {
     let mut net = Net::bounded(
         Limits::default(),
         Bounds {
@@ -230,7 +230,7 @@ fn parked_calls_are_offered_again_to_who_was_full() {
         h,
         r#"{"action":"trigger_register","id":"r","triggers":["t"]}"#,
     );
-    // it reads everything now
+    // The handler now reads everything.
     let first = net.sees(h);
     assert!(!first.contains("call t"));
     net.advance(10_000);
@@ -238,7 +238,7 @@ fn parked_calls_are_offered_again_to_who_was_full() {
 }
 
 #[test]
-fn a_repeat_that_can_not_be_answered_is_told_so() {
+fn a_repeat_that_can_not_be_answered_gets_an_error() {
     let mut net = Net::bounded(
         Limits::default(),
         Bounds {
@@ -287,7 +287,7 @@ fn small_outboxes() -> Net {
     )
 }
 
-/// Fills the outboxes of those who serve `e` and do not read.
+/// Fills the outboxes of the apps that serve `e` and do not read.
 fn fill(net: &mut Net, from: Peer) {
     let emit = format!(
         r#"{{"action":"emit","process":"e","data":"{}"}}"#,
@@ -299,7 +299,7 @@ fn fill(net: &mut Net, from: Peer) {
     }
 }
 
-/// What a client sees, without emits and news of emits that were lost.
+/// What a client sees, except emits and notices of lost emits.
 fn sees(net: &mut Net, peer: Peer) -> String {
     let seen = net.sees(peer);
     let others = seen
@@ -309,7 +309,7 @@ fn sees(net: &mut Net, peer: Peer) -> String {
 }
 
 #[test]
-fn a_stream_goes_on_with_what_its_window_has_left() {
+fn a_stream_continues_with_the_rest_of_its_window() {
     let mut net = Net::new();
     let first = net.app("first", H);
     let caller = net.app("caller", "");
@@ -326,7 +326,7 @@ fn a_stream_goes_on_with_what_its_window_has_left() {
     );
     net.answer(second, r#""status":"partial","response":2"#);
     assert_eq!(net.sees(caller), "1 partial: 1; 1 partial: 2");
-    // Where nothing is left it begins with what the caller grants.
+    // If nothing is left, it starts with what the caller grants.
     let third = net.app("third", H);
     net.hang_up(second);
     let id = net.last_call(third);
@@ -338,7 +338,7 @@ fn a_stream_goes_on_with_what_its_window_has_left() {
 }
 
 #[test]
-fn what_is_in_a_pool_does_not_outlive_its_rules() {
+fn the_contents_of_a_pool_do_not_outlive_its_rules() {
     let rules = r#""policy":{"join":["caller","good"],"serve":["good"]}"#;
     for (durable, expected) in [
         ("", "failed: bad_message ran=no"),
@@ -355,20 +355,20 @@ fn what_is_in_a_pool_does_not_outlive_its_rules() {
         let (evil, seen) = net.hello("evil", r#""pools":["p"],"triggers":["t"]"#);
         assert_eq!(seen.starts_with("hello"), durable.is_empty(), "{seen}");
         assert!(!net.sees(evil).contains("call"));
-        // Without rules there is nothing to lose.
+        // Without rules, nothing is lost.
         let caller = net.app("caller", r#""pools":["q"]"#);
         assert_eq!(net.call(caller, "2", r#""park":true"#), "2 parked: null");
     }
 }
 
 #[test]
-fn a_pool_whose_promise_was_broken_holds_nothing_that_stays() {
+fn a_pool_that_could_not_be_stored_holds_nothing_durable() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     net.world.fill_disk(true);
     let create = r#"{"action":"pool_create","id":"p","pool":"p","durable":true,"policy":{"join":["caller"]}}"#;
     assert!(net.ask(caller, create).starts_with("p failed: storage"));
-    // Until then it was there, and lives as long as its members.
+    // Until then it existed, and it lives as long as its members.
     net.world.fill_disk(false);
     net.ask(caller, r#"{"action":"pool_join","id":"j","pool":"p"}"#);
     assert_eq!(
@@ -401,7 +401,7 @@ fn one_app_leaves_room_for_the_others() {
         assert_eq!(seen, "more failed: overloaded ran=no");
         let other = net.app("other", "");
         assert_eq!(net.call(other, "1", r#""park":true"#), "1 parked: null");
-        // There is room again when it has its answers.
+        // There is room again once it has received its answers.
         net.hang_up(caller);
         net.hang_up(other);
         let handler = net.app("handler", H);
@@ -435,7 +435,7 @@ fn answers_wait_for_the_instance_that_called_and_keep_their_order() {
     assert_eq!(calls.len(), 3);
     for (n, call) in calls.iter().enumerate() {
         if n == 2 {
-            // There is room by now, and others come first.
+            // There is room by now, and others are served first.
             sees(&mut net, caller);
         }
         net.answer_to(handler, call, &format!(r#""status":"ok","response":{n}"#));
@@ -448,7 +448,7 @@ fn answers_wait_for_the_instance_that_called_and_keep_their_order() {
 }
 
 #[test]
-fn promises_that_wait_for_the_disk_are_bounded() {
+fn requests_that_wait_for_the_disk_are_bounded() {
     let mut net = Net::with(|l| l.in_flight_max = 3);
     let caller = net.app("caller", "");
     let handler = net.app("handler", r#""triggers":["u"]"#);
@@ -463,7 +463,7 @@ fn promises_that_wait_for_the_disk_are_bounded() {
     );
     assert_eq!(seen, "");
     assert_eq!(net.world.pool_stats("default").unwrap().parked.waiting, 3);
-    // What promises nothing goes on.
+    // Requests that need no write continue.
     assert!(
         net.ask(caller, r#"{"action":"ping","id":"6"}"#)
             .starts_with("6 ok")
@@ -481,7 +481,7 @@ fn promises_that_wait_for_the_disk_are_bounded() {
 }
 
 #[test]
-fn an_answer_is_told_when_it_has_left_the_server() {
+fn a_handler_is_notified_once_its_answer_has_left_the_server() {
     let started = || {
         let mut net = Net::new();
         let caller = net.app("caller", "");
@@ -497,7 +497,7 @@ fn an_answer_is_told_when_it_has_left_the_server() {
     net.world.hold_writes(false);
     assert_eq!(net.world.rows().calls.len(), 0);
     assert_eq!(net.sees(caller), "1 ok: 1");
-    // The server dies before: the call is given out again.
+    // The server dies first: the call is delivered again.
     let (mut net, ..) = started();
     net.world.restart(3);
     net.world.hold_writes(false);
@@ -505,7 +505,7 @@ fn an_answer_is_told_when_it_has_left_the_server() {
     let caller = net.app("caller", "");
     net.answer(handler, r#""status":"ok","response":2"#);
     assert_eq!(net.sees(caller), "1 ok: 2");
-    // The connection ends before: the answer waits, for another instance or until there is one.
+    // The connection ends first: the answer waits for another instance, existing or future.
     for is_other_there in [false, true] {
         let (mut net, caller, _) = started();
         let other = is_other_there.then(|| net.app("caller", ""));
@@ -525,7 +525,7 @@ fn an_answer_is_told_when_it_has_left_the_server() {
 }
 
 #[test]
-fn a_call_that_was_cancelled_is_not_run_after_a_kill() {
+fn a_cancelled_call_does_not_run_after_a_kill() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     net.call(caller, "1", r#""park":true"#);
@@ -540,7 +540,7 @@ fn a_call_that_was_cancelled_is_not_run_after_a_kill() {
 }
 
 #[test]
-fn what_was_to_run_once_is_not_run_again_after_a_kill() {
+fn a_call_that_must_run_once_does_not_run_again_after_a_kill() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     keyed(&mut net, caller, "1", r#","park":true"#);
@@ -553,7 +553,7 @@ fn what_was_to_run_once_is_not_run_again_after_a_kill() {
     assert_eq!(net.calls_of(handler), [""; 0]);
     let (caller, seen) = net.hello("caller", "");
     assert!(seen.ends_with("1 ok: 1"), "{seen}");
-    // A repeat that comes after the restart has it too.
+    // A repeat after the restart gets it too.
     assert_eq!(keyed(&mut net, caller, "2", ""), "2 ok: 1");
     assert_eq!(net.calls_of(handler), [""; 0]);
 }

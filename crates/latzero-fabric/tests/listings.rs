@@ -1,4 +1,4 @@
-//! Listings come in pages, each bounded in bytes and in what is looked at.
+//! Listings are split into pages, each limited in bytes and in the number of entries examined.
 
 mod net;
 
@@ -7,10 +7,10 @@ use latzero_sim::{Peer, encode_frame};
 use net::Net;
 use serde_json::Value;
 
-/// The bound on the entries of a page, and room for what stands around them.
+/// The limit for the entries of a page, plus room for the enclosing message.
 const PAGE_BYTES_MAX: usize = 128 * 1024 + 256;
 
-/// The names on every page of a listing, and how many pages there were.
+/// The names on all pages of a listing, and the number of pages.
 fn walk(net: &mut Net, peer: Peer, request: &str, list: &str, name: &str) -> (Vec<String>, usize) {
     let (mut names, mut pages, mut after) = (Vec::new(), 0, String::new());
     loop {
@@ -85,7 +85,7 @@ fn an_entry_that_is_too_long_is_shortened() {
             "m".repeat(40_000),
             pools.join(",")
         );
-        // The instances stay, and each is in all of the pools.
+        // The instances stay connected, and each is in all pools.
         let peers: Vec<Peer> = (0..10)
             .map(|_| net.app(&format!("big{n}"), &more))
             .collect();
@@ -141,7 +141,7 @@ fn an_entry_that_is_too_long_is_shortened() {
 }
 
 #[test]
-fn a_page_ends_where_enough_was_looked_at() {
+fn a_page_ends_once_enough_entries_were_examined() {
     let mut net = Net::new();
     let me = net.app("me", "");
     for n in 0..6000 {

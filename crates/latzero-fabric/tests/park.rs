@@ -21,7 +21,7 @@ fn park(net: &mut Net, peer: Peer, id: &str, more: &str) -> String {
     )
 }
 
-/// An app whose first messages are still to be read: calls may come right behind its handshake.
+/// An app whose first messages are not read yet: calls may directly follow its handshake.
 fn join(net: &mut Net, app: &str, more: &str) -> Peer {
     let peer = net.connect();
     let comma = if more.is_empty() { "" } else { "," };
@@ -32,7 +32,7 @@ fn join(net: &mut Net, app: &str, more: &str) -> Peer {
     peer
 }
 
-/// Calls that wait for a client: their ids at the handler, and what they carry.
+/// The calls that a client has received: their ids at the handler, and their data.
 fn calls(net: &mut Net, peer: Peer) -> Vec<Value> {
     let messages = net.messages(peer).into_iter().map(|m| m.json);
     messages.filter(|m| m["action"] == "trigger").collect()
@@ -57,7 +57,7 @@ fn reply(net: &mut Net, peer: Peer, request: &str) -> Value {
     replies.next().unwrap()["response"].take()
 }
 
-/// What answers a client got, as "id:payload" or "id:code".
+/// The answers that a client received, as "id:payload" or "id:code".
 fn answers(net: &mut Net, peer: Peer) -> Vec<String> {
     let messages = net.messages(peer).into_iter().map(|m| m.json);
     let answers = messages.filter(|m| m["action"] == "response" && m["status"] != "parked");
@@ -128,13 +128,13 @@ fn it_waits_for_the_app_that_it_names() {
     let got = calls(&mut net, late);
     answer(&mut net, late, &got[0]);
     assert_eq!(answers(&mut net, caller), ["1:null"]);
-    // Where a handler is live nothing is parked.
+    // Nothing is parked while a handler is connected.
     assert_eq!(park(&mut net, caller, "3", ""), "");
     assert!(net.world.rows().calls.is_empty());
 }
 
 #[test]
-fn a_call_is_given_out_again_after_the_server_died() {
+fn a_call_is_delivered_again_after_the_server_died() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     park(&mut net, caller, "1", r#","data":7"#);
@@ -149,7 +149,7 @@ fn a_call_is_given_out_again_after_the_server_died() {
         (&2.into(), &7.into())
     );
     answer(&mut net, handler, &got[0]);
-    // Its caller is away; a restart later it is back.
+    // The caller is away, and is back after one more restart.
     assert_eq!(net.world.rows().answers.len(), 1);
     net.world.restart(3);
     let caller = net.connect();
@@ -164,7 +164,7 @@ fn a_call_is_given_out_again_after_the_server_died() {
 }
 
 #[test]
-fn of_several_instances_the_one_that_called_is_answered() {
+fn the_instance_that_called_gets_the_answer() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     park(&mut net, caller, "1", "");
@@ -230,7 +230,7 @@ fn waits_end() {
     assert_eq!(answers(&mut net, caller), ["1:timeout"]);
     net.say(caller, r#"{"action":"cancel","id":"2"}"#);
     assert_eq!(answers(&mut net, caller), ["2:cancelled"]);
-    // A handler may be away for longer than any other call takes.
+    // A handler may be away for longer than any other call lasts.
     let month: u64 = 30 * 24 * 3600 * 1000;
     park(&mut net, caller, "4", &format!(r#","ttl":{month}"#));
     net.advance(month - 1);
@@ -239,7 +239,7 @@ fn waits_end() {
     assert_eq!(answers(&mut net, caller), ["4:timeout"]);
     let longer = park(&mut net, caller, "5", &format!(r#","ttl":{}"#, month + 1));
     assert_eq!(longer, "5 failed: bad_message ran=no");
-    // What ends while the caller is away is kept for it, but not for ever.
+    // A result that comes while the caller is away is stored for it, but not for ever.
     park(&mut net, caller, "3", r#","ttl":1000"#);
     net.hang_up(caller);
     net.advance(1000);
@@ -247,7 +247,7 @@ fn waits_end() {
     net.advance(24 * 60 * 60 * 1000);
     assert!(net.world.rows().answers.is_empty());
     let caller = net.app("caller", "");
-    // Without an id nobody waits for the answer.
+    // Without an id, nobody waits for the answer.
     net.ask(
         caller,
         r#"{"action":"trigger","process":"t","park":true,"ttl":1000}"#,
@@ -284,7 +284,7 @@ fn a_handler_that_dies_ends_it_unless_it_may_be_redelivered() {
 }
 
 #[test]
-fn a_call_that_kills_its_handlers_lets_others_go_first_and_is_dead_in_the_end() {
+fn a_call_that_kills_its_handlers_lets_others_pass_and_is_finally_dead() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     park(
@@ -301,7 +301,7 @@ fn a_call_that_kills_its_handlers_lets_others_go_first_and_is_dead_in_the_end() 
     for _ in 0..10 {
         let handler = join(&mut net, "handler", one);
         net.advance(7000);
-        // Until it gets the one that kills it.
+        // Until it gets the call that kills it.
         while let [call] = &calls(&mut net, handler)[..] {
             if call["data"] == "bad" {
                 given += 1;
@@ -320,7 +320,7 @@ fn a_call_that_kills_its_handlers_lets_others_go_first_and_is_dead_in_the_end() 
     assert_eq!(told.last().unwrap(), "bad:attempts_exhausted");
     let stats = |net: &mut Net| net.world.pool_stats("default").unwrap().parked;
     assert_eq!((stats(&mut net).dead, stats(&mut net).total()), (1, 1));
-    // It is there after a restart, and runs again when somebody says so.
+    // It is still there after a restart, and runs again on request.
     net.world.restart(1);
     assert_eq!(stats(&mut net).dead, 1);
     let caller = net.app("caller", "");
@@ -364,7 +364,7 @@ fn calls_wait_for_a_busy_handler_and_callers_take_turns() {
         park(&mut net, polite, &n.to_string(), &format!(r#","data":{n}"#));
     }
     let mut order = Vec::new();
-    // The next one comes with the answer to the one before.
+    // The next call arrives with the answer to the previous one.
     while let [call] = &calls(&mut net, handler)[..] {
         order.push(call["data"].as_u64().unwrap());
         answer(&mut net, handler, call);
@@ -400,7 +400,7 @@ fn an_id_is_in_use_until_its_answer_was_fetched() {
 }
 
 #[test]
-fn who_was_never_called_did_not_run() {
+fn a_call_that_was_never_delivered_did_not_run() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     let ran = |net: &mut Net| {
@@ -443,7 +443,7 @@ fn calls_that_are_not_parked_are_redelivered_too() {
     );
     net.hang_up(other);
     assert_eq!(answers(&mut net, caller), ["1:handler_gone"]);
-    // One that may wait as well is parked then.
+    // If the call may also wait, it is parked then.
     let first = join(&mut net, "handler", r#""triggers":["t"]"#);
     net.call(caller, "2", r#""redeliver":true,"park":true"#);
     assert!(net.world.rows().calls.is_empty());
@@ -455,7 +455,7 @@ fn calls_that_are_not_parked_are_redelivered_too() {
     assert_eq!(got[0]["attempt"], 2);
     answer(&mut net, third, &got[0]);
     assert_eq!(answers(&mut net, caller), ["2:null"]);
-    // A caller that goes takes a call that is not parked along.
+    // When a caller leaves, its calls that are not parked end.
     net.call(caller, "3", r#""redeliver":true"#);
     net.hang_up(caller);
     net.hang_up(third);
@@ -463,7 +463,7 @@ fn calls_that_are_not_parked_are_redelivered_too() {
 }
 
 #[test]
-fn busy_handlers_are_given_parked_calls_in_order_as_they_have_room() {
+fn busy_handlers_get_parked_calls_in_order_as_room_allows() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     for n in 0..600 {
@@ -489,7 +489,7 @@ fn busy_handlers_are_given_parked_calls_in_order_as_they_have_room() {
         net.advance(1);
     }
     assert_eq!(next, 600);
-    // Without its own bound a handler has them all, some at a time.
+    // A handler without its own limit gets all of them, some at a time.
     net.hang_up(handler);
     for n in 600..1200 {
         park(&mut net, caller, &n.to_string(), "");
@@ -507,7 +507,7 @@ fn busy_handlers_are_given_parked_calls_in_order_as_they_have_room() {
 }
 
 #[test]
-fn what_is_parked_is_bounded() {
+fn parked_calls_are_bounded() {
     let mut net = Net::with(|limits| limits.parked_max = 2);
     let caller = net.app("caller", "");
     park(&mut net, caller, "1", "");
@@ -527,12 +527,12 @@ fn what_is_parked_is_bounded() {
 }
 
 #[test]
-fn parked_is_said_when_it_is_on_disk_and_not_before() {
+fn parked_is_acknowledged_only_once_it_is_on_disk() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     net.world.hold_disk(true);
     assert_eq!(park(&mut net, caller, "1", ""), "");
-    // Its handler comes before the disk is done: there is nothing left to say but the answer.
+    // Its handler connects before the write is done: only the answer is left to send.
     let handler = net.connect();
     net.say(
         handler,
@@ -543,7 +543,7 @@ fn parked_is_said_when_it_is_on_disk_and_not_before() {
     net.world.hold_disk(false);
     assert_eq!(net.sees(caller), "1 ok: null");
     net.hang_up(handler);
-    // A full disk refuses, and nothing waits.
+    // A full disk refuses the call, and nothing waits.
     net.world.fill_disk(true);
     assert_eq!(
         park(&mut net, caller, "2", ""),
@@ -555,9 +555,9 @@ fn parked_is_said_when_it_is_on_disk_and_not_before() {
     assert!(net.world.rows().calls.is_empty() && net.world.storages().is_empty());
 }
 
-/// Each of these ends must not be undone by a kill after its caller has heard of it.
+/// After the caller was notified of such an end, a kill must not undo it.
 #[test]
-fn an_end_is_said_when_it_is_on_disk_and_not_before() {
+fn an_end_is_reported_only_once_it_is_on_disk() {
     fn handler(net: &mut Net) -> Peer {
         join(net, "h", r#""triggers":["t"],"transient":true"#)
     }
@@ -596,7 +596,7 @@ fn an_end_is_said_when_it_is_on_disk_and_not_before() {
             let mut net = Net::new();
             let caller = net.app("caller", "");
             assert_eq!(park(&mut net, caller, "1", more), "1 parked: null");
-            // Another call with the key waits for the same answer.
+            // Another call with the same key waits for the same answer.
             if more == key {
                 assert_eq!(park(&mut net, caller, "2", more), "2 parked: null");
             }
@@ -622,7 +622,7 @@ fn an_end_is_said_when_it_is_on_disk_and_not_before() {
             assert_eq!(calls(&mut net, handler), Vec::<Value>::new(), "{said}");
         }
     }
-    // A disk that takes nothing delays nothing.
+    // A disk that accepts no writes delays nothing.
     let mut net = Net::new();
     let caller = net.app("caller", "");
     assert_eq!(park(&mut net, caller, "1", ""), "1 parked: null");
@@ -634,7 +634,7 @@ fn an_end_is_said_when_it_is_on_disk_and_not_before() {
 }
 
 #[test]
-fn a_call_that_is_always_parked_is_on_disk_whoever_could_take_it() {
+fn a_call_that_is_always_parked_is_on_disk_even_if_a_handler_is_free() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     let handler = net.app("h", r#""triggers":["t"]"#);
@@ -643,7 +643,7 @@ fn a_call_that_is_always_parked_is_on_disk_whoever_could_take_it() {
     let got = calls(&mut net, handler);
     assert_eq!((got.len(), &got[0]["attempt"]), (1, &1.into()));
     assert_eq!(net.world.rows().calls.len(), 1);
-    // Its caller leaves, and another instance of the app gets the answer.
+    // Its caller disconnects, and another instance of the app gets the answer.
     net.hang_up(caller);
     answer(&mut net, handler, &got[0]);
     let caller = join(&mut net, "caller", "");
@@ -663,9 +663,9 @@ fn a_parked_repeat_waits_for_the_answer_of_the_first_call_over_restarts() {
         assert_eq!(park(&mut net, caller, "2", key), "");
         net.world.hold_disk(false);
         assert_eq!(net.sees(caller), "1 parked: null; 2 parked: null");
-        // Said again under its own id, it is the same call.
+        // Sent again with its own id, it is the same call.
         assert_eq!(park(&mut net, caller, "1", key), "1 parked: null");
-        // One that is cancelled leaves the first one alone; one that expires too.
+        // Cancelling a repeat does not affect the first call, and neither does its expiry.
         let ttl = format!(r#"{key},"ttl":500"#);
         assert_eq!(park(&mut net, caller, "3", &ttl), "3 parked: null");
         assert_eq!(park(&mut net, caller, "4", key), "4 parked: null");
@@ -696,7 +696,7 @@ fn a_parked_repeat_waits_for_the_answer_of_the_first_call_over_restarts() {
     }
 }
 
-/// The first call's answer is on disk, and that of its repeat is not.
+/// The first call's answer is on disk, and its repeat's answer is not.
 #[test]
 fn a_kill_between_an_answer_and_its_repeats_runs_nothing_again() {
     let key = r#","headers":{"idempotency-key":"k"}"#;
@@ -732,7 +732,7 @@ fn a_kill_between_an_answer_and_its_repeats_runs_nothing_again() {
 }
 
 #[test]
-fn a_pool_stays_with_its_parked_calls_and_takes_them_along() {
+fn a_pool_stays_with_its_parked_calls_and_is_removed_with_them() {
     let mut net = Net::new();
     let caller = net.app("caller", r#""pools":["p"]"#);
     park(&mut net, caller, "1", "");
@@ -752,13 +752,13 @@ fn a_pool_stays_with_its_parked_calls_and_takes_them_along() {
     assert!(!net.world.pool_names().contains(&"p".to_owned()));
 }
 
-/// Random comings, goings, kills and full disks: every call that was said to be parked is answered
-/// exactly once in the end, and none that was refused is delivered.
+/// Random connects, disconnects, kills and full disks: every call that was acknowledged as parked
+/// is finally answered exactly once, and no refused call is delivered.
 #[test]
 fn nothing_that_was_parked_is_lost() {
     for seed in 0..300 {
         let mut prng = Prng::new(seed);
-        // What is in a socket's buffer when a client dies is lost to it.
+        // Data in a socket's buffer is lost when its client dies.
         let bounds = Bounds {
             socket_bytes: 0,
             ..Bounds::default()
@@ -771,7 +771,7 @@ fn nothing_that_was_parked_is_lost() {
         let mut refused = BTreeSet::new();
         let mut answered: BTreeMap<String, u32> = BTreeMap::new();
         let mut asked = 0;
-        // A server that dies before the end of a call is written down gives the call out again.
+        // If the server dies before the end of a call is stored, it delivers the call again.
         let mut may_repeat = false;
         let mut log = Vec::new();
         let mut read = |net: &mut Net,
@@ -864,7 +864,7 @@ fn nothing_that_was_parked_is_lost() {
             read(&mut net, caller, &mut parked, &mut refused);
             net.world.check();
         }
-        // In the end everybody is there, and the disk well.
+        // At the end everybody is connected, and the disk works.
         net.world.hold_disk(false);
         net.world.fill_disk(false);
         if caller.is_none() {

@@ -1,5 +1,5 @@
-//! Emits, triggers that come and go, pools, presence and administration: sections 5, 6, 8 and 9 of
-//! the protocol.
+//! Emits, triggers that are added and removed, pools, presence and administration: sections 5, 6, 8
+//! and 9 of the protocol.
 
 mod net;
 use latzero_fabric::{Limits, Transport};
@@ -7,7 +7,7 @@ use latzero_sim::{Bounds, admin_proof};
 use net::Net;
 
 #[test]
-fn an_emit_reaches_every_handler_or_one_or_those_it_is_for() {
+fn an_emit_reaches_every_handler_or_one_or_its_destination() {
     let mut net = Net::new();
     let handlers = ["x", "y", "x"].map(|app| net.app(app, r#""triggers":["t"]"#));
     let outside = net.app("x", r#""pools":["p"],"triggers":["t"]"#);
@@ -60,7 +60,7 @@ fn an_emit_reaches_every_handler_or_one_or_those_it_is_for() {
 }
 
 #[test]
-fn an_emit_with_raw_bytes_takes_the_form_that_each_receiver_takes() {
+fn an_emit_with_raw_bytes_has_the_form_that_each_receiver_supports() {
     let mut net = Net::new();
     let raw = net.app("raw", r#""triggers":["t"],"features":["attachments"]"#);
     let plain = net.app("plain", r#""triggers":["t"]"#);
@@ -77,7 +77,7 @@ fn an_emit_with_raw_bytes_takes_the_form_that_each_receiver_takes() {
 }
 
 #[test]
-fn a_reader_that_does_not_read_loses_emits_and_is_told_how_many() {
+fn a_slow_reader_loses_emits_and_is_notified_how_many() {
     let bounds = Bounds {
         outbox_bytes: 600,
         headroom_bytes: 1500,
@@ -94,7 +94,7 @@ fn a_reader_that_does_not_read_loses_emits_and_is_told_how_many() {
     for _ in 0..3 {
         assert_eq!(net.ask(c, &emit), r#"e ok: {"delivered":0}"#);
     }
-    // It is told as soon as there is room, not with the next emit.
+    // The notice is sent as soon as there is room, not with the next emit.
     let seen = net.sees(slow);
     assert!(
         seen.starts_with("emit") && seen.ends_with("; lost 3"),
@@ -120,7 +120,7 @@ fn triggers_come_and_go() {
     for pool in ["p", "q"] {
         assert_eq!(net.call(c, pool, &format!(r#""pool":"{pool}""#)), "");
     }
-    // For one pool alone, from now on; what runs may still be answered.
+    // For one pool only, from now on; calls in progress may still be answered.
     net.ask(h, &register(r#"{"name":"t","pools":["q"]}"#));
     assert_eq!(net.sees(c), "trigger_removed p h t");
     assert_eq!(
@@ -152,7 +152,7 @@ fn triggers_come_and_go() {
 }
 
 #[test]
-fn pools_are_made_joined_left_and_removed() {
+fn pools_are_created_joined_left_and_removed() {
     let mut net = Net::new();
     let a = net.app("a", "");
     let b = net.app("b", "");
@@ -215,7 +215,7 @@ fn pools_are_made_joined_left_and_removed() {
     );
     assert_eq!(net.sees(b), "pool_removed made");
     assert_eq!(ask(&mut net, b, "watch", ""), "failed: not_member ran=no");
-    // A new pool of the same name is another pool.
+    // A new pool with the same name is a different pool.
     assert!(ask(&mut net, a, "pool_create", "").starts_with("ok"));
     assert_eq!(
         net.ask(b, r#"{"action":"emit","process":"t","pool":"made"}"#),
@@ -227,7 +227,7 @@ fn pools_are_made_joined_left_and_removed() {
         ""
     );
     assert_eq!(ask(&mut net, b, "pool_leave", ""), "ok: {}");
-    // Made on purpose, it stays without members.
+    // A pool that was created explicitly stays without members.
     assert!(ask(&mut net, a, "pool_info", "").contains(r#""members":0"#));
     assert_eq!(ask(&mut net, a, "pool_remove", ""), "ok: {}");
 }
@@ -253,7 +253,7 @@ fn built_in_pools_stay_and_the_systems_is_reserved() {
 }
 
 #[test]
-fn a_pool_that_was_only_named_goes_with_its_last_member() {
+fn an_implicit_pool_ends_with_its_last_member() {
     let mut net = Net::new();
     let (a, b) = (
         net.app("a", r#""pools":["p"]"#),
@@ -356,7 +356,7 @@ fn listings_come_in_pages() {
 }
 
 #[test]
-fn watchers_are_told_what_they_asked_for() {
+fn watchers_get_the_events_they_asked_for() {
     let mut net = Net::new();
     let w = net.app("w", r#""pools":["p"]"#);
     assert_eq!(
@@ -403,7 +403,7 @@ fn administration_needs_the_right() {
         }
     }
     let [challenge, proof] = admin_proof();
-    // A proof needs a challenge, and spends it.
+    // A proof needs a challenge, and uses it up.
     net.say(a, &proof);
     assert_eq!(net.sees(a), "error unauthenticated");
     let reload = r#"{"action":"reload","id":"1"}"#;
@@ -433,7 +433,7 @@ fn administration_needs_the_right() {
 }
 
 #[test]
-fn what_is_wrong_is_answered_and_the_connection_lives() {
+fn invalid_requests_are_answered_and_the_connection_stays_open() {
     let mut net = Net::new();
     let a = net.app("a", "");
     for (wrong, expected) in [
@@ -491,7 +491,7 @@ fn a_broken_body_fails_its_own_call() {
         let seen = net.call(c, "3", &format!(r#""data":{data}"#));
         assert_eq!(seen, format!("3 failed: {code} ran=no"), "{data}");
     }
-    // A handler's broken answer ends its call, and no other.
+    // A malformed answer of a handler ends only its own call.
     let seen = net.answer_to(h, &first, r#""status":"ok","response":[1,]"#);
     assert_eq!(seen, "error bad_message");
     assert_eq!(net.sees(c), "1 failed: handler_error ran=unknown");
@@ -505,10 +505,11 @@ fn a_broken_body_fails_its_own_call() {
 }
 
 #[test]
-fn what_is_no_message_fails_alone() {
+fn an_invalid_message_fails_alone() {
     let first = "error bad_frame; (closed)";
     let other_protocol = "error frame_too_large; (closed)";
-    // Before the handshake, and after it: then the length in front keeps its neighbours apart.
+    // Before and after the handshake. After it, the length prefix separates the message from
+    // others.
     let cases: [(&[u8], &str, &str); 7] = [
         (&[0, 0, 0, 0], first, "error bad_message"),
         (b"GET / HTTP/1.1\r\n", other_protocol, other_protocol),

@@ -1,4 +1,4 @@
-//! Proofs whose verdicts come later: who waits, who does not, and what came in between.
+//! Proofs with delayed results: who waits, who does not, and what can happen in between.
 
 mod net;
 use latzero_crypto::descriptor::{Descriptor, History, NewEpoch, NewPool, OldContent};
@@ -30,7 +30,7 @@ fn first(keys: &KeySet) -> Descriptor {
     Descriptor::create(keys, &pool).expect("all keys are here")
 }
 
-/// A server with an encrypted pool, and its only member.
+/// A server with an encrypted pool, and the pool's only member.
 fn vault() -> (Net, Descriptor, Peer) {
     let mut net = Net::new();
     let descriptor = first(&keys(1));
@@ -47,7 +47,7 @@ fn vault() -> (Net, Descriptor, Peer) {
     (net, descriptor, app)
 }
 
-/// The message that proves the role write, for a new challenge.
+/// The message that proves the role write, with a new challenge.
 fn proof(net: &mut Net, peer: Peer, app: &str, keys: &KeySet) -> String {
     net.say(
         peer,
@@ -81,7 +81,7 @@ fn proof(net: &mut Net, peer: Peer, app: &str, keys: &KeySet) -> String {
 const PING: &str = r#"{"action":"ping","id":"later"}"#;
 
 #[test]
-fn proofs_that_wait_hold_up_nobody_but_who_gave_them() {
+fn waiting_proofs_delay_only_their_senders() {
     let (mut net, _, _) = vault();
     let handler = net.app("handler", r#""triggers":["t"]"#);
     let caller = net.app("caller", "");
@@ -90,20 +90,20 @@ fn proofs_that_wait_hold_up_nobody_but_who_gave_them() {
         .map(|n| {
             let app = format!("crowd-{n}");
             let peer = net.app(&app, "");
-            // Keys that are not the pool's.
+            // These keys are not the pool's.
             let wrong = proof(&mut net, peer, &app, &keys(100));
             assert_eq!(net.ask(peer, &wrong), "", "no verdict yet");
             assert_eq!(net.ask(peer, PING), "", "what comes behind it waits");
             peer
         })
         .collect();
-    // Others call as if there were no crowd.
+    // Calls of others are not delayed.
     for n in 0..3 {
         assert_eq!(net.call(caller, &format!("{n}"), r#""data":1"#), "");
         assert_eq!(net.answer(handler, r#""status":"ok","response":2"#), "");
         assert_eq!(net.sees(caller), format!("{n} ok: 2"));
     }
-    // One more does not wait: it is told to come again.
+    // One more proof does not wait: its sender is asked to retry later.
     let late = net.app("late", "");
     let good = proof(&mut net, late, "late", &keys(1));
     assert_eq!(net.ask(late, &good), "p failed: overloaded ran=no");
@@ -127,7 +127,7 @@ fn proofs_that_wait_hold_up_nobody_but_who_gave_them() {
 }
 
 #[test]
-fn a_rotation_before_the_verdict_refuses_the_proof() {
+fn a_rotation_before_the_result_refuses_the_proof() {
     let (mut net, current, owner) = vault();
     let late = net.app("late", "");
     let proof = proof(&mut net, late, "late", &keys(1));
@@ -154,7 +154,7 @@ fn a_rotation_before_the_verdict_refuses_the_proof() {
 }
 
 #[test]
-fn who_leaves_before_the_verdict_is_not_seated() {
+fn a_client_that_leaves_before_the_result_does_not_join() {
     let (mut net, _, _) = vault();
     let late = net.app("late", "");
     let proof = proof(&mut net, late, "late", &keys(1));

@@ -32,12 +32,12 @@ fn two() -> (Net, Peer, Peer) {
 fn a_repeat_gets_the_first_answer() {
     let (mut net, caller, handler) = two();
     assert_eq!(call(&mut net, caller, "1", "k", ""), "");
-    // While it is in progress, repeats wait with it.
+    // While the first call is in progress, repeats wait with it.
     assert_eq!(call(&mut net, caller, "2", "k", ""), "");
     let other = net.app("caller", "");
     assert_eq!(call(&mut net, other, "1", "k", ""), "");
     assert_eq!(net.sees(handler), "call t from caller: null");
-    // Another key, or another app, is another call.
+    // A call with another key or of another app is a different call.
     assert_eq!(call(&mut net, caller, "3", "l", ""), "");
     let stranger = net.app("stranger", "");
     assert_eq!(call(&mut net, stranger, "1", "k", ""), "");
@@ -50,7 +50,7 @@ fn a_repeat_gets_the_first_answer() {
     call(&mut net, caller, "2", "k", "");
     net.answer(handler, r#""status":"ok","response":7"#);
     assert_eq!(net.sees(caller), "2 ok: 7; 1 ok: 7");
-    // And afterwards, for a time; errors of the handler's too.
+    // Also after it has ended, for some time, and also if the handler returned an error.
     assert_eq!(call(&mut net, caller, "3", "k", ""), "3 ok: 7");
     net.advance(10 * 60 * 1000);
     assert_eq!(call(&mut net, caller, "4", "k", ""), "");
@@ -58,14 +58,14 @@ fn a_repeat_gets_the_first_answer() {
 }
 
 #[test]
-fn a_caller_that_lost_its_connection_asks_again() {
+fn a_caller_that_lost_its_connection_repeats_its_call() {
     let (mut net, caller, handler) = two();
     call(&mut net, caller, "1", "k", "");
     net.messages(handler);
     call(&mut net, caller, "plain", "", "");
     net.sees(caller);
     net.hang_up(caller);
-    // The handler is not told to stop: its answer is still wanted.
+    // The handler is not asked to stop, because its answer is still needed.
     let seen = net.sees(handler);
     assert!(!seen.contains("cancel"), "{seen}");
     let caller = net.app("caller", "");
@@ -75,7 +75,7 @@ fn a_caller_that_lost_its_connection_asks_again() {
 }
 
 #[test]
-fn answers_reach_repeats_after_their_caller_went() {
+fn answers_reach_repeats_after_their_caller_left() {
     let (mut net, caller, handler) = two();
     call(&mut net, caller, "1", "k", "");
     let id = net.last_call(handler);
@@ -83,7 +83,7 @@ fn answers_reach_repeats_after_their_caller_went() {
     net.answer_to(handler, &id, r#""status":"ok","response":5"#);
     let caller = net.app("caller", "");
     assert_eq!(call(&mut net, caller, "9", "k", ""), "9 ok: 5");
-    // Its time ends it though nobody waits, and a repeat is its own call then.
+    // The call times out although nobody waits for it; a repeat is then a new call.
     call(&mut net, caller, "1", "late", r#","ttl":100"#);
     net.hang_up(caller);
     net.advance(100);
@@ -111,7 +111,7 @@ fn a_call_without_an_answer_is_forgotten() {
     let handler = net.app("handler", HANDLER);
     assert_eq!(call(&mut net, caller, "4", "k", ""), "");
     assert_eq!(net.sees(handler), "call t from caller: null");
-    // With redelivery the next handler answers them all.
+    // With redelivery, the next handler's answer goes to all of them.
     let second = net.app("handler", HANDLER);
     call(&mut net, caller, "5", "r", r#","redeliver":true"#);
     let (has, other) = match net.sees(handler).is_empty() {
@@ -163,7 +163,7 @@ fn parked_calls_are_repeated_across_restarts() {
 }
 
 #[test]
-fn a_repeat_takes_the_place_of_a_call_that_never_ran() {
+fn a_repeat_replaces_a_call_that_never_ran() {
     let parked = r#","park":true"#;
     for end in ["cancel", "expire"] {
         let mut net = Net::new();
@@ -196,7 +196,7 @@ fn a_repeat_takes_the_place_of_a_call_that_never_ran() {
         assert_eq!(net.sees(caller), "2 ok: 7; 3 ok: 7", "after {end}");
         net.world.check();
     }
-    // One that a handler had may have run: a second run is not ours to begin.
+    // A call that a handler had may have run, so the server does not start it again.
     let (mut net, caller, handler) = two();
     call(&mut net, caller, "1", "k", r#","park":"always""#);
     net.messages(handler);
@@ -230,7 +230,7 @@ fn keys_are_checked_and_bounded() {
         call(&mut net, caller, "3", "3", ""),
         "3 failed: overloaded ran=no"
     );
-    // An answer makes room by being forgotten.
+    // When an answer is forgotten, there is room again.
     net.answer(handler, r#""status":"ok","response":1"#);
     net.sees(caller);
     assert_eq!(call(&mut net, caller, "3", "3", ""), "");
@@ -248,12 +248,12 @@ fn keys_are_checked_and_bounded() {
 }
 
 #[test]
-fn a_repeat_ends_by_itself_and_the_first_call_goes_on() {
+fn a_repeat_ends_alone_and_the_first_call_continues() {
     let (mut net, caller, handler) = two();
     call(&mut net, caller, "1", "k", "");
     assert_eq!(call(&mut net, caller, "2", "k", r#","ttl":100"#), "");
     assert_eq!(call(&mut net, caller, "3", "k", r#","ttl":9000"#), "");
-    // An id belongs to one at a time: of a repeat, of its first call, of another call.
+    // Only one call at a time has an id: a repeat, its first call, or another call.
     for id in ["1", "2"] {
         let seen = call(&mut net, caller, id, "k", "");
         assert_eq!(seen, format!("{id} failed: bad_message ran=no"));
@@ -263,7 +263,7 @@ fn a_repeat_ends_by_itself_and_the_first_call_goes_on() {
     assert_eq!(net.sees(caller), "2 failed: timeout ran=unknown");
     let seen = net.ask(caller, r#"{"action":"cancel","id":"3"}"#);
     assert_eq!(seen, "3 failed: cancelled ran=unknown");
-    // Whoever leaves its pool waits no more, and the ids are free again.
+    // The waits of a caller that leaves its pool end, and the ids are free again.
     let other = net.app("caller", "");
     assert_eq!(call(&mut net, other, "4", "k", ""), "");
     net.ask(

@@ -1,4 +1,4 @@
-//! Files that are said to be backups: looked at, checked, restored.
+//! Untrusted backup files: opened, checked, restored.
 
 use std::io::Read;
 use std::path::Path;
@@ -6,11 +6,12 @@ use std::sync::OnceLock;
 
 use latzero_store::{Options, RowChange, open_backup, restore};
 
-/// A backup with bytes changed, or any bytes. Where the first byte is `!` the rest is the file;
-/// else it is pairs of a place (two bytes) and a byte to put there, in a backup that is good.
+/// A backup with changed bytes, or any bytes. If the first byte is `!`, the rest is the file;
+/// otherwise the input is pairs of an offset (two bytes) and a byte to write there, in a valid
+/// backup.
 ///
 /// # Panics
-/// Where something panics, and where what passes the check can't be restored.
+/// If something panics, or a backup that passes the check can't be restored.
 pub fn backup(data: &[u8]) {
     let bytes = match data.split_first() {
         Some((b'!', bytes)) => bytes.to_vec(),
@@ -52,7 +53,7 @@ pub fn backup(data: &[u8]) {
     }
 }
 
-/// What was restored opens.
+/// Checks that the restored database opens.
 fn check(data_dir: &Path) {
     let opened = latzero_store::open(data_dir, Options::default());
     opened
@@ -62,7 +63,7 @@ fn check(data_dir: &Path) {
         .expect("and closes");
 }
 
-/// A backup with a row.
+/// A valid backup with a row.
 fn good() -> &'static [u8] {
     static GOOD: OnceLock<Vec<u8>> = OnceLock::new();
     GOOD.get_or_init(|| {

@@ -1,7 +1,6 @@
-//! What comes from strangers in encrypted pools: tokens, descriptors, blocks, events, proofs.
+//! Untrusted input in encrypted pools: tokens, descriptors, blocks, events, proofs.
 //!
-//! The pool is the one of `conformance/keys/vectors.json`, so that the corpus holds parts of it
-//! that verify.
+//! The pool is the one of `conformance/keys/vectors.json`, so that parts of the corpus verify.
 
 use std::sync::LazyLock;
 
@@ -16,10 +15,10 @@ use latzero_crypto::keys::{KeySet, NewKeys, Secret, Token};
 use latzero_crypto::meta::{AnswerMeta, CallFrame, CallMeta};
 use latzero_crypto::proof::JoinProof;
 
-/// When the messages of the corpus were sent.
+/// The time at which the messages of the corpus were sent.
 const NOW: u64 = 1_700_000_000_456;
 
-/// Bytes that count up.
+/// Bytes that count up from `from`.
 fn count<const N: usize>(from: u8) -> [u8; N] {
     let mut next = from;
     [(); N].map(|()| {
@@ -49,10 +48,10 @@ static FIRST: LazyLock<Descriptor> = LazyLock::new(|| {
     Descriptor::create(&keys(), &pool).expect("all keys are here")
 });
 
-/// Tokens, key files and app keys: what is read is written as it was.
+/// Tokens, key files and app keys: whatever can be parsed is written back unchanged.
 ///
 /// # Panics
-/// Where it is not.
+/// If it is not.
 pub fn tokens(data: &[u8]) {
     let file = KeySet::from_file(data);
     if let Err(error) = &file {
@@ -76,15 +75,15 @@ pub fn tokens(data: &[u8]) {
     let _ = KeySet::from_variable(text);
 }
 
-/// Descriptors: none but the pool's own first one is accepted, by clients and by the server.
+/// Descriptors: clients and the server accept only the pool's own first one.
 ///
 /// # Panics
-/// Where another one is.
+/// If another one is accepted.
 pub fn descriptor(data: &[u8]) {
     descriptor_verifies(data);
 }
 
-/// The same; whether it verified.
+/// As [`descriptor`]; returns whether it verified.
 fn descriptor_verifies(data: &[u8]) -> bool {
     let first = &*FIRST;
     let parsed = Descriptor::parse(data);
@@ -116,15 +115,15 @@ fn descriptor_verifies(data: &[u8]) -> bool {
     accepted
 }
 
-/// Heads and slots of blocks: what verifies stands there as it was signed.
+/// Heads and slots of blocks: whatever verifies equals what was signed.
 ///
 /// # Panics
-/// Where it does not.
+/// If it does not.
 pub fn manifest(data: &[u8]) {
     manifest_verifies(data);
 }
 
-/// The same; whether it verified.
+/// As [`manifest`]; returns whether it verified.
 fn manifest_verifies(data: &[u8]) -> bool {
     let id = BlockId {
         pool_id: count(0xa0),
@@ -157,15 +156,16 @@ fn manifest_verifies(data: &[u8]) -> bool {
     verifies
 }
 
-/// Envelopes: what is read can be written again, and nothing but the corpus's own messages opens.
+/// Envelopes: whatever can be parsed can be written again, and only the corpus's own messages can
+/// be opened.
 ///
 /// # Panics
-/// Where that does not hold.
+/// If that is not true.
 pub fn envelope(data: &[u8]) {
     envelope_verifies(data);
 }
 
-/// The same; whether it verified.
+/// As [`envelope()`]; returns whether it verified.
 fn envelope_verifies(data: &[u8]) -> bool {
     for text in [std::str::from_utf8(data).ok(), None] {
         let _ = (CallMeta::parse(text), AnswerMeta::parse(text));
@@ -210,7 +210,7 @@ fn envelope_verifies(data: &[u8]) -> bool {
         assert!(!received && !answered);
         return false;
     };
-    // The header says the same when it is written, but for flags that the content decides.
+    // The written header is the same, except for flags that depend on the content.
     let event_key = epochs.current().event_key();
     let seal = keys().seal_key().filter(|_| envelope.is_signed());
     let again = envelope::seal(
@@ -233,10 +233,10 @@ fn envelope_verifies(data: &[u8]) -> bool {
     received || answered
 }
 
-/// Proofs: what is read is written so that it reads the same.
+/// Proofs: whatever can be parsed is written so that it parses to the same value.
 ///
 /// # Panics
-/// Where it is not.
+/// If it is not.
 pub fn proof(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else {
         return;
@@ -251,7 +251,7 @@ pub fn proof(data: &[u8]) {
 mod tests {
     use super::*;
 
-    /// Otherwise the corpus would never reach what comes after the checks.
+    /// Otherwise the corpus would never reach the code behind the checks.
     #[test]
     fn parts_of_the_corpus_verify() {
         let file = |name: &str| {

@@ -1,4 +1,4 @@
-//! A block's header as somebody left it who may write all of it.
+//! A block's header written by a client that may write all of it.
 
 use std::cell::RefCell;
 use std::sync::atomic::Ordering;
@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use latzero_shm::slots::{self, Wait};
 use latzero_shm::{Description, Fault, Geometry, Memory};
 
-/// A block in memory of this process alone.
+/// A block in the memory of this process.
 struct Bytes(RefCell<Vec<u8>>);
 
 impl Bytes {
@@ -52,12 +52,12 @@ impl Memory for Bytes {
     }
 }
 
-/// Bytes as a header: what is read from them is what they would be written as, and whatever the
-/// words that writers write say, a read and a write end, within the block. The first byte chooses
-/// the block's size and slots.
+/// Bytes as a header: whatever can be parsed is written back unchanged, and with any values in the
+/// words of writers, a read and a write end and stay within the block. The first byte chooses the
+/// block's size and slots.
 ///
 /// # Panics
-/// Where that does not hold.
+/// If that is not true.
 pub fn header(data: &[u8]) {
     if let Ok(description) = Description::decode(data) {
         assert_eq!(description.encode()[..104], data[..104]);
@@ -84,7 +84,7 @@ pub fn header(data: &[u8]) {
     let Ok(version) = draft.publish(&memory, slots::Stamp::default()) else {
         return;
     };
-    // A writer mends what it needs: what it published can be read.
+    // A writer repairs what it needs: its published version can be read.
     let mut after = content.clone();
     assert_eq!(
         slots::read(&memory, &geometry, 0, &mut after, Wait::Hurry).ok(),

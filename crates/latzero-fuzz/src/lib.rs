@@ -1,7 +1,7 @@
-//! What the fuzz targets run: each takes any bytes, and panics where something does not hold.
+//! The fuzz targets: each accepts any bytes, and panics if a property is violated.
 //!
-//! They stand here and not in `fuzz/`, which needs a fuzzer's compiler flags, so that the ordinary
-//! tests can replay the corpus (`fuzz/corpus/<target>/`) on a stable compiler.
+//! They are here and not in `fuzz/`, which needs a fuzzer's compiler flags, so that the ordinary
+//! tests can replay the corpus (`fuzz/corpus/<target>/`) with a stable compiler.
 
 mod backup;
 mod crypto;
@@ -24,14 +24,14 @@ pub use header::header;
 pub use rows::rows;
 pub use session::session;
 
-/// Frames that were decoded, and the error that ended them.
+/// The decoded frames, and the error that ended them.
 type Decoded = (Vec<(Vec<u8>, Option<Vec<u8>>)>, Option<FrameError>);
 
-/// The frame decoder: however bytes are split, what comes out is the same. The first byte chooses
-/// what is accepted.
+/// The frame decoder: the result is the same however the bytes are split. The first byte chooses
+/// the accepted frames.
 ///
 /// # Panics
-/// Where it is not.
+/// If it is not.
 pub fn frame(data: &[u8]) {
     let Some((choice, bytes)) = data.split_first() else {
         return;
@@ -42,14 +42,14 @@ pub fn frame(data: &[u8]) {
     };
     let whole = decode([bytes], accept);
     assert_eq!(decode(bytes.chunks(1), accept), whole, "byte by byte");
-    // Every place of a short input, and evenly spread ones of a long one.
+    // Every split of a short input, and evenly spread splits of a long one.
     for cut in (0..=bytes.len()).step_by(1 + bytes.len() / 512) {
         let (head, tail) = bytes.split_at(cut);
         assert_eq!(decode([head, tail], accept), whole, "split at {cut}");
     }
 }
 
-/// Decodes bytes that arrive in pieces.
+/// Decodes bytes that arrive in parts.
 fn decode<'a>(pieces: impl IntoIterator<Item = &'a [u8]>, accept: Accept) -> Decoded {
     let (mut buffer, mut frames) = (Vec::new(), Vec::new());
     for piece in pieces {
@@ -69,10 +69,10 @@ fn decode<'a>(pieces: impl IntoIterator<Item = &'a [u8]>, accept: Accept) -> Dec
     (frames, None)
 }
 
-/// Messages: no bytes make the envelope or the decoder panic, and the scanner takes what JSON is.
+/// Messages: no bytes make the envelope or the decoder panic, and the scanner accepts exactly JSON.
 ///
 /// # Panics
-/// Where that does not hold.
+/// If that is not true.
 pub fn message(data: &[u8]) {
     for attachment in [None, Some(&data[data.len() / 2..])] {
         let envelope = Envelope::parse(Frame {
@@ -86,7 +86,7 @@ pub fn message(data: &[u8]) {
                     assert!(!refusal.message.is_empty());
                 }
             }
-            // What is refused as a message is an object anyway.
+            // Even if it is refused as a message, it is JSON.
             Ok(Err(_)) => assert!(serde_json::from_slice::<IgnoredAny>(data).is_ok()),
             Err(refusal) => assert!(refusal.message.len() < 512),
         }
@@ -100,7 +100,7 @@ pub fn message(data: &[u8]) {
             assert!(is_json, "the scanner refuses JSON: {:?}", scan::value(text));
         }
         Ok(_) => assert!(!is_json, "the scanner takes JSON that is nested too deep"),
-        // Numbers are passed on as text, whatever they would overflow, and so is half a surrogate
+        // Numbers are forwarded as text, even if they would overflow, and so is half a surrogate
         // pair.
         Err(error)
             if ["number out of range", "surrogate", "end of hex escape"]
@@ -118,10 +118,10 @@ fn depth(value: &Value) -> u32 {
     }
 }
 
-/// Settings files: none makes the parser panic, and each refusal says where it belongs.
+/// Settings files: no input makes the parser panic, and each error has a position.
 ///
 /// # Panics
-/// Where that does not hold.
+/// If that is not true.
 pub fn config(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     if let Err(errors) = settings::parse_file(Path::new("config.toml"), &text) {

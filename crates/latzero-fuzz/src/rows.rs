@@ -1,5 +1,4 @@
-//! Rows of a database that anybody may have written: what is taken in of them, and what clients see
-//! of it then.
+//! Untrusted rows of a database: which are restored, and what clients then see.
 
 use latzero_fabric::rows::{AnswerRow, AppRow, CallRow, Death, PoolRow};
 use latzero_fabric::{Limits, Transport};
@@ -7,11 +6,11 @@ use latzero_protocol::{AppId, PoolName};
 use latzero_sim::{Bounds, Rows, World, encode_frame};
 use serde_json::Value;
 
-/// A start with rows, each a line of JSON with the field `table`: `app`, `pool`, `call` or
-/// `answer`. Then apps come that the rows may be about; what they are given they answer.
+/// Starts a server with rows, each a line of JSON with the field `table`: `app`, `pool`, `call` or
+/// `answer`. Then apps that the rows may refer to connect, and answer the calls that they receive.
 ///
 /// # Panics
-/// Where an invariant breaks, or something is left when all have gone.
+/// If an invariant is broken, or something is left after all apps have left.
 pub fn rows(data: &[u8]) {
     let mut rows = Rows::default();
     for line in data.split(|&b| b == b'\n').take(50) {
@@ -50,7 +49,7 @@ pub fn rows(data: &[u8]) {
             world.check();
         }
     }
-    // Beyond every time that a row may name.
+    // Past every time that a row may contain.
     for _ in 0..3 {
         world.advance(latzero_protocol::limits::PARKED_TTL_MAX_MS);
         world.check();
@@ -125,7 +124,7 @@ fn put(rows: &mut Rows, row: &Value) {
                 frame: text("frame").chars().map(|c| c as u8).collect(),
                 expires: number("expires"),
             };
-            // A call and its answer are never both there.
+            // A call and its answer never exist at the same time.
             rows.calls.remove(&row.number);
             rows.answers.insert(row.number, row);
         }

@@ -1,15 +1,15 @@
-//! A session as a whole: any messages of one client, in a world with two others.
+//! A whole session: any messages of one client, in a world with two others.
 
 use latzero_fabric::{Limits, Transport};
 use latzero_sim::{Bounds, Peer, World, encode_frame};
 
-/// The bytes of one client, in a world with a handler that answers and a caller that calls. Where
-/// the first byte is `!`, the rest is wire bytes; else each line is the JSON of a frame, in which
-/// `$CALL` stands for the id of the call that the client received last, and a line `#` lets a
-/// second pass.
+/// The bytes of one client, in a world with a handler that answers and a caller that calls. If the
+/// first byte is `!`, the rest is wire bytes. Otherwise each line is the JSON of a frame, in which
+/// `$CALL` stands for the id of the call that the client received last; a line `#` advances time by
+/// a second.
 ///
 /// # Panics
-/// Where an invariant breaks, or something is left when all have gone.
+/// If an invariant is broken, or something is left after all clients have left.
 pub fn session(data: &[u8]) {
     let limits = Limits {
         max_frame: 64 * 1024,
@@ -89,11 +89,11 @@ impl Scene {
         }
     }
 
-    /// Lets the stranger's bytes in, then the others act.
+    /// Passes the stranger's bytes to the server, then lets the others act.
     fn feed(&mut self, bytes: &[u8]) {
         self.world.feed(self.stranger, bytes);
         self.world.check();
-        // Whoever takes an AppID over closes its instances; nothing else may.
+        // An app that takes over an AppID closes its instances; nothing else may.
         self.may_displace |= bytes
             .windows(8)
             .any(|at| at == b"takeover" || at.starts_with(b"\\u"));
@@ -140,7 +140,7 @@ impl Scene {
         self.world.check();
     }
 
-    /// Everybody goes, and nothing is left.
+    /// All clients leave, and nothing is left.
     fn end(mut self) {
         self.world.hang_up(self.stranger);
         self.world.advance(latzero_protocol::limits::TTL_MAX_MS);

@@ -10,7 +10,7 @@ fn replay(target: &str, run: fn(&[u8])) {
     let mut replayed = 0;
     for file in files {
         let path = file.expect("the folder can be read").path();
-        // Shown only where the run fails.
+        // Shown only if the run fails.
         println!("replaying {}", path.display());
         run(&std::fs::read(&path).expect("the file can be read"));
         replayed += 1;

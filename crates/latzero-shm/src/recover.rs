@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_somebody_holds_is_taken_back_with_all_that_is_in_it() {
+    fn memory_that_a_client_holds_is_recovered_with_its_content() {
         let first = Custodian::create_shared("t", &description(false)).unwrap();
         first.write(10, b"kept", None).unwrap();
         first.set_lease(7, true).unwrap();
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_sealed_memory_is_not_taken() {
+    fn only_sealed_memory_of_a_block_is_recovered() {
         let (_home, directory) = directory();
         let file =
             Custodian::create_persistent(directory.as_fd(), "f", &description(true)).unwrap();

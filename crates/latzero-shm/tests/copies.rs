@@ -1,5 +1,5 @@
-//! What a small write costs a large block: the bytes that are read and written are counted, those
-//! of the content apart from the header's.
+//! The cost of a small write to a large block: bytes read and written are counted, those of the
+//! content separately from those of the header.
 
 #![allow(clippy::unwrap_used, reason = "these are tests, and what they share")]
 
@@ -15,7 +15,7 @@ const SIZE: u64 = 64 * MIB;
 /// Bytes of a small write.
 const SMALL: u64 = 100;
 
-/// Most bytes of the header that one version may touch: a few words.
+/// The most header bytes that one version may touch: a few words.
 const HEADER_MAX: u64 = 300;
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -25,11 +25,11 @@ struct Count {
     header: u64,
 }
 
-/// A block's bytes, with what was done to them.
+/// A block's bytes, with counters of reads and writes.
 struct Counted {
     bytes: RefCell<Vec<u8>>,
     count: Cell<Count>,
-    /// Whether writes of the content fail from now on, half of them done.
+    /// Whether writes of the content fail halfway from now on.
     is_dying: Cell<bool>,
 }
 
@@ -91,7 +91,7 @@ impl Memory for Counted {
     }
 }
 
-/// Publishes a version that changes `length` bytes from `offset` on, and says what that took.
+/// Publishes a version that changes `length` bytes from `offset` on; returns what was counted.
 fn write(memory: &Counted, geometry: &Geometry, offset: u64, length: u64, byte: u8) -> Count {
     memory.count.set(Count::default());
     let mut draft = slots::begin(memory, geometry).unwrap();
@@ -102,7 +102,7 @@ fn write(memory: &Counted, geometry: &Geometry, offset: u64, length: u64, byte: 
     memory.count.get()
 }
 
-/// A block that has as many versions as slots, each of them whole and the last ones small.
+/// A block with as many versions as slots, each complete, the last ones small.
 fn warm(slots: u32) -> (Counted, Geometry) {
     let geometry = Geometry::new(SIZE, slots).unwrap();
     let memory = Counted::new(&geometry);
@@ -120,7 +120,7 @@ fn read(memory: &Counted, geometry: &Geometry, offset: u64, length: u64) -> Vec<
 }
 
 #[test]
-fn what_is_written_over_is_not_copied_first() {
+fn bytes_about_to_be_overwritten_are_not_copied_first() {
     for slots in 1..=4 {
         let (memory, geometry) = warm(slots);
         for byte in 3..20 {
@@ -133,18 +133,18 @@ fn what_is_written_over_is_not_copied_first() {
             assert!(count.header <= HEADER_MAX, "{count:?}");
             assert_eq!(read(&memory, &geometry, 98, 3), [byte, byte, 1]);
         }
-        // All of it, whatever the slot lags behind.
+        // The whole block, however old the slot is.
         let count = write(&memory, &geometry, 0, SIZE, 20);
         assert_eq!((count.content_read, count.content_written), (0, SIZE));
     }
 }
 
 #[test]
-fn two_slots_copy_only_the_version_before_wherever_it_was() {
+fn two_slots_copy_only_the_previous_version_wherever_it_was() {
     let (memory, geometry) = warm(2);
     write(&memory, &geometry, SIZE - SMALL, SMALL, 0);
     for round in 1..20u8 {
-        // From one end of the block to the other.
+        // Alternates between the two ends of the block.
         let offset = u64::from(round % 2) * (SIZE - SMALL);
         let offset = SIZE - SMALL - offset;
         let count = write(&memory, &geometry, offset, SMALL, round);
@@ -162,7 +162,7 @@ fn two_slots_copy_only_the_version_before_wherever_it_was() {
 }
 
 #[test]
-fn a_write_into_what_lags_behind_leaves_its_two_ends_to_copy() {
+fn a_write_inside_an_outdated_range_copies_only_its_two_ends() {
     let (memory, geometry) = warm(2);
     write(&memory, &geometry, 10_000, 3 * SMALL, 3);
     let count = write(&memory, &geometry, 10_000 + SMALL, SMALL, 4);
@@ -177,7 +177,7 @@ fn a_write_into_what_lags_behind_leaves_its_two_ends_to_copy() {
 }
 
 #[test]
-fn more_slots_copy_what_lies_between_the_versions_missed() {
+fn more_slots_copy_the_changes_of_the_versions_missed() {
     for slots in [3, 4] {
         let (memory, geometry) = warm(slots);
         let missed = u64::from(slots) - 1;
@@ -196,7 +196,7 @@ fn more_slots_copy_what_lies_between_the_versions_missed() {
 }
 
 #[test]
-fn far_ends_of_a_block_are_apart_from_each_other() {
+fn far_ends_of_a_block_are_copied_separately() {
     for slots in [2, 3, 4] {
         let (memory, geometry) = warm(slots);
         for round in 0..20 {
@@ -210,7 +210,7 @@ fn far_ends_of_a_block_are_apart_from_each_other() {
 }
 
 #[test]
-fn an_empty_version_and_a_read_cost_what_they_are() {
+fn an_empty_version_and_a_read_cost_only_their_size() {
     let (memory, geometry) = warm(2);
     write(&memory, &geometry, 0, SMALL, 3);
     write(&memory, &geometry, 0, 0, 0);
@@ -224,7 +224,7 @@ fn an_empty_version_and_a_read_cost_what_they_are() {
 }
 
 #[test]
-fn a_writer_that_died_costs_one_whole_copy_and_no_more() {
+fn a_writer_that_died_costs_exactly_one_full_copy() {
     for slots in [2, 3] {
         let (memory, geometry) = warm(slots);
         write(&memory, &geometry, 0, SMALL, 3);

@@ -1,4 +1,4 @@
-//! What the kernel and the checks keep out: other files, other modes, other sizes, shrinking, too
+//! What the kernel and the checks refuse: other files, other modes, other sizes, shrinking, too
 //! many descriptors.
 
 #![allow(clippy::unwrap_used, reason = "these are tests, and what they share")]
@@ -91,7 +91,7 @@ fn another_access_mode_is_refused() {
 }
 
 #[test]
-fn what_is_no_block_is_refused() {
+fn files_other_than_blocks_are_refused() {
     let (block, _) = common::block(10, 2, false);
     let expected = common::expected(&block, Access::Write);
     let (socket, _other) = UnixStream::pair().unwrap();
@@ -172,7 +172,7 @@ fn another_block_is_refused() {
         AttachError::Header(HeaderError::Unexpected("generation"))
     ));
     let mut other_geometry = expected.clone();
-    // As many pages, so that only the header tells.
+    // The number of pages is the same, so only the header shows the difference.
     other_geometry.geometry.size += 1;
     let error = refused(common::descriptor(&block, Access::Write), &other_geometry);
     assert!(matches!(
@@ -183,7 +183,7 @@ fn another_block_is_refused() {
     rustix::io::pwrite(block.file(), &[1], 20).unwrap();
     let error = refused(common::descriptor(&block, Access::Write), &expected);
     assert!(matches!(error, AttachError::Header(HeaderError::Checksum)));
-    // The custodian notices as well, and says so of this block.
+    // The custodian detects it as well, and reports this block.
     assert!(matches!(block.check(), Err(HeaderError::Checksum)));
     let error = block.write(0, &[1], None).unwrap_err();
     assert!(matches!(error, WriteError::Fault(Fault::Corrupt("header"))));
@@ -241,7 +241,7 @@ fn a_shortened_file_is_an_error_and_no_signal() {
                 (0, latzero_shm::State::Corrupt)
             );
         }
-        // Whatever these answer, they answer.
+        // The results do not matter, only that each operation returns.
         let timeout = Some(std::time::Duration::ZERO);
         let _ = (
             reader.wait(0, timeout),
@@ -313,7 +313,7 @@ fn a_file_is_made_once() {
 }
 
 #[test]
-fn more_than_there_is_is_refused_with_figures() {
+fn more_than_available_is_refused_with_figures() {
     let description = common::description(1 << 40, 4, false);
     let error = Custodian::create_shared("lz:test", &description).unwrap_err();
     let CreateError::NoSpace { needed, free } = error else {
@@ -323,7 +323,7 @@ fn more_than_there_is_is_refused_with_figures() {
     assert!(free > 0 && free < needed);
 }
 
-/// Descriptors that travelled, and what was said of them.
+/// Sends descriptors; returns the result and those that were received.
 fn travel(sent: usize, max: usize) -> (io::Result<usize>, Vec<OwnedFd>) {
     let (a, b) = UnixStream::pair().unwrap();
     let file = tempfile::tempfile().unwrap();
@@ -355,7 +355,7 @@ fn descriptors_travel() {
 
 #[test]
 fn more_descriptors_than_taken_are_all_closed() {
-    // Each has a pipe's end: that the other one sees the end says that all were closed.
+    // Each is one end of a pipe: when the other end reports the end, all were closed.
     for (sent, max) in [(1, 0), (2, 1), (DESCRIPTORS_MAX, 3)] {
         let (a, b) = UnixStream::pair().unwrap();
         let (mut from, to) = io::pipe().unwrap();
@@ -373,7 +373,7 @@ fn more_descriptors_than_taken_are_all_closed() {
 
 #[test]
 fn control_data_without_room_closes_all() {
-    // More than the receiver has room for: the kernel cuts the list short and says so (MSG_CTRUNC).
+    // More than the receiver has room for: the kernel truncates the list and sets MSG_CTRUNC.
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
     let (a, b) = UnixStream::pair().unwrap();
     let (mut from, to) = io::pipe().unwrap();

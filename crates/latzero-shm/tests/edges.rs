@@ -1,6 +1,5 @@
-//! The edges that the model of `model.rs` does not get to: offsets up to the last number there is,
-//! several clients and a server that takes turns and comes back, content that moves to another kind
-//! of block.
+//! Edge cases that `model.rs` does not reach: offsets up to the largest number, several clients and
+//! a server that takes turns and reopens the file, and content that moves to another kind of block.
 
 mod common;
 
@@ -23,7 +22,7 @@ fn sizes() -> impl Strategy<Value = u64> {
     ]
 }
 
-/// Places around every edge of a block of `size` bytes.
+/// Offsets around every edge of a block of `size` bytes.
 fn edges(size: u64) -> Vec<u64> {
     let mut edges = vec![0, 1, u64::MAX, u64::MAX - 1, u64::MAX - size, 1 << 63];
     for edge in [PAGE, 2 * PAGE, size, u64::MAX - size + 1] {
@@ -43,8 +42,8 @@ proptest! {
         ..ProptestConfig::default()
     })]
 
-    /// Every edge as an offset with every edge as a length; what lies outside is refused and
-    /// changes nothing.
+    /// Every edge as an offset with every edge as a length; a range outside the block is refused
+    /// and changes nothing.
     #[test]
     fn every_edge_with_every_other(
         size in sizes(),
@@ -70,7 +69,7 @@ proptest! {
                     drop(writing);
                 }
                 if length > 4 * PAGE {
-                    continue; // no buffer is that long
+                    continue; // no buffer can be that long
                 }
                 let mut seen = vec![0xaa; length as usize];
                 let of_server = block.read(offset, &mut seen, None);
@@ -101,9 +100,9 @@ proptest! {
 enum Turn {
     /// The server writes, given the right version or another one.
     Server(u64, Vec<u8>, i64),
-    /// A client writes piece by piece, reads its own draft, and publishes it or drops it.
+    /// A client writes in parts, reads its own draft, and publishes or drops it.
     Client(usize, Vec<(u64, Vec<u8>)>, bool),
-    /// The server ends and opens the file again; clients stay.
+    /// The server ends and opens the file again; clients stay attached.
     Reopen,
 }
 
@@ -130,7 +129,7 @@ fn turn() -> impl Strategy<Value = Turn> {
     ]
 }
 
-/// Where a piece goes, in a block of `size` bytes; and what of it fits.
+/// The offset of a part in a block of `size` bytes, and the bytes of it that fit.
 fn place(size: u64, at: u64, bytes: &[u8]) -> (u64, &[u8]) {
     let offset = at % size;
     let fits = bytes.len().min((size - offset) as usize);
@@ -144,10 +143,10 @@ proptest! {
         ..ProptestConfig::default()
     })]
 
-    /// A draft that one client drops is nobody's: neither the other's nor the server's next version
-    /// has anything of it.
+    /// A dropped draft of one client leaves nothing in the next version, neither in the other
+    /// client's nor in the server's.
     #[test]
-    fn clients_and_a_server_that_comes_back(
+    fn clients_and_a_server_that_reopens_the_file(
         size in sizes(),
         slots in 2..=4u32,
         is_persistent in any::<bool>(),
@@ -229,7 +228,7 @@ proptest! {
         prop_assert_eq!(other.copy_to(&back).unwrap(), version);
         model.resize(size as usize, 0);
         prop_assert_eq!(of(&back), (model.clone(), version));
-        // Each slot is brought up to date from there.
+        // Each slot is updated from there.
         for step in 1..=u64::from(slots) + 1 {
             let at = (step % size) as usize;
             model[at] = step as u8;

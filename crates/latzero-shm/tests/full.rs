@@ -1,7 +1,7 @@
-//! A disk that is full: a block that does not fit is refused with figures, and one that is there
-//! can be written to the end.
+//! A full disk: a block that does not fit is refused with figures, and an existing block can still
+//! be written completely.
 //!
-//! Root mounts a small file system for it; others ask for more than any disk has.
+//! Root mounts a small file system for it; other users request more than any disk has.
 
 #![allow(clippy::unwrap_used, reason = "these are tests, and what they share")]
 
@@ -19,11 +19,11 @@ use latzero_shm::{Access, Attachment, CreateError, Custodian};
 /// Bytes of the small file system.
 const SMALL: u64 = 128 * 1024;
 
-/// A file system of its own, gone when this is dropped.
+/// A mounted file system, unmounted when this is dropped.
 struct Mounted<'a>(&'a Path);
 
 impl<'a> Mounted<'a> {
-    /// Nothing where this is not allowed.
+    /// Mounts it; `None` if that is not permitted.
     fn new(at: &'a Path) -> Option<Mounted<'a>> {
         let size = format!("size={SMALL}");
         let done = Command::new("mount")
@@ -60,7 +60,7 @@ fn more_than_any_disk_has_is_refused() {
     let (needed, free) = no_space(directory.path(), "huge", 1 << 40);
     assert_eq!(needed, (4 << 40) + 4096);
     assert!(free > 0);
-    // What is left of it is the caller's to remove, and takes no room.
+    // The caller must remove the rest of it, which uses no space.
     let left = std::fs::metadata(directory.path().join("huge")).unwrap();
     assert_eq!(left.len(), 0);
 }
@@ -69,7 +69,7 @@ fn more_than_any_disk_has_is_refused() {
 fn a_block_on_a_full_disk_can_be_written() {
     let directory = tempfile::tempdir().unwrap();
     let Some(_mounted) = Mounted::new(directory.path()) else {
-        return; // the other test has to do
+        return; // the other test covers this case
     };
     let path = directory.path();
     assert_eq!(no_space(path, "large", SMALL).1, SMALL);

@@ -13,7 +13,7 @@ use latzero_shm::{Access, WriteError};
 fn a_version_is_written_in_place() {
     let (block, _) = common::block(100, 2, false);
     let client = common::attach(&block, Access::Write);
-    // With the version before, and over old bytes.
+    // With the previous version's content, and over old bytes.
     for (keeps, rest) in [(true, 7), (false, 7), (true, 7)] {
         block.write(0, &[7; 100], None).unwrap();
         let mut writing = client.begin(0).unwrap();

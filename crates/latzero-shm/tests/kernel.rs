@@ -1,6 +1,6 @@
-//! What else the kernel and the checks keep out, beside `descriptors.rs`: read-only files, devices,
-//! descriptors that only write, headers that are whole and wrong, files shortened under a draft or
-//! a sleeper.
+//! More of what the kernel and the checks refuse, in addition to `descriptors.rs`: read-only files,
+//! devices, write-only descriptors, headers that are complete but wrong, and files truncated under
+//! a draft or a sleeper.
 
 #![allow(clippy::unwrap_used, reason = "these are tests, and what they share")]
 
@@ -28,7 +28,7 @@ fn refused(file: OwnedFd, expected: &Expected) -> AttachError {
     Attachment::new(file, expected).expect_err("it is not the block that was announced")
 }
 
-/// The block's file, opened again.
+/// Opens the block's file again.
 fn reopened(block: &Custodian, flags: OFlags) -> OwnedFd {
     use std::os::fd::AsRawFd;
     let path = format!("/proc/self/fd/{}", block.file().as_raw_fd());
@@ -95,14 +95,14 @@ fn a_writer_changes_content_and_never_the_length() {
     let beyond = fallocate(&file, FallocateFlags::empty(), total, 4096);
     assert_eq!(beyond, Err(Errno::PERM));
     assert_eq!(rustix::io::pwrite(&file, &[1], total), Err(Errno::PERM));
-    // A hole is allowed, and is as good as zeros: the pages come back when they are touched.
+    // A hole is allowed and reads as zeros: the pages are allocated again when they are touched.
     let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     fallocate(&file, hole, 4096, total - 4096).unwrap();
     assert_eq!(fstat(&file).unwrap().st_size as u64, total);
     assert_eq!(reader.read().unwrap(), (vec![0; 5000], 1));
     assert_eq!(block.write(0, &[8; 5000], None).unwrap(), 2);
     assert_eq!(reader.read().unwrap(), (vec![8; 5000], 2));
-    // The header's page as well: then there is no block any more, and everybody is told so.
+    // Also the header's page: the block is gone then, and every user gets an error.
     fallocate(&file, hole, 0, total).unwrap();
     assert!(matches!(block.check(), Err(HeaderError::Magic)));
     assert!(block.write(0, &[9], None).is_err());
@@ -110,7 +110,7 @@ fn a_writer_changes_content_and_never_the_length() {
 }
 
 #[test]
-fn what_a_client_sets_on_its_descriptor_does_not_reach_the_server() {
+fn flags_that_a_client_sets_on_its_descriptor_do_not_affect_the_server() {
     // Flags belong to the open file, which a descriptor that was passed shares with the one it was
     // made from (fcntl(2)): with O_APPEND each pwrite(2) would go to the end of the file.
     for is_persistent in [false, true] {
@@ -130,7 +130,7 @@ fn what_a_client_sets_on_its_descriptor_does_not_reach_the_server() {
 }
 
 #[test]
-fn devices_and_descriptors_that_only_write_are_refused() {
+fn devices_and_write_only_descriptors_are_refused() {
     let (block, _) = common::block(10, 2, false);
     for access in [Access::Read, Access::Write] {
         for is_persistent in [false, true] {
@@ -149,7 +149,7 @@ fn devices_and_descriptors_that_only_write_are_refused() {
             &common::expected(&block, access),
         );
         assert!(matches!(error, AttachError::AccessMode), "{error}");
-        // A path alone, which can be neither read nor written (open(2), O_PATH).
+        // A descriptor of a path, which can neither be read nor written (open(2), O_PATH).
         let error = refused(
             reopened(&block, OFlags::PATH),
             &common::expected(&block, access),
@@ -163,7 +163,7 @@ fn devices_and_descriptors_that_only_write_are_refused() {
 }
 
 #[test]
-fn headers_that_are_whole_and_wrong_are_refused() {
+fn complete_but_wrong_headers_are_refused() {
     let good = common::description(10, 2, true);
     let write = |change: &dyn Fn(&mut [u8])| {
         let mut header = good.encode().to_vec();
@@ -225,7 +225,8 @@ fn a_file_shortened_under_a_draft_is_an_error_and_no_signal() {
             let mut writing = client.begin(0).unwrap();
             writing.write(5000, &[2; 10]).unwrap();
             ftruncate(block.file(), length).unwrap();
-            // Whatever these answer, they answer; a write past the end makes the file longer again.
+            // The results do not matter, only that each operation returns; a write past the end
+            // extends the file again.
             let mut own = vec![0; 10_000];
             let _ = writing.read_into(0, &mut own);
             let _ = writing.write(1, &[3; 9_999]);
@@ -238,7 +239,7 @@ fn a_file_shortened_under_a_draft_is_an_error_and_no_signal() {
                 reader.read().map(drop),
                 block.read(0, &mut own, None).map(drop),
             ] {
-                // Bytes of a version that counts, or an error.
+                // Bytes of a valid version, or an error.
                 assert!(published.is_ok() || length > 4096 || outcome.is_err());
             }
             let _ = (block.check(), block.sync(), block.set_state(State::Closed));
@@ -266,7 +267,7 @@ fn sleepers_of_a_file_that_is_gone_wake_up() {
 }
 
 #[test]
-fn all_sleepers_are_told_of_the_end() {
+fn all_sleepers_are_notified_of_the_end() {
     for is_persistent in [false, true] {
         for (state, expected) in [
             (State::Superseded, Waited::Superseded),
@@ -302,8 +303,8 @@ fn descriptors_come_with_the_bytes_they_were_sent_with() {
     send_with_fds(&a, b"two", &[file.as_fd(), file.as_fd()]).unwrap();
     send_with_fds(&a, b"three", &[]).unwrap();
     drop(a);
-    // A read may end one message and begin the next, and has the descriptors of the one that begins
-    // in it.
+    // A read may contain the end of one message and the start of the next; the descriptors belong
+    // to the message that starts in it.
     let (mut text, mut counts) = (Vec::new(), Vec::new());
     loop {
         let mut buffer = [0; 2];

@@ -1,5 +1,5 @@
-//! Nothing is left open or mapped, whatever was refused. One test alone in its process: it counts
-//! what the process has.
+//! Nothing stays open or mapped, whatever was refused. This is the only test in its process,
+//! because it counts what the process has.
 
 #![allow(clippy::unwrap_used, reason = "these are tests, and what they share")]
 
@@ -15,7 +15,7 @@ use latzero_shm::fds::{DESCRIPTORS_MAX, recv_with_fds, send_with_fds};
 use latzero_shm::{Access, Attachment, Custodian, Expected};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-/// How many descriptors are open, and how many mappings of files there are.
+/// The number of open descriptors, and of mapped files.
 fn held() -> (usize, usize) {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let mapped = maps
@@ -25,7 +25,7 @@ fn held() -> (usize, usize) {
     (std::fs::read_dir("/proc/self/fd").unwrap().count(), mapped)
 }
 
-/// Descriptors that are more than wanted, and more than the control data has room for (MSG_CTRUNC).
+/// More descriptors than accepted, and more than the control data has room for (MSG_CTRUNC).
 fn too_many_descriptors() {
     let file = tempfile::tempfile().unwrap();
     for (sent, max) in [
@@ -98,7 +98,7 @@ fn attachments() {
         let client = common::attach(&block, Access::Write);
         let mut writing = client.begin(0).unwrap();
         writing.write(0, &[1; 5000]).unwrap();
-        drop(client); // what is under way holds the block
+        drop(client); // the draft in progress keeps the block
         assert_eq!(writing.publish().unwrap(), 1);
         assert_eq!(held(), before);
     }
@@ -107,7 +107,7 @@ fn attachments() {
 fn blocks() {
     let before = held();
     for is_persistent in [false, true] {
-        // Large enough for copies through mappings of their own.
+        // Large enough for copies through separate mappings.
         let (block, directory) = common::block(1 << 20, 3, is_persistent);
         let during = held();
         for byte in 0..5 {

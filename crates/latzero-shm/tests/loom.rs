@@ -1,9 +1,8 @@
-//! Small changes in every order of steps, through the published surface alone: each version changes
-//! one word of the block, so that a writer copies the other one from slot to slot while it is read.
-//! The writer dies at any step, or drops what it began.
+//! Small changes in every order of steps, through the public interface alone: each version changes
+//! one word of the block, so a writer copies the other word from slot to slot while it is read. The
+//! writer dies at any step, or drops its draft.
 //!
-//! A version's content follows from its number, whoever wrote it, so readers know what to expect
-//! without asking.
+//! A version's content follows from its number, whoever wrote it, so readers know what to expect.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -16,21 +15,21 @@ use latzero_shm::{Fault, Geometry, Memory};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, fence};
 
-/// Words of the block.
+/// The number of words of the block.
 const WORDS: u64 = 2;
 
-/// Where the header has the words that readers look at.
+/// The offset of the header words that readers use.
 const HEAD: u64 = 128;
 const NOTIFY: u64 = 256;
 const SLOT_WORDS: u64 = 512;
 const SEQUENCE: u64 = 0;
 const VERSION: u64 = 8;
 
-/// What is written where nobody is ever to read it.
+/// A value that no reader may ever see.
 const UNSEEN: u64 = 0xdead;
 
-/// Words that loom watches; and those that writers alone look at, one after the other, which need
-/// not be.
+/// Words that loom tracks, and words that only writers use, one after the other, which need no
+/// tracking.
 struct Words {
     watched: HashMap<u64, AtomicU64>,
     private: HashMap<u64, Plain>,
@@ -58,7 +57,7 @@ impl Words {
     }
 }
 
-/// The words as one process has them, which may die after so many more steps.
+/// One process's access to the words; it may die after a number of steps.
 struct Process<'a> {
     words: &'a Words,
     steps_left: Cell<Option<u32>>,
@@ -92,7 +91,7 @@ impl Memory for Process<'_> {
     }
 
     fn store(&self, at: u64, word: u64, order: Ordering) -> Result<(), Fault> {
-        // Only what it stores can tell when it died.
+        // Only its stores are visible to others, so only they count as steps.
         self.step()?;
         match self.words.watched.get(&at) {
             Some(place) => place.store(word, order),
@@ -132,12 +131,12 @@ impl Memory for Process<'_> {
     }
 }
 
-/// What word `word` is in version `version`: the last version that changed it.
+/// The content of word `word` in version `version`: the last version that changed it.
 fn expected(version: u64, word: u64) -> u64 {
     version.saturating_sub((version + word) % WORDS)
 }
 
-/// Makes the next version, which changes one word.
+/// Publishes the next version, which changes one word.
 fn publish(process: &Process<'_>, geometry: &Geometry) -> Result<u64, Fault> {
     let mut draft = slots::begin(process, geometry)?;
     let version = draft.version();
@@ -148,15 +147,15 @@ fn publish(process: &Process<'_>, geometry: &Geometry) -> Result<u64, Fault> {
     draft.publish(process, Stamp::default())
 }
 
-/// Publishes a version, so that the slot that readers may still be at is the next one; then begins
-/// another there, writes what nobody is to see, and drops it.
+/// Publishes a version, so that the slot that readers may still use is the next one; then starts
+/// another version there, writes a value that nobody may see, and drops it.
 fn begin_and_drop(process: &Process<'_>, geometry: &Geometry) -> Result<(), Fault> {
     let newest = publish(process, geometry)?;
     let mut draft = slots::begin(process, geometry)?;
     draft
         .write(process, 0, &UNSEEN.to_le_bytes())
         .map_err(|_| Fault::Short)?;
-    // It sees its own word, and the newest version's other one, copied or not.
+    // The draft shows its own word, and the newest version's other word, copied or not.
     let mut bytes = [0; 8 * WORDS as usize];
     draft.read(process, 0, &mut bytes).expect("it reads");
     let words = [UNSEEN, expected(newest, 1)].map(u64::to_le_bytes);
@@ -181,16 +180,16 @@ fn read(process: &Process<'_>, geometry: &Geometry) -> u64 {
 
 #[derive(Clone, Copy)]
 enum First {
-    /// Publishes so many versions, unless it dies before.
+    /// Publishes this many versions, unless it dies first.
     Publishes(u32),
-    /// Publishes one version, and begins another that it does not publish.
+    /// Publishes one version, and drops another.
     Drops,
 }
 
 #[derive(Clone, Copy)]
 struct Case {
     slots: u32,
-    /// Versions that are there before anybody reads.
+    /// Versions that exist before any reader starts.
     before: u32,
     first: First,
     readers: usize,
@@ -198,8 +197,8 @@ struct Case {
     preemptions: usize,
 }
 
-/// Runs every order for a first writer that dies after `steps` stores, and a second one after it.
-/// Says whether the first one got to its end.
+/// Runs every order for a first writer that dies after `steps` stores, and for a second one after
+/// it. Returns whether the first one finished.
 fn check(case: Case, steps: u32) -> bool {
     let survived = std::sync::Arc::new(Mutex::new(false));
     let report = survived.clone();
@@ -246,7 +245,7 @@ fn check(case: Case, steps: u32) -> bool {
     *survived.lock().expect("nobody panics")
 }
 
-/// All deaths, up to the writer that does not die.
+/// Checks every death, up to the writer that does not die.
 fn check_all_deaths(case: Case) {
     let survived = (0..200).find(|steps| check(case, *steps));
     assert!(survived.is_some(), "the writer always died");

@@ -1,5 +1,5 @@
-//! Reads and writes of both sides against a plain vector: offsets and lengths at the edges, all
-//! kinds of blocks.
+//! Reads and writes of both sides compared with a plain vector: offsets and lengths at the edges,
+//! all kinds of blocks.
 
 mod common;
 
@@ -16,7 +16,7 @@ enum Step {
     ClientRead(Place),
 }
 
-/// Where, from either end of the block, and how far; it may lie outside.
+/// An offset from either end of the block, and a length; the range may be outside.
 #[derive(Debug, Clone, Copy)]
 struct Place {
     from_end: bool,
@@ -60,7 +60,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Bytes that differ from one to the next, so that a shifted copy shows.
+/// Consecutive bytes differ, so that a shifted copy is visible.
 fn bytes(length: usize, byte: u8) -> Vec<u8> {
     (0..length).map(|i| byte.wrapping_add(i as u8)).collect()
 }
@@ -141,7 +141,7 @@ proptest! {
                     }
                 }
                 Step::ClientWrite(writes, drops) => {
-                    // What was written in place stays there, published or not.
+                    // Bytes written in place stay, published or not.
                     let mut next = model.clone();
                     let mut writing = writer.begin(5).unwrap();
                     for (place, byte) in writes {
@@ -203,7 +203,7 @@ proptest! {
         prop_assert_eq!(reader.read().unwrap(), (model.clone(), version));
         block.check().unwrap();
 
-        // Another generation has the same content under the same version, with more room or less.
+        // Another generation has the same content and version, with more room or less.
         for new_size in [size.div_ceil(2), size + 4097] {
             let (new, _directory) = common::block(new_size, slots, is_persistent);
             prop_assert_eq!(block.copy_to(&new).unwrap(), version);

@@ -1,12 +1,12 @@
-//! Writers and readers as processes, the writers killed at random points: no reader ever sees a
-//! torn version.
+//! Writers and readers as processes, with the writers killed at random points: no reader ever sees
+//! a torn version.
 //!
-//! The test starts its own program again in other roles and tells each where the block's descriptor
-//! is. A version's content follows from its number alone, whoever wrote it: version v sets one
-//! quarter of the block to v, so that each slot is brought up to date by ranges, and a slip in that
-//! shows as well as a torn copy.
+//! The test starts its own program again in other roles and passes the path of the block's
+//! descriptor. A version's content follows from its number alone, whoever wrote it: version v sets
+//! one quarter of the block to v. So each slot is updated by ranges, and an error in that is as
+//! visible as a torn copy.
 //!
-//! `LATZERO_TORN_READS` sets how many reads there are (1,000,000), `LATZERO_TORN_KILLS` how many
+//! `LATZERO_TORN_READS` sets the number of reads (1,000,000), `LATZERO_TORN_KILLS` the number of
 //! deaths (200).
 
 mod common;
@@ -26,8 +26,8 @@ const WORDS: u64 = SIZE / 8;
 const READERS: u64 = 2;
 const FENCE: u64 = 3;
 
-/// Where the block is, who it is, and what to do: in the environment of the processes that this
-/// test starts.
+/// Environment variables of the processes that this test starts: the block's path, the role, and
+/// the work to do.
 const ROLE: &str = "LATZERO_TORN_ROLE";
 
 fn number(name: &str, default: u64) -> u64 {
@@ -40,7 +40,7 @@ fn words_of(quarter: u64) -> std::ops::Range<u64> {
     quarter * each..((quarter + 1) * each).min(WORDS)
 }
 
-/// What stands in a quarter in version `version`: the last version that set it.
+/// The content of a quarter in version `version`: the last version that set it.
 fn expected(version: u64, quarter: u64) -> u64 {
     version.saturating_sub((version + QUARTERS - quarter) % QUARTERS)
 }
@@ -56,7 +56,7 @@ fn check(bytes: &[u8], version: u64) {
     }
 }
 
-/// The change that makes version `version`: where, and what.
+/// The change of version `version`: its offset and its bytes.
 fn change(version: u64) -> (u64, Vec<u8>) {
     let words = words_of(version % QUARTERS);
     let bytes = words.clone().flat_map(|_| version.to_le_bytes()).collect();
@@ -126,7 +126,7 @@ fn start(role: &str, block: &Custodian, slots: u32) -> Child {
         "writer" => block.lend(Access::Write),
         _ => block.lend(Access::Read),
     };
-    // Open for as long as the test runs: the other process opens it by this one's number.
+    // Open as long as the test runs: the other process opens it through this process's number.
     let file = Box::leak(Box::new(file.expect("there is /proc")));
     let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
     Command::new(std::env::current_exe().expect("it runs"))
@@ -142,7 +142,7 @@ fn start(role: &str, block: &Custodian, slots: u32) -> Child {
         .expect("it starts")
 }
 
-/// A child that does not outlive a test that fails.
+/// A child that is killed if the test fails.
 struct Killed(Child);
 
 impl Drop for Killed {
@@ -165,7 +165,7 @@ fn run(slots: u32, reads: u64, kills: u64) {
     for kill in 0..kills {
         let before = own.version();
         let mut writer = Killed(start("writer", &block, slots));
-        // Somewhere among its versions: it is caught at any of its steps.
+        // The writer is killed at any step of any of its versions.
         random = random
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1);
@@ -179,7 +179,7 @@ fn run(slots: u32, reads: u64, kills: u64) {
         }
         writer.0.kill().expect("it runs");
         writer.0.wait().expect("it ends");
-        // The server side goes on where the dead one left off, by pwrite and pread.
+        // The server continues where the dead writer stopped, with pwrite and pread.
         let head = block.version().expect("it is whole");
         assert!(head > before);
         if kill % 2 == 0 {
@@ -192,7 +192,7 @@ fn run(slots: u32, reads: u64, kills: u64) {
         let version = block.read(0, &mut bytes, None).expect("nobody writes");
         check(&bytes, version);
     }
-    // Readers go on to their number of reads with nobody writing, so that the test has an end.
+    // Readers complete their reads with no writer running, so that the test ends.
     block.set_state(State::Closed).expect("it is mapped");
     let mut total = 0;
     for reader in &mut readers {

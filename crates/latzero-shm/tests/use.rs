@@ -1,4 +1,4 @@
-//! What users of a block see: fences, drafts that are dropped, waits, views, states, numbers.
+//! What users of a block see: fences, dropped drafts, waits, views, states, numbers.
 
 mod common;
 
@@ -10,7 +10,7 @@ use latzero_shm::{Access, Element, ReadError, State, Waited, WriteError};
 const LONG: Option<Duration> = Some(Duration::from_secs(30));
 
 #[test]
-fn who_lost_the_lock_publishes_nothing() {
+fn a_writer_that_lost_its_lock_publishes_nothing() {
     for is_persistent in [false, true] {
         let (block, _directory) = common::block(100, 2, is_persistent);
         let client = common::attach(&block, Access::Write);
@@ -31,7 +31,7 @@ fn who_lost_the_lock_publishes_nothing() {
 }
 
 #[test]
-fn a_dropped_draft_leaves_the_block() {
+fn a_dropped_draft_leaves_the_block_unchanged() {
     let (block, _) = common::block(100, 2, false);
     let client = common::attach(&block, Access::Write);
     block.set_lease(1, true).unwrap();
@@ -47,7 +47,7 @@ fn a_dropped_draft_leaves_the_block() {
 }
 
 #[test]
-fn one_draft_of_an_attachment_at_a_time() {
+fn an_attachment_has_one_draft_at_a_time() {
     let (block, _) = common::block(100, 3, false);
     let client = common::attach(&block, Access::Write);
     let first = client.begin(0).unwrap();
@@ -72,7 +72,7 @@ fn a_sleeper_is_woken() {
                 }
                 seen
             });
-            // Each side waits for the other's step, so every wait has something to sleep for.
+            // Each side waits for the other's step, so every wait really sleeps.
             block.write(0, &[1], None).unwrap();
             writer.begin(0).unwrap().publish().unwrap();
             block.set_state(State::Superseded).unwrap();
@@ -95,13 +95,13 @@ fn a_sleeper_is_woken() {
 }
 
 #[test]
-fn a_view_says_when_it_was_written_over() {
+fn a_view_reports_when_it_was_overwritten() {
     let (block, _) = common::block(16, 2, false);
     let reader = common::attach(&block, Access::Read);
     let writer = common::attach(&block, Access::Write);
     let mut first = writer.begin(0).unwrap();
     first.write(0, &[9; 16]).unwrap();
-    // The first version is in progress, and none is there.
+    // The first version is in progress, so there is none yet.
     let empty = reader.view().unwrap();
     assert_eq!((empty.version(), empty.load::<u64>(0).unwrap()), (0, 0));
     assert!(empty.is_valid());
@@ -135,7 +135,7 @@ fn a_view_says_when_it_was_written_over() {
 }
 
 #[test]
-fn only_one_version_is_swapped_for_another() {
+fn a_swap_succeeds_only_on_the_expected_version() {
     let (block, _) = common::block(16, 2, false);
     assert_eq!(block.write(0, &[1], Some(0)).unwrap(), 1);
     let error = block.write(0, &[2], Some(0)).unwrap_err();
@@ -192,9 +192,9 @@ fn a_reader_sees_whole_versions_while_another_thread_writes() {
     });
 }
 
-/// A backup reads a version in parts while writers go on.
+/// A backup reads a version in parts while writers continue.
 #[test]
-fn a_version_that_is_held_stays_as_it_is() {
+fn a_held_version_stays_unchanged() {
     for slots in [1, 2, 4] {
         let (block, _directory) = common::block(5000, slots, true);
         assert_eq!(block.hold().unwrap().unwrap().version(), 0);
@@ -211,14 +211,14 @@ fn a_version_that_is_held_stays_as_it_is() {
         drop(held);
         assert_eq!(block.sync().unwrap(), 11);
     }
-    // Memory is not flushed, so there is nothing to hold on to.
+    // Memory is not flushed, so there is no version to hold.
     let (block, _) = common::block(5000, 2, false);
     assert!(block.hold().unwrap().is_none());
 }
 
-/// Each client has an open file of its own, and the server keeps one.
+/// Each client has a separate open file, and the server keeps one.
 #[test]
-fn descriptors_are_there_while_they_are_lent() {
+fn descriptors_are_open_while_they_are_lent() {
     use std::sync::Arc;
     let (block, _) = common::block(5000, 2, false);
     let first = block.lend(Access::Read).unwrap();

@@ -1,11 +1,12 @@
-//! The checkers: a model of what clients were promised, compared with everything that happens.
+//! The checkers: a model of what the server owes its clients, compared with everything that
+//! happens.
 //!
 //! The model shares no code with the fabric. It learns only from the log: what the server received
-//! and sent, and when. After every step it must account for each message that was sent, and none
-//! may be missing.
+//! and sent, and when. After every step it must account for each message that was sent, and no
+//! message may be missing.
 //!
-//! Messages carry a tag in their headers, which the server forwards; it links a delivery to its
-//! call.
+//! Messages carry a tag in their headers, which the server forwards. The tag links a delivery to
+//! its call.
 
 macro_rules! ensure {
     ($holds:expr, $($what:tt)*) => {
@@ -30,7 +31,7 @@ use crate::client::strings;
 use crate::line::{Event, Peer};
 use crate::world::{self, Message, World};
 
-/// What a checker found wrong.
+/// A description of the mismatch that a checker found.
 pub(crate) type Found = String;
 
 /// A trigger as it was registered.
@@ -61,7 +62,7 @@ struct Conn {
     calls: BTreeMap<String, u64>,
     /// The newest call that it sent to each handler.
     newest: BTreeMap<Peer, u64>,
-    /// How often it served again, by pool and trigger.
+    /// How many times it registered each trigger again, by pool and trigger.
     epochs: BTreeMap<(String, String), u64>,
 }
 
@@ -113,7 +114,7 @@ impl Conn {
         }
     }
 
-    /// Leaves a pool: what it served there it serves no longer.
+    /// Leaves a pool, and serves nothing there any more.
     fn leave(&mut self, pool: &str) {
         self.pools.remove(pool);
         self.watches.remove(pool);
@@ -139,17 +140,17 @@ struct Call {
     request: Message,
     deadline: Time,
     handler: Option<Peer>,
-    /// The id that its handler knows it by.
+    /// The id of the call at its handler.
     handle: String,
     epoch: u64,
     window: Option<u64>,
     acknowledged: u64,
     items: u64,
-    /// Its handler was told that it ended.
+    /// Its handler was notified that the call ended.
     is_cancelled: bool,
 }
 
-/// The pools that a connection is in (`None`), and what it serves in each.
+/// The pools that a connection is a member of (`None`), and the triggers that it serves in each.
 type Presence = BTreeSet<(String, Option<String>)>;
 
 /// The frame that is being handled.
@@ -159,24 +160,24 @@ struct Current {
     message: Option<Message>,
     /// The call that it makes, if any.
     call: Option<u64>,
-    /// It names a call that is in flight already.
+    /// It has the id of a call that is already in flight.
     is_duplicate: bool,
-    /// Its reply, and whether it was an `error` message instead.
+    /// Its replies, `error` messages among them.
     replies: Vec<Value>,
     errors: u64,
-    /// Who got its emit, and who lost it.
+    /// The connections that got its emit, or lost it.
     recipients: Vec<Peer>,
-    /// Who should.
+    /// The connections that should get it.
     meant: BTreeSet<Peer>,
     lost: Vec<Peer>,
     is_refused: bool,
-    /// It is in force, but could not be stored.
+    /// It took effect, but could not be stored.
     is_unstored: bool,
-    /// Where the sender was and what it served before.
+    /// The sender's pools and triggers before it.
     presence: Presence,
-    /// Who was told of which change.
+    /// The notices that were sent: to whom, and of which change.
     notices: BTreeSet<(Peer, String, String, Option<String>)>,
-    /// The handler's answer was passed on, or its call ended otherwise.
+    /// The handler's answer was forwarded, or its call ended in another way.
     is_answered: bool,
 }
 
@@ -188,19 +189,19 @@ pub(crate) struct Checker {
     apps: BTreeMap<String, Registered>,
     calls: BTreeMap<u64, Call>,
     handles: BTreeMap<String, u64>,
-    /// Calls that wait in their sessions, by who made them and their id.
+    /// Calls that wait in their sessions, by caller and id.
     held: BTreeSet<(Peer, String)>,
     current: Option<Current>,
     untagged: u64,
     reported: u64,
     delivered: u64,
-    /// The disk takes nothing, and may miss what was done since it did.
+    /// The disk refuses writes, and may lack everything since then.
     is_disk_full: bool,
     may_miss: bool,
 }
 
 impl Checker {
-    /// Holds one step's log against the model.
+    /// Checks one step's log against the model.
     pub(crate) fn step(&mut self, log: &[Event], world: &World) -> Result<(), Found> {
         let limits = world.bounds_of_core();
         for event in log {
@@ -246,7 +247,7 @@ impl Checker {
             }
             Event::Held(peer) => self.held(*peer),
             Event::Rejecting(_) => Ok(()),
-            // What could not be stored is in force anyway.
+            // A change that could not be stored takes effect all the same.
             Event::Refused(Code::Storage) => {
                 if let Some(current) = &mut self.current {
                     current.is_unstored = true;
@@ -295,8 +296,7 @@ impl Checker {
         }
     }
 
-    /// After a kill, everything that was acknowledged is on the disk, unless the disk was full at a
-    /// time.
+    /// After a kill, everything acknowledged is on the disk, unless the disk was full at some time.
     fn restarted(&mut self, rows: &crate::store::Rows) -> Result<(), Found> {
         let list = |text: &str| -> Value { serde_json::from_str(text).unwrap_or_default() };
         let read = |row: &AppRow| Registered {
@@ -346,13 +346,13 @@ impl Checker {
         })
     }
 
-    // What the server takes in.
+    // What the server receives.
 
-    // What the server has done with it.
+    // How the server handled it.
 
-    // What the server writes.
+    // What the server sends.
 
-    // What goes.
+    // What ends.
 
     fn departed(&mut self, peer: Peer) -> Result<(), Found> {
         self.held.retain(|(of, _)| *of != peer);
@@ -363,7 +363,7 @@ impl Checker {
             if let Some(call) = self.calls.remove(tag) {
                 let is_informed = call.is_cancelled
                     || call.handler.is_none_or(|handler| {
-                        // One that left the pool knows by itself.
+                        // A handler that left the pool needs no notice.
                         let handler = self.conns.get(&handler);
                         !handler.is_some_and(|h| h.is_open && h.pools.contains(&call.pool))
                     });
@@ -390,7 +390,7 @@ impl Checker {
         }
     }
 
-    /// What must hold when a step is over.
+    /// Checks what must be true after each step.
     fn after(&mut self, world: &World) -> Result<(), Found> {
         ensure!(self.current.is_none(), "a frame was not handled to its end");
         let is_in = |peer: Peer, pool: &str| {
@@ -398,7 +398,7 @@ impl Checker {
                 .get(&peer)
                 .is_some_and(|conn| conn.pools.contains(pool))
         };
-        // Nobody is told of the end of a call that has no id when its handler goes.
+        // The caller of a call without an id gets no notice when its handler leaves.
         let silent: Vec<u64> = self
             .calls
             .iter()
@@ -450,12 +450,12 @@ fn tag(json: &Value) -> Option<u64> {
     json["headers"]["tag"].as_str()?.parse().ok()
 }
 
-/// Trigger specifications as a client writes them; of two with one name the last counts.
+/// Parses trigger specifications of a client; of two with one name, the last applies.
 fn specs(list: &Value) -> BTreeMap<String, Spec> {
     let spec = |item: &Value| match item.as_str() {
         Some(name) => (name.to_owned(), Spec::default()),
         None => {
-            // A pool that is named twice counts once.
+            // A pool that is listed twice counts once.
             let named = || strings(&item["pools"]).into_iter().collect();
             let pools = item["pools"].is_array().then(named);
             let concurrency = item["concurrency"].as_u64();

@@ -1,4 +1,4 @@
-//! One scripted client: what it has sent and received, and what it has to answer.
+//! One scripted client: what it has sent and received, and what it must answer.
 //!
 //! A client knows only what it received. It writes frames to `outgoing`, which reach the server in
 //! pieces of any size, and reads its outbox in pieces of any size too.
@@ -12,19 +12,19 @@ use crate::world::{self, Message, World};
 /// A call that was sent to this client.
 #[derive(Debug, Clone)]
 pub(crate) struct Job {
-    /// The id to answer to.
+    /// The id for the answer.
     pub(crate) call: String,
-    /// Items that it may still send, where the stream has a window.
+    /// Items that it may still send, if the stream has a window.
     pub(crate) credit: Option<u64>,
     /// Items sent so far.
     pub(crate) items: u64,
 }
 
-/// A call of this client's.
+/// A call that this client made.
 #[derive(Debug, Clone)]
 pub(crate) struct OwnCall {
     pub(crate) id: String,
-    /// The pool, where the call names one.
+    /// The pool, if the call names one.
     pub(crate) pool: Option<String>,
     /// Items received and not acknowledged.
     pub(crate) unacknowledged: u64,
@@ -42,7 +42,7 @@ pub(crate) struct Client {
     pub(crate) instance: Option<String>,
     pub(crate) pools: Vec<String>,
     pub(crate) jobs: Vec<Job>,
-    /// Jobs that ended: what a late answer answers.
+    /// Calls of jobs that have ended, for late answers.
     pub(crate) old_jobs: Vec<String>,
     pub(crate) calls: Vec<OwnCall>,
     pub(crate) outgoing: Vec<u8>,
@@ -50,7 +50,7 @@ pub(crate) struct Client {
     next_id: u64,
 }
 
-/// Jobs that a client remembers after their end.
+/// How many ended jobs a client remembers.
 const OLD_JOBS_MAX: usize = 8;
 
 impl Client {
@@ -73,7 +73,7 @@ impl Client {
         }
     }
 
-    /// Forgets a connection that ended.
+    /// Clears the state of a connection that has ended.
     pub(crate) fn reset(&mut self) {
         let next_id = self.next_id;
         *self = Client {
@@ -83,20 +83,20 @@ impl Client {
         };
     }
 
-    /// An id that this client never used before.
+    /// An id that this client has not used before.
     pub(crate) fn fresh_id(&mut self) -> String {
         self.next_id += 1;
         format!("{}-{}", self.app, self.next_id)
     }
 
-    /// Writes one message; it reaches the server with [`Client::flush`].
+    /// Queues one message; it reaches the server with [`Client::flush`].
     pub(crate) fn say(&mut self, json: &Value, attachment: Option<&[u8]>) {
         let attachment = attachment.filter(|_| self.takes_attachments);
         self.outgoing
             .extend(world::encode_frame(&json.to_string(), attachment));
     }
 
-    /// Lets some of what was written reach the server.
+    /// Sends at most `most` queued bytes to the server.
     pub(crate) fn flush(&mut self, most: usize, world: &mut World) {
         let Some(peer) = self.peer else { return };
         let most = most.min(self.outgoing.len());
@@ -160,7 +160,7 @@ impl Client {
         }
     }
 
-    /// Moves a job to those that ended.
+    /// Moves a job to those that have ended.
     pub(crate) fn finish(&mut self, call: &str) {
         self.jobs.retain(|job| job.call != call);
         self.old_jobs.push(call.to_owned());
@@ -169,7 +169,7 @@ impl Client {
         }
     }
 
-    /// One of the pools that the client believes to be in, most of the time.
+    /// Usually one of the pools that the client believes it is in.
     pub(crate) fn some_pool(&self, names: &[&str], prng: &mut Prng) -> String {
         if self.pools.is_empty() || prng.below(10) == 0 {
             names[prng.below(names.len())].to_owned()
@@ -187,7 +187,7 @@ pub(crate) fn strings(list: &Value) -> Vec<String> {
         .collect()
 }
 
-/// Headers with a tag by which the checkers know a message again.
+/// Headers with a tag by which the checkers recognize a message.
 pub(crate) fn tagged(tag: u64) -> Value {
     json!({"tag": tag.to_string()})
 }

@@ -1,13 +1,14 @@
-//! Calls that outlive connections, servers and failing disks: a script of their own, and a
-//! model of what was promised.
+//! Calls that outlive connections, servers and failing disks: a script for them, and a model of the
+//! required results.
 //!
-//! Callers park calls, ask for redelivery, repeat calls under a key, go and come back; handlers
-//! come, answer, or die with calls in their hands; the disk is slow or full, what was sent stays in
-//! the server for a while, and the server is killed. The model learns from what clients see alone.
-//! It holds: what was acknowledged ends with an answer, once on each connection; what was refused
-//! is never run; first deliveries keep the order of asking; attempts are counted, and there are no
-//! more than were asked for; callers take turns; of calls under one key one runs at a time; an
-//! answer to a call of another life of the server, or of a connection that is gone, reaches nobody.
+//! Callers park calls, request redelivery, repeat calls with a key, leave and return. Handlers
+//! connect, answer, or die while they have calls. The disk is slow or full, output stays in the
+//! server for a while, and the server is killed. The model learns only from what clients see. It
+//! checks that an acknowledged call ends with an answer, once on each connection; that a refused
+//! call never runs; that first deliveries keep the order of the calls; that attempts are counted
+//! and limited to the requested number; that callers take turns; that of calls with one key only
+//! one runs at a time; and that an answer to a call of an earlier life of the server, or of a
+//! connection that has ended, reaches nobody.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,34 +23,34 @@ const CALLERS: [&str; 3] = ["ann", "bob", "cyd"];
 const HANDLERS: [&str; 2] = ["hal", "ida"];
 const TRIGGERS: [&str; 2] = ["t", "u"];
 
-/// An app that never comes.
+/// An app that never connects.
 const AWAY: &str = "away";
 
 /// Connected instances of one app.
 const INSTANCES: usize = 2;
 
-/// How often a call is given out at most: what the protocol says where nothing else is asked for.
+/// The most deliveries of a call: the protocol's default.
 const ATTEMPTS: u64 = latzero_protocol::limits::ATTEMPTS_DEFAULT as u64;
 
-/// Calls of another caller that may be given out before one that waits, beyond its own: what is
-/// in progress when it comes, and what comes in one step.
+/// How many calls of another caller may be delivered before one that waits, in addition to its own:
+/// calls in progress when it arrives, and calls that arrive in the same step.
 const TURNS_SLACK: usize = 4;
 
-/// Handles of old calls that are remembered, to be answered too late.
+/// Handles of old calls that are remembered for late answers.
 const STALE_MAX: usize = 32;
 
 /// The longest time to live of a call whose handler may never come, in milliseconds.
 const SHORT_TTL_MS: u64 = 3000;
 
-/// What a call that can wait for its handler asks for at most, in milliseconds: longer than any
-/// run.
+/// The longest time to live of a call that can wait for its handler, in milliseconds: longer than
+/// any run.
 const LONG_TTL_MS: u64 = 24 * 3600 * 1000;
 
-/// Turns of answering everything, after which nothing may be left: their time is longer than every
-/// wait in the core.
+/// Rounds at the end in which everything is answered, after which nothing may be left. They last
+/// longer than every timeout of the core.
 const LAST_TURNS: u32 = 16;
 
-/// A connection, and what it was given to do.
+/// A connection, and the calls that it was given.
 struct Conn {
     app: &'static str,
     peer: Peer,
@@ -58,7 +59,7 @@ struct Conn {
     is_slow: bool,
 }
 
-/// A trigger, and the app that is to handle it: what keeps its order.
+/// A trigger and the app that must handle it: calls within one queue stay in order.
 type Queue = (&'static str, Option<&'static str>);
 
 impl Conn {
@@ -67,7 +68,7 @@ impl Conn {
     }
 }
 
-/// A call in a handler's hands.
+/// A call that a handler is working on.
 struct Job {
     handle: String,
     n: u64,
@@ -78,36 +79,36 @@ struct Job {
 struct Call {
     app: &'static str,
     asked_on: Peer,
-    /// It wants an answer.
+    /// The call has an id, so an answer is expected.
     has_id: bool,
     park: bool,
     redeliver: bool,
     key: Option<u64>,
     window: Option<u64>,
     queue: Queue,
-    /// Absent if it waits behind a handshake: its time begins when it is read.
+    /// Absent while the call waits behind a handshake: its time starts when it is read.
     deadline: Option<Time>,
     is_parked: bool,
     is_refused: bool,
-    /// Items that its handlers sent, and that it was told of.
+    /// Items that its handlers sent, and of which it was notified.
     sent: u64,
     items: u64,
     answers: u64,
     answered_on: BTreeSet<Peer>,
-    /// Answers beyond the first that kills and lost connections may have brought about.
+    /// How many answers beyond the first one kills and lost connections may have caused.
     may_repeat: u64,
-    /// The attempt that was given out last, and in which life of the server.
+    /// The latest attempt, and the life of the server in which it was made.
     attempt: Option<(u64, u64)>,
-    /// How many parked calls had been given out when it was said to be parked.
+    /// How many parked calls had been delivered when this one was acknowledged as parked.
     waits_since: Option<usize>,
-    /// It was given out as often as it may be.
+    /// It was delivered as often as allowed.
     is_dead: bool,
 }
 
-/// The clients, the dice, and the model.
+/// The clients, the random numbers, and the model.
 pub(crate) struct DurableScript {
     prng: Prng,
-    /// Every third run: handlers take one call at a time, and there are more calls than they
+    /// In every third run, handlers take one call at a time, and more calls are made than they
     /// answer.
     is_busy: bool,
     is_ending: bool,
@@ -115,15 +116,15 @@ pub(crate) struct DurableScript {
     calls: BTreeMap<u64, Call>,
     asked: u64,
     life: u64,
-    /// The newest call of each queue that a handler was given for the first time, by who asked on
-    /// which connection.
+    /// The newest call of each queue that was delivered for the first time, by caller and handler
+    /// connection.
     newest: BTreeMap<(Peer, Peer, Queue), u64>,
-    /// The parked calls that were given out for the first time, in order.
+    /// The parked calls that were delivered for the first time, in order.
     first: Vec<(Queue, &'static str)>,
-    /// What handlers were to answer that are gone, and for which call.
+    /// Handles of handlers that are gone, and the calls that they belong to.
     stale: Vec<(String, u64)>,
     is_held: bool,
-    /// When everybody has read what had come till then.
+    /// When all clients had read everything sent until then.
     heard_at: Time,
     found: Result<(), String>,
 }
@@ -190,7 +191,7 @@ impl DurableScript {
             }
             81..=83 => {
                 if !self.is_held {
-                    // What came before has left the server.
+                    // Earlier output has left the server.
                     self.conns.iter_mut().for_each(|conn| conn.is_slow = false);
                     self.listen(world);
                 }
@@ -314,7 +315,7 @@ impl DurableScript {
         format!("{} answers {message}", self.conns[at].app)
     }
 
-    /// A handler answers what another life of it, or of the server, was asked.
+    /// A handler answers a call of an earlier life of its own, or of the server.
     fn answer_late(&mut self, world: &mut World) -> String {
         let Some(at) = self.one_of(&HANDLERS).filter(|_| !self.stale.is_empty()) else {
             return "nobody answers late".into();
@@ -418,7 +419,7 @@ impl DurableScript {
             conn.is_slow = self.is_held && conn.is_caller();
         }
         self.listen(world);
-        // What was answered may not have been written down.
+        // Answers may not have been stored yet.
         self.calls
             .values_mut()
             .for_each(|call| call.may_repeat += 1);
@@ -430,7 +431,7 @@ impl DurableScript {
         "the server is killed and starts".into()
     }
 
-    /// Everybody reads what came, but for those who are slow.
+    /// All clients except slow ones read everything that was sent.
     fn listen(&mut self, world: &mut World) {
         let mut found = Ok(());
         for at in 0..self.conns.len() {
@@ -469,7 +470,7 @@ impl DurableScript {
         }
     }
 
-    /// A handler is given a call.
+    /// A handler receives a call.
     fn handle_call(&mut self, at: usize, message: &Value) -> Result<(), String> {
         let n = message["data"].as_u64().ok_or("a call that nobody made")?;
         let (life, to, heard_at) = (self.life, self.conns[at].peer, self.heard_at);
@@ -482,7 +483,7 @@ impl DurableScript {
         if call.deadline.is_some_and(|deadline| heard_at >= deadline) {
             return fault("is given out after its time");
         }
-        // Of one that may only be parked it is told where it was.
+        // A call that may only be parked reports an attempt only if it was parked.
         if attempt.is_some() != call.redeliver && !call.park {
             return fault("has an attempt without need, or none");
         }
@@ -496,7 +497,7 @@ impl DurableScript {
                 let may = if then == life {
                     call.redeliver && attempt == Some(before + 1)
                 } else {
-                    // After a kill the count may be an older one.
+                    // After a kill, an older count may be restored.
                     call.park && attempt.is_none_or(|attempt| attempt <= before + 1)
                 };
                 if !may {
@@ -510,7 +511,7 @@ impl DurableScript {
         if attempt.is_some_and(|attempt| attempt > ATTEMPTS) {
             return fault("is given out too often");
         }
-        // In the end much is given out in one step, and heard in another order.
+        // At the end, many calls are delivered in one step and read in a different order.
         if let (None, Some(since), false) = (call.attempt, call.waits_since, self.is_ending) {
             let ahead = self.first[since..]
                 .iter()
@@ -542,7 +543,7 @@ impl DurableScript {
         Ok(())
     }
 
-    /// A caller gets a response to a call.
+    /// A caller receives a response to a call.
     fn handle_response(&mut self, at: usize, message: &Value) -> Result<(), String> {
         let id = message["in_reply_to"].as_str().unwrap_or_default();
         let Some(n) = id.strip_prefix('c').and_then(|n| n.parse::<u64>().ok()) else {
@@ -620,8 +621,8 @@ impl DurableScript {
         }
     }
 
-    /// Of calls of one app, trigger and destination under one key one is in a handler's hands at a
-    /// time.
+    /// Checks that of calls with the same app, trigger, destination and key, only one at a time is
+    /// with a handler.
     fn check_keys(&self) -> Result<(), String> {
         let mut running = BTreeMap::new();
         for job in self.conns.iter().flat_map(|conn| &conn.jobs) {
@@ -637,7 +638,7 @@ impl DurableScript {
     }
 }
 
-/// Whether a call that was taken ended before any handler answered: its time was over, or it was
+/// Whether a call that was accepted ended before any handler answered: it expired, or was
 /// cancelled.
 fn is_over_unheard(message: &Value) -> bool {
     let code = &message["error"]["code"];
@@ -658,7 +659,7 @@ impl Scenario for DurableScript {
         std::mem::replace(&mut self.found, Ok(()))
     }
 
-    /// Everybody comes, the disk is well, and every call is answered, until nothing is left to do.
+    /// Everybody connects, the disk works, and every call is answered, until nothing is left to do.
     fn end(&mut self, at: u32, world: &mut World) -> Result<Option<String>, String> {
         if at == 0 {
             self.is_ending = true;

@@ -1,4 +1,4 @@
-//! Hostile clients that try to exhaust the server, and a well-behaved pair beside them.
+//! Hostile clients that try to exhaust the server, and a well-behaved pair next to them.
 //!
 //! The hostile ones connect over TCP with invented names. They read nothing, flood, register many
 //! pools and triggers, park calls under many names, request redelivery, keep answers under keys,
@@ -11,7 +11,7 @@ use crate::line::{Event, Peer};
 use crate::report::Scenario;
 use crate::world::{World, encode_frame};
 
-/// Connections that the strangers have at a time.
+/// How many connections the strangers have at a time.
 const STRANGERS: usize = 12;
 
 pub(crate) struct Hostile {
@@ -83,7 +83,7 @@ impl Hostile {
                 return format!("{peer:?} reads a little");
             }
             2 => {
-                // A flood of small things in one go.
+                // Many small messages in one write.
                 let flood: Vec<u8> = (0..200)
                     .flat_map(|_| encode_frame(r#"{"action":"ping","id":"f"}"#, None))
                     .collect();

@@ -16,15 +16,14 @@ use latzero_protocol::Code;
 use crate::store::Rows;
 use crate::world::World;
 
-/// A connection of the simulated world, numbered in the order of coming; numbers are not used
-/// again.
+/// A connection of the simulated world, numbered in the order of creation. Numbers are not reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Peer(pub u32);
 
-/// A connection's handle, with what the core keeps of it.
+/// A connection's handle, with the state that the core stores in it.
 #[derive(Clone)]
 pub struct Line {
-    /// Which.
+    /// The connection's number.
     pub id: Peer,
     link: Rc<RefCell<Link<World>>>,
     in_flight: Rc<InFlight>,
@@ -68,14 +67,14 @@ impl std::fmt::Debug for Line {
     }
 }
 
-/// How much is held for one connection, in bytes.
+/// Buffer sizes of one connection, in bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
-    /// Messages of every class fit below this.
+    /// The size up to which messages of every class are accepted.
     pub outbox_bytes: usize,
-    /// What control messages may use beyond it.
+    /// Additional room for control messages.
     pub headroom_bytes: usize,
-    /// What the socket takes before the outbox fills.
+    /// What the socket accepts before the outbox fills.
     pub socket_bytes: usize,
 }
 
@@ -96,9 +95,9 @@ pub const LENGTH_SLACK: usize = 8 * 1024;
 /// Something that happened in the world, in the order in which it happened.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// Time moved on.
+    /// Time advanced.
     Now(Time),
-    /// The server took a frame from a connection and begins to handle it.
+    /// The server took a frame from a connection and starts to handle it.
     Handling {
         /// Who sent it.
         peer: Peer,
@@ -106,37 +105,37 @@ pub enum Event {
         json: Vec<u8>,
         /// The frame's raw bytes.
         attachment: Option<Vec<u8>>,
-        /// When it came, where it waited in its session.
+        /// When it arrived, if it waited in its session.
         came: Option<Time>,
     },
     /// The frame waits in its session, and is handled later.
     Held(Peer),
-    /// The server took bytes that are no frame.
+    /// The server received bytes that are not a frame.
     Rejecting(Peer),
     /// The frame has been handled.
     Handled(Peer),
     /// One frame was appended to an outbox.
     Sent {
-        /// For whom.
+        /// The receiver.
         peer: Peer,
-        /// What kind of message.
+        /// The class of the message.
         class: Class,
-        /// The whole frame, its prefix included.
+        /// The whole frame with its prefix.
         frame: Vec<u8>,
     },
     /// An emit or an event did not fit into an outbox.
     Lost(Peer),
     /// The server closes a connection, or its client did.
     Closed(Peer),
-    /// The session of a closed connection has ended: the fabric knows it no longer.
+    /// The session of a closed connection has ended, and the fabric has forgotten it.
     Departed(Peer),
     /// A request was refused.
     Refused(Code),
-    /// Something was counted.
+    /// The core incremented a counter.
     Counted(Count),
-    /// The disk takes nothing from now on, or takes everything again.
+    /// The disk refuses all writes from now on, or accepts them again.
     DiskFull(bool),
-    /// The server began again with what was written.
+    /// The server restarted with what was stored.
     Restarted(Box<Rows>),
 }
 
@@ -161,13 +160,13 @@ pub struct Totals {
     pub counts: [u64; Count::KINDS],
 }
 
-/// What an observer of the core saw.
+/// What the observer of the core saw.
 #[derive(Debug)]
 pub(crate) struct Observer {
     log: Vec<Event>,
     hash: u64,
     pub(crate) totals: Totals,
-    /// What the audit log would tell.
+    /// The entries of the audit log.
     pub(crate) audited: Vec<String>,
 }
 
@@ -199,7 +198,7 @@ impl Observer {
         match sent {
             Sent::Queued => {
                 let head = peer.0.to_le_bytes();
-                // FNV-1a: every run and machine agrees on it.
+                // FNV-1a: the same result in every run and on every machine.
                 self.hash = head.iter().chain(frame).fold(self.hash, |h, &b| {
                     (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
                 });

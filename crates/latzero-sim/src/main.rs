@@ -10,7 +10,7 @@ const USAGE: &str = "usage: latzero-sim [--seed N | --seeds A..B] \
 struct Options {
     seeds: std::ops::Range<u64>,
     plan: fn(u64) -> Plan,
-    /// As many as usual if it is absent.
+    /// The default number if absent.
     steps: Option<u32>,
     json: bool,
 }

@@ -14,14 +14,14 @@ use crate::script::Script;
 use crate::vault::Vault;
 use crate::world::World;
 
-/// What the clients of a run are about.
+/// The subject of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Theme {
     /// Calls, emits, pools and presence, by rude clients.
     Calls,
-    /// Calls that outlive connections and servers, by clients that come and go.
+    /// Calls that outlive connections and servers, by clients that connect and leave.
     Lasting,
-    /// Strangers who want to use the server up, beside a polite pair.
+    /// Strangers that try to exhaust the server, next to a well-behaved pair.
     Hostile,
     /// An encrypted pool, among apps with all of its keys, some, old ones or wrong ones.
     Vault,
@@ -29,16 +29,16 @@ pub enum Theme {
 
 /// Clients with a script, and a model of what they may expect.
 pub(crate) trait Scenario {
-    /// Does one thing; returns what it was.
+    /// Performs one step; returns its description.
     fn step(&mut self, world: &mut World) -> String;
 
-    /// Holds what happened against the model.
+    /// Checks what happened against the model.
     fn check(&mut self, log: &[Event], world: &World) -> Result<(), String>;
 
-    /// Does the `at`-th thing after the last step; nothing if all is done.
+    /// Performs step `at` after the last one of the script; `None` if everything is done.
     fn end(&mut self, at: u32, world: &mut World) -> Result<Option<String>, String>;
 
-    /// Whether what is left then is as it should be.
+    /// Checks the state that remains after that.
     fn at_end(&self, world: &World) -> Result<(), String>;
 
     /// What of it happened, and how often.
@@ -50,36 +50,36 @@ pub(crate) trait Scenario {
 /// What a run reached, by name, and how often.
 pub type Reached = BTreeMap<&'static str, u64>;
 
-/// What a run is made of.
+/// The parameters of a run.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// What decides everything.
+    /// The seed, which determines everything.
     pub seed: u64,
-    /// What it is about.
+    /// The subject.
     pub theme: Theme,
-    /// How many steps.
+    /// The number of steps.
     pub steps: u32,
-    /// How many clients.
+    /// The number of clients.
     pub clients: usize,
-    /// The core's bounds: small, so that runs reach them.
+    /// The core's limits: small, so that runs reach them.
     pub limits: Limits,
-    /// The outboxes' bounds.
+    /// The sizes of the outboxes.
     pub bounds: Bounds,
 }
 
-/// Steps of a run unless told otherwise.
+/// The default number of steps.
 pub const STEPS_DEFAULT: u32 = 2000;
 
-/// Steps of a run about calls that last, each of which takes longer.
+/// Steps of a run with calls that outlive connections; each step takes longer.
 const LASTING_STEPS: u32 = 300;
 
 /// Steps of a run with an encrypted pool.
 const VAULT_STEPS: u32 = 1000;
 
-/// Clients of a run.
+/// The number of clients.
 const CLIENTS: usize = 20;
 
-/// Steps shown of a run that went wrong.
+/// How many steps are shown of a run that failed.
 const SHOWN: usize = 30;
 
 impl Plan {
@@ -99,15 +99,15 @@ impl Plan {
             bounds: Bounds {
                 outbox_bytes: [1024, 64][(seed % 3 / 2) as usize] * 1024,
                 headroom_bytes: 64 * 1024,
-                // What is in a socket's buffer when a client dies is lost to it; the checker knows
-                // of no such loss.
+                // Data in a socket's buffer is lost when its client dies; the checker does not
+                // model such a loss.
                 socket_bytes: 0,
             },
             ..Plan::new(seed)
         }
     }
 
-    /// A run of `seed` with hostile strangers, in a server with little of everything.
+    /// A run of `seed` with hostile strangers, on a server with small limits.
     #[must_use]
     pub fn hostile(seed: u64) -> Self {
         Plan {
@@ -173,7 +173,7 @@ impl Plan {
     }
 }
 
-/// What a run came to.
+/// The result of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
     /// The seed.
@@ -203,18 +203,18 @@ impl Outcome {
     }
 }
 
-/// A run in which something did not hold.
+/// A run in which a check failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
     /// The seed.
     pub seed: u64,
-    /// What the run was about.
+    /// The subject of the run.
     pub theme: Theme,
-    /// The step at which it showed.
+    /// The step at which the check failed.
     pub step: u32,
-    /// What did not hold.
+    /// What failed.
     pub what: String,
-    /// The last steps, readable.
+    /// The last steps, as text.
     pub trace: Vec<String>,
 }
 
@@ -243,7 +243,7 @@ impl std::error::Error for Violation {}
 /// Runs a plan to its end, with every check after every step.
 ///
 /// # Errors
-/// The first thing that did not hold.
+/// The first check that failed.
 pub fn run(plan: &Plan) -> Result<Outcome, Violation> {
     let scenario: Box<dyn Scenario> = match plan.theme {
         Theme::Calls => Box::new(Calls::new(plan.seed, plan.clients)),
@@ -257,7 +257,7 @@ pub fn run(plan: &Plan) -> Result<Outcome, Violation> {
         recent: VecDeque::new(),
     };
     let mut step = 0;
-    // A broken invariant of the fabric is a panic; the trace is wanted there too.
+    // A broken invariant of the fabric is a panic; catching it preserves the trace.
     let ended = catch_unwind(AssertUnwindSafe(|| {
         while step < plan.steps {
             step += 1;
@@ -325,7 +325,7 @@ impl Scenario for Calls {
         self.checker.step(log, world)
     }
 
-    /// Quiet falls: calls end, then everybody leaves.
+    /// The script ends: calls finish, then everybody disconnects.
     fn end(&mut self, at: u32, world: &mut World) -> Result<Option<String>, String> {
         Ok(match at {
             0 => {
@@ -343,7 +343,7 @@ impl Scenario for Calls {
         })
     }
 
-    /// Nothing may be left.
+    /// Checks that nothing is left.
     fn at_end(&self, world: &World) -> Result<(), String> {
         self.checker.at_end()?;
         if world.counts().instances > 0 {
@@ -395,7 +395,7 @@ impl Run {
     }
 }
 
-/// One step, to be shown where it matters.
+/// A step, described only when it is shown.
 struct Shown {
     now_us: u64,
     what: String,

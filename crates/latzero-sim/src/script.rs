@@ -54,7 +54,7 @@ const FATAL: [&[u8]; 6] = [
     &[0, 0, 0, 4, b'{', b'"', b'a', b'"'],
 ];
 
-/// The clients and the dice.
+/// The clients and the random numbers.
 pub(crate) struct Script {
     pub(crate) clients: Vec<Client>,
     prng: Prng,
@@ -72,9 +72,9 @@ impl Script {
         }
     }
 
-    /// Does one thing; returns what it was.
+    /// Performs one step; returns its description.
     pub(crate) fn step(&mut self, world: &mut World) -> String {
-        // A server that drains stops soon after.
+        // A draining server stops soon.
         if world.is_stopping() && self.prng.below(30) == 0 {
             world.restart(self.prng.next_u64());
             return "the server restarts".into();
@@ -102,7 +102,7 @@ impl Script {
         }
         let at = self.prng.below(self.clients.len());
         let what = self.act(at, world);
-        // What was written reaches the server whole, in part, or later.
+        // What was queued reaches the server whole, in part, or later.
         let most = match self.prng.below(8) {
             0 => 0,
             1 => self.prng.below(40),
@@ -126,8 +126,8 @@ impl Script {
         format!("client {at} ({}) {what}", self.clients[at].app)
     }
 
-    /// Everybody writes out, reads all there is, and sends nothing new; then time continues past
-    /// every deadline.
+    /// All clients send what they have queued, read everything, and send nothing new; then time
+    /// advances past every deadline.
     pub(crate) fn settle(&mut self, world: &mut World) {
         for client in &mut self.clients {
             client.flush(usize::MAX, world);
@@ -138,7 +138,7 @@ impl Script {
         }
     }
 
-    /// Everybody hangs up.
+    /// Everybody disconnects.
     pub(crate) fn leave(&mut self, world: &mut World) {
         for client in &mut self.clients {
             if let Some(peer) = client.peer {
@@ -160,7 +160,7 @@ impl Script {
         }
         let p = self.prng.below(1000);
         if !self.clients[at].is_ready {
-            // Waiting for the acknowledgement, or for the end.
+            // Waits for the acknowledgement, or for the end.
             return match p {
                 0..=19 => self.wrong(at),
                 20..=49 => self.hang_up(at, world),
@@ -171,7 +171,7 @@ impl Script {
         match p {
             0..=349 => self.call(at),
             350..=629 => {
-                // Somebody who has something to answer, if there is anybody.
+                // A client that has something to answer, if there is one.
                 let mut from = self
                     .clients
                     .iter()
@@ -200,7 +200,7 @@ impl Script {
                 format!("reads: {}", !client.is_slow)
             }
             _ => {
-                // Several emits in a row, which fill the outboxes of those who do not read.
+                // Several emits in a row fill the outboxes of clients that do not read.
                 let what = self.emit(at);
                 for _ in 0..self.prng.below(8) {
                     self.emit(at);
@@ -391,7 +391,7 @@ impl Script {
         format!("emits {message}")
     }
 
-    /// Mostly none, else an app, an instance that lives or lived, or an app that never was.
+    /// Usually none, or else an app, a current or former instance, or an app that never existed.
     fn destination(&mut self) -> Option<Value> {
         let other = &self.clients[self.prng.below(self.clients.len())];
         match self.prng.below(12) {
@@ -491,7 +491,7 @@ impl Script {
         if self.prng.below(2) == 0 {
             message["instance"] = other.instance.clone().into();
         }
-        // Some try without the right.
+        // Some requests lack the right.
         if self.prng.below(4) > 0 {
             for said in admin_proof() {
                 let said = encode_frame(&said, None);
@@ -522,7 +522,7 @@ impl Script {
     }
 
     fn hang_up(&mut self, at: usize, world: &mut World) -> String {
-        // Perhaps in the middle of a frame.
+        // This may end in the middle of a frame.
         let most = self.prng.below(30);
         self.clients[at].flush(most, world);
         if let Some(peer) = self.clients[at].peer {
@@ -563,7 +563,7 @@ fn trigger_spec(prng: &mut Prng) -> Value {
     spec
 }
 
-/// A body as JSON and as raw bytes; the second wins where the client may send attachments.
+/// A body as JSON and as raw bytes; the latter is used if the client may send attachments.
 fn body(prng: &mut Prng) -> (Option<Value>, Option<Vec<u8>>) {
     let length = match prng.below(8) {
         0 => prng.below(2000),

@@ -13,7 +13,7 @@ use crate::world::PoolHandle;
 /// A descriptor that travels with a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Descriptor {
-    /// Of what.
+    /// The storage that it refers to.
     pub storage: StorageId,
     /// Whether its receiver may write through it.
     pub access: Access,
@@ -26,26 +26,26 @@ pub struct StoredBlock {
     pub bytes: Vec<u8>,
     /// Its version.
     pub version: u64,
-    /// The fence that a writer has to show.
+    /// The fence that a writer must present.
     pub fence: u64,
 }
 
-/// All storage of the world, and what is still to be done about it.
+/// All storage of the world, and the jobs that wait.
 #[derive(Debug, Default)]
 pub struct Storages {
     pub(crate) stored: BTreeMap<StorageId, StoredBlock>,
     pub(crate) numbers: Numbers,
     pub(crate) waiting: VecDeque<(PoolHandle, Job<Line>)>,
-    /// Jobs wait until they are let go.
+    /// Jobs wait until they are released.
     pub(crate) is_holding: bool,
-    /// Making fails from now on.
+    /// Creating storage fails from now on.
     pub(crate) is_full: bool,
-    /// Records of persistent blocks, as a disk keeps them.
+    /// Records of persistent blocks, as on a disk.
     pub(crate) records: BTreeMap<StorageId, String>,
 }
 
 impl Storages {
-    /// How many storages there are.
+    /// The number of storages.
     #[must_use]
     pub fn count(&self) -> usize {
         self.stored.len()
@@ -93,7 +93,7 @@ impl Storages {
         is_there.then_some(Descriptor { storage, access })
     }
 
-    /// The range of a write, where the block has it and is of the version expected.
+    /// The range of a write, if the block contains it and has the expected version.
     pub(crate) fn write_range(
         &mut self,
         storage: StorageId,

@@ -7,7 +7,7 @@ use latzero_protocol::{AppId, PoolName};
 
 use crate::line::Peer;
 
-/// What is on the simulated disk.
+/// The content of the simulated disk.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Rows {
     /// Apps.
@@ -21,7 +21,7 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Writes one change, as a real store does.
+    /// Applies one change, as a real store does.
     pub fn write(&mut self, change: &StoreChange) {
         match change.clone() {
             StoreChange::App(row) => {
@@ -40,11 +40,11 @@ impl Rows {
             StoreChange::ForgetApp(app) => {
                 self.apps.remove(&app);
             }
-            // Everybody is an untrusted user here.
+            // All users are untrusted here.
             StoreChange::Binding(_)
             | StoreChange::ForgetBinding(_)
             | StoreChange::Descriptor(..) => {}
-            // Nobody comes so early that a name is to be kept.
+            // No client connects early enough to need a reserved name.
             StoreChange::Pool(row) if !row.is_durable => {}
             StoreChange::Pool(row) => {
                 self.pools.insert(row.name.clone(), *row);
@@ -78,7 +78,7 @@ impl Rows {
 #[derive(Debug, Clone)]
 pub(crate) enum Promised {
     Session(Peer),
-    /// The pool of an answer, and its number.
+    /// The pool and the number of an answer.
     Answer(PoolName, u64),
 }
 
@@ -96,8 +96,8 @@ impl Store {
         self.waiting.push_back((change, promise));
     }
 
-    /// Writes the next change, or fails to; returns whom that was promised, and whether it went
-    /// well. What nobody was promised is tried again.
+    /// Performs the next write, or fails; returns whom to notify, and whether it succeeded. A
+    /// failed write that no client waits for is retried.
     pub(crate) fn write_next(&mut self) -> Option<(Option<Promised>, bool)> {
         if self.is_holding {
             return None;

@@ -39,10 +39,10 @@ use crate::store::{Promised, Store};
 /// A pool of the world.
 pub type PoolHandle = Rc<RefCell<Pool<World>>>;
 
-/// What every simulated server takes for its administrator's proof.
+/// The administrator's proof that every simulated server accepts.
 const ADMIN_MAC: [u8; 32] = [7; 32];
 
-/// What a simulated administrator says to be one.
+/// The proof that a simulated administrator sends.
 #[must_use]
 pub fn admin_proof() -> [String; 2] {
     let (nonce, mac) = (text::encode(&[0; 32]), text::encode(&ADMIN_MAC));
@@ -54,27 +54,27 @@ pub fn admin_proof() -> [String; 2] {
     ]
 }
 
-/// A moment's wall-clock time at the world's begin, in milliseconds since the Unix epoch.
+/// The wall-clock time at the start of the world, in milliseconds since the Unix epoch.
 pub(crate) const EPOCH_MS: u64 = 1_700_000_000_000;
 
-/// Largest frame before the handshake, in bytes.
+/// The largest frame before the handshake, in bytes.
 const MAX_FRAME_BEFORE_HANDSHAKE: usize = 64 * 1024;
 
-/// Proofs that wait to be checked at once.
+/// The most proofs that may wait to be checked.
 const PROOFS_HELD_MAX: usize = 16;
 
 struct Connection {
     line: Line,
-    /// Taken out while it handles a frame, and gone when the connection has ended.
+    /// Taken out while it handles a frame; `None` after the connection has ended.
     session: Option<Session<World>>,
     received: Vec<u8>,
-    /// What was received takes.
+    /// The memory of what was received.
     inbound: Reservation,
     /// Written by the server, and not read by the client.
     socket: VecDeque<u8>,
     /// Descriptors that were written.
     descriptors: u64,
-    /// The socket takes nothing.
+    /// The socket accepts no more bytes.
     is_held: bool,
     is_open: bool,
 }
@@ -100,22 +100,22 @@ pub struct World {
     observer: Observer,
     storages: Storages,
     store: Store,
-    /// All who come over TCP are one user, an untrusted user; the others are the server's own.
+    /// All clients over TCP are one untrusted user; the others are the server's own user.
     users: Users<bool>,
     connections: Vec<Connection>,
     touched: Vec<PoolHandle>,
-    /// Whose promises were told of while another's message was handled.
+    /// Connections whose durable requests completed while another's message was handled.
     woken: Vec<Peer>,
-    /// Nonces that were drawn.
+    /// The number of nonces generated so far.
     nonces: u64,
     /// Proofs that wait to be checked; `None` if each is checked at once.
     proofs: Option<VecDeque<(Peer, Check)>>,
-    /// What another thread of a server does while this one writes into a block.
+    /// What another thread of a server does while this one writes to a block.
     beside_write: Option<Beside>,
 }
 
 impl World {
-    /// A server that has just started.
+    /// Creates a server that has just started.
     #[must_use]
     pub fn new(seed: u64, limits: Limits, bounds: Bounds) -> Self {
         World {
@@ -151,13 +151,12 @@ impl World {
         }
     }
 
-    /// Has `f` happen in the middle of the next write into a block, as on a server with several
-    /// threads.
+    /// Runs `f` in the middle of the next write to a block, as on a server with several threads.
     pub fn beside_next_write(&mut self, f: impl FnOnce(&mut World) + 'static) {
         self.beside_write = Some(Box::new(f));
     }
 
-    /// The present moment.
+    /// The current time.
     #[must_use]
     pub fn now(&self) -> Time {
         self.now
@@ -200,7 +199,7 @@ impl World {
         peer
     }
 
-    /// Hands bytes of a client to the server, which handles every whole frame that it has now.
+    /// Passes bytes of a client to the server, which handles every complete frame.
     pub fn feed(&mut self, peer: Peer, bytes: &[u8]) {
         self.resume(peer);
         if !self.is_open(peer) {
@@ -209,7 +208,7 @@ impl World {
         let connection = &mut self.connections[peer.0 as usize];
         let length = connection.received.len() + bytes.len();
         if !connection.received.is_empty() && connection.inbound.resize(length as u64).is_err() {
-            // It is not read, so what it sent stays with its client; this one gives up.
+            // The server does not read, so the data stays with its client, and this one gives up.
             self.hang_up(peer);
             return;
         }
@@ -227,7 +226,7 @@ impl World {
         connection.inbound.force(received.len() as u64);
         connection.received = received;
         self.reap();
-        // What others sent while they waited.
+        // Messages that others sent while they waited.
         for peer in std::mem::take(&mut self.woken) {
             self.feed(peer, &[]);
         }
@@ -238,8 +237,8 @@ impl World {
         session.is_some_and(Session::is_waiting)
     }
 
-    /// Handles the first frame of `bytes`; returns its length, or `None` if there is none yet or
-    /// ever.
+    /// Handles the first frame of `bytes`; returns its length, or `None` if there is no valid
+    /// frame.
     fn handle_first(&mut self, peer: Peer, bytes: &[u8]) -> Option<usize> {
         let mut session = self.connections[peer.0 as usize].session.take()?;
         let decoded = frame::decode(bytes, session.accept(&self.context.limits));
@@ -300,7 +299,7 @@ impl World {
         flow
     }
 
-    /// Has a session handle what waited in it.
+    /// Lets a session handle the messages that waited in it.
     fn resume(&mut self, peer: Peer) {
         while self.is_open(peer)
             && let Some(mut session) = self.connections[peer.0 as usize].session.take()
@@ -321,7 +320,7 @@ impl World {
         }
     }
 
-    /// Tells a session whether what it was promised is on disk.
+    /// Notifies a session whether its durable request was stored.
     fn handle_stored(&mut self, peer: Peer, went_well: bool) {
         if let Some(mut session) = self.connections[peer.0 as usize].session.take() {
             let flow = session.handle_stored(store_result(went_well), &mut self.turn());
@@ -332,7 +331,7 @@ impl World {
         }
     }
 
-    /// Tells a pool whether an answer is on disk.
+    /// Notifies a pool whether an answer was stored.
     fn answer_stored(&mut self, name: &PoolName, number: u64, went_well: bool) {
         let pool = self.registry.borrow().pool(name).cloned();
         if let Some(pool) = pool {
@@ -342,20 +341,21 @@ impl World {
         }
     }
 
-    /// Has what is to be written wait for [`World::hold_disk`]`(false)`.
+    /// Delays all writes until [`World::hold_disk`]`(false)`.
     pub fn hold_disk(&mut self, is_holding: bool) {
         self.store.is_holding = is_holding;
         self.write_down();
     }
 
-    /// Has the disk take nothing more, or everything again.
+    /// Makes the disk refuse all writes, or accept them again.
     pub fn fill_disk(&mut self, is_full: bool) {
         self.store.is_failing = is_full;
         self.observer.note(Event::DiskFull(is_full));
         self.write_down();
     }
 
-    /// Has proofs wait for [`World::check_proof`], or checks all of them and each new one at once.
+    /// Makes proofs wait for [`World::check_proof`], or checks all of them and each new one at
+    /// once.
     pub fn hold_proofs(&mut self, is_holding: bool) {
         if is_holding {
             self.proofs.get_or_insert_default();
@@ -379,24 +379,24 @@ impl World {
                 self.close(peer);
             }
         }
-        // What it sent while it waited.
+        // Messages that it sent while it waited.
         self.feed(peer, &[]);
         self.reap();
         true
     }
 
-    /// Whether the disk takes nothing.
+    /// Whether the disk refuses writes.
     #[must_use]
     pub fn is_disk_full(&self) -> bool {
         self.store.is_failing
     }
 
-    /// Takes what the audit log would tell: what happened, and its details as JSON.
+    /// Takes the entries of the audit log: what happened, and its details as JSON.
     pub fn take_audit(&mut self) -> Vec<String> {
         std::mem::take(&mut self.observer.audited)
     }
 
-    /// What is on the disk.
+    /// The rows on the disk.
     #[must_use]
     pub fn rows(&self) -> &crate::store::Rows {
         &self.store.rows
@@ -407,7 +407,7 @@ impl World {
             match promised {
                 Some(Promised::Session(peer)) => {
                     self.handle_stored(peer, went_well);
-                    // What it sent while it waited.
+                    // Messages that it sent while it waited.
                     self.feed(peer, &[]);
                 }
                 Some(Promised::Answer(pool, number)) => {
@@ -437,8 +437,8 @@ impl World {
         self.turn().close(&line);
     }
 
-    /// Carries out what was decided: writes to sockets, then ends the connections that are to be
-    /// closed, which may close others.
+    /// Carries out decisions: writes to sockets, then ends the connections that must be closed,
+    /// which may close others.
     fn reap(&mut self) {
         loop {
             for line in std::mem::take(&mut self.effects.resumed) {
@@ -467,8 +467,8 @@ impl World {
         }
     }
 
-    /// Writes what waits in an outbox, as far as the socket takes it: up to its size, or `wanted`
-    /// bytes where its client reads as many.
+    /// Writes from an outbox as much as the socket accepts: up to its size, or `wanted` bytes if
+    /// its client reads that many.
     fn write(&mut self, peer: Peer, wanted: usize) {
         let at = peer.0 as usize;
         loop {
@@ -541,7 +541,7 @@ impl World {
     /// Takes every message that waits for a client.
     ///
     /// # Panics
-    /// If what waits is not a row of whole frames with one JSON object each.
+    /// If the waiting bytes are not a sequence of complete frames with one JSON object each.
     pub fn messages(&mut self, peer: Peer) -> Vec<Message> {
         let bytes = self.read(peer, usize::MAX);
         let mut rest = &bytes[..];
@@ -560,7 +560,7 @@ impl World {
         self.connections[peer.0 as usize].is_open
     }
 
-    /// Moves time `ms` milliseconds on.
+    /// Advances time by `ms` milliseconds.
     pub fn advance(&mut self, ms: u64) {
         let until = self.now.after_ms(ms);
         loop {
@@ -610,7 +610,7 @@ impl World {
         }
     }
 
-    /// Takes no new calls from now on, and tells everybody.
+    /// Accepts no new calls from now on, and notifies everybody.
     pub fn drain(&mut self) {
         self.context.is_draining.store(true, Relaxed);
         let event = r#"{"action":"event","event":"draining"}"#;
@@ -635,17 +635,16 @@ impl World {
         self.context.is_draining()
     }
 
-    /// Begins again, as after a kill: connections are gone, apps and pools are as far as they were
-    /// written down.
+    /// Restarts as after a kill: connections are gone, and apps and pools are as they were stored.
     ///
     /// # Panics
-    /// If a row that was written can't be taken in.
+    /// If a stored row can't be restored.
     pub fn restart(&mut self, seed: u64) {
         let left = self.begin_again(seed);
         assert_eq!(left, 0, "every row was written by the core itself");
     }
 
-    /// Begins again with rows that anybody may have written; returns how many are invalid.
+    /// Restarts with rows from any source; returns how many are invalid.
     pub fn restart_with(&mut self, seed: u64, rows: crate::store::Rows) -> usize {
         self.store.rows = rows;
         self.begin_again(seed)
@@ -718,7 +717,8 @@ impl World {
         left
     }
 
-    /// Has a pool take something in; one that was made for it goes again where it is invalid.
+    /// Restores a row into a pool. A pool that was created for a row is removed again if the row is
+    /// invalid.
     fn restore_into(
         &mut self,
         name: &PoolName,
@@ -736,7 +736,7 @@ impl World {
         taken
     }
 
-    /// Takes the log of what happened since it was taken last.
+    /// Takes the log of what happened since the last call.
     pub fn take_log(&mut self) -> Vec<Event> {
         self.observer.take_log()
     }
@@ -763,21 +763,20 @@ impl World {
             .sum()
     }
 
-    /// Has what is to be done about blocks wait for [`World::run_jobs`], as large blocks do on a
-    /// server.
+    /// Delays block operations until [`World::run_jobs`], as with large blocks on a server.
     pub fn hold_jobs(&mut self, is_holding: bool) {
         self.storages.is_holding = is_holding;
         self.run_jobs();
     }
 
-    /// The sockets of all connections there are take nothing more, or everything again.
+    /// Makes the sockets of all current connections accept no more bytes, or accept them again.
     pub fn hold_writes(&mut self, is_holding: bool) {
         for at in 0..self.connections.len() {
             self.hold_writes_of(Peer(at as u32), is_holding);
         }
     }
 
-    /// The socket of a connection takes nothing more, or everything again.
+    /// Makes the socket of a connection accept no more bytes, or accept them again.
     pub fn hold_writes_of(&mut self, peer: Peer, is_holding: bool) {
         self.connections[peer.0 as usize].is_held = is_holding;
         self.write(peer, 0);
@@ -785,12 +784,12 @@ impl World {
         self.write_down();
     }
 
-    /// Has no memory left for new blocks.
+    /// Makes every creation of a block fail for lack of memory, or succeed again.
     pub fn fill_memory(&mut self, is_full: bool) {
         self.storages.is_full = is_full;
     }
 
-    /// Does what is to be done about blocks.
+    /// Performs the waiting block operations.
     pub fn run_jobs(&mut self) {
         while let Some((pool, job)) = self.storages.waiting.pop_front() {
             match job {
@@ -799,7 +798,7 @@ impl World {
                     making,
                     unless_dead,
                 } => {
-                    // A client that hung up is a process that died.
+                    // A client that hung up counts as a process that died.
                     let made = if unless_dead.is_some() {
                         Ok(None)
                     } else {
@@ -824,7 +823,7 @@ impl World {
         }
     }
 
-    /// How many storages there are, and what is counted of blocks.
+    /// The number of storages, and the counters of blocks.
     #[must_use]
     pub fn storages(&self) -> &crate::storage::Storages {
         &self.storages
@@ -836,14 +835,14 @@ impl World {
         self.connections[peer.0 as usize].descriptors
     }
 
-    /// The names of the pools there are, in order.
+    /// The names of all pools, in order.
     #[must_use]
     pub fn pool_names(&self) -> Vec<String> {
         let registry = self.registry.borrow();
         registry.pools().map(|(name, _)| name.to_string()).collect()
     }
 
-    /// A pool in numbers.
+    /// Statistics of a pool.
     #[must_use]
     pub fn pool_stats(&self, name: &str) -> Option<latzero_fabric::pool::PoolStats> {
         let registry = self.registry.borrow();
@@ -926,7 +925,7 @@ impl World {
         let inbound = |c: &Connection| c.inbound.amount() + waiting(c) as u64;
         let inbound: u64 = connections().map(inbound).sum();
         assert_eq!(all.used(Resource::Inbound), inbound, "unfinished frames");
-        // Frames that several outboxes share are counted apart.
+        // Frames that several outboxes share are counted separately.
         let outbox: u64 = connections().map(|c| c.line.link().held()).sum();
         assert!(all.used(Resource::Outbox) >= outbox, "outboxes");
         let registry = self.registry.borrow();
@@ -960,7 +959,7 @@ impl World {
         assert_eq!(all.used(Resource::Redelivery), redelivery, "redelivery");
     }
 
-    /// What the registry holds, in numbers.
+    /// Statistics of the registry.
     #[must_use]
     pub fn counts(&self) -> latzero_fabric::registry::Counts {
         self.registry.borrow().counts()
@@ -975,11 +974,11 @@ impl BlockStorage for World {
     }
 
     fn block_version(&mut self, storage: StorageId, noted: Option<u64>) -> u64 {
-        // Nobody maps anything here: what is said to be written is written.
+        // Nothing is mapped here, so an announced version has been written.
         let Some(stored) = self.storages.stored.get_mut(&storage) else {
             return 0;
         };
-        // The largest number says that nobody said anything: the block itself is asked.
+        // The largest number means that no version was announced: the block itself is read.
         let noted = noted.filter(|version| *version < u64::MAX);
         stored.version = stored.version.max(noted.unwrap_or(0));
         stored.version
@@ -1148,7 +1147,7 @@ impl Driver for World {
         _name: &PoolName,
         block: &latzero_protocol::BlockId,
     ) -> Result<(), Refusal> {
-        // Nobody holds anything here.
+        // No client here holds a descriptor to offer.
         Err(Refusal::new(
             Code::NoBlock,
             format!("block '{block}' is not awaited"),
@@ -1206,7 +1205,7 @@ fn store_result(went_well: bool) -> Result<(), Refusal> {
     Err(Refusal::new(Code::Storage, "the disk is full"))
 }
 
-/// Takes the first frame of what a server wrote, with its length; `None` if it is not complete.
+/// Takes the first frame from a server's output, with its length; `None` if it is incomplete.
 ///
 /// # Panics
 /// If the bytes are not what a server may write.
@@ -1224,7 +1223,7 @@ pub fn decode(bytes: &[u8]) -> Option<(Message, usize)> {
     Some((Message { json, attachment }, used))
 }
 
-/// A frame as a client writes it: `json`, with raw bytes if there are any.
+/// Encodes a frame as a client does: `json`, with raw bytes if there are any.
 #[must_use]
 pub fn encode_frame(json: &str, attachment: Option<&[u8]>) -> Vec<u8> {
     let mut out = Vec::new();

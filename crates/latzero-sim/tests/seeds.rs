@@ -1,4 +1,4 @@
-//! Seeds replay to the same bytes, and nothing breaks in them.
+//! A seed replays to the same bytes, and no check fails.
 
 use latzero_sim::{Plan, run};
 
@@ -14,7 +14,7 @@ fn a_seed_replays_to_the_same_bytes() {
 }
 
 #[test]
-fn runs_reach_what_they_are_meant_to_reach() {
+fn runs_reach_the_intended_states() {
     let totals: Vec<_> = (0..12)
         .map(|seed| run(&Plan::new(seed)).unwrap().totals)
         .collect();

@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn every_day_comes_back() {
+    fn every_day_round_trips() {
         for day in (-200_000..200_000).step_by(7) {
             let (year, month, of_month) = civil(day);
             assert_eq!(days(year, month, of_month), day);
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_date_is_refused() {
+    fn invalid_dates_are_refused() {
         for text in [
             "",
             "20230229-000000",

@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guard_tells_what_is_gone() {
+    fn a_guard_reports_missing_files() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("data");
         fs::create_dir(&dir).unwrap();
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_is_followed_where_it_leads() {
+    fn a_link_is_followed_to_its_target() {
         let home = tempfile::tempdir().unwrap();
         let disk = home.path().join("disk");
         fs::create_dir(&disk).unwrap();

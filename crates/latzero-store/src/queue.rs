@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn without_room_times_go_first_then_newcomers_are_refused() {
+    fn when_full_times_are_dropped_first_and_then_new_changes_refused() {
         let mut queue = Queue::new(2, 3);
         queue
             .eventual(RowChange::NoteAttempt {

@@ -65,7 +65,7 @@ fn a_backup_is_made_while_changes_continue() {
         (backup, writer.join().unwrap())
     });
     backup.verify().unwrap();
-    // The copy is the database of one moment: no call is there without all that came before.
+    // The copy is a consistent snapshot: it has no call without everything written before it.
     let numbers: Vec<_> = backup
         .contents()
         .unwrap()
@@ -104,7 +104,8 @@ fn blocks_are_backed_up_and_restored_completely() {
             for size in sizes {
                 writer.add_block(&head(&format!("b{size}"), size), &mut &pattern(size)[..])?;
             }
-            // Neither too few nor too many bytes are a block, and a failed one leaves nothing.
+            // A block with too few or too many bytes is refused, and a failed backup leaves
+            // nothing.
             for size in [2_000_000_u64, 2_000_002] {
                 let error = writer
                     .add_block(&head("odd", size), &mut &pattern(2_000_001)[..])
@@ -143,7 +144,7 @@ fn blocks_are_backed_up_and_restored_completely() {
     let opened = reopen(fresh.path());
     assert_eq!(opened.report.checked, "quick");
     assert_eq!(opened.contents.blocks, [block("p", "b")]);
-    // What only backups have is not in the database, so it is small.
+    // Block bytes are only in backups, so the database is small.
     assert!(opened.store.status().db_bytes < 200_000);
 }
 
@@ -169,7 +170,7 @@ fn a_damaged_backup_is_never_restored() {
         let verified = open_backup(&spoilt).and_then(|backup| backup.verify());
         noticed += usize::from(verified.is_err());
         if verified.is_ok() {
-            // Bytes that belong to nothing may change: what is read is still the same.
+            // Unused bytes may change without effect: the content is still the same.
             let backup = open_backup(&spoilt).unwrap();
             assert_eq!(backup.contents().unwrap().apps, [app("a")]);
         } else {
@@ -276,7 +277,7 @@ fn restoring_keeps_the_previous_database() {
     assert_eq!(contents(dir.path()).settings[0].1, "new");
 
     let restored = restore(backup.path(), dir.path(), no_blocks).unwrap();
-    // The database, and what belongs to it.
+    // The database and its companion files.
     let names = restored.set_aside.iter().map(|path| {
         let name = path.file_name().unwrap();
         name.to_string_lossy().into_owned()
@@ -324,12 +325,12 @@ fn a_failing_writer_leaves_no_backup() {
     );
     assert_eq!(fs::read_dir(dir.path().join(BACKUPS)).unwrap().count(), 0);
     assert_eq!(store.status().last_backup, None);
-    // The next run knows of the last one's.
+    // The next run knows the last run's backup.
     store.backup(None).unwrap();
     let made = store.status().last_backup.unwrap();
     store.close().unwrap();
     let known = reopen(dir.path()).store.status().last_backup.unwrap();
-    // A name has whole seconds.
+    // Names have a resolution of one second.
     assert_eq!(known, made - made % 1000);
 }
 
@@ -370,7 +371,7 @@ fn pruning_keeps_the_newest_valid_backup() {
         ..Policy::default()
     };
     let pruned = prune(dir.path(), &last_day).unwrap();
-    // The newest by the rule, which is spoilt, and the newest that is good.
+    // The newest by the rule, which is damaged, and the newest that is valid.
     assert_eq!(
         names(&pruned.kept),
         ["latzero-20200102-000000.db", "latzero-20200103-000000.db"]

@@ -14,10 +14,10 @@ use std::sync::mpsc::Receiver;
 use common::{TIMEOUT, Told, answer, app, block, call, contents, options, pool, reopen, set};
 use latzero_store::{Contents, Faults, Lasts, Options, RowChange, StoreError, open, restore_with};
 
-/// More steps than the script has.
+/// More than the number of steps of the script.
 const STEPS_MAX: u64 = 2_000;
 
-/// What a run was told.
+/// The notifications of a run.
 #[derive(Debug, Default)]
 struct Record {
     outcomes: BTreeMap<u64, bool>,
@@ -26,7 +26,7 @@ struct Record {
     has_backup: bool,
 }
 
-/// The changes that are promised, by ticket.
+/// The durable changes, by ticket.
 fn promises() -> Vec<RowChange> {
     vec![
         RowChange::PutApp(app("a")),
@@ -50,7 +50,7 @@ fn script(dir: &Path, faults: &Faults, lasts: Lasts) -> Option<Record> {
         faults: faults.clone(),
         ..plain
     };
-    // A store that cannot be opened promised nothing.
+    // A store that cannot be opened acknowledged nothing.
     let store = open(dir, options).ok()?.store;
     let mut record = Record::default();
     store.submit(set("eventual", "old"), None).unwrap();
@@ -80,7 +80,7 @@ fn script(dir: &Path, faults: &Faults, lasts: Lasts) -> Option<Record> {
         }
         faults.heal();
     }
-    // It tries again by itself; nobody promises anything to it meanwhile.
+    // It retries automatically; no durable change is added in the meantime.
     assert!(store.wait_settled(TIMEOUT), "{:?}", store.status());
     record.is_closed_well = store.close().is_ok();
     Some(record)
@@ -104,7 +104,7 @@ fn check(dir: &Path, record: &Record, what: &str) {
         RowChange::PutApp(row) => kept.apps.contains(row),
         RowChange::PutPool(row) => kept.pools.contains(row),
         RowChange::PutBlock(row) => kept.blocks.contains(row),
-        // The eventual answer ended it, the promised one the other.
+        // One call was ended by the eventual answer, the other by the durable one.
         RowChange::PutCall(row) => row.number == 1 || is_ended(&kept, row.number, record),
         RowChange::PutAnswer { answer, .. } => kept.answers.contains(answer),
         RowChange::PutSetting { key, value } => {
@@ -142,7 +142,7 @@ fn run_all(lasts: Lasts) {
         let what = format!("step {at}, {lasts:?}");
         match script(dir.path(), &faults, lasts) {
             Some(record) => check(dir.path(), &record, &what),
-            // Nothing was promised; the next start finds nothing wrong.
+            // Nothing was acknowledged; the next start finds no damage.
             None => drop(contents(dir.path())),
         }
         if faults.failed() == 0 {
@@ -163,8 +163,8 @@ fn every_step_from_the_nth_on_may_fail() {
     run_all(Lasts::ForEver);
 }
 
-/// Restoring fails at any step; the database is the old one or the new one, and the next start
-/// makes it whole.
+/// Restoring fails at any step: the database is the old one or the new one, and the next start
+/// completes it.
 #[test]
 fn restoring_may_fail_at_any_step() {
     let origin = tempfile::tempdir().unwrap();
@@ -197,7 +197,7 @@ fn restoring_may_fail_at_any_step() {
     panic!("no clean run in {STEPS_MAX} steps");
 }
 
-/// A damaged database and a disk that fails while the backup takes its place.
+/// A damaged database, and a disk that fails while a backup replaces it.
 #[test]
 fn setting_aside_may_fail_at_any_step() {
     for at in 1..STEPS_MAX {

@@ -1,4 +1,5 @@
-//! Groups of changes: what gathers while the thread is busy, the limits, and the end of the store.
+//! Groups of changes: what is collected while the thread is busy, the limits, and the end of the
+//! store.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -11,8 +12,8 @@ use latzero_store::{
     Faults, Lasts, Options, RowChange, Store, StoreError, SubmitError, Ticket, open,
 };
 
-/// A store whose thread stops at the first ticket until it is let go, and tells how many tickets
-/// each call brought.
+/// A store whose thread stops at the first ticket until it is released, and reports the number of
+/// tickets of each notification.
 struct Held {
     dir: tempfile::TempDir,
     store: Store,
@@ -147,7 +148,7 @@ fn a_panic_of_the_thread_notifies_all_waiters() {
     };
     let store = open(dir.path(), options).unwrap().store;
     store.submit(set("k", "v"), Some(1)).unwrap();
-    // Whichever comes first, the change or the panic: this returns.
+    // Whichever happens first, the change or the panic, this returns.
     let outcome = (0..1_000).find_map(|_| store.commit(vec![set("l", "v")]).err());
     assert_eq!(outcome, Some(StoreError::Submit(SubmitError::Closed)));
     assert!(!store.wait_settled(TIMEOUT) || store.status().waiting == 0);

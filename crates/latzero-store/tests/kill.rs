@@ -19,7 +19,7 @@ use latzero_store::{BACKUPS, Contents, RowChange, failpoint, open, open_backup, 
 const DIR: &str = "LATZERO_STORE_KILL_DIR";
 const MODE: &str = "LATZERO_STORE_KILL_MODE";
 
-/// The process that dies. As a test it does nothing.
+/// Not a test: the process that dies.
 #[test]
 fn child() {
     let Some(dir) = std::env::var_os(DIR) else {
@@ -36,7 +36,7 @@ fn child() {
     }
 }
 
-/// Tells with one write, so that a line is whole or absent.
+/// Prints with one write, so that a line is complete or absent.
 fn tell(line: &str) {
     let mut out = std::io::stdout().lock();
     out.write_all(format!("\nack {line}\n").as_bytes()).unwrap();
@@ -70,7 +70,7 @@ fn work(dir: &Path) {
             last_seen: 1_800_000_000_000,
         };
         opened.store.submit(seen, None).unwrap();
-        // Both or none: the pair (answer n, no call n) is made in one transaction from (call n).
+        // Both or neither: call n and the setting `next` are stored in one transaction.
         opened
             .store
             .commit(vec![
@@ -93,8 +93,7 @@ fn work(dir: &Path) {
     tell("closed");
 }
 
-/// Runs the child until it dies or ends, killing it after `lines` of its lines. Returns what it
-/// printed.
+/// Runs the child until it dies or ends, and kills it after `lines` lines. Returns what it printed.
 fn run(dir: &Path, mode: &str, place: Option<(&str, u64)>, lines: usize) -> Vec<String> {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
@@ -114,12 +113,12 @@ fn run(dir: &Path, mode: &str, place: Option<(&str, u64)>, lines: usize) -> Vec<
             printed.push(line.to_owned());
         }
         if printed.len() == lines {
-            // Lines that it wrote until it is dead are read anyway.
+            // Lines that it printed before it died are still read.
             child.kill().unwrap();
         }
     }
     let status = child.wait().unwrap();
-    // It dies of the signal or ends well; a failed assertion in it is neither.
+    // It must die of the signal or exit with success; a failed assertion is neither.
     assert!(
         status.success() || status.signal() == Some(9),
         "{status}, {printed:?}"
@@ -155,7 +154,7 @@ fn check(contents: &Contents, printed: &[String], what: &str) {
     }
 }
 
-/// Opens what the dead left, and checks all that was ever printed.
+/// Opens the database that the dead process left, and checks everything that was printed.
 fn reopened(dir: &Path, printed: &[String], what: &str) {
     let opened = reopen(dir);
     assert!(

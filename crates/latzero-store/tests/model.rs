@@ -1,5 +1,5 @@
-//! Any order of changes has the same result as plain maps, whether they are promises or eventual,
-//! grouped, and whether the store is closed or dropped.
+//! Changes in any order have the same result as plain maps, durable or eventual, grouped or not,
+//! and whether the store is closed or dropped.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -127,8 +127,8 @@ proptest! {
         run(&script, group_max, None);
     }
 
-    /// Without promises nothing is lost to a failure either: the newest state of each row gets
-    /// there.
+    /// Without durable changes, a failure loses nothing either: the newest state of each row is
+    /// finally stored.
     #[test]
     fn eventual_changes_match_the_model_after_disk_errors(
         script in proptest::collection::vec(change(), 0..40),

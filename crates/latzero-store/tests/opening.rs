@@ -54,7 +54,7 @@ fn the_depth_of_the_check_depends_on_how_the_last_run_ended() {
         assert!(!opened.report.is_degraded && !opened.report.is_new);
         opened
     };
-    // A run without a change leaves the database clean, however it ends.
+    // A run without changes leaves the database clean, however it ends.
     drop(check(in_boot(dir.path(), BOOT), "none"));
     let opened = check(in_boot(dir.path(), BOOT), "none");
     opened.store.commit(vec![set("k", "v")]).unwrap();

@@ -41,7 +41,7 @@ fn changes(n: usize) -> Vec<RowChange> {
     ]
 }
 
-/// Opens a copy in another boot, as after a loss of power, and tells how many whole commits it has.
+/// Opens a copy in another boot, as after a power loss; returns the number of complete commits.
 fn commits_in(database: &[u8], log: &[u8]) -> usize {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join(DATABASE), database).unwrap();
@@ -92,13 +92,13 @@ fn acknowledged_commits_survive_any_damage_to_later_data() {
         let from = synced.log.len();
         assert!(later.log.len() > from && later.log[..from] == synced.log);
         let tail = later.log.len() - from;
-        // All of the database file belongs to the checkpoint before, which is synced.
+        // All of the database file belongs to the previous checkpoint, which is synced.
         for cut in [0, 1, 24, tail / 2, tail - 1, random() as usize % tail] {
             let found = commits_in(&later.database, &later.log[..from + cut]);
             assert_eq!(found, synced.commits, "cut at {cut} of {tail}");
         }
         for _ in 0..4 {
-            // Some parts of the tail were written, others are still what the file system gave out.
+            // Some parts of the tail were written, others still have their previous bytes.
             let mut log = later.log.clone();
             let (a, b) = (random() as usize % tail, random() as usize % tail);
             let part = from + a.min(b)..from + a.max(b) + 1;
@@ -112,8 +112,8 @@ fn acknowledged_commits_survive_any_damage_to_later_data() {
     }
 }
 
-/// After a checkpoint the log begins anew over old frames: the database holds what these said,
-/// synced before.
+/// After a checkpoint, the log starts again over old frames. Their content was synced to the
+/// database before.
 #[test]
 fn a_new_log_does_not_restore_old_commits() {
     let dir = tempfile::tempdir().unwrap();
@@ -122,7 +122,7 @@ fn a_new_log_does_not_restore_old_commits() {
     let mut has_begun_anew = false;
     for n in 1..=16 {
         let mut all = changes(n);
-        // Another letter each time: SQLite does not write a page again whose bytes stay.
+        // A new letter each time, because SQLite does not write a page whose bytes stay the same.
         let letter = char::from(b'a' + n as u8).to_string();
         all.push(set("large", &letter.repeat(700_000)));
         store.commit(all).unwrap();

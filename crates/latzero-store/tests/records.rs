@@ -173,7 +173,7 @@ fn a_small_change_of_a_large_row_is_a_small_write() {
         last_seen,
     };
     let time = 1_700_000_000_000;
-    // What comes first may make room.
+    // The first change may make room.
     for change in [
         large(220, time),
         large(221, time),

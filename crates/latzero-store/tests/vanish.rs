@@ -1,5 +1,5 @@
-//! Files that disappear while the store is running, or between two runs, and foreign files in their
-//! place.
+//! Files that disappear while the store is running or between two runs, and foreign files that
+//! replace them.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -24,7 +24,7 @@ fn put(name: &str) -> Vec<RowChange> {
     vec![RowChange::PutApp(app(name))]
 }
 
-/// A store whose files are recreated as soon as they are missing.
+/// A store that recreates missing files immediately.
 fn quick(dir: &Path) -> Store {
     let options = Options {
         rebuild_after: Duration::ZERO,
@@ -60,14 +60,14 @@ fn removed_files_are_recreated_and_nothing_is_lost() {
         for name in &gone {
             fs::remove_file(dir.path().join(name)).unwrap();
         }
-        // Also where nothing waits to be written.
+        // Also when no change waits to be written.
         store.check_files();
         until("it is recreated", || {
             let status = store.status();
             status.misplaced.is_none() && status.rebuilt == 1
         });
         store.commit(put("b")).unwrap();
-        // As a crash would leave it.
+        // A copy as a crash would leave it.
         let copy = tempfile::tempdir().unwrap();
         for name in [DATABASE, LOG, MARK] {
             fs::copy(dir.path().join(name), copy.path().join(name)).unwrap();
@@ -112,7 +112,7 @@ fn promises_fail_while_the_directory_is_missing() {
         "{error}"
     );
     assert!(store.status().misplaced.is_some());
-    // Another one in its place is not it.
+    // Another directory at the same path is not accepted.
     fs::create_dir(&dir).unwrap();
     assert!(store.commit(put("c")).is_err());
     assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
@@ -147,7 +147,7 @@ fn a_lost_log_is_reported() {
         for n in 0..20 {
             store.commit(put(&format!("app-{n}"))).unwrap();
         }
-        // A kill: neither the log nor the mark of a clean end is dealt with.
+        // As after a kill: neither the log nor the mark of a clean end is updated.
         let copy = tempfile::tempdir().unwrap();
         for file in [DATABASE, LOG, MARK] {
             fs::copy(dir.path().join(file), copy.path().join(file)).unwrap();
@@ -212,7 +212,7 @@ fn a_restored_database_restarts_its_commit_count() {
     assert_eq!(apps(dir.path()), ["a"]);
 }
 
-/// A directory in which `data.db` leads to another one.
+/// A directory in which `data.db` is a link to another directory.
 fn linked() -> (tempfile::TempDir, PathBuf, PathBuf) {
     let home = tempfile::tempdir().unwrap();
     let (dir, disk) = (home.path().join("data"), home.path().join("disk"));
@@ -244,7 +244,7 @@ fn a_linked_database_stays_linked() {
     let restored = restore(&backup, &dir, |_, _| Ok(())).unwrap();
     assert!(is_link() && restored.set_aside[0].starts_with(disk.canonicalize().unwrap()));
     assert_eq!(apps(&dir), ["a"]);
-    // One that is damaged is moved aside where it lies.
+    // A damaged database is moved aside in the directory where it is.
     fs::write(disk.join("lz.db"), "garbage".repeat(1000)).unwrap();
     let opened = reopen(&dir);
     assert_eq!(opened.report.restored_from.as_deref(), Some(&*backup));
@@ -276,7 +276,7 @@ fn pipes_do_not_block_a_start() {
         );
         fs::remove_file(dir.path().join(name)).unwrap();
     }
-    // What is not needed is not waited for either.
+    // A start does not wait for files that it does not need.
     let backup = dir
         .path()
         .join(BACKUPS)
@@ -335,7 +335,7 @@ fn a_backup_is_one_file_with_exactly_the_schema() {
         fs::copy(&good, &bad).unwrap();
         let conn = Connection::open(&bad).unwrap();
         if conn.execute_batch(sql).is_err() {
-            // This library has no such module.
+            // This library lacks the module.
             continue;
         }
         conn.close().unwrap();
@@ -344,7 +344,7 @@ fn a_backup_is_one_file_with_exactly_the_schema() {
         assert!(restore(&bad, dir.path(), |_, _| Ok(())).is_err(), "{sql}");
         assert_eq!(apps(dir.path()), ["a"]);
     }
-    // A log beside it that would change it.
+    // A log next to it that would change it.
     let (odd, work) = (dir.path().join("odd %3f#?'.db"), dir.path().join("work.db"));
     fs::copy(&good, &odd).unwrap();
     fs::copy(&good, &work).unwrap();

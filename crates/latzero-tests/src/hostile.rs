@@ -1,8 +1,8 @@
-//! Clients that want to use the server up, one kind after the other, and an innocent one beside
-//! them.
+//! Hostile clients that try to exhaust the server, one kind at a time, and a well-behaved client
+//! next to them.
 //!
-//! The tests look at memory and outcomes under each kind; `cargo xtask hostile` measures how long
-//! the innocent one waits.
+//! The tests check memory and results under each kind; `cargo xtask hostile` measures how long the
+//! well-behaved client waits.
 
 use std::fs::File;
 use std::io;
@@ -14,10 +14,10 @@ use serde_json::{Value, json};
 
 use crate::{Server, Via, Wire};
 
-/// The setting that every kind is run under.
+/// The setting that the server has for every kind.
 pub const MEMORY_MAX: &str = "limits.memory_max=256MiB";
 
-/// What the server's resident memory may come to under it: the limit and 64 MiB.
+/// The most resident memory that the server may have under it: the limit and 64 MiB.
 pub const RESIDENT_MAX: u64 = (256 + 64) << 20;
 
 /// How long a hostile client waits for a server that does not read from it, or does not answer.
@@ -30,9 +30,9 @@ const MIB: usize = 1 << 20;
 pub struct Kind {
     /// Its name.
     pub name: &'static str,
-    /// Does its worst, once; the connections stay open until they are dropped.
+    /// Attacks once; the connections stay open until they are dropped.
     pub attack: fn(&Server) -> Vec<Wire>,
-    /// Whether its books are compared with what the kernel says.
+    /// Whether the server's own memory accounting is compared with the kernel's.
     pub is_compared: bool,
 }
 
@@ -52,7 +52,7 @@ const fn other(name: &'static str, attack: fn(&Server) -> Vec<Wire>) -> Kind {
     }
 }
 
-/// Every kind there is.
+/// All kinds.
 pub const KINDS: &[Kind] = &[
     compared("large emit to silent readers", large_emit),
     compared("small events to silent readers", small_events),
@@ -60,7 +60,8 @@ pub const KINDS: &[Kind] = &[
     compared("bodies kept for redelivery", redelivery),
     compared("answers kept for repeats", kept_answers),
     compared("triggers times pools", triggers_times_pools),
-    // Rows on their way to the disk leave holes in the heap, which no book knows of.
+    // Rows that are being written to the disk leave holes in the heap, which the accounting can't
+    // see.
     other("parked calls under many names", parked_calls),
     compared("registrations under many names", many_names),
     compared("calls that are never answered", never_answered),
@@ -72,7 +73,7 @@ pub const KINDS: &[Kind] = &[
     other("connections, pools and blocks", everything),
 ];
 
-/// A message as a frame.
+/// Encodes a message as a frame.
 #[must_use]
 pub fn framed(json: &str) -> Vec<u8> {
     let mut out = Vec::with_capacity(json.len() + 4);
@@ -80,7 +81,7 @@ pub fn framed(json: &str) -> Vec<u8> {
     out
 }
 
-/// A stranger, where the server lets it in.
+/// Connects an app over TCP; `None` if the server refuses it.
 fn stranger(server: &Server, app: &str, more: &Value) -> Option<Wire> {
     enter(server, Via::Tcp, app, more)
 }
@@ -96,7 +97,7 @@ fn enter(server: &Server, via: Via, app: &str, more: &Value) -> Option<Wire> {
     (ack["status"] == "ok").then_some(wire)
 }
 
-/// Sends until the server takes nothing more.
+/// Sends until the server accepts nothing more.
 fn flood(wire: &mut Wire, frames: impl Iterator<Item = Vec<u8>>) {
     for frame in frames {
         if wire.try_send_bytes(&frame).is_err() {
@@ -105,12 +106,12 @@ fn flood(wire: &mut Wire, frames: impl Iterator<Item = Vec<u8>>) {
     }
 }
 
-/// Reads what comes until nothing does.
+/// Reads until nothing arrives within the timeout.
 fn drain(wire: &mut Wire) {
     while let Ok(Some(_)) = wire.try_receive() {}
 }
 
-/// A request whose reply is waited for, until the timeout.
+/// Sends a request and waits for its reply, until the timeout.
 fn ask(wire: &mut Wire, mut message: Value) -> Option<Value> {
     message["id"] = "ask".into();
     wire.try_send(&message).ok()?;
@@ -245,7 +246,7 @@ fn parked_calls(server: &Server) -> Vec<Wire> {
                 r#"{{"action":"trigger","id":"{id}","process":"never","park":true,"ttl":2592000000,"data":"{text}"}}"#
             ))
         };
-        // Each is acknowledged once it is on the disk.
+        // Each call is acknowledged once it is on the disk.
         wire.set_timeout(crate::TIMEOUT);
         flood(&mut wire, (0..800).map(call));
         ask(&mut wire, json!({"action": "ping"}));
@@ -384,7 +385,7 @@ fn ping_flood(server: &Server) -> Vec<Wire> {
     vec![wire]
 }
 
-/// Leaves the newest version of a block as a writer leaves it that dies in the middle of it.
+/// Leaves the newest version of a block as a writer does that dies in the middle of it.
 fn half_write(block: &File) -> io::Result<()> {
     let word = |at: u64| -> io::Result<u64> {
         let mut bytes = [0; 8];
@@ -411,7 +412,7 @@ fn half_written(server: &Server) -> Vec<Wire> {
         json!({"action": "memory_write", "block_id": "frame", "data": "AAAA"}),
     );
     for fd in writer.take_descriptors() {
-        // A descriptor that allows no writing leaves the block whole: then this kind is harmless.
+        // A read-only descriptor can't damage the block, so this kind is harmless then.
         let _ = half_write(&File::from(fd));
     }
     let read = framed(r#"{"action":"memory_read","id":"r","block_id":"frame"}"#);
@@ -444,14 +445,14 @@ fn everything(server: &Server) -> Vec<Wire> {
     held
 }
 
-/// A caller and a handler of the server's own user, who only want to work.
+/// A well-behaved caller and handler that run as the server's own user.
 pub struct Innocent {
     caller: Wire,
     handler: Wire,
 }
 
 impl Innocent {
-    /// They come in.
+    /// Connects both.
     #[must_use]
     pub fn new(server: &Server) -> Innocent {
         Innocent {
@@ -463,10 +464,10 @@ impl Innocent {
         }
     }
 
-    /// A call, its answer, and how long that took.
+    /// Makes a call, waits for its answer, and returns how long that took.
     ///
     /// # Panics
-    /// Where it is not answered.
+    /// If it is not answered.
     pub fn call(&mut self) -> Duration {
         let began = Instant::now();
         self.caller.send(
@@ -486,7 +487,7 @@ impl Innocent {
         began.elapsed()
     }
 
-    /// The books of the server: all memory, and how much of it is memory blocks, which other
+    /// What the server accounts for: all memory, and how much of it is in blocks, which other
     /// processes may hold.
     pub fn books(&mut self) -> (u64, u64) {
         let stats = self.caller.request(json!({"action": "stats"}));
@@ -496,7 +497,7 @@ impl Innocent {
     }
 }
 
-/// A line of `/proc/PID/status` in bytes.
+/// A field of `/proc/PID/status`, in bytes.
 fn status(server: &Server, field: &str) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{}/status", server.pid()));
     let text = text.expect("the server runs");
@@ -513,7 +514,7 @@ pub fn resident(server: &Server) -> u64 {
     status(server, "VmRSS")
 }
 
-/// The most that the server's resident memory ever was, in bytes.
+/// The peak of the server's resident memory, in bytes.
 #[must_use]
 pub fn resident_peak(server: &Server) -> u64 {
     status(server, "VmHWM")

@@ -19,10 +19,10 @@ use latzero_protocol::frame::{self, Accept};
 use latzero_tls::client::Trust;
 use serde_json::Value;
 
-/// How long a test waits for what must come. Only a failing test ever waits this long.
+/// How long a test waits for something that must happen. Only a failing test waits this long.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Descriptors that are taken with one read.
+/// The most descriptors that one read receives.
 const DESCRIPTORS_MAX: usize = 64;
 
 /// How a connection is made.
@@ -32,7 +32,7 @@ pub enum Via {
     Tcp,
     /// The Unix socket.
     Unix,
-    /// TLS, with whatever certificate the server has.
+    /// TLS, without checking the server's certificate.
     Tls,
 }
 
@@ -40,13 +40,13 @@ pub enum Via {
 pub struct Server(pub latzero::testing::Server);
 
 impl Server {
-    /// Starts one with default settings.
+    /// Starts a server with default settings.
     #[must_use]
     pub fn start() -> Server {
         Server::with(&[])
     }
 
-    /// Starts one with settings of its own, each `name=value`.
+    /// Starts a server with these settings, each `name=value`.
     #[must_use]
     pub fn with(settings: &[&str]) -> Server {
         let args: Vec<&str> = settings
@@ -61,7 +61,7 @@ impl Server {
         self.0.kill();
     }
 
-    /// Starts the server again on its directory.
+    /// Starts the server again on the same directory.
     pub fn restart(&mut self) {
         self.0.restart().expect("what started once starts again");
     }
@@ -72,7 +72,7 @@ impl Server {
         self.0.pid()
     }
 
-    /// Whether the server has not ended yet.
+    /// Whether the server is still running.
     #[must_use]
     pub fn is_running(&self) -> bool {
         let state = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()));
@@ -80,7 +80,7 @@ impl Server {
         state.is_some_and(|state| !state.is_empty() && !state.starts_with('Z'))
     }
 
-    /// Waits until the server has ended, for as long as [`TIMEOUT`]; says whether it has.
+    /// Waits up to [`TIMEOUT`] until the server has ended; returns whether it has.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -101,12 +101,12 @@ impl Server {
         rustix::process::kill_process(pid, signal).expect("one's own child takes signals");
     }
 
-    /// Has the system allow the server that many open descriptors.
+    /// Sets how many open descriptors the system allows the server.
     pub fn limit_descriptors(&self, max: u64) {
         let pid = i32::try_from(self.0.pid())
             .ok()
             .and_then(rustix::process::Pid::from_raw);
-        // The hard limit stays what it is; only root could raise it again.
+        // The hard limit stays, because only root could raise it again.
         let maximum = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
         let limit = rustix::process::Rlimit {
             current: Some(max),
@@ -116,16 +116,16 @@ impl Server {
         before.expect("the limit of one's own child can be set");
     }
 
-    /// Opens a connection that has said nothing yet.
+    /// Opens a connection without sending anything.
     #[must_use]
     pub fn connect(&self, via: Via) -> Wire {
         self.try_connect(via).expect("the server listens")
     }
 
-    /// Opens a connection that has said nothing yet, where the server takes one.
+    /// Opens a connection without sending anything.
     ///
     /// # Errors
-    /// Where it does not.
+    /// If the server does not accept it.
     pub fn try_connect(&self, via: Via) -> io::Result<Wire> {
         let stream = match via {
             Via::Tcp => {
@@ -212,7 +212,7 @@ impl Stream {
     }
 }
 
-/// A connection that speaks frames.
+/// A connection that sends and receives frames.
 pub struct Wire {
     stream: Stream,
     received: Vec<u8>,
@@ -229,15 +229,15 @@ impl Wire {
         }
     }
 
-    /// Waits no longer than this from now on, for what comes and for what is taken.
+    /// Sets the timeout of later reads and writes.
     pub fn set_timeout(&mut self, timeout: Duration) {
         self.stream.set_timeout(timeout);
     }
 
-    /// The same connection for another thread, which reads from now on.
+    /// A second handle to the same connection, for a thread that reads from now on.
     ///
     /// # Panics
-    /// Where the system has no descriptor left.
+    /// If the system has no descriptor left.
     #[must_use]
     pub fn reader(&mut self) -> Wire {
         let stream = match &self.stream {
@@ -252,7 +252,7 @@ impl Wire {
         }
     }
 
-    /// The socket, for a child to have.
+    /// A copy of the socket that a child process can inherit.
     ///
     /// # Panics
     /// If the connection is over TCP, or no descriptor is left.
@@ -264,7 +264,7 @@ impl Wire {
         }
     }
 
-    /// Reads and forgets what comes, until nothing does.
+    /// Reads and discards messages until none arrives within the timeout.
     pub fn discard(&mut self) {
         let mut buf = vec![0; 1 << 20];
         while self
@@ -282,23 +282,23 @@ impl Wire {
         ))
     }
 
-    /// Opens a connection to the Unix socket at `path`, where somebody listens.
+    /// Opens a connection to the Unix socket at `path`.
     ///
     /// # Errors
-    /// If nobody does.
+    /// If no server listens there.
     pub fn try_unix(path: &Path) -> io::Result<Wire> {
         UnixStream::connect(path).map(|stream| Wire::new(Stream::Unix(stream)))
     }
 
-    /// The descriptors that came and were not taken yet.
+    /// Takes the received descriptors that were not taken yet.
     pub fn take_descriptors(&mut self) -> Vec<OwnedFd> {
         self.descriptors.drain(..).collect()
     }
 
-    /// The next `count` descriptors.
+    /// Takes the next `count` descriptors.
     ///
     /// # Panics
-    /// Where fewer have come.
+    /// If fewer have been received.
     pub fn take(&mut self, count: usize) -> Vec<OwnedFd> {
         self.descriptors.drain(..count).collect()
     }
@@ -334,14 +334,14 @@ impl Wire {
         self.send_bytes(&out);
     }
 
-    /// Sends bytes as they are.
+    /// Sends bytes unchanged.
     pub fn send_bytes(&mut self, bytes: &[u8]) {
         self.stream
             .write_all(bytes)
             .expect("the server takes what is sent");
     }
 
-    /// Sends one message, and says whether the server still took it.
+    /// Sends one message, and reports whether the server still accepted it.
     ///
     /// # Errors
     /// If the connection has ended.
@@ -353,10 +353,10 @@ impl Wire {
         self.stream.write_all(&out)
     }
 
-    /// Sends one message with an attachment, and says whether the server still took it.
+    /// Sends one message with an attachment, and reports whether the server still accepted it.
     ///
     /// # Errors
-    /// Where the connection has ended.
+    /// If the connection has ended.
     pub fn try_send_attachment(&mut self, header: &Value, raw: &[u8]) -> io::Result<()> {
         let mut out = Vec::new();
         frame::append_attachment(&mut out, raw, |out| {
@@ -365,7 +365,7 @@ impl Wire {
         self.stream.write_all(&out)
     }
 
-    /// Sends bytes as they are, and says whether the server still took them.
+    /// Sends bytes unchanged, and reports whether the server still accepted them.
     pub fn try_send_bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes)
     }
@@ -373,7 +373,7 @@ impl Wire {
     /// The next message.
     ///
     /// # Panics
-    /// Where none comes in time, or the server closed the connection.
+    /// If none arrives in time, or the server closes the connection.
     pub fn receive(&mut self) -> Value {
         self.receive_whole().0
     }
@@ -391,7 +391,7 @@ impl Wire {
     /// The next message; `None` if the server closed the connection.
     ///
     /// # Errors
-    /// If nothing comes in time.
+    /// If nothing arrives in time.
     pub fn try_receive(&mut self) -> io::Result<Option<(Value, Option<Vec<u8>>)>> {
         let accept = Accept {
             max_frame: 1 << 30,
@@ -411,14 +411,14 @@ impl Wire {
                 Ok(0) => return Ok(None),
                 Ok(n) => self.received.extend_from_slice(&buf[..n]),
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
-                // A wait with a bound is not taken up again by itself (signal(7)).
+                // A read with a timeout is not restarted after a signal (signal(7)).
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
     }
 
-    /// Whether something can be received, or the end seen, within `timeout`.
+    /// Whether a message or the end of the connection arrives within `timeout`.
     #[must_use]
     pub fn has_more(&self, timeout: Duration) -> bool {
         !self.received.is_empty()
@@ -428,10 +428,10 @@ impl Wire {
             }
     }
 
-    /// Waits until the server closes the connection, over whatever it still sends.
+    /// Waits until the server closes the connection, and skips what it still sends.
     ///
     /// # Panics
-    /// Where it does not in time.
+    /// If that does not happen in time.
     pub fn wait_closed(&mut self) {
         while self
             .try_receive()
@@ -440,13 +440,12 @@ impl Wire {
         {}
     }
 
-    /// Says that nothing more will be sent.
+    /// Shuts down the sending side.
     pub fn shut(&mut self) {
         self.shutdown(Shutdown::Write);
     }
 
-    /// Has the kernel take nothing more from the server; over a Unix socket the server's writes
-    /// fail from now on.
+    /// Shuts down the receiving side; over a Unix socket the server's writes fail from now on.
     pub fn shut_reading(&mut self) {
         self.shutdown(Shutdown::Read);
     }
@@ -459,7 +458,7 @@ impl Wire {
         shut.expect("the connection is open");
     }
 
-    /// Sends a request and waits for its reply, over pushes that come first.
+    /// Sends a request and waits for its reply; pushes that arrive before it are skipped.
     pub fn request(&mut self, mut message: Value) -> Value {
         message["id"] = "request".into();
         self.send(&message);
@@ -472,8 +471,8 @@ impl Wire {
     }
 }
 
-/// Whether `got` has at least what `expected` shows: `"*"` stands for any value, and `"$x"` for a
-/// string that is the same wherever it stands.
+/// Whether `got` contains all that `expected` shows. `"*"` matches any value; `"$x"` matches a
+/// string that is the same in every place.
 pub fn matches(
     expected: &Value,
     got: &Value,
@@ -495,7 +494,7 @@ pub fn matches(
     }
 }
 
-/// Puts bound strings in the place of their names.
+/// Replaces names by the strings that they are bound to.
 #[must_use]
 pub fn fill(value: &Value, bound: &std::collections::HashMap<String, String>) -> Value {
     match value {

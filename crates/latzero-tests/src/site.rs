@@ -1,5 +1,5 @@
 //! A data directory that outlives its servers, for tests that kill them, and client processes that
-//! can be killed too.
+//! tests can kill.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -15,14 +15,14 @@ use serde_json::Value;
 
 use crate::{TIMEOUT, Wire};
 
-/// A data directory of one's own. Its servers come and go; it is removed when this is dropped.
+/// A private data directory. Servers can start and end on it; it is removed when this is dropped.
 pub struct Site {
     root: PathBuf,
-    /// Where the servers see the directory, if not where this process does.
+    /// The path at which the servers see the directory, if it differs from this process's path.
     inside: Option<Namespace>,
 }
 
-/// A file system that only the servers of one site have mounted, and who holds it.
+/// A file system that only the servers of one site have mounted, and the process that holds it.
 struct Namespace {
     holder: Child,
     at: PathBuf,
@@ -33,28 +33,28 @@ struct Namespace {
 pub struct Start {
     /// Settings, each `name=value`.
     pub settings: Vec<String>,
-    /// The failpoint at which it kills itself, as `NAME:N`.
+    /// The failpoint at which the server kills itself, as `NAME:N`.
     pub failpoint: Option<String>,
-    /// How many descriptors it may have at a time, soft and hard limit alike.
+    /// How many descriptors the server may have open; sets the soft and the hard limit.
     pub descriptors: Option<u64>,
-    /// It takes over from the one that runs.
+    /// The new server takes over from the one that is running.
     pub takes_over: bool,
 }
 
 /// Why a server did not get ready.
 #[derive(Debug)]
 pub struct Refused {
-    /// How its process ended.
+    /// The exit status of its process.
     pub status: ExitStatus,
-    /// What it said on standard error.
+    /// Its standard error.
     pub said: String,
 }
 
 impl Site {
-    /// An empty directory.
+    /// Creates an empty directory.
     ///
     /// # Panics
-    /// Where none can be made.
+    /// If none can be created.
     #[must_use]
     pub fn new() -> Site {
         use std::os::unix::fs::DirBuilderExt;
@@ -71,10 +71,10 @@ impl Site {
         Site { root, inside: None }
     }
 
-    /// An empty directory on a file system of `bytes`, in memory, which nobody else sees.
+    /// Creates an empty directory on a private in-memory file system of `bytes`.
     ///
     /// # Errors
-    /// If this user may not mount one; the text says why.
+    /// If this user may not mount one; the text has the reason.
     pub fn on_small_disk(bytes: u64) -> Result<Site, String> {
         let mut site = Site::new();
         let data = site.root.join("data");
@@ -105,10 +105,10 @@ impl Site {
         Ok(site)
     }
 
-    /// A second site with a copy of the files under `data`; nobody should be changing them.
+    /// Creates a second site with a copy of the files under `data`, which nobody may be changing.
     ///
     /// # Panics
-    /// Where they can't be copied.
+    /// If they can't be copied.
     #[must_use]
     pub fn copied(&self) -> Site {
         let copy = Site::new();
@@ -116,9 +116,8 @@ impl Site {
         copy
     }
 
-    /// As if the machine had ended, with no server running: each persistent block's file notes
-    /// another boot, and of its content nothing is whole but the version that it says is on the
-    /// disk.
+    /// Simulates the end of the machine, with no server running: each persistent block's file notes
+    /// another boot, and only the version that the file reports as flushed keeps its content.
     ///
     /// # Errors
     /// If a file can't be read or written.
@@ -150,7 +149,7 @@ impl Site {
         Ok(())
     }
 
-    /// The data directory, as this process sees it.
+    /// The path of the data directory in this process.
     #[must_use]
     pub fn data_dir(&self) -> PathBuf {
         match &self.inside {
@@ -159,26 +158,26 @@ impl Site {
         }
     }
 
-    /// What the servers wrote on standard error, all of them.
+    /// The standard error of all servers of this site.
     #[must_use]
     pub fn said(&self) -> String {
         std::fs::read_to_string(self.root.join("stderr")).unwrap_or_default()
     }
 
-    /// Starts a server that gets ready.
+    /// Starts a server that becomes ready.
     ///
     /// # Panics
-    /// Where it does not.
+    /// If it does not.
     #[must_use]
     pub fn start(&self) -> Daemon {
         self.start_with(&Start::default())
             .unwrap_or_else(|refused| panic!("the server does not start: {refused:?}"))
     }
 
-    /// Starts a server, and waits until it is ready.
+    /// Starts a server and waits until it is ready.
     ///
     /// # Errors
-    /// If it ends before.
+    /// If it ends before that.
     pub fn start_with(&self, start: &Start) -> Result<Daemon, Refused> {
         let before = self.said().len();
         let stderr = File::options()
@@ -208,7 +207,7 @@ impl Site {
                 })
             }
             _ => {
-                // It ended, or says nothing in time.
+                // It ended, or printed nothing in time.
                 if matches!(lines.next(Duration::from_millis(1)), Err(Silence::Waiting)) {
                     let _ = child.kill();
                 }
@@ -222,7 +221,7 @@ impl Site {
         }
     }
 
-    /// Starts many servers at the same time; each gets ready or ends.
+    /// Starts many servers at the same time; each becomes ready or ends.
     #[must_use]
     pub fn race(&self, many: usize) -> Vec<Result<Daemon, Refused>> {
         let barrier = std::sync::Barrier::new(many);
@@ -291,7 +290,7 @@ impl Site {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .env_remove("LATZERO_FAILPOINT")
-            // The tests' own: to a server they would be settings that it does not know.
+            // These are the tests' own variables; a server would report them as unknown settings.
             .env_remove("LATZERO_CRASH_ROUNDS")
             .env_remove("LATZERO_CRASH_SEED");
         if start.takes_over {
@@ -331,7 +330,7 @@ pub struct Daemon {
     child: Child,
     tcp: String,
     socket: PathBuf,
-    /// Held open: what it prints later goes nowhere, but does not fail.
+    /// Kept open so that the server's later output does not fail; nobody reads it.
     _lines: Lines,
 }
 
@@ -342,7 +341,7 @@ impl Daemon {
         self.child.id()
     }
 
-    /// The path of its socket, as this process sees it.
+    /// The path of its socket in this process.
     #[must_use]
     pub fn socket(&self) -> &Path {
         &self.socket
@@ -354,62 +353,62 @@ impl Daemon {
         &self.tcp
     }
 
-    /// Kills it, and waits until it is gone.
+    /// Kills it and waits until it has ended.
     pub fn kill(mut self) {
         end(&mut self.child);
     }
 
-    /// Sends it SIGKILL, and does not wait.
+    /// Sends SIGKILL without waiting.
     pub fn strike(&self) {
-        // One that ended by itself is as dead.
+        // It may have ended by itself.
         let _ = kill_process(self.id(), Signal::KILL);
     }
 
-    /// Asks it to stop.
+    /// Sends SIGTERM without waiting.
     pub fn ask_to_stop(&self) {
-        // One that ended by itself is as well.
+        // It may have ended by itself.
         let _ = kill_process(self.id(), Signal::TERM);
     }
 
-    /// Asks it to stop, and waits for that; returns how it ended.
+    /// Stops it, waits until it has ended, and returns its exit status.
     ///
     /// # Panics
-    /// Where it does not end in time.
+    /// If it does not end in time.
     pub fn stop(mut self) -> ExitStatus {
         kill_process(self.id(), Signal::TERM).expect("one's own child takes signals");
         wait(&mut self.child, TIMEOUT).expect("it ends in time")
     }
 
-    /// Waits until it ended by itself.
+    /// Waits until it ends by itself.
     ///
     /// # Panics
-    /// Where it does not in time.
+    /// If it does not end in time.
     pub fn wait(&mut self) -> ExitStatus {
         wait(&mut self.child, TIMEOUT).expect("it ends in time")
     }
 
-    /// Stops all of its threads where they are, and lets them go on after `look`.
+    /// Stops all its threads, runs `look`, and lets the threads continue.
     ///
     /// # Panics
-    /// Where the system refuses.
+    /// If the system refuses.
     pub fn while_stopped<R>(&self, look: impl FnOnce() -> R) -> R {
         kill_process(self.id(), Signal::STOP).expect("one's own child takes signals");
-        // A stop is told once every thread has come to it.
+        // The kernel reports the stop once every thread has stopped.
         waitpid(Some(self.id()), WaitOptions::UNTRACED).expect("one's own child is waited for");
         let seen = look();
         kill_process(self.id(), Signal::CONT).expect("one's own child takes signals");
         seen
     }
 
-    /// Whether it still runs.
+    /// Whether it is still running.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Lets it write no file further than `bytes`, or as far as it likes.
+    /// Limits the size of files that it may write, in bytes; `None` removes the limit.
     ///
     /// # Panics
-    /// Where the system refuses.
+    /// If the system refuses.
     pub fn limit_files(&self, bytes: Option<u64>) {
         let limit = Rlimit {
             current: bytes,
@@ -419,18 +418,18 @@ impl Daemon {
             .expect("the limit of one's own child can be set");
     }
 
-    /// A connection over the Unix socket, without a handshake.
+    /// Opens a connection over the Unix socket, without a handshake.
     ///
     /// # Errors
-    /// If nobody listens any more.
+    /// If no server listens any more.
     pub fn connect(&self) -> io::Result<Wire> {
         Wire::try_unix(&self.socket)
     }
 
-    /// Opens a connection and shakes hands; `None` if the server ended meanwhile.
+    /// Opens a connection and shakes hands; `None` if the server ended in between.
     ///
     /// # Errors
-    /// If nothing comes in time.
+    /// If nothing arrives in time.
     pub fn try_app(&self, mut handshake: Value) -> io::Result<Option<(Wire, Value)>> {
         handshake["action"] = "handshake".into();
         let Ok(mut wire) = self.connect() else {
@@ -442,10 +441,10 @@ impl Daemon {
         Ok(wire.try_receive()?.map(|(ack, _)| (wire, ack)))
     }
 
-    /// Opens a connection and shakes hands; returns the acknowledgement too.
+    /// Opens a connection and shakes hands; also returns the acknowledgement.
     ///
     /// # Panics
-    /// Where the server refuses.
+    /// If the server refuses.
     #[must_use]
     pub fn app(&self, handshake: Value) -> (Wire, Value) {
         let (wire, ack) = self
@@ -467,7 +466,8 @@ impl Drop for Daemon {
     }
 }
 
-/// A client that is its own process, to be killed: it passes on what it is told, line by line.
+/// A client in a process of its own, so that tests can kill it. It sends each message that it is
+/// given, one a line.
 pub struct Puppet {
     child: Child,
     to: Option<ChildStdin>,
@@ -478,7 +478,7 @@ impl Puppet {
     /// Starts `program`, the binary `latzero-test-client`, with its arguments.
     ///
     /// # Panics
-    /// Where it can't be started.
+    /// If it can't be started.
     #[must_use]
     pub fn start(program: &str, args: &[&str]) -> Puppet {
         let mut child = Command::new(program)
@@ -500,16 +500,16 @@ impl Puppet {
         self.child.id()
     }
 
-    /// Has it send a message.
+    /// Makes the client send a message.
     ///
     /// # Panics
-    /// Where it has ended.
+    /// If it has ended.
     pub fn send(&mut self, message: &Value) {
         let to = self.to.as_mut().expect("it was not told to end");
         writeln!(to, "{message}").expect("it reads what it is told");
     }
 
-    /// Has it send a message, unless it has ended.
+    /// Makes the client send a message; false if it has ended.
     pub fn try_send(&mut self, message: &Value) -> bool {
         self.to
             .as_mut()
@@ -519,16 +519,16 @@ impl Puppet {
     /// The next message that it received.
     ///
     /// # Panics
-    /// Where none comes in time.
+    /// If none arrives in time.
     pub fn receive(&mut self) -> Value {
         let line = self.from.next(TIMEOUT).expect("a message comes in time");
         serde_json::from_str(&line).unwrap_or_else(|_| panic!("it said: {line}"))
     }
 
-    /// The next line that it printed; `None` at its end.
+    /// The next line that it prints; `None` at its end.
     ///
     /// # Panics
-    /// Where none comes in time.
+    /// If none arrives in time.
     pub fn line(&mut self) -> Option<String> {
         match self.from.next(TIMEOUT) {
             Ok(line) => Some(line),
@@ -537,31 +537,31 @@ impl Puppet {
         }
     }
 
-    /// The next line that it has printed already.
+    /// The next line, if it has been printed already.
     pub fn line_so_far(&mut self) -> Option<String> {
         self.from.next(Duration::ZERO).ok()
     }
 
-    /// Kills it, and waits until it is gone.
+    /// Kills it and waits until it has ended.
     pub fn kill(&mut self) {
         end(&mut self.child);
     }
 
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
-        // One that ended by itself gets none.
+        // It may have ended by itself.
         let _ = kill_process(Pid::from_child(&self.child), signal);
     }
 
-    /// Tells it that nothing more will come.
+    /// Closes its input.
     pub fn shut(&mut self) {
         self.to = None;
     }
 
-    /// Waits for its end, over what it still prints.
+    /// Waits until it ends; returns its exit status and the lines that were not read yet.
     ///
     /// # Panics
-    /// Where it does not end in time.
+    /// If it does not end in time.
     pub fn wait(&mut self) -> (ExitStatus, Vec<String>) {
         let mut lines = Vec::new();
         while let Some(line) = self.line() {
@@ -578,14 +578,14 @@ impl Drop for Puppet {
     }
 }
 
-/// Why no line came.
+/// Why there is no line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Silence {
     End,
     Waiting,
 }
 
-/// Lines of a process, each waited for so long and no longer.
+/// The lines of a process, each of which is waited for with a timeout.
 struct Lines {
     reader: BufReader<ChildStdout>,
     line: String,
@@ -639,26 +639,27 @@ pub(crate) fn readable(from: impl AsFd, timeout: Duration) -> bool {
     }
 }
 
-/// Kills a child and waits until it is gone.
+/// Kills a child and waits until it has ended.
 fn end(child: &mut Child) {
-    // One that ended by itself is as dead.
+    // It may have ended by itself.
     let _ = child.kill();
     let _ = child.wait();
 }
 
-/// Waits for a child's end, so long and no longer.
+/// Waits for a child's end with a timeout.
 fn wait(child: &mut Child, timeout: Duration) -> Option<ExitStatus> {
     let pid = Pid::from_child(child);
     let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty());
     match pidfd {
         Ok(pidfd) if readable(&pidfd, timeout) => child.wait().ok(),
-        // It is gone already.
+        // It has ended already.
         _ => child.try_wait().ok().flatten(),
     }
 }
 
 fn copy_files(from: &Path, to: &Path) -> io::Result<()> {
-    // Before the database: a copy of one moment has no more commits counted than it holds.
+    // The mark is copied before the database, so that it never counts more commits than the copy
+    // holds.
     let mark = "data.db.mark";
     if from.join(mark).is_file() {
         std::fs::copy(from.join(mark), to.join(mark))?;
@@ -678,7 +679,7 @@ fn copy_files(from: &Path, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The program that is tested: the one that `LATZERO_BIN` names, else the one beside the tests.
+/// The program under test: the one that `LATZERO_BIN` names, or else the one next to the tests.
 fn program() -> PathBuf {
     if let Some(named) = std::env::var_os("LATZERO_BIN").filter(|named| !named.is_empty()) {
         return named.into();

@@ -1,4 +1,4 @@
-//! An encrypted pool of a private server, and apps with some of its keys.
+//! An encrypted pool on a private server, and apps that have some of its keys.
 
 #![allow(
     clippy::unwrap_used,
@@ -21,7 +21,7 @@ pub fn code(reply: &Value) -> &str {
     reply["error"]["code"].as_str().unwrap_or("ok")
 }
 
-/// New keys of a pool, from a number.
+/// New keys for a pool, derived from a number.
 #[must_use]
 pub fn key_set(seed: u8) -> KeySet {
     let secret = |of: u8| Secret::new(std::array::from_fn(|at| seed ^ of ^ (at as u8)));
@@ -33,7 +33,7 @@ pub fn key_set(seed: u8) -> KeySet {
     })
 }
 
-/// Those of the keys that some role has, as the client takes them.
+/// The keys of these kinds, in the form that the client takes.
 #[must_use]
 pub fn keys(set: &KeySet, kinds: &[Kind]) -> Keys {
     let tokens: Vec<_> = kinds.iter().map(|kind| set.token(*kind).unwrap()).collect();
@@ -44,7 +44,7 @@ pub fn keys(set: &KeySet, kinds: &[Kind]) -> Keys {
 pub const WRITE: &[Kind] = &[Kind::Sigil, Kind::Shard, Kind::Seal];
 /// The keys of a reader.
 pub const READ: &[Kind] = &[Kind::Sigil, Kind::Shard];
-/// The key of a member that can do no more than join.
+/// The key of a member that can only join.
 pub const JOIN: &[Kind] = &[Kind::Sigil];
 
 /// An app that connects over the Unix socket.
@@ -56,7 +56,7 @@ pub fn builder(server: &Server, app: &str) -> Builder {
     ))
 }
 
-/// A server with an encrypted pool `vault`, and its keys.
+/// Starts a server with an encrypted pool `vault`, and returns the pool's keys too.
 #[must_use]
 pub fn vault() -> (Server, KeySet) {
     let server = Server::start();
@@ -68,7 +68,7 @@ pub fn vault() -> (Server, KeySet) {
     (server, set)
 }
 
-/// The same with keys of the pool `vault`.
+/// As [`builder`], with keys of the pool `vault`.
 #[must_use]
 pub fn with_keys(server: &Server, app: &str, keys: Keys) -> Builder {
     let state_dir = server.0.data_dir().join("of-clients").join(app);
@@ -77,12 +77,12 @@ pub fn with_keys(server: &Server, app: &str, keys: Keys) -> Builder {
         .state_dir(state_dir)
 }
 
-/// An app with keys, which keeps beside the server what it accepted.
+/// An app with keys. It stores what it accepted under the data directory of the server.
 pub fn member(server: &Server, app: &str, keys: Keys) -> App {
     App::connect_with(with_keys(server, app, keys)).unwrap()
 }
 
-/// What binds proofs to a connection over the Unix socket.
+/// The binding of proofs for a connection over the Unix socket.
 #[must_use]
 pub fn bound(server: &Server) -> ChannelBinding {
     ChannelBinding::Unix {
@@ -91,13 +91,13 @@ pub fn bound(server: &Server) -> ChannelBinding {
     }
 }
 
-/// A binary field of a reply.
+/// Decodes a binary field of a reply.
 #[must_use]
 pub fn binary<const N: usize>(value: &Value) -> [u8; N] {
     text::decode(value.as_str().unwrap()).unwrap()
 }
 
-/// What a proof is bound to.
+/// The context that a proof is bound to.
 #[must_use]
 pub fn exchange(challenge: &Value, binding: ChannelBinding) -> Exchange {
     Exchange {
@@ -108,12 +108,12 @@ pub fn exchange(challenge: &Value, binding: ChannelBinding) -> Exchange {
     }
 }
 
-/// Proves the pool on a raw connection, with the roles of `kinds`; the reply.
+/// Proves the pool on a raw connection, with the roles of `kinds`; returns the reply.
 pub fn prove(wire: &mut Wire, server: &Server, set: &KeySet, app: &str, kinds: &[Kind]) -> Value {
     prove_in(wire, server, set, "vault", app, kinds)
 }
 
-/// The same for another pool.
+/// As [`prove`], for another pool.
 pub fn prove_in(
     wire: &mut Wire,
     server: &Server,
@@ -125,7 +125,7 @@ pub fn prove_in(
     prove_bound(wire, bound(server), set, pool, app, kinds)
 }
 
-/// The same over a connection that is bound so.
+/// As [`prove_in`], over a connection with this binding.
 pub fn prove_bound(
     wire: &mut Wire,
     binding: ChannelBinding,
@@ -151,7 +151,7 @@ pub fn prove_bound(
     wire.request(json!({"action": "pool_join", "pool": pool, "proof": proof}))
 }
 
-/// A raw connection that named no pool but the encrypted one.
+/// A raw connection that names only the encrypted pool.
 #[must_use]
 pub fn raw(server: &Server, via: Via, app: &str) -> Wire {
     server.app(via, json!({"app_id": app, "encrypted_pools": ["vault"]}))

@@ -27,7 +27,7 @@ fn backup(wire: &mut Wire, to: Option<&Path>) -> Value {
 }
 
 #[test]
-fn a_backup_has_everything_and_goes_where_it_is_asked_to() {
+fn a_backup_is_complete_and_is_written_to_the_given_path() {
     let site = Site::new();
     let server = site.start();
     let (mut wire, _) = server.app(json!({"app_id": "a", "pools": ["p"], "triggers": ["t"]}));
@@ -54,7 +54,7 @@ fn a_backup_has_everything_and_goes_where_it_is_asked_to() {
     let made = backup(&mut wire, Some(&to))["response"].clone();
     assert_eq!(made["file"], to.to_str().unwrap());
     assert!(to.exists());
-    // What is there is not written over, and a place must be named whole.
+    // An existing file is not overwritten, and the path must be absolute.
     assert_eq!(backup(&mut wire, Some(&to))["error"]["code"], "storage");
     assert_eq!(
         backup(&mut wire, Some(Path::new("x.db")))["error"]["code"],
@@ -67,7 +67,7 @@ fn a_backup_has_everything_and_goes_where_it_is_asked_to() {
     );
 }
 
-/// The name that a backup of so many days ago has.
+/// The name of a backup that was made this many days ago.
 fn name_of(days_ago: u64) -> String {
     let then = SystemTime::now() - Duration::from_secs(days_ago * 24 * 3600);
     let seconds = then.duration_since(UNIX_EPOCH).unwrap().as_secs();
@@ -80,7 +80,7 @@ fn name_of(days_ago: u64) -> String {
 }
 
 #[test]
-fn a_backup_is_made_when_the_last_one_is_old_and_those_that_are_too_many_go() {
+fn scheduled_backups_are_made_when_due_and_surplus_ones_are_deleted() {
     let site = Site::new();
     let server = site.start();
     let (mut wire, _) = server.app(json!({"app_id": "a"}));
@@ -95,7 +95,7 @@ fn a_backup_is_made_when_the_last_one_is_old_and_those_that_are_too_many_go() {
     }
     std::fs::rename(&first, &days[0]).unwrap();
     let before: BTreeSet<PathBuf> = days.iter().chain([&migrated]).cloned().collect();
-    // Not where nobody wants one.
+    // No backup is made if the interval is zero.
     let never = Start {
         settings: vec!["backup_interval=0".into()],
         ..Start::default()
@@ -116,7 +116,7 @@ fn a_backup_is_made_when_the_last_one_is_old_and_those_that_are_too_many_go() {
         let stats = wire.request(json!({"action": "stats"}));
         stats["response"]["store"]["last_backup"].as_u64().unwrap()
     };
-    // With today's, the last seven days are those up to the seventh before today.
+    // Together with today's backup, the last seven days reach back to the seventh day before today.
     let too_many = &days[6..];
     let is_pruned = || too_many.iter().any(|backup| !backup.exists());
     while last_backup() == known || !is_pruned() {
@@ -124,7 +124,7 @@ fn a_backup_is_made_when_the_last_one_is_old_and_those_that_are_too_many_go() {
     }
     assert!(server.stop().success());
     let after = BTreeSet::from_iter(backups(&site));
-    // One of them may be the newest of its week.
+    // One of the deleted days may be the newest of its week.
     let gone: Vec<_> = before.difference(&after).collect();
     assert!(gone.iter().all(|gone| too_many.contains(gone)), "{gone:?}");
     let new: Vec<_> = after.difference(&before).collect();

@@ -62,7 +62,7 @@ fn a_block_is_made_written_and_read() {
             "{via:?}"
         );
         let mut model = vec![0u8; size as usize];
-        // Small, large enough for several requests, and at both edges.
+        // Small writes, writes that need several requests, and writes at both edges.
         for (version, (offset, length)) in [(0, 1), (10, 150_000), (199_999, 1), (65_535, 3)]
             .into_iter()
             .enumerate()
@@ -100,7 +100,7 @@ fn a_block_is_made_written_and_read() {
 }
 
 #[test]
-fn several_pieces_are_one_version() {
+fn several_writes_become_one_version() {
     for via in BOTH {
         let server = start();
         let a = app(&server, via, "a");
@@ -112,7 +112,7 @@ fn several_pieces_are_one_version() {
         let version = draft.commit().unwrap();
         assert_eq!(block.read().unwrap(), (b"0x234567y9".to_vec(), version));
         assert_eq!(version, 2, "{via:?}");
-        // What is abandoned nobody sees; and the lock is free again.
+        // Nobody sees an abandoned draft, and its lock is free again.
         let mut draft = block.write(WAIT).unwrap();
         draft.write(0, b"never").unwrap();
         draft.abandon();
@@ -123,7 +123,7 @@ fn several_pieces_are_one_version() {
 }
 
 #[test]
-fn a_dropped_draft_is_published_or_its_error_is_told() {
+fn a_dropped_draft_is_published_or_its_error_is_reported() {
     let server = start();
     let a = app(&server, Via::Mapped, "a");
     let block = a.block("b").create(4).send().unwrap();
@@ -173,7 +173,7 @@ fn a_writer_publishes_many_versions_and_readers_wait_for_them() {
             kind(reader.wait_for(100, Duration::from_millis(1))),
             Code::Timeout
         );
-        // The last one is always told.
+        // The last version is always announced.
         let last = std::iter::from_fn(|| changes.recv_timeout(WAIT).unwrap()).find(|v| *v == 100);
         assert_eq!(last, Some(100));
         block.remove().unwrap();
@@ -209,7 +209,7 @@ fn locks_exclude_and_are_lost_with_their_lease() {
         assert_eq!(writer.write(0, b"mine").unwrap(), 1);
         assert_eq!(mine.read().unwrap().0, b"mine");
         drop(writer);
-        // Whoever lost its lock can write again with a new one.
+        // A writer that lost its lock can write again under a new one.
         let mut draft = mine.write(WAIT).unwrap();
         draft.write(0, b"next").unwrap();
         assert_eq!(draft.commit().unwrap(), 2, "{via:?}");
@@ -218,7 +218,7 @@ fn locks_exclude_and_are_lost_with_their_lease() {
 }
 
 #[test]
-fn what_is_written_under_a_lost_lease_nobody_sees() {
+fn writes_under_a_lost_lease_are_never_visible() {
     let server = start();
     let a = app(&server, Via::Mapped, "a");
     let b = app(&server, Via::Mapped, "b");
@@ -257,7 +257,7 @@ fn a_resize_moves_everybody_to_the_new_generation() {
             let waiter = scope.spawn(|| reader.wait_for(1, WAIT).unwrap());
             block.resize(6).unwrap();
             assert_eq!((block.size(), block.generation()), (6, 2));
-            // Who waits goes on with the new generation.
+            // Waiting readers continue with the new generation.
             block.write_at(4, b"!!").unwrap();
             assert_eq!(waiter.join().unwrap(), 2, "{via:?}");
         });
@@ -337,7 +337,7 @@ fn a_block_is_an_argument_of_a_call() {
                 Code::Forbidden
             );
             assert_eq!(kind(handler.block("arg").attach()), Code::Forbidden);
-            // Nobody is attached but the caller any more.
+            // Only the caller is still attached.
             assert_eq!(block.info().unwrap()["attachments_total"], 1);
         }
     }
@@ -372,7 +372,7 @@ fn after_a_reconnect_blocks_and_subscriptions_come_back() {
 }
 
 #[test]
-fn a_mapping_outlives_the_server_and_says_so() {
+fn a_mapping_outlives_the_server_and_reports_it() {
     let mut server = start();
     let a = app(&server, Via::Mapped, "a");
     let block = a.block("b").create(5).send().unwrap();
@@ -388,7 +388,7 @@ fn a_mapping_outlives_the_server_and_says_so() {
     assert_eq!(block.wait_for(0, WAIT).unwrap(), 1);
 }
 
-/// Has the server crash and start anew, which the handle's app notices in between.
+/// Crashes and restarts the server, and waits until the handle's app has noticed.
 fn crash(server: &mut testing::Server, handle: &Block) {
     server.kill();
     let end = Instant::now() + TIMEOUT;
@@ -408,12 +408,12 @@ fn wait_live(handle: &Block) {
 }
 
 #[test]
-fn mapped_handles_go_on_after_a_crash_of_the_server() {
+fn mapped_handles_work_after_a_crash_of_the_server() {
     for is_locked in [false, true] {
         let mut server = start();
         let a = app(&server, Via::Mapped, "a");
         let block = a.block("b").create(5).send().unwrap();
-        // Answered once it is written down, and with it the block.
+        // This is answered once it is stored, and the block's record is stored before it.
         let b = app(&server, Via::Mapped, "b");
         let reader = b.block("b").attach().unwrap();
         block.write_at(0, b"first").unwrap();
@@ -421,7 +421,7 @@ fn mapped_handles_go_on_after_a_crash_of_the_server() {
         let mut changes = reader.changes().unwrap();
         let held = is_locked.then(|| block.writer(WAIT).unwrap());
         crash(&mut server, &block);
-        // Asked for before the reconnect, and given once the block is back.
+        // The lock is requested before the reconnect, and granted once the block is back.
         let mut draft = block.write(WAIT).unwrap();
         assert_eq!(block.read().unwrap(), (b"still".to_vec(), 2));
         if let Some(held) = held {
@@ -436,7 +436,7 @@ fn mapped_handles_go_on_after_a_crash_of_the_server() {
         while changes.recv_timeout(WAIT).unwrap().unwrap() < 3 {}
         wait_live(&reader);
         assert_eq!(block.generation(), if is_locked { 2 } else { 1 });
-        // The subscription came back with the block: what is written through the server is told.
+        // The subscription came back with the block: a write through the server is announced.
         let c = app(&server, Via::Copied, "c");
         let other = c.block("b").attach_writable().unwrap();
         assert_eq!(other.write_at(0, b"final").unwrap(), 4);
@@ -455,7 +455,7 @@ fn a_reader_alone_keeps_a_block_over_a_crash() {
     let reader = b.block("b").attach().unwrap();
     drop((block, a));
     crash(&mut server, &reader);
-    // The first request over the new connection has it given back.
+    // The first request over the new connection makes the client offer the block again.
     assert_eq!(reader.info().unwrap()["version"], 1);
     wait_live(&reader);
     assert_eq!(reader.read().unwrap().1, 1);
@@ -465,7 +465,7 @@ fn a_reader_alone_keeps_a_block_over_a_crash() {
     assert_eq!(block.write_at(0, &[7; 5]).unwrap(), 2);
     assert_eq!(reader.wait_for(1, WAIT).unwrap(), 2);
     assert_eq!(reader.read().unwrap().0, [7; 5]);
-    // What nobody has mapped is gone.
+    // A block that nobody has mapped is gone.
     drop((block, reader, b));
     server.restart().unwrap();
     let c = app(&server, Via::Mapped, "c");
@@ -473,7 +473,7 @@ fn a_reader_alone_keeps_a_block_over_a_crash() {
 }
 
 #[test]
-fn persistent_blocks_are_there_again() {
+fn persistent_blocks_are_back_after_a_restart() {
     for via in BOTH {
         let mut server = start();
         let a = app(&server, via, "a");
@@ -494,7 +494,7 @@ fn persistent_blocks_are_there_again() {
 /// The variable that makes this program a client of a test.
 const ROLE: &str = "LATZERO_TEST_BLOCK_ROLE";
 
-/// Not a test: a process for the tests below.
+/// Not a test: the process that the tests below start.
 #[test]
 fn a_process_of_another_test() {
     let Ok(role) = std::env::var(ROLE) else {
@@ -510,7 +510,7 @@ fn a_process_of_another_test() {
         loop {
             n += 1;
             let mut writing = writer.begin().unwrap();
-            // Every word of a version is its number, so that a mixture shows.
+            // Every word of a version is its number, so that a mixture of versions is visible.
             let bytes: Vec<u8> = n.to_le_bytes().into_iter().cycle().take(size).collect();
             writing.write(0, &bytes).unwrap();
             writer.publish(writing).unwrap();
@@ -556,7 +556,7 @@ fn no_read_is_ever_torn_by_writers_that_are_killed() {
     let a = app(&server, Via::Mapped, "a");
     let block = a.block("b").create(512).send().unwrap();
     let url = |name: &str| format!("{}&pool=p", server.url(name));
-    // A million in all.
+    // A million reads in all.
     let mut readers: Vec<_> = (0..2)
         .map(|n| spawn("500000", &url(&format!("reader{n}"))))
         .collect();
@@ -567,7 +567,7 @@ fn no_read_is_ever_torn_by_writers_that_are_killed() {
         .any(|reader| reader.try_wait().unwrap().is_none())
     {
         let mut writer = spawn("writer", &url("writer"));
-        // Killed wherever it is after so many versions more.
+        // The writer is killed wherever it is after this many more versions.
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         let until = block.version() + 1 + (seed >> 33) % 5000;
         while block.version() < until
@@ -593,7 +593,7 @@ fn no_read_is_ever_torn_by_writers_that_are_killed() {
         assert!(said.contains("torn 0 "), "{said}");
     }
     assert!(kills >= 1);
-    // Dead in the middle of a write or not: the next one can write.
+    // Even if the writer died in the middle of a write, the next one can write.
     let mut draft = block.write(WAIT).unwrap();
     draft.write(0, &[7; 512]).unwrap();
     draft.commit().unwrap();

@@ -38,7 +38,7 @@ fn copying(server: &Server, via: Via, app: &str) -> Wire {
     )
 }
 
-/// Asks about block `b`.
+/// Sends a request about block `b`.
 #[allow(
     clippy::needless_pass_by_value,
     reason = "json!({…}) reads best as it is"
@@ -63,7 +63,7 @@ fn code(reply: &Value) -> &str {
         .unwrap_or_else(|| panic!("no error: {reply}"))
 }
 
-/// What the server holds: blocks, their bytes, connections, descriptors.
+/// What the server holds: blocks, their bytes, connections and descriptors.
 fn holdings(wire: &mut Wire) -> [Value; 4] {
     let stats = ok(wire.request(json!({"action": "stats"})));
     [
@@ -88,7 +88,7 @@ fn wait_for<T: PartialEq + std::fmt::Debug>(wanted: &T, mut look: impl FnMut() -
 }
 
 #[test]
-fn a_mapped_block_comes_with_one_descriptor_that_allows_what_its_mode_does() {
+fn a_mapped_block_comes_with_one_descriptor_that_permits_only_its_mode() {
     let server = Server::start();
     let mut writer = mapping(&server, "writer");
     let made = ok(ask(&mut writer, "create", json!({"size": 10_000})));
@@ -117,7 +117,7 @@ fn a_mapped_block_comes_with_one_descriptor_that_allows_what_its_mode_does() {
     );
     assert!(lent.set_len(10).is_err());
 
-    // Who did not ask for descriptors gets copies, whatever the transport.
+    // A client that did not ask for descriptors gets copies over any transport.
     for via in BOTH {
         let mut other = copying(&server, via, "other");
         assert_eq!(ok(ask(&mut other, "attach", json!({})))["access"], "copied");
@@ -126,7 +126,7 @@ fn a_mapped_block_comes_with_one_descriptor_that_allows_what_its_mode_does() {
 }
 
 #[test]
-fn descriptors_keep_to_their_messages_in_a_long_row() {
+fn descriptors_stay_with_their_messages_in_a_long_sequence() {
     let server = Server::start();
     let mut maker = mapping(&server, "maker");
     for n in 0..40 {
@@ -153,7 +153,7 @@ fn descriptors_keep_to_their_messages_in_a_long_row() {
 }
 
 #[test]
-fn what_clients_send_of_descriptors_is_thrown_away() {
+fn descriptors_that_clients_send_unasked_are_closed() {
     let server = Server::start();
     let mut watch = copying(&server, Via::Unix, "watch");
     let before = holdings(&mut watch);
@@ -169,7 +169,7 @@ fn what_clients_send_of_descriptors_is_thrown_away() {
 }
 
 #[test]
-fn reading_and_writing_hold_at_the_edges_both_ways() {
+fn reads_and_writes_are_checked_at_the_edges_in_both_modes() {
     for via in BOTH {
         for consistency in ["snapshot", "raw"] {
             for kind in ["shared", "persistent"] {
@@ -246,12 +246,12 @@ fn blocks_larger_than_a_frame_are_read_in_parts() {
 }
 
 #[test]
-fn quotas_say_what_is_needed_and_what_is_free() {
+fn quota_errors_report_what_is_needed_and_what_is_free() {
     let server = Server::with(&[
         "limits.memory_bytes_max=2MiB",
         "limits.block_bytes_max=512KiB",
     ]);
-    // Clients over TCP have half of it.
+    // Clients over TCP may use half of it.
     let mut a = copying(&server, Via::Tcp, "a");
     assert_eq!(
         code(&ask(&mut a, "create", json!({"size": 524_289}))),
@@ -271,14 +271,14 @@ fn quotas_say_what_is_needed_and_what_is_free() {
 }
 
 #[test]
-fn large_blocks_are_made_while_others_are_served() {
+fn large_blocks_are_created_while_others_are_served() {
     let server = Server::start();
     let mut a = copying(&server, Via::Unix, "a");
     a.send(&json!({"action": "memory_create", "id": "big", "block_id": "b", "size": 64 << 20}));
     a.send(&json!({"action": "memory_attach", "id": "too", "block_id": "b"}));
     a.send(&json!({"action": "ping", "id": "p"}));
-    // It is made beside, so the ping need not wait for it; and who asked for it meanwhile gets it
-    // too.
+    // Another thread creates the block, so the ping does not wait for it, and a client that asks
+    // for the block in the meantime gets it too.
     let replies: Vec<Value> = (0..3).map(|_| a.receive()).collect();
     for id in ["big", "too", "p"] {
         let reply = replies.iter().find(|r| r["in_reply_to"] == id).unwrap();
@@ -312,7 +312,7 @@ fn persistent_blocks_are_back_after_a_kill_and_leave_no_file_when_removed() {
     assert_eq!(ok(ask(&mut a, "flush", json!({})))["version"], 2);
     assert_eq!(files().len(), 2, "{:?}", files());
     server.kill();
-    // What a server that was killed in the middle of making a block leaves, and what lost its
+    // Left by a server that was killed while it created a block, and by a block that lost its
     // record.
     std::fs::write(memory.join("00.1.lzb.new"), b"half").unwrap();
     std::fs::write(memory.join("11.1.lzb"), b"lost").unwrap();
@@ -347,7 +347,7 @@ fn persistent_blocks_are_back_after_a_kill_and_leave_no_file_when_removed() {
 }
 
 #[test]
-fn a_file_that_somebody_shortened_harms_nobody() {
+fn a_truncated_file_affects_no_other_block() {
     let server = Server::start();
     let mut a = copying(&server, Via::Unix, "a");
     ok(ask(
@@ -396,7 +396,7 @@ fn a_file_that_somebody_shortened_harms_nobody() {
         ),
         (&json!(1), &json!("b"))
     );
-    // The others go on, and it can be removed.
+    // The other blocks keep working, and this one can be removed.
     let good = a.request(json!({"action": "memory_write", "block_id": "good", "data": "AA=="}));
     assert_eq!(good["response"]["version"], 1);
     ok(ask(&mut a, "remove", json!({})));
@@ -407,7 +407,7 @@ fn a_file_that_somebody_shortened_harms_nobody() {
 }
 
 #[test]
-fn a_header_that_a_writer_spoilt_is_named_and_refused() {
+fn a_header_that_a_writer_corrupted_is_reported_and_refused() {
     let server = Server::start();
     let mut a = mapping(&server, "a");
     ok(ask(&mut a, "create", json!({"size": 10})));
@@ -419,7 +419,7 @@ fn a_header_that_a_writer_spoilt_is_named_and_refused() {
         health["components"]["memory"]["seen"]["corrupt"][0]["pool"],
         "p"
     );
-    // Words that only writers write may be anything: the server answers, and lives.
+    // Words that only writers write may have any value: the server answers and keeps running.
     ok(ask(&mut a, "remove", json!({})));
     ok(ask(&mut a, "create", json!({"size": 10})));
     let file = File::from(a.take_descriptors().remove(0));
@@ -440,7 +440,7 @@ fn a_header_that_a_writer_spoilt_is_named_and_refused() {
     assert_eq!(a.request(json!({"action": "ping"}))["status"], "ok");
 }
 
-/// Starts this program as a client of `server`; returns it when it has said that it is done.
+/// Starts this program as a client of `server`; returns it once it has reported that it is done.
 fn client(server: &Server, script: &str) -> Child {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "a_client_to_be_killed", "--nocapture"])
@@ -468,7 +468,7 @@ fn kill(mut child: Child) {
     child.wait().unwrap();
 }
 
-/// Not its own test: what [`client`] runs.
+/// Not a test: the process that [`client`] starts.
 #[test]
 fn a_client_to_be_killed() {
     let Ok(script) = std::env::var(ROLE) else {
@@ -489,12 +489,12 @@ fn a_client_to_be_killed() {
     let mut out = std::io::stdout();
     out.write_all(b"ready\n").unwrap();
     out.flush().unwrap();
-    // Until it is killed; or the test ends, which closes the pipe.
+    // Waits until it is killed, or until the test ends and so closes the pipe.
     let _ = std::io::stdin().read(&mut [0]);
 }
 
 #[test]
-fn killing_whoever_holds_or_awaits_the_lock_frees_it() {
+fn killing_a_client_that_holds_or_awaits_the_lock_frees_it() {
     let server = Server::start();
     let mut a = mapping(&server, "a");
     ok(ask(&mut a, "create", json!({"size": 10})));
@@ -508,7 +508,7 @@ fn killing_whoever_holds_or_awaits_the_lock_frees_it() {
     assert_eq!(reply["event"], "lock_broken", "{reply}");
     reply = a.receive();
     assert_eq!(reply["response"]["fence"], 3, "{reply}");
-    // Dead, it writes no more: the block need not move.
+    // A dead process writes no more, so the block need not move.
     assert_eq!(ok(ask(&mut a, "info", json!({})))["generation"], 1);
 
     let waiter = client(
@@ -535,7 +535,7 @@ fn a_holder_that_leaves_alive_is_left_behind_in_the_old_generation() {
     ok(ask(&mut b, "attach", json!({"mode": "write"})));
     ok(ask(&mut b, "lock", json!({})));
     let kept = File::from(b.take_descriptors().remove(0));
-    // The connection ends; the process lives, and so does what it has mapped.
+    // The connection ends, but the process and its mapping live on.
     drop(b);
     assert_eq!(a.receive()["event"], "lock_broken");
     let moved = a.receive();
@@ -578,7 +578,7 @@ fn a_handler_killed_in_a_call_gives_its_blocks_back() {
 }
 
 #[test]
-fn nothing_is_left_of_a_thousand_clients_that_made_attached_and_went() {
+fn nothing_is_left_of_a_thousand_clients_that_used_blocks_and_left() {
     let server = Server::start();
     let mut watch = copying(&server, Via::Unix, "watch");
     let cycle = || {
@@ -641,7 +641,7 @@ fn killing_everything_leaves_no_memory_and_no_name() {
                 std::fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().contains(name))
             })
             .filter(|fd| {
-                // Of this server alone: other tests have servers of their own.
+                // Counts this server alone, because other tests run servers of their own.
                 let pid = fd
                     .path()
                     .components()
@@ -663,7 +663,7 @@ fn killing_everything_leaves_no_memory_and_no_name() {
                 || std::fs::read_dir(format!("/proc/{gone}/fd")).map_or(0, Iterator::count) == 0
         );
     }
-    // Nothing in memory/ was made for it either.
+    // Nothing was left for it in memory/ either.
     assert_eq!(
         std::fs::read_dir(server.0.data_dir().join("memory"))
             .unwrap()

@@ -1,4 +1,4 @@
-//! Behaviour at the limits: each has a defined response, and other clients are not affected.
+//! Behavior at the limits: each limit has a defined response, and other clients are not affected.
 
 #![allow(
     clippy::unwrap_used,
@@ -26,7 +26,7 @@ fn code(reply: &Value) -> &str {
 }
 
 #[test]
-fn a_reader_that_does_not_read_loses_emits_and_is_told() {
+fn a_slow_reader_loses_emits_and_is_notified() {
     for via in BOTH {
         let server = Server::with(&["limits.outbox_bytes_max=64KiB"]);
         let mut slow = handler(&server, via, "slow", "news");
@@ -34,7 +34,7 @@ fn a_reader_that_does_not_read_loses_emits_and_is_told() {
         let mut sender = caller(&server, via, "sender");
         let text = "x".repeat(50_000);
         let mut delivered_to_slow = 0;
-        // Until the socket and the outbox of the slow one are full, and some more.
+        // Fills the socket and the outbox of the slow reader, and sends some more.
         let mut sent = 0;
         let mut lost = 0;
         while lost < 10 {
@@ -51,7 +51,8 @@ fn a_reader_that_does_not_read_loses_emits_and_is_told() {
             sent += 1;
             assert!(sent < 10_000, "{via:?}: the outbox never fills");
         }
-        // It reads again: first what it has, then how much it lost, then what comes.
+        // When it reads again, it gets what was queued, then the number of lost emits, then new
+        // ones.
         for _ in 0..delivered_to_slow {
             assert_eq!(slow.receive()["action"], "emit");
         }
@@ -74,7 +75,8 @@ fn calls_to_a_handler_that_does_not_read_are_refused() {
     let mut caller = caller(&server, Via::Unix, "caller");
     let text = "x".repeat(50_000);
     for id in 0..10_000 {
-        // Only a refusal is answered; a ping behind the call says that there was none.
+        // Only a refusal is answered; the reply to a ping behind the call shows that there was
+        // none.
         caller.send(
             &json!({"action": "trigger", "id": format!("{id}"), "process": "work", "data": &text}),
         );
@@ -93,7 +95,7 @@ fn calls_to_a_handler_that_does_not_read_are_refused() {
 }
 
 #[test]
-fn a_connection_that_takes_nothing_is_closed() {
+fn a_connection_that_reads_nothing_is_closed() {
     for via in BOTH {
         let server = Server::with(&["limits.outbox_bytes_max=64KiB", "write_stall_timeout=100ms"]);
         let slow = handler(&server, via, "slow", "work");
@@ -113,7 +115,7 @@ fn a_connection_that_takes_nothing_is_closed() {
             }
         };
         assert_eq!(code(&end), "overloaded");
-        // The calls that it holds end when its time is over.
+        // Its calls end when the write timeout has passed.
         for _ in 1..calls {
             let mut reply = caller.receive();
             while reply["in_reply_to"] == "ping" {
@@ -140,7 +142,7 @@ fn an_answer_that_does_not_fit_becomes_a_short_error() {
             "response": &text}),
         );
     }
-    // The handler's last answer has been run when its ping is answered.
+    // Once its ping is answered, the handler's last answer has been processed.
     handler.request(json!({"action": "ping"}));
     let (mut whole, mut short) = (0, 0);
     for _ in 0..calls {
@@ -170,7 +172,8 @@ fn a_connection_has_a_bounded_number_of_calls_in_flight() {
             );
         }
         let mut held: Vec<Value> = (0..4).map(|_| handler.receive()).collect();
-        // The rest waits in the socket: what the handler gets next is the answer to its own ping.
+        // The rest waits in the socket: the next message for the handler is the reply to its own
+        // ping.
         assert_eq!(handler.request(json!({"action": "ping"}))["status"], "ok");
         for id in 0..10 {
             let call = if held.is_empty() {
@@ -201,14 +204,14 @@ fn a_call_that_waits_behind_others_ends_with_its_own_ttl() {
             ended.iter().all(|reply| code(reply) == "timeout"),
             "{ended:?}"
         );
-        // Its end does not wait for the other call's.
+        // It ends without waiting for the other call.
         assert_eq!(ended[0]["in_reply_to"], "waits", "{via:?}");
         assert_eq!(ended[0]["error"]["ran"], "no");
     }
 }
 
 #[test]
-fn two_that_call_each_other_at_the_limit_do_not_wait_for_each_other() {
+fn two_apps_that_call_each_other_at_the_limit_do_not_deadlock() {
     let server = Server::with(&["limits.in_flight_max=2"]);
     let mut a = handler(&server, Via::Unix, "a", "of-a");
     let mut b = handler(&server, Via::Unix, "b", "of-b");
@@ -220,7 +223,7 @@ fn two_that_call_each_other_at_the_limit_do_not_wait_for_each_other() {
     for id in 0..3 {
         b.send(&json!({"action": "trigger", "id": format!("b{id}"), "process": "of-a"}));
     }
-    // The third call of each waits; answers behind it do not, and make room for it.
+    // The third call of each waits; the answers behind it do not, and free a slot for it.
     for _ in 0..2 {
         assert_eq!(a.receive()["action"], "trigger");
     }
@@ -252,13 +255,13 @@ fn connections_are_bounded() {
 }
 
 #[test]
-fn the_crowd_at_the_door_is_bounded() {
+fn unauthenticated_connections_are_bounded() {
     let server = Server::with(&["limits.connections_unauthenticated_per_user_max=2"]);
     let mut waiting = [server.connect(Via::Unix), server.connect(Via::Unix)];
     let mut third = server.connect(Via::Unix);
     let (refusal, _) = third.try_receive().unwrap().expect("a word before the end");
     assert_eq!(code(&refusal), "overloaded");
-    // Another user, here another address, has its own door; and a handshake makes room.
+    // Another user (here: another address) has a limit of its own, and a handshake frees a slot.
     let _over_tcp = caller(&server, Via::Tcp, "tcp");
     waiting[0].send(&json!({"action": "handshake", "app_id": "in"}));
     assert_eq!(waiting[0].receive()["status"], "ok");
@@ -266,7 +269,7 @@ fn the_crowd_at_the_door_is_bounded() {
 }
 
 #[test]
-fn who_says_nothing_at_the_door_is_sent_away() {
+fn a_connection_without_a_handshake_is_closed() {
     for via in BOTH {
         let server = Server::with(&["handshake_timeout=50ms"]);
         let mut silent = server.connect(via);
@@ -276,7 +279,7 @@ fn who_says_nothing_at_the_door_is_sent_away() {
 }
 
 #[test]
-fn a_silent_tcp_connection_is_asked_and_a_unix_one_is_not() {
+fn a_silent_tcp_connection_is_pinged_and_a_unix_one_is_not() {
     let server = Server::with(&["ping_interval=30ms", "ping_timeout=60ms"]);
     let mut dead = caller(&server, Via::Tcp, "dead");
     let mut unix = caller(&server, Via::Unix, "unix");
@@ -288,7 +291,7 @@ fn a_silent_tcp_connection_is_asked_and_a_unix_one_is_not() {
     }
     assert_eq!(dead.receive()["action"], "ping");
     dead.wait_closed();
-    // Nothing was sent to the Unix connection all that time: what comes first is its own reply.
+    // The Unix connection got nothing in all that time: its first message is its own reply.
     unix.send(&json!({"action": "ping", "id": "first"}));
     assert_eq!(unix.receive()["in_reply_to"], "first");
 }
@@ -331,7 +334,7 @@ fn large_frames_pass_and_larger_ones_are_refused_by_their_prefix() {
 }
 
 #[test]
-fn attachments_reach_who_can_not_take_them_as_base64() {
+fn attachments_reach_clients_without_the_feature_as_base64() {
     let server = Server::start();
     let mut plain = handler(&server, Via::Unix, "plain", "work");
     let mut caller = server.app(
@@ -363,7 +366,7 @@ fn nonsense_disturbs_nobody() {
             state ^= state << 17;
             bytes.push(state as u8);
         }
-        // The server may have closed the connection in the middle of it.
+        // The server may close the connection before it has received everything.
         let _ = fool.try_send_bytes(&bytes);
         well.send(&json!({"action": "trigger", "id": "1", "process": "echo", "data": round}));
         assert_eq!(well.receive()["response"], round);
@@ -371,7 +374,7 @@ fn nonsense_disturbs_nobody() {
 }
 
 #[test]
-fn out_of_descriptors_the_server_lives_on() {
+fn the_server_survives_running_out_of_descriptors() {
     let server = Server::start();
     let mut well = server.app(Via::Unix, json!({"app_id": "well", "pools": ["system"]}));
     let stats = well.request(json!({"action": "stats"}));
@@ -380,7 +383,7 @@ fn out_of_descriptors_the_server_lives_on() {
         .unwrap();
     server.limit_descriptors(used + 4);
     let mut crowd: Vec<Wire> = (0..20).map(|_| server.connect(Via::Unix)).collect();
-    // Those beyond the limit are closed; those inside are served on.
+    // Connections beyond the limit are closed; the others are still served.
     crowd.last_mut().unwrap().wait_closed();
     assert_eq!(well.request(json!({"action": "ping"}))["status"], "ok");
     drop(crowd);
@@ -403,7 +406,7 @@ fn admin_requests_need_the_right() {
             "forbidden"
         );
     }
-    // The token itself counts for nothing: it is proved, and not over plain TCP.
+    // Sending the token itself is refused: it must be proved, and not over plain TCP.
     let token = std::fs::read_to_string(server.0.data_dir().join("admin.token")).unwrap();
     let reply = over_tcp.request(json!({"action": "reload", "token": token.trim()}));
     assert_eq!(code(&reply), "forbidden", "{reply}");
@@ -415,9 +418,9 @@ fn admin_requests_need_the_right() {
 }
 
 #[test]
-fn a_thousand_clients_that_come_at_once_all_get_in() {
+fn a_thousand_clients_that_connect_at_once_all_succeed() {
     for via in BOTH {
-        // With several IO threads a connection waits for its own before it is read.
+        // With several IO threads, a connection waits for its own thread before it is read.
         let server = match std::env::var("LATZERO_IO_THREADS") {
             Ok(_) => Server::with(&["limits.connections_unauthenticated_per_user_max=256"]),
             Err(_) => Server::start(),

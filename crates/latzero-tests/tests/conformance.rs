@@ -38,7 +38,7 @@ fn run_all(via: Via) {
     assert!(ran >= 20, "only {ran} vectors were found");
 }
 
-/// Runs one vector against its own server.
+/// Runs one vector against a new server.
 fn run(vector: &Value, via: Via) {
     let name = &vector["name"];
     let server = match via {
@@ -76,8 +76,8 @@ fn run(vector: &Value, via: Via) {
                 i + 1
             );
         } else if step.get("disconnect").is_some() {
-            // Waits until the server has seen it: what others send next may reach another loop
-            // before.
+            // Waits until the server has processed it: what other connections send next may reach
+            // another IO thread earlier.
             let mut wire = connections.remove(who).unwrap();
             wire.shut();
             wire.wait_closed();

@@ -1,5 +1,6 @@
-//! Descriptors that clients do not receive: the kernel limits those of a user in flight (unix(7),
-//! ETOOMANYREFS), and later receivers wait instead of being disconnected.
+//! Clients that do not receive their descriptors: the kernel limits how many of a user's
+//! descriptors are in flight (unix(7), ETOOMANYREFS), and later receivers wait instead of being
+//! disconnected.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,18 +13,18 @@ use latzero_tests::{Server, TIMEOUT, Via, Wire};
 use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set};
 use serde_json::{Value, json};
 
-/// Descriptors that the server may have open, and on their way.
+/// Descriptors that the server may have open or in flight.
 const DESCRIPTORS_MAX: u64 = 128;
 
 /// More than that, and fewer than may be unread (`limits.descriptors_unread_max`), however late the
 /// server begins to write.
 const REQUESTS: usize = 250;
 
-/// A server for which the bound holds: root is above it, unless it gives up what it needs for that.
+/// A server to which the limit applies. Root is exempt, so the capability is dropped for it.
 fn bounded_server(settings: &[&str]) -> Server {
     for capability in [CapabilitySet::SYS_ADMIN, CapabilitySet::SYS_RESOURCE] {
-        // Who is not root has nothing to give up. It is this thread's alone, and what it starts has
-        // it no more either.
+        // A user other than root has no capability to drop. Only this thread and what it starts
+        // lose it.
         let _ = remove_capability_from_bounding_set(capability);
     }
     let server = Server::with(settings);
@@ -38,7 +39,7 @@ fn mapping(server: &Server, app: &str) -> Wire {
     )
 }
 
-/// Asks for more descriptors than may be on their way, and takes none; waits until the server can
+/// Requests more descriptors than may be in flight, and receives none; waits until the server can
 /// send no more of them.
 fn crowd(server: &Server, watch: &mut Wire) -> Wire {
     let mut hog = mapping(server, "hog");
@@ -67,7 +68,7 @@ fn outbox_bytes(watch: &mut Wire) -> u64 {
         .unwrap()
 }
 
-/// Takes all that was asked for.
+/// Receives everything that was requested.
 fn take_all(hog: &mut Wire) {
     for n in 0..REQUESTS {
         let reply = hog.receive();
@@ -77,7 +78,7 @@ fn take_all(hog: &mut Wire) {
 }
 
 #[test]
-fn who_takes_its_descriptors_late_gets_all_of_them() {
+fn a_client_that_receives_its_descriptors_late_gets_all_of_them() {
     let server = bounded_server(&[]);
     let mut watch = server.app(Via::Tcp, json!({"app_id": "watch"}));
     let mut hog = crowd(&server, &mut watch);
@@ -86,7 +87,7 @@ fn who_takes_its_descriptors_late_gets_all_of_them() {
 }
 
 #[test]
-fn who_comes_while_too_many_descriptors_are_on_their_way_is_served_when_they_were_taken() {
+fn a_client_is_served_once_descriptors_in_flight_have_been_received() {
     let server = bounded_server(&[]);
     let mut watch = server.app(Via::Tcp, json!({"app_id": "watch"}));
     let mut hog = crowd(&server, &mut watch);
@@ -98,7 +99,7 @@ fn who_comes_while_too_many_descriptors_are_on_their_way_is_served_when_they_wer
         assert!(Instant::now() < end, "it was served, or thrown out");
     }
     take_all(&mut hog);
-    // The kernel says nothing of it to the connection of `other`.
+    // The kernel does not notify the connection of `other` of the change.
     let reply = other.receive();
     assert_eq!(
         (&reply["status"], &reply["descriptors"]),
@@ -108,7 +109,7 @@ fn who_comes_while_too_many_descriptors_are_on_their_way_is_served_when_they_wer
 }
 
 #[test]
-fn who_never_takes_its_descriptors_is_closed() {
+fn a_client_that_never_receives_its_descriptors_is_closed() {
     let server = bounded_server(&["write_stall_timeout=100ms"]);
     let mut watch = server.app(Via::Tcp, json!({"app_id": "watch"}));
     let mut hog = crowd(&server, &mut watch);
@@ -116,7 +117,7 @@ fn who_never_takes_its_descriptors_is_closed() {
     while outbox_bytes(&mut watch) > 0 {
         assert!(Instant::now() < end, "it holds up its bytes for ever");
     }
-    // What was on its way is still there to be taken.
+    // What was in flight can still be received.
     hog.wait_closed();
     assert!(hog.take_descriptors().len() > 10);
     assert_eq!(watch.request(json!({"action": "ping"}))["status"], "ok");

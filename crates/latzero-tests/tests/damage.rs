@@ -1,5 +1,5 @@
 //! Damage: whatever happens to a file in the data directory, the server starts, serves the rest,
-//! and `health` names what is missing. Also a directory that disappears under a running server.
+//! and `health` names what is missing. Also a directory that disappears while the server runs.
 
 #![allow(
     clippy::unwrap_used,
@@ -17,11 +17,11 @@ use serde_json::{Value, json};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Into how many regions each file is divided, of which each is damaged in turn.
-/// `LATZERO_DAMAGE_REGIONS` sets another number.
+/// The number of regions of each file, which are damaged in turn. `LATZERO_DAMAGE_REGIONS` sets
+/// another number.
 const REGIONS: u64 = 10;
 
-/// Bytes at the begin of a region that are damaged alone.
+/// Bytes at the start of a region that are damaged separately.
 const FEW_BYTES: u64 = 64;
 
 const APPS: [&str; 4] = ["one", "two", "three", "four"];
@@ -47,7 +47,7 @@ fn until<R>(what: &str, mut look: impl FnMut() -> Option<R>) -> R {
     }
 }
 
-/// A directory with a little of everything, whose server was killed, so that its log is there.
+/// A directory with a little of everything. Its server was killed, so the database's log is there.
 fn filled() -> Site {
     let (site, server) = fill();
     server.kill();
@@ -80,7 +80,7 @@ fn fill() -> (Site, Daemon) {
         ok(&wires[0].request(write));
         ok(&wires[0].request(json!({"action": "memory_flush", "block_id": block})));
     }
-    // The rows of blocks are promised to nobody; this is, and comes behind them.
+    // The rows of blocks are not acknowledged; this request is, and it is written after them.
     let register = json!({"action": "trigger_register", "triggers": ["last"]});
     ok(&wires[0].request(register));
     (site, server)
@@ -90,7 +90,7 @@ fn regions() -> u64 {
     std::env::var("LATZERO_DAMAGE_REGIONS").map_or(REGIONS, |number| number.parse().unwrap())
 }
 
-/// What is there no longer, by name.
+/// The names of everything that is missing.
 fn missing(server: &Daemon) -> Vec<String> {
     let mut missing = Vec::new();
     for app in APPS {
@@ -116,7 +116,7 @@ fn missing(server: &Daemon) -> Vec<String> {
     missing
 }
 
-/// Starts on damaged files: the server serves, and health names a loss where something is missing.
+/// Starts on damaged files: the server serves, and health reports a loss if something is missing.
 fn check(site: &Site, what: &str) {
     let server = site.start();
     let missing = missing(&server);
@@ -133,7 +133,7 @@ fn check(site: &Site, what: &str) {
             assert!(!loss[field].as_str().unwrap().is_empty(), "{what}: {loss}");
         }
     }
-    // It works on.
+    // It continues to work.
     let register = json!({"action": "trigger_register", "triggers": ["later"]});
     ok(&wire.request(register));
     server.kill();
@@ -178,7 +178,7 @@ fn walk<'a>(origin: &Site, files: impl Iterator<Item = (&'a str, &'a str)>) {
                 let file = fs::File::options().write(true).open(path).unwrap();
                 file.set_len(begin).unwrap();
             });
-            // Together the regions are every byte of the file.
+            // Together, the regions cover every byte of the file.
             for end in [end, end.min(begin + FEW_BYTES)] {
                 with(&format!("noise from {begin} to {end}"), &|path| {
                     let file = fs::File::options().write(true).open(path).unwrap();
@@ -240,7 +240,7 @@ fn a_directory_that_is_moved_away_keeps_its_server_and_its_path() {
     fs::rename(&data, &moved).unwrap();
     let refused = register("while");
     assert_eq!(refused["error"]["code"], "storage", "{refused}");
-    // The lock holds for the path too, and nothing is made there.
+    // The path is locked too, and a second server creates nothing there.
     let another = site.start_with(&latzero_tests::site::Start::default());
     let refused = another.err().expect("no second server on the path");
     assert_eq!(refused.status.code(), Some(75), "{refused:?}");
@@ -272,7 +272,7 @@ fn a_directory_that_is_moved_away_keeps_its_server_and_its_path() {
 }
 
 #[test]
-fn what_is_removed_inside_the_directory_is_made_anew() {
+fn files_removed_from_the_directory_are_created_again() {
     let site = Site::new();
     let server = site.start();
     let (mut wire, _) = server.app(json!({"app_id": "a", "triggers": ["t"]}));
@@ -325,7 +325,7 @@ fn a_backup_of_a_clock_that_was_ahead_is_not_the_newest() {
         PathBuf::from(ok(&reply)["file"].as_str().unwrap())
     };
     let first = backup();
-    // As if its clock had been years ahead.
+    // Dates the backup years ahead, as if the clock had been wrong.
     let name = first.file_name().unwrap().to_str().unwrap().to_owned();
     let (number, _) = name
         .strip_prefix("latzero-")
@@ -352,7 +352,7 @@ fn a_backup_of_a_clock_that_was_ahead_is_not_the_newest() {
 }
 
 #[test]
-fn backups_beside_a_writer_are_all_made() {
+fn backups_next_to_a_writer_all_succeed() {
     let site = Site::new();
     let server = site.start();
     let (mut writer, _) = server.app(json!({"app_id": "writer"}));

@@ -1,5 +1,5 @@
-//! What survives the processes: registrations, durable pools, parked calls and their answers, when
-//! the server, callers and handlers are killed, and with full and damaged disks.
+//! What survives the end of processes: registrations, durable pools, parked calls and their
+//! answers, when the server, callers and handlers are killed, and with full and damaged disks.
 
 #![allow(
     clippy::unwrap_used,
@@ -15,7 +15,7 @@ use latzero_tests::site::{Daemon, Puppet, Site, Start};
 use latzero_tests::{TIMEOUT, Wire};
 use serde_json::{Value, json};
 
-/// The client that is a process.
+/// The client process.
 const CLIENT: &str = env!("CARGO_BIN_EXE_latzero-test-client");
 
 fn ok(reply: &Value) -> &Value {
@@ -33,7 +33,7 @@ fn join(server: &Daemon, handshake: Value) -> Wire {
     server.app(handshake).0
 }
 
-/// The next message that `wanted` holds for, over whatever comes first.
+/// The next message for which `wanted` is true; messages before it are skipped.
 fn until(wire: &mut Wire, wanted: impl Fn(&Value) -> bool) -> Value {
     loop {
         let message = wire.receive();
@@ -47,7 +47,7 @@ fn event(wire: &mut Wire, name: &str) -> Value {
     until(wire, |message| message["event"] == name)
 }
 
-/// Looks until it is there.
+/// Waits until `is_there` returns true.
 fn wait_for(what: &str, mut is_there: impl FnMut() -> bool) {
     let end = Instant::now() + TIMEOUT;
     while !is_there() {
@@ -56,14 +56,14 @@ fn wait_for(what: &str, mut is_there: impl FnMut() -> bool) {
     }
 }
 
-/// What the server says of an app.
+/// The server's entry for an app.
 fn listed(wire: &mut Wire, app: &str) -> Option<Value> {
     let reply = wire.request(json!({"action": "app_list"}));
     let apps = ok(&reply)["apps"].as_array().unwrap();
     apps.iter().find(|a| a["app_id"] == app).cloned()
 }
 
-/// Waits until no instance of an app lives.
+/// Waits until no instance of an app is connected.
 fn wait_offline(wire: &mut Wire, app: &str) {
     wait_for("the app's end", || {
         listed(wire, app).is_none_or(|app| app["live"] == false)
@@ -77,15 +77,15 @@ fn unix_ms() -> u64 {
         .as_millis() as u64
 }
 
-/// Has everything that the server decided so far reach the disk: what is promised comes behind what
-/// is not.
+/// Waits until everything that the server has decided so far is on the disk: an acknowledged
+/// request is written after the others.
 fn settle(wire: &mut Wire, name: &str) {
     let reply = wire.request(json!({"action": "trigger_register", "triggers": [name]}));
     ok(&reply);
 }
 
 #[test]
-fn an_app_comes_back_with_its_name_alone() {
+fn an_app_that_gives_only_its_name_is_restored() {
     let site = Site::new();
     let server = site.start();
     let mut a = join(
@@ -142,7 +142,7 @@ fn an_app_comes_back_with_its_name_alone() {
         assert_eq!(u[field], value, "{u}");
     }
 
-    // All of it works, and what was given up does not.
+    // All of it works, and what was unregistered does not.
     let mut b = join(&server, json!({"app_id": "b", "pools": ["p", "q"]}));
     let online = event(&mut a, "app_online");
     assert_eq!(
@@ -166,7 +166,7 @@ fn an_app_comes_back_with_its_name_alone() {
         let reply = b.request(json!({"action": "trigger", "pool": pool, "process": process}));
         assert_eq!(code(&reply), "no_handler");
     }
-    // Whoever names something replaces what was remembered.
+    // A client that lists pools or triggers replaces what was remembered.
     drop(a);
     wait_offline(&mut b, "a");
     join(&server, json!({"app_id": "a", "pools": ["q"]}));
@@ -179,7 +179,7 @@ fn an_app_comes_back_with_its_name_alone() {
     );
 }
 
-/// Which processes end before the others come back.
+/// Which processes end before the others reconnect.
 #[derive(Debug, Clone, Copy)]
 enum Ends {
     ServerFirst,
@@ -235,7 +235,7 @@ fn the_order_in_which_they_come_back_does_not_matter() {
         let reply =
             caller.request(json!({"action": "trigger", "process": "t", "destination": "a"}));
         assert_eq!(code(&reply), "offline", "{ends:?}");
-        // Each instance by its name alone, and calls reach those that are back.
+        // Each instance gives only its name, and calls reach the instances that are back.
         let mut back = Vec::new();
         for _ in 0..2 {
             let (wire, ack) = server.app(json!({"app_id": "a"}));
@@ -263,7 +263,7 @@ fn the_order_in_which_they_come_back_does_not_matter() {
     }
 }
 
-/// An app that is its own process.
+/// Starts an app as a process of its own.
 fn puppet(server: &Daemon, mut handshake: Value) -> Puppet {
     let mut puppet = Puppet::start(CLIENT, &[server.socket().to_str().unwrap()]);
     handshake["action"] = "handshake".into();
@@ -303,7 +303,7 @@ fn apps_that_are_offline_are_listed_with_the_time_and_can_be_forgotten() {
         (&gone["live"], &gone["last_seen"]),
         (&json!(false), &json!(seen))
     );
-    // Nobody saw this one go: the last that is known of it is from before the kill.
+    // Nobody saw this app leave: the last time known is from before the kill.
     let live = listed(&mut admin, "live").unwrap();
     assert_eq!(live["live"], false);
     let last_seen = live["last_seen"].as_u64().unwrap();
@@ -367,7 +367,7 @@ fn durable_pools_stay_with_their_rules_and_others_leave_nothing() {
     ] {
         assert_eq!(info[field], value, "{info}");
     }
-    // Its rules hold: who may join, who may serve, who may remove.
+    // Its rules apply: who may join, who may serve, who may remove.
     let (_, refused) = server
         .try_app(json!({"action": "", "app_id": "c", "pools": ["kept"]}))
         .unwrap()
@@ -389,7 +389,7 @@ fn durable_pools_stay_with_their_rules_and_others_leave_nothing() {
     );
 }
 
-/// Parks calls `from..to`, each with its number, every other one to be redelivered.
+/// Parks calls `from..to`, each with its number; every second one is to be redelivered.
 fn park(caller: &mut Puppet, from: usize, to: usize) {
     for n in from..to {
         caller.send(
@@ -446,8 +446,8 @@ fn take_answers(caller: &mut Puppet, count: usize) -> Vec<String> {
 
 const CALLER: &str = "caller";
 
-/// Every set of those three that may die, while calls wait for a handler and while a handler has
-/// them.
+/// Kills every subset of the three processes, once while calls wait for a handler and once while a
+/// handler has them.
 #[test]
 fn parked_calls_outlive_any_of_server_caller_and_handler() {
     const CALLS: usize = 6;
@@ -459,7 +459,7 @@ fn parked_calls_outlive_any_of_server_caller_and_handler() {
         let mut control = join(&server, json!({"app_id": "control"}));
         let mut caller = puppet(&server, json!({"app_id": CALLER}));
         park(&mut caller, 0, CALLS);
-        // First while nobody has them. A server's end ends its connections too.
+        // First while no handler has them. The end of the server also ends its connections.
         if server_dies {
             server.kill();
             server = site.start();
@@ -475,7 +475,7 @@ fn parked_calls_outlive_any_of_server_caller_and_handler() {
         let (calls, seen) = take_calls(&mut handler, CALLS);
         let first: Vec<_> = (0..CALLS as u64).map(|n| (n, 1)).collect();
         assert_eq!(seen, first, "{case}");
-        // The first two are answered; the others are in progress when it happens.
+        // The first two are answered; the others are in progress at the kill.
         for call in &calls[..2] {
             answer(&mut handler, call);
         }
@@ -494,15 +494,15 @@ fn parked_calls_outlive_any_of_server_caller_and_handler() {
             handler.kill();
             wait_offline(&mut control, "handler");
         }
-        // The caller is away while the answers are given, where it died.
+        // The caller is away while the answers are given, if it died.
         if server_dies && !caller_dies {
             caller = puppet(&server, json!({"app_id": CALLER}));
         }
         let mut expected: Vec<String> = Vec::new();
         if server_dies || handler_dies {
             handler = puppet(&server, json!({"app_id": "handler"}));
-            // A server that died knows of no handler's end: all that was not answered is given out
-            // again.
+            // A server that was killed did not see the handler's end: it delivers again every call
+            // that was not answered.
             let again: Vec<u64> = (2..CALLS as u64)
                 .filter(|n| server_dies || n % 2 == 0)
                 .collect();
@@ -525,7 +525,8 @@ fn parked_calls_outlive_any_of_server_caller_and_handler() {
             expected.extend((2..CALLS).map(|n| format!("c{n}:{n}")));
         }
         if caller_dies {
-            // A parked call behind them comes last, so the answers were taken when it came.
+            // A parked call behind them is delivered last, so the answers have been processed by
+            // then.
             ping(&mut handler);
             settle(&mut control, "answered");
             if server_dies {
@@ -554,7 +555,7 @@ fn parked_calls_outlive_any_of_server_caller_and_handler() {
     }
 }
 
-/// The next thing that it receives is the answer to this.
+/// Pings; the reply must be the next message that the process receives.
 fn ping(puppet: &mut Puppet) {
     puppet.send(&json!({"action": "ping", "id": "ping"}));
     let reply = puppet.receive();
@@ -562,7 +563,7 @@ fn ping(puppet: &mut Puppet) {
 }
 
 #[test]
-fn a_redelivered_call_tells_its_attempts_over_every_kind_of_end() {
+fn a_redelivered_call_counts_its_attempts_over_every_kind_of_end() {
     let site = Site::new();
     let mut server = site.start();
     let mut caller = puppet(&server, json!({"app_id": CALLER}));
@@ -598,7 +599,7 @@ fn a_redelivered_call_tells_its_attempts_over_every_kind_of_end() {
 }
 
 #[test]
-fn a_full_disk_is_told_while_calls_go_on_and_heals() {
+fn a_full_disk_is_reported_while_calls_continue_and_recovers() {
     let start = Start::default();
     let site = match Site::on_small_disk(8 << 20) {
         Ok(site) => site,
@@ -617,7 +618,7 @@ fn a_full_disk_is_told_while_calls_go_on_and_heals() {
     });
 }
 
-/// Writes until nothing more fits.
+/// Writes until the disk is full.
 fn fill_up(path: &Path) {
     use std::io::Write;
     let mut file = std::fs::File::options()
@@ -637,12 +638,13 @@ fn fill_up(path: &Path) {
 }
 
 #[test]
-fn a_disk_that_takes_no_more_is_told_while_calls_go_on_and_heals() {
+fn a_disk_that_accepts_no_writes_is_reported_while_calls_continue_and_recovers() {
     let start = Start::default();
     let site = Site::new();
     let log = site.data_dir().join("data.db-wal");
     check_full_disk(&site, &start, |server, is_full| {
-        // Nothing grows beyond what the database's log has now; blocks are smaller than that.
+        // No file may grow beyond the current size of the database's log; blocks are smaller than
+        // that.
         let limit = std::fs::metadata(&log).unwrap().len();
         server.limit_files(is_full.then_some(limit));
     });
@@ -659,8 +661,8 @@ fn check_full_disk(site: &Site, start: &Start, mut fill: impl FnMut(&Daemon, boo
     ok(&a.request(json!({"action": "pool_create", "pool": "before", "durable": true})));
     fill(&server, true);
 
-    // Every promise is refused for what it is. A write that still fits into the log's last page may
-    // be kept.
+    // Every durable request is refused with the right reason. A write that still fits into the
+    // log's last page may succeed.
     let mut refused = 0;
     let end = Instant::now() + TIMEOUT;
     let mut n = 0;
@@ -683,7 +685,7 @@ fn check_full_disk(site: &Site, start: &Start, mut fill: impl FnMut(&Daemon, boo
     let create = json!({"action": "memory_create", "block_id": "big", "size": 64 << 20,
         "kind": "persistent"});
     assert_eq!(code(&a.request(create)), "storage");
-    // Calls, blocks in memory and blocks that are there go on.
+    // Calls, blocks in memory and existing blocks keep working.
     for _ in 0..100 {
         b.send(&json!({"action": "trigger", "id": "c", "process": "t", "data": 1}));
         let call = until(&mut a, |m| m["action"] == "trigger");
@@ -694,7 +696,7 @@ fn check_full_disk(site: &Site, start: &Start, mut fill: impl FnMut(&Daemon, boo
         assert_eq!(ok(&b.receive()), 2);
     }
     ok(&a.request(json!({"action": "memory_write", "block_id": "kept", "data": "AQI="})));
-    // Who comes new is told that it is not written down.
+    // A new app is notified that it is not stored.
     let (_new, ack) = server.app(json!({"app_id": "new", "pools": ["p"]}));
     assert_eq!(ack["stored"], false, "{ack}");
     let reply = admin.request(json!({"action": "health"}));
@@ -722,7 +724,7 @@ fn check_full_disk(site: &Site, start: &Start, mut fill: impl FnMut(&Daemon, boo
         triggers.contains(&json!("t")) && triggers.contains(&json!("after")),
         "{ack}"
     );
-    // What was only in memory while the disk was full was written down when it was well.
+    // What was only in memory while the disk was full was stored after the disk recovered.
     let (_, ack) = server.app(json!({"app_id": "new"}));
     assert_eq!(ack["rehydrated"], true, "{ack}");
     for pool in ["before", "healed"] {
@@ -732,7 +734,7 @@ fn check_full_disk(site: &Site, start: &Start, mut fill: impl FnMut(&Daemon, boo
     assert_eq!(ok(&reply)["version"], 1);
 }
 
-/// Overwrites all of the database but its first bytes, which say what it is.
+/// Overwrites the database except for its first bytes, which identify the format.
 fn damage(file: &Path) {
     let mut bytes = std::fs::read(file).unwrap();
     for byte in bytes.iter_mut().skip(100) {
@@ -758,7 +760,7 @@ fn a_damaged_database_is_set_aside_and_the_newest_good_backup_taken() {
             backups.push(PathBuf::from(ok(&reply)["file"].as_str().unwrap()));
         }
         if app == "one" {
-            // Of each day the newest one stays; this is one of another day.
+            // Of each day the newest backup is kept; this one is of another day.
             let older = data.join("backups/latzero-20200101-000000.db");
             let kept = data.join("older");
             std::fs::rename(&backups[0], &kept).unwrap();
@@ -768,7 +770,7 @@ fn a_damaged_database_is_set_aside_and_the_newest_good_backup_taken() {
     server.kill();
     std::fs::rename(data.join("older"), &backups[0]).unwrap();
 
-    // The newest backup that is good: first the second, then, that one being damaged too, the
+    // The newest good backup is used: first the second one, then, when that is damaged too, the
     // first.
     for (is_newest_good, has_two) in [(true, true), (false, false)] {
         damage(&data.join("data.db"));
@@ -800,7 +802,7 @@ fn a_damaged_database_is_set_aside_and_the_newest_good_backup_taken() {
         assert_eq!(ack["rehydrated"], true);
         server.kill();
     }
-    // A crash hides nothing; after an orderly stop the next start has nothing to complain of.
+    // The loss is reported until an orderly stop; a crash does not hide it.
     let server = site.start();
     let mut admin = join(&server, json!({"app_id": "admin"}));
     let health = ok(&admin.request(json!({"action": "health"}))).clone();
@@ -815,7 +817,7 @@ fn a_damaged_database_is_set_aside_and_the_newest_good_backup_taken() {
 }
 
 #[test]
-fn one_of_twenty_servers_wins_and_the_others_name_it() {
+fn one_of_twenty_servers_wins_and_the_others_report_it() {
     let site = Site::new();
     for _ in 0..2 {
         let (winners, losers): (Vec<_>, Vec<_>) =
@@ -831,7 +833,7 @@ fn one_of_twenty_servers_wins_and_the_others_name_it() {
                 "{named}: {refused:?}"
             );
         }
-        // It is not disturbed, and a late one is refused the same way.
+        // It is not disturbed, and a later server is refused in the same way.
         let Err(refused) = site.start_with(&Start::default()) else {
             panic!("two servers have one directory")
         };
@@ -848,9 +850,10 @@ fn one_of_twenty_servers_wins_and_the_others_name_it() {
     assert!(!site.data_dir().join("latzero.sock").exists());
 }
 
-/// Where a power loss may leave the directory: everything that was acknowledged is on the disk, and
-/// of what was written after it any part. The kernel's name for the boot can't be another one here,
-/// so the server takes the copy for what a kill left; what it does in another boot, `latzero-store`
+/// The states in which a power loss may leave the directory: everything acknowledged is on the
+/// disk, and any part of what was written after it. The test can't change the kernel's boot id, so
+/// the server takes the copy for the result of a kill; `latzero-store` and `latzero-shm` test what
+/// happens in another boot.
 /// and `latzero-shm` test for themselves.
 #[test]
 fn a_copy_of_the_directory_at_any_acknowledged_step_holds_what_was_acknowledged() {
@@ -876,7 +879,7 @@ fn a_copy_of_the_directory_at_any_acknowledged_step_holds_what_was_acknowledged(
     for (done, step) in steps.iter().enumerate() {
         let synced = length();
         let mark = std::fs::read(site.data_dir().join("data.db.mark")).unwrap_or_default();
-        // The next step is in progress when the power fails: the copy has any part of it.
+        // The next step is in progress when the power fails: the copy may have any part of it.
         let mut message = step.clone();
         message["id"] = "step".into();
         app.send(&message);
@@ -955,7 +958,7 @@ fn check_copy(copy: &Site, done: usize, begun: usize) {
     );
 }
 
-/// As [`check_copy`], but for blocks.
+/// As [`check_copy`], for blocks.
 fn check_copy_of_records(copy: &Site, done: usize, begun: usize) -> Daemon {
     let server = copy.start();
     let mut app = join(&server, json!({"app_id": "checker"}));
@@ -1070,7 +1073,7 @@ fn spoil(site: &Site) {
 }
 
 #[test]
-fn rows_that_make_no_sense_open_nothing_and_harm_nobody() {
+fn invalid_rows_grant_nothing_and_harm_nobody() {
     let site = Site::new();
     let server = site.start();
     let mut good = join(&server, json!({"app_id": "good", "pools": ["p"]}));
@@ -1079,7 +1082,7 @@ fn rows_that_make_no_sense_open_nothing_and_harm_nobody() {
     assert!(server.stop().success());
     spoil(&site);
     let server = site.start();
-    // A pool whose rules can't be read lets nobody in but its owner, and nobody takes its name.
+    // A pool whose rules can't be read admits only its owner, and nobody else can create its name.
     for pool in ["closed", "orphaned"] {
         let refused = server
             .connect()
@@ -1089,8 +1092,8 @@ fn rows_that_make_no_sense_open_nothing_and_harm_nobody() {
     }
     let mut owner = join(&server, json!({"app_id": "owner", "pools": ["closed"]}));
     ok(&owner.request(json!({"action": "pool_remove", "pool": "closed", "force": true})));
-    // What waited in its own pool left none behind, and an app whose registration is lost is a
-    // new one.
+    // A parked call in the app's own pool left no pool behind, and an app whose registration was
+    // lost is treated as new.
     let pools = owner.request(json!({"action": "pool_list"}));
     assert!(!pools.to_string().contains("ghost"), "{pools}");
     let (_, ack) = server.app(json!({"app_id": "a", "triggers": ["u"]}));
@@ -1118,7 +1121,7 @@ fn rows_that_make_no_sense_open_nothing_and_harm_nobody() {
     }
 }
 
-/// Has everything that is stored look as if the clock had been set by so much since.
+/// Shifts every stored time as if the clock had since been set by `by_ms`.
 fn set_clock(site: &Site, by_ms: i64) {
     use latzero_store::RowChange;
     let options = latzero_store::Options::default();
@@ -1145,7 +1148,7 @@ fn set_clock(site: &Site, by_ms: i64) {
 }
 
 #[test]
-fn a_clock_that_is_set_moves_no_deadline() {
+fn setting_the_clock_moves_no_deadline() {
     const DAYS: i64 = 30 * 24 * 3_600_000;
     for by_ms in [DAYS, -DAYS] {
         let site = Site::new();

@@ -32,7 +32,7 @@ fn frames(messages: impl Iterator<Item = Value>) -> Vec<u8> {
     out
 }
 
-/// The next message that is not a ping of the server's.
+/// The next message that is not a ping from the server.
 fn receive(wire: &mut Wire) -> Value {
     loop {
         let message = wire.receive();
@@ -43,12 +43,12 @@ fn receive(wire: &mut Wire) -> Value {
 }
 
 #[test]
-fn what_was_sent_before_the_end_is_run() {
+fn messages_sent_before_the_end_are_processed() {
     for via in BOTH {
         let server = Server::with(&["limits.read_budget_bytes=4KiB"]);
         let mut listener = app(&server, Via::Unix, "listener", &["news"]);
         let mut sender = app(&server, via, "sender", &[]);
-        // Each has a reply that nobody will take.
+        // Each has a reply that nobody reads.
         let emits =
             (0..2000).map(|n| json!({"action": "emit", "id": "e", "process": "news", "data": n}));
         sender.send_bytes(&frames(emits));
@@ -60,7 +60,7 @@ fn what_was_sent_before_the_end_is_run() {
 }
 
 #[test]
-fn a_connection_that_can_be_told_nothing_ends() {
+fn a_connection_that_can_not_be_written_to_ends() {
     let server = Server::start();
     let mut watch = app(&server, Via::Unix, "watch", &["news"]);
     watch.request(json!({"action": "watch", "pool": "p", "events": ["app_offline"]}));
@@ -87,10 +87,10 @@ fn a_connection_that_is_not_read_is_not_called_silent() {
     let mut caller = app(&server, Via::Tcp, "caller", &[]);
     caller.send(&json!({"action": "trigger", "id": "1", "process": "work"}));
     let call = handler.receive();
-    // As much waits behind it as may: nothing more is read, answers to pings among it.
+    // The queue behind it is full, so the server reads nothing more, not even answers to pings.
     let data = "x".repeat(5000);
     caller.send(&json!({"action": "trigger", "id": "2", "process": "work", "data": data}));
-    // As long as it takes to give up two that came later and do not answer.
+    // Waits as long as the server takes to close two later connections that do not answer.
     for dead in ["one", "two"] {
         app(&server, Via::Tcp, dead, &[]).wait_closed();
     }
@@ -99,8 +99,8 @@ fn a_connection_that_is_not_read_is_not_called_silent() {
 }
 
 #[test]
-fn a_reload_is_felt_by_those_who_are_in() {
-    // So that nothing else has the server look at its connections soon.
+fn a_reload_applies_to_existing_connections() {
+    // With a long timeout, only the reload makes the server check its connections soon.
     let server = Server::with(&["handshake_timeout=1h"]);
     let mut quiet = app(&server, Via::Tcp, "quiet", &[]);
     let mut admin = app(&server, Via::Unix, "admin", &[]);
@@ -112,7 +112,7 @@ fn a_reload_is_felt_by_those_who_are_in() {
 }
 
 #[test]
-fn where_all_outboxes_are_full_who_holds_most_for_longest_goes() {
+fn when_all_outboxes_are_full_the_largest_oldest_one_is_closed() {
     let server = Server::with(&[
         "limits.outbox_total_bytes_max=1MiB",
         "write_stall_timeout=1h",
@@ -135,24 +135,24 @@ fn where_all_outboxes_are_full_who_holds_most_for_longest_goes() {
         sent += 1;
         assert!(sent < 10_000, "one outbox never fills");
     }
-    // One connection may not have all of it: the rest is the other's.
+    // One connection may not use all of it: the rest is for the other.
     while emit("small") {
         sent += 1;
         assert!(sent < 10_000, "all outboxes together never fill");
     }
     let gone = watch.receive();
     assert_eq!(gone["event"], "app_offline");
-    // Of several IO threads each looks at its own connections.
+    // With several IO threads, each thread checks its own connections.
     let is_one_loop = std::env::var_os("LATZERO_IO_THREADS").is_none();
     assert!(gone["app_id"] == "large" || !is_one_loop, "{gone}");
-    // What was refused at that bound is lost, and counted.
+    // What was refused at that limit is lost, and counted.
     let stats = sender.request(json!({"action": "stats"}));
     let lost = stats["response"]["transport"]["messages_lost"].as_u64();
     assert!(lost >= Some(2), "{lost:?}");
 }
 
 #[test]
-fn a_signal_lets_running_calls_end() {
+fn a_signal_lets_calls_in_progress_finish() {
     for via in BOTH {
         let server = Server::start();
         let mut handler = app(&server, via, "handler", &["work"]);
@@ -177,11 +177,11 @@ fn a_signal_lets_running_calls_end() {
 /// The Unix socket for the process that is [`an_owner_with_a_child`].
 const OWNER: &str = "LATZERO_TEST_OWNER";
 
-/// How many events the owner sends before its end.
+/// How many events the owner sends before it ends.
 const EVENTS: u32 = 2000;
 
-/// Starts this program as an owner with a child; returns it when it has sent everything, and what
-/// keeps its child alive.
+/// Starts this program as an owner with a child; returns it once it has sent everything, with the
+/// pipe that keeps its child alive.
 fn start_owner(server: &Server) -> (Child, ChildStdin) {
     let mut owner = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "an_owner_with_a_child", "--nocapture"])
@@ -200,8 +200,8 @@ fn start_owner(server: &Server) -> (Child, ChildStdin) {
     (owner, child)
 }
 
-/// Not its own test: what [`start_owner`] runs. Its child has its socket, and lives as long as the
-/// pipe is open.
+/// Not a test: the process that [`start_owner`] starts. Its child has its socket, and lives as long
+/// as the pipe is open.
 #[test]
 fn an_owner_with_a_child() {
     let Ok(socket) = std::env::var(OWNER) else {
@@ -231,13 +231,13 @@ fn an_owner_with_a_child() {
     let mut out = std::io::stdout();
     out.write_all(b"ready\n").unwrap();
     out.flush().unwrap();
-    // Until it is killed.
+    // Waits until it is killed.
     child.wait().unwrap();
 }
 
 #[test]
-fn an_owner_is_gone_at_its_end_though_its_child_has_the_socket() {
-    // Small reads, so that much is still unread then.
+fn an_owner_is_offline_at_its_end_although_its_child_has_the_socket() {
+    // Small reads, so that much is still unread at that time.
     let server = Server::with(&["limits.read_budget_bytes=4KiB"]);
     let mut watch = app(&server, Via::Unix, "watch", &["news"]);
     watch.request(json!({"action": "watch", "pool": "p", "events": ["app_offline"]}));
@@ -254,7 +254,7 @@ fn an_owner_is_gone_at_its_end_though_its_child_has_the_socket() {
     );
     let locked = watch.request(json!({"action": "memory_lock", "block_id": "b"}));
     assert_eq!(locked["status"], "ok", "{locked}");
-    // What the owner had mapped its child may write: nobody sees it.
+    // The child may still write what the owner had mapped: nobody sees it.
     let block = watch.request(json!({"action": "memory_info", "block_id": "b"}));
     assert_eq!(block["response"]["generation"], 2, "{block}");
     let call = watch.request(json!({"action": "trigger", "process": "work"}));
@@ -263,7 +263,7 @@ fn an_owner_is_gone_at_its_end_though_its_child_has_the_socket() {
         Via::Unix,
         json!({"app_id": "owner", "exclusive": true, "pools": ["p"]}),
     );
-    // The child had its socket all the time, and no use of it any more.
+    // The child had the socket all the time, and could not use it after the owner's end.
     child.write_all(b"x").expect("the child lives");
     drop(next);
 }

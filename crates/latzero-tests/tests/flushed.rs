@@ -1,5 +1,5 @@
-//! Flushed versions after a reboot; files with the older layout; blocks that a limit kept from
-//! being loaded; and versions that were not announced.
+//! Flushed versions after a reboot; files in the previous layout; blocks that could not be loaded
+//! because of a limit; and versions that were not announced.
 
 #![allow(
     clippy::unwrap_used,
@@ -48,7 +48,7 @@ fn write(app: &mut Wire, block: &str, byte: u8) -> u64 {
     ok(&reply)["version"].as_u64().unwrap()
 }
 
-/// Which byte was written last, and as which version.
+/// The byte that was written last, and its version.
 fn read(app: &mut Wire, block: &str) -> (u8, u64) {
     let (reply, bytes) = {
         let read = json!({"action": "memory_read", "id": "read", "pool": "p", "block_id": block,
@@ -74,7 +74,7 @@ fn read(app: &mut Wire, block: &str) -> (u8, u64) {
 }
 
 #[test]
-fn the_flushed_version_outlives_the_machine() {
+fn the_flushed_version_survives_a_reboot() {
     let site = Site::new();
     let mut server = site.start();
     let kinds = [
@@ -142,7 +142,7 @@ fn an_orderly_stop_flushes() {
 }
 
 #[test]
-fn a_file_of_the_layout_before_is_taken_in_with_its_content() {
+fn a_file_in_the_previous_layout_is_loaded_with_its_content() {
     let site = Site::new();
     let server = site.start();
     drop(app(&server));
@@ -213,7 +213,7 @@ fn a_file_of_the_layout_before_is_taken_in_with_its_content() {
 }
 
 #[test]
-fn a_block_that_a_limit_left_out_keeps_its_name_and_content() {
+fn a_block_not_loaded_because_of_a_limit_keeps_its_name_and_content() {
     let site = Site::new();
     let server = site.start();
     let mut wire = app(&server);
@@ -267,7 +267,7 @@ fn a_block_that_a_limit_left_out_keeps_its_name_and_content() {
 }
 
 #[test]
-fn a_version_whose_writer_told_nobody_is_told_at_its_end() {
+fn an_unannounced_version_is_announced_when_its_writer_ends() {
     let site = Site::new();
     let server = site.start();
     for kind in ["shared", "persistent"] {
@@ -311,7 +311,7 @@ fn a_version_whose_writer_told_nobody_is_told_at_its_end() {
 }
 
 #[test]
-fn a_name_is_used_anew_in_a_later_generation() {
+fn a_reused_name_starts_at_a_later_generation() {
     let site = Site::new();
     let server = site.start();
     let mut wire = app(&server);
@@ -327,9 +327,9 @@ fn a_name_is_used_anew_in_a_later_generation() {
         make(&mut wire, kind);
         ok(&ask(&mut wire, "remove", "b", json!({})));
     }
-    // Also by the next server; and where a shared block went with the one before.
+    // Also by the next server, and if a shared block ended with the previous one.
     make(&mut wire, "shared");
-    // Its reply waits for the database, which has what came before by then.
+    // Its reply waits for the database, which by then has what was written before.
     ok(&wire.request(json!({"action": "trigger_register", "triggers": ["t"]})));
     drop(wire);
     server.kill();

@@ -1,5 +1,5 @@
-//! Clients that want to use the server up, each kind by itself: what it holds stays within its
-//! limit and is what its books say, and an innocent client is served.
+//! Clients that try to exhaust the server, one kind at a time: what each holds stays within its
+//! limit and matches the server's accounting, and a well-behaved client is served.
 
 #![allow(
     clippy::unwrap_used,
@@ -17,13 +17,13 @@ use rustix::process::Signal;
 
 const MIB: f64 = (1 << 20) as f64;
 
-/// Whether the books and the kernel say the same, within 16 MiB and a tenth.
+/// Whether the accounting and the kernel agree, within 16 MiB and a tenth.
 fn is_alike(counted: f64, grown: f64) -> bool {
     (counted - grown).abs() <= 16.0 * MIB + 0.1 * grown.max(counted)
 }
 
-/// Runs a kind with an innocent client beside it, and looks at the server's memory while everything
-/// is still held.
+/// Runs a kind next to a well-behaved client, and checks the server's memory while everything is
+/// still held.
 fn stand(kind: &Kind) {
     let server = Server::with(&[MEMORY_MAX]);
     let mut innocent = Innocent::new(&server);
@@ -49,7 +49,7 @@ fn stand(kind: &Kind) {
         let counted = held as f64 - held_before as f64 - blocks as f64;
         (counted, resident(&server) as f64 - before as f64)
     };
-    // What is on its way to the disk is soon there.
+    // What is being written to the disk is soon there.
     let end = Instant::now() + Duration::from_secs(5);
     let (mut counted, mut grown) = look(&mut innocent);
     while !is_alike(counted, grown) && Instant::now() < end {
@@ -73,14 +73,14 @@ fn stand(kind: &Kind) {
             kind.name
         );
     }
-    // It ends when it is told to, whoever is still connected.
+    // It ends when it is asked to, even with clients connected.
     server.signal(Signal::TERM);
     assert!(server.has_ended(), "{}: it does not end", kind.name);
     drop(held);
 }
 
 #[test]
-fn the_server_stands_every_kind() {
+fn the_server_withstands_every_kind() {
     let mut failed = Vec::new();
     for kind in KINDS {
         let stood = std::panic::catch_unwind(|| stand(kind));

@@ -1,4 +1,4 @@
-//! Whose an AppID is, and what strangers see of pools that are closed to them.
+//! To whom an AppID belongs, and what strangers see of pools that are closed to them.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,7 +12,7 @@ fn code(reply: &Value) -> &str {
     reply["error"]["code"].as_str().unwrap_or("ok")
 }
 
-/// What a handshake over `via` comes to.
+/// The result of a handshake over `via`.
 #[allow(
     clippy::needless_pass_by_value,
     reason = "json!({…}) reads best as it is"
@@ -26,7 +26,7 @@ fn hello(server: &Server, via: Via, handshake: Value) -> (Wire, Value) {
     (wire, ack)
 }
 
-/// A pool that is open to app `shop` alone.
+/// Creates a pool that is open only to the app `shop`.
 fn vault(server: &Server, durable: bool) -> Wire {
     let mut owner = server.app(Via::Unix, json!({"app_id": "shop"}));
     let made = owner.request(json!({
@@ -43,7 +43,7 @@ fn vault(server: &Server, durable: bool) -> Wire {
 }
 
 #[test]
-fn an_app_id_belongs_to_who_used_it_first() {
+fn an_app_id_belongs_to_its_first_user() {
     let mut server = Server::start();
     let owner = server.app(
         Via::Unix,
@@ -61,7 +61,7 @@ fn an_app_id_belongs_to_who_used_it_first() {
         wire.wait_closed();
     }
     drop(owner);
-    // Neither an end nor a crash sets it free.
+    // Neither a disconnect nor a crash releases it.
     server.kill();
     server.restart();
     let (_, ack) = hello(&server, Via::Tcp, json!({"app_id": "bank"}));
@@ -71,20 +71,20 @@ fn an_app_id_belongs_to_who_used_it_first() {
 }
 
 #[test]
-fn it_is_free_again_when_the_app_is_forgotten() {
+fn an_app_id_is_free_again_when_the_app_is_forgotten() {
     let server = Server::start();
     drop(server.app(Via::Unix, json!({"app_id": "bank"})));
     let mut admin = server.app(Via::Unix, json!({"app_id": "admin"}));
     let forgotten = admin.request(json!({"action": "app_forget", "app_id": "bank"}));
     assert_eq!(forgotten["status"], "ok", "{forgotten}");
     drop(server.app(Via::Tcp, json!({"app_id": "bank"})));
-    // A tool that comes and goes leaves nothing behind.
+    // A transient tool leaves nothing behind.
     drop(server.app(Via::Unix, json!({"app_id": "tool", "transient": true})));
     while code(&hello(&server, Via::Tcp, json!({"app_id": "tool"})).1) != "ok" {}
 }
 
 #[test]
-fn what_waits_for_a_tool_keeps_its_name() {
+fn a_parked_call_for_a_tool_reserves_its_name() {
     let server = Server::start();
     let mut tool = server.app(
         Via::Unix,
@@ -117,7 +117,7 @@ fn what_waits_for_a_tool_keeps_its_name() {
 }
 
 #[test]
-fn whoever_came_before_the_user_makes_way() {
+fn a_stranger_that_came_before_the_user_is_displaced() {
     let server = Server::start();
     let mut squatter = server.app(Via::Tcp, json!({"app_id": "bank", "exclusive": true}));
     let _owner = server.app(Via::Unix, json!({"app_id": "bank", "pools": ["p"]}));
@@ -126,7 +126,7 @@ fn whoever_came_before_the_user_makes_way() {
 }
 
 #[test]
-fn names_of_the_server_and_of_tools_are_not_for_everybody() {
+fn names_of_the_server_and_of_tools_are_reserved() {
     let server = Server::start();
     let uid = rustix::process::geteuid().as_raw();
     for (via, name) in [
@@ -143,7 +143,7 @@ fn names_of_the_server_and_of_tools_are_not_for_everybody() {
 }
 
 #[test]
-fn a_pool_that_is_closed_to_somebody_is_not_there_for_them() {
+fn a_closed_pool_looks_missing_to_those_it_excludes() {
     let server = Server::start();
     let mut owner = vault(&server, false);
     let mut stranger = server.app(Via::Tcp, json!({"app_id": "stranger"}));
@@ -184,7 +184,7 @@ fn a_pool_that_is_closed_to_somebody_is_not_there_for_them() {
         assert_eq!(code(&reply), expected, "{request}: {reply}");
         let mut said = reply.to_string();
         if expected != "ok" {
-            // The name that was asked for is all that the text repeats.
+            // The text may repeat only the requested name.
             said = said.replace("'vault'", "");
         }
         for secret in ["vault", "private", "charge"] {
@@ -213,14 +213,14 @@ fn a_pool_that_is_closed_to_somebody_is_not_there_for_them() {
 }
 
 #[test]
-fn nothing_listens_beyond_this_machine_by_oversight() {
+fn the_server_never_listens_beyond_this_machine_by_accident() {
     latzero::testing::server_with(&["--host", "0.0.0.0"]).unwrap_err();
     latzero::testing::server_with(&["--host", "0.0.0.0", "--insecure"]).unwrap();
     latzero::testing::server_with(&["--host", "localhost"]).unwrap();
 }
 
 #[test]
-fn names_are_kept_for_who_had_them_before_the_start() {
+fn names_stay_reserved_for_their_users_over_a_restart() {
     let mut server = Server::start();
     let owner = vault(&server, false);
     let mut camera = server.app(
@@ -234,7 +234,7 @@ fn names_are_kept_for_who_had_them_before_the_start() {
         "permissions": {"read": ["camera"], "write": ["camera"]},
     });
     assert_eq!(camera.request(block.clone())["status"], "ok");
-    // Rows are written in their order: what came before is on disk when this is.
+    // Rows are written in order: once this one is on the disk, the earlier ones are too.
     let last = json!({"action": "pool_create", "pool": "last", "durable": true});
     assert_eq!(camera.request(last)["status"], "ok");
     server.kill();

@@ -1,4 +1,4 @@
-//! App keys, administrators and encrypted pools: the real server, the real client, and who tries
+//! App keys, administrators and encrypted pools: the real server, the real client, and attackers
 //! without the keys.
 
 #![allow(
@@ -23,7 +23,7 @@ use latzero_tests::vault::{
 use latzero_tests::{Server, Via, Wire};
 use serde_json::{Value, json};
 
-/// A file as key files are.
+/// Creates a file with the permissions of a key file.
 fn private_file(dir: &Path, name: &str, content: &str) -> PathBuf {
     let path = dir.join(name);
     let mut options = std::fs::OpenOptions::new();
@@ -42,7 +42,7 @@ fn over_tcp(server: &Server, app: &str) -> Builder {
 }
 
 #[test]
-fn an_app_with_a_key_is_nobody_elses() {
+fn an_app_id_with_a_key_belongs_to_its_holder() {
     let mut server = Server::start();
     let dir = server.0.data_dir().to_owned();
     let line = |seed: u8| app_key::AppKey::new(Secret::new([seed; 32])).to_text();
@@ -53,21 +53,21 @@ fn an_app_with_a_key_is_nobody_elses() {
     app.close().unwrap();
     let refused = |builder: Builder| App::connect_with(builder).unwrap_err().kind();
     for _ in 0..2 {
-        // Not without the key, not with another, not by the same user.
+        // Refused without the key, with another key, and for the same user without the key.
         assert_eq!(refused(builder(&server, "shop")), Code::Unauthenticated);
         assert_eq!(refused(over_tcp(&server, "shop")), Code::Unauthenticated);
         let other = AppKey::from_file(&other).unwrap();
         let with_other = builder(&server, "shop").app_key(other);
         assert_eq!(refused(with_other), Code::Unauthenticated);
         App::connect_with(builder(&server, "shop").app_key(key.clone())).unwrap();
-        // With the key from anywhere, but over plain TCP only where that was allowed.
+        // With the key from anywhere, but over plain TCP only if that was allowed.
         let by_tcp = over_tcp(&server, "shop").app_key(key.clone());
         assert_eq!(refused(by_tcp.clone()), Code::Downgrade);
         App::connect_with(by_tcp.unbound(true)).unwrap();
         server.kill();
         server.restart();
     }
-    // It outlives the registration, and an administrator removes it.
+    // The key outlives the registration, until an administrator removes it.
     let admin = App::connect_with(builder(&server, "admin")).unwrap();
     admin
         .request(&json!({"action": "app_forget", "app_id": "shop"}))
@@ -77,7 +77,7 @@ fn an_app_with_a_key_is_nobody_elses() {
         .request(&json!({"action": "app_key_remove", "app_id": "shop"}))
         .unwrap();
     App::connect_with(builder(&server, "shop")).unwrap();
-    // An AppID of somebody else takes no key over TCP.
+    // An AppID that belongs to another user accepts no key over TCP.
     let by_tcp = over_tcp(&server, "admin").app_key(key).unbound(true);
     assert_eq!(refused(by_tcp), Code::Unauthenticated);
     // Key files that others may read are refused.
@@ -89,7 +89,7 @@ fn an_app_with_a_key_is_nobody_elses() {
 }
 
 #[test]
-fn proofs_are_good_once_here_and_for_a_connection() {
+fn a_proof_is_valid_once_and_for_one_server_and_connection() {
     let server = Server::start();
     let key = app_key::AppKey::new(Secret::new([1; 32])).signing_key();
     let public = key.public().to_bytes();
@@ -127,7 +127,7 @@ fn proofs_are_good_once_here_and_for_a_connection() {
     let mut wire = server.connect(Via::Unix);
     let mut other = server.connect(Via::Unix);
     let (given, theirs) = (challenge(&mut wire), challenge(&mut other));
-    // Of another connection, of another app; and each refusal spends the challenge.
+    // Proofs of another connection or another app; each refusal uses up the challenge.
     let reply = prove(&mut wire, "shop", &exchange(&theirs, unix), "unix");
     assert_eq!(code(&reply), "unauthenticated");
     let reply = prove(&mut wire, "shop", &exchange(&given, unix), "unix");
@@ -137,7 +137,7 @@ fn proofs_are_good_once_here_and_for_a_connection() {
     assert_eq!(code(&reply), "unauthenticated");
     // The third refusal ends the connection.
     wire.wait_closed();
-    // A good one is good once.
+    // A valid proof is accepted only once.
     let good = exchange(&theirs, unix);
     assert_eq!(code(&prove(&mut other, "shop", &good, "unix")), "ok");
     assert_eq!(
@@ -154,7 +154,7 @@ fn proofs_are_good_once_here_and_for_a_connection() {
 }
 
 #[test]
-fn whoever_guesses_over_tcp_waits() {
+fn guessing_over_tcp_is_slowed_down() {
     let server = Server::start();
     let mut codes = Vec::new();
     while codes.last().is_none_or(|code| code != "overloaded") && codes.len() < 30 {
@@ -194,7 +194,7 @@ fn an_administrator_and_the_server_prove_the_token_to_each_other() {
     );
     app.prove_admin(&token, true).unwrap();
     app.request(&reload).unwrap();
-    // Files are for the server's own user on the Unix socket.
+    // Only the server's own user on the Unix socket may name files.
     let backup = json!({"action": "backup", "to": "/tmp/never"});
     assert_eq!(app.request(&backup).unwrap_err().kind(), Code::Forbidden);
 
@@ -204,7 +204,7 @@ fn an_administrator_and_the_server_prove_the_token_to_each_other() {
         app.prove_admin(&token, true).unwrap_err().kind(),
         Code::Forbidden
     );
-    // The token is another one at each start.
+    // The token is different after each start.
     let next = std::fs::read_to_string(server.0.data_dir().join("admin.token")).unwrap();
     let mut server = server;
     server.kill();
@@ -276,7 +276,7 @@ fn members_call_emit_and_stream_as_in_any_pool() {
 }
 
 #[test]
-fn a_pool_that_was_not_proved_is_like_none() {
+fn an_encrypted_pool_looks_missing_without_a_proof() {
     let (mut server, set) = vault();
     let _worker = member(&server, "worker", keys(&set, WRITE));
     let mut stranger = server.app(Via::Tcp, json!({"app_id": "stranger"}));
@@ -301,7 +301,7 @@ fn a_pool_that_was_not_proved_is_like_none() {
         let reply = stranger.request(json!({"action": listing}));
         assert!(!reply.to_string().contains("vault"), "{reply}");
     }
-    // That the name is taken is all that can't be hidden.
+    // Only the fact that the name is taken can't be hidden.
     for request in [
         json!({"action": "pool_create", "pool": "vault"}),
         json!({"action": "pool_join", "pool": "vault"}),
@@ -311,7 +311,7 @@ fn a_pool_that_was_not_proved_is_like_none() {
     let mut named = server.connect(Via::Tcp);
     named.send(&json!({"action": "handshake", "app_id": "named", "pools": ["vault"]}));
     assert_eq!(code(&named.receive()), "unauthenticated");
-    // A challenge looks the same for both, and stays so.
+    // A challenge looks the same for existing and missing pools, also after a restart.
     let challenge = |server: &Server, pool: &str| {
         let mut wire = server.app(Via::Tcp, json!({"app_id": "asker"}));
         let reply = wire.request(json!({"action": "pool_challenge", "pool": pool}));
@@ -326,7 +326,7 @@ fn a_pool_that_was_not_proved_is_like_none() {
     server.kill();
     server.restart();
     assert_eq!(challenge(&server, "nothing").0, before.0);
-    // An administrator sees that it is there, and no more.
+    // An administrator sees that the pool exists, and nothing else.
     let mut admin = server.app(Via::Unix, json!({"app_id": "admin"}));
     let seen = admin.request(json!({"action": "pool_info", "pool": "vault"}))["response"].clone();
     assert_eq!(
@@ -337,12 +337,12 @@ fn a_pool_that_was_not_proved_is_like_none() {
 }
 
 #[test]
-fn roles_are_asked_for_at_each_act() {
+fn roles_are_checked_for_each_request() {
     let (server, set) = vault();
     let mut join = raw(&server, Via::Unix, "j");
     let mut read = raw(&server, Via::Unix, "r");
     let mut write = raw(&server, Via::Unix, "w");
-    // Before the proof nobody is a member; afterwards what was proved counts.
+    // Before the proof nobody is a member; afterwards the proved roles apply.
     let call = json!({"action": "trigger", "process": "t", "pool": "vault", "data": "TFpFVgABAA"});
     assert_eq!(code(&join.request(call.clone())), "not_member");
     assert_eq!(
@@ -357,7 +357,7 @@ fn roles_are_asked_for_at_each_act() {
         prove(&mut write, &server, &set, "w", WRITE)["response"]["roles"],
         7
     );
-    // A proof for somebody else is none.
+    // A proof for another app is not valid.
     assert_eq!(
         code(&prove(&mut join, &server, &set, "x", JOIN)),
         "unauthenticated"
@@ -396,7 +396,7 @@ fn roles_are_asked_for_at_each_act() {
         ),
         "forbidden"
     );
-    // Whoever reads may listen, and not serve.
+    // A reader may listen, but not serve.
     for (concurrency, served) in [(json!(0), 1), (json!(1), 0)] {
         let name = format!("t{concurrency}");
         let spec = json!([{"name": name, "concurrency": concurrency}]);
@@ -409,7 +409,7 @@ fn roles_are_asked_for_at_each_act() {
             .count();
         assert_eq!(found, served, "{info}");
     }
-    // Nothing goes through that is not sealed.
+    // Data that is not sealed is refused.
     for data in [
         json!("plain"),
         json!({"x": 1}),
@@ -427,7 +427,7 @@ fn roles_are_asked_for_at_each_act() {
 }
 
 #[test]
-fn an_app_that_comes_back_has_the_pool_when_it_proves_it_again() {
+fn an_app_that_reconnects_is_restored_once_it_proves_the_pool_again() {
     let (mut server, set) = vault();
     let mut app = raw(&server, Via::Unix, "app");
     prove(&mut app, &server, &set, "app", WRITE);
@@ -436,7 +436,7 @@ fn an_app_that_comes_back_has_the_pool_when_it_proves_it_again() {
     app.request(json!({"action": "watch", "pool": "vault"}));
     server.kill();
     server.restart();
-    // Whoever names other pools meanwhile changes nothing of it.
+    // A handshake that does not name the pool leaves its stored membership unchanged.
     let ack = |wire: &mut Wire, handshake: Value| {
         wire.send(&handshake);
         wire.receive()
@@ -457,7 +457,7 @@ fn an_app_that_comes_back_has_the_pool_when_it_proves_it_again() {
 }
 
 #[test]
-fn a_rotation_removes_who_has_the_old_keys() {
+fn a_rotation_removes_holders_of_the_old_keys() {
     let (server, set) = vault();
     let worker = member(&server, "worker", keys(&set, WRITE));
     worker.serve("t", |_| Ok::<_, HandlerError>(1)).unwrap();
@@ -468,7 +468,7 @@ fn a_rotation_removes_who_has_the_old_keys() {
         .timeout(Duration::from_secs(60))
         .send_parked();
     drop(parked.unwrap());
-    // The same keys once more: everybody stays, and goes on.
+    // A rotation to the same keys: everybody stays, and continues.
     let done = worker
         .rotate_pool("vault", &keys(&set, WRITE), false)
         .unwrap();
@@ -478,7 +478,7 @@ fn a_rotation_removes_who_has_the_old_keys() {
         "{done}"
     );
     assert_eq!(reader.call("t", &()).send::<i64>().unwrap(), 1);
-    // New keys for reading.
+    // New keys for readers.
     let next = KeySet::new_pool(NewKeys {
         sigil: Secret::new([9; 32]),
         shard: Secret::new([8; 32]),
@@ -505,11 +505,11 @@ fn a_rotation_removes_who_has_the_old_keys() {
 }
 
 #[test]
-fn a_client_with_keys_takes_no_other_pool_for_its_own() {
+fn a_client_with_keys_accepts_no_other_pool_as_its_own() {
     let (mut server, set) = vault();
     let other = key_set(2);
     let kind = |builder: Builder| App::connect_with(builder).unwrap_err().kind();
-    // Other keys, no such pool, a plain pool: nothing tells them apart.
+    // Other keys, no such pool, a plain pool: the three look the same.
     let mut maker = server.app(Via::Unix, json!({"app_id": "plain"}));
     maker.request(json!({"action": "pool_create", "pool": "open"}));
     for (pool, set) in [("vault", &other), ("nothing", &set), ("open", &set)] {
@@ -518,7 +518,7 @@ fn a_client_with_keys_takes_no_other_pool_for_its_own() {
     }
     let by_tcp = over_tcp(&server, "c").keys("vault", keys(&set, WRITE));
     assert_eq!(kind(by_tcp), Code::Downgrade);
-    // Another pool of the same name and keys is a rollback for who knew the first.
+    // Another pool with the same name and keys is a rollback for a client that knew the first one.
     drop(member(&server, "c", keys(&set, WRITE)));
     let mut admin = server.app(Via::Unix, json!({"app_id": "admin"}));
     let removed = admin.request(json!({"action": "pool_remove", "pool": "vault", "force": true}));
@@ -530,7 +530,7 @@ fn a_client_with_keys_takes_no_other_pool_for_its_own() {
         Code::Rollback
     );
     member(&server, "new", keys(&set, WRITE));
-    // It outlives the server, as an encrypted one.
+    // It survives a restart of the server, and is still encrypted.
     server.kill();
     server.restart();
     member(&server, "new", keys(&set, READ));
@@ -561,7 +561,7 @@ fn the_data_directory_has_no_key_and_no_plaintext() {
     let mut needles: Vec<Vec<u8>> = vec![secret.as_bytes().to_vec()];
     for kind in WRITE {
         let token = set.token(*kind).unwrap();
-        // The secret's text and its first bytes as they are.
+        // The secret's text, and its first bytes unencoded.
         needles.push(token.as_bytes()[5..40].to_vec());
         needles.push(text::decode_within(&token[5..], 64).unwrap()[..32].to_vec());
     }
@@ -586,7 +586,7 @@ fn the_data_directory_has_no_key_and_no_plaintext() {
 }
 
 #[test]
-fn the_keys_decide_who_gets_memory_in_a_gated_pool() {
+fn keys_decide_access_to_memory_in_a_gated_pool() {
     let server = Server::start();
     let set = key_set(3);
     let mut maker = server.app(Via::Unix, json!({"app_id": "maker"}));
@@ -634,7 +634,7 @@ fn the_keys_decide_who_gets_memory_in_a_gated_pool() {
     );
 }
 
-/// A proof whose signatures nobody made.
+/// A proof with invalid signatures.
 fn wrong_proof(wire: &mut Wire) -> Value {
     wire.request(json!({"action": "pool_challenge", "pool": "vault"}));
     let sig = text::encode(&[7; 64]);
@@ -662,10 +662,10 @@ fn a_crowd_of_wrong_proofs_is_bounded_and_delays_no_other_user() {
     let proofs: Vec<Value> = crowd.iter_mut().map(wrong_proof).collect();
     for (wire, proof) in crowd.iter_mut().zip(&proofs) {
         wire.send(proof);
-        // What comes behind a proof is handled after its verdict.
+        // A message behind a proof is handled after the proof's result.
         wire.send(&json!({"action": "ping", "id": "behind"}));
     }
-    // Another user gets in, and is answered.
+    // Another user is admitted, and its call is answered.
     let caller = member(&server, "caller", keys(&set, READ));
     assert_eq!(caller.call("t", &()).send::<i64>().unwrap(), 1);
     let mut codes = std::collections::BTreeMap::new();
@@ -675,7 +675,8 @@ fn a_crowd_of_wrong_proofs_is_bounded_and_delays_no_other_user() {
         *codes.entry(code(&verdict).to_owned()).or_insert(0) += 1;
         assert_eq!(wire.receive()["in_reply_to"], "behind");
     }
-    // All of a user's proofs count, however many wait at once; each thread may be at one.
+    // All of a user's proofs count, however many wait at once; each thread may be checking one
+    // more.
     let threads = std::thread::available_parallelism()
         .map_or(1, |n| n.get() / 4)
         .max(1);
@@ -691,11 +692,11 @@ fn noise_does_not_push_refused_proofs_out_of_the_log() {
     let mut wire = server.app(Via::Tcp, json!({"app_id": "guesser", "pools": []}));
     let proof = wrong_proof(&mut wire);
     assert_eq!(code(&wire.request(proof)), "unauthenticated");
-    // Whoever comes and goes fills the other file several times over.
+    // Connections that come and go fill the other file several times over.
     let audited = || {
         let files = std::fs::read_dir(&logs).unwrap().flatten();
         let audit = files.filter(|file| file.file_name().to_string_lossy().starts_with("audit"));
-        // One may be renamed just now.
+        // A file may be renamed at this moment.
         let text = audit.map(|file| std::fs::read_to_string(file.path()).unwrap_or_default());
         text.collect::<String>()
     };
@@ -719,7 +720,7 @@ fn noise_does_not_push_refused_proofs_out_of_the_log() {
 }
 
 #[test]
-fn a_deferred_call_that_was_finished_does_not_run_again_after_a_restart_of_both_sides() {
+fn a_finished_deferred_call_does_not_run_again_after_a_restart_of_both_sides() {
     let (mut server, set) = vault();
     let caller = member(&server, "caller", keys(&set, READ));
     let parked = caller
@@ -747,7 +748,7 @@ fn a_deferred_call_that_was_finished_does_not_run_again_after_a_restart_of_both_
             .unwrap();
         worker
     };
-    // It runs, and is answered.
+    // The new call runs, and is answered.
     server.restart();
     let first = worker(&server);
     let caller = member(&server, "other", keys(&set, READ));
@@ -755,7 +756,7 @@ fn a_deferred_call_that_was_finished_does_not_run_again_after_a_restart_of_both_
     first.close().unwrap();
     drop((first, caller));
     assert_eq!(*ran.lock().unwrap(), [1, 2]);
-    // A server that goes back to what it had then gives it once more.
+    // A server whose database is restored from before delivers the finished call once more.
     server.kill();
     for name in ["data.db", "data.db-wal", "data.db-shm"] {
         let _ = std::fs::remove_file(data.join(name));

@@ -1,4 +1,4 @@
-//! Several IO threads: how loops affect the connections of other loops.
+//! Several IO threads: how the messages of one loop affect the connections of another.
 
 #![allow(
     clippy::unwrap_used,
@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use latzero_tests::{Server, TIMEOUT, Via, Wire};
 use serde_json::{Value, json};
 
-/// How long the crowd goes on.
+/// How long the crowd works.
 const STRESS: Duration = Duration::from_secs(3);
 
-/// xorshift64: the same run for the same seed, as far as the threads' timing lets it be.
+/// xorshift64: the same run for the same seed, except for the timing of threads.
 struct Chance(u64);
 
 impl Chance {
@@ -30,27 +30,27 @@ impl Chance {
     }
 }
 
-/// What a connection of the crowd came to.
+/// What became of a connection of the crowd.
 #[derive(PartialEq)]
 enum Fate {
-    /// It goes on.
+    /// It continues.
     Lives,
-    /// It is over, as it should be: displaced, or dropped on purpose.
+    /// It ended for a valid reason: displaced, or dropped on purpose.
     Over,
 }
 
-/// One connection of the crowd: it calls, and serves what it is called for.
+/// One connection of the crowd: it makes calls and serves calls.
 struct Client<'a> {
     wire: Wire,
     chance: &'a mut Chance,
-    /// Its calls, by whether they have ended.
+    /// Its calls, and whether each has ended.
     calls: HashMap<String, bool>,
     is_displaced: bool,
     log: Vec<String>,
 }
 
 impl Client<'_> {
-    /// Takes messages until each of its calls has ended.
+    /// Receives messages until each of its calls has ended.
     fn settle(&mut self) -> Fate {
         while self.calls.values().any(|ended| !ended) {
             let Some((message, _)) = self.wire.try_receive().expect("every call ends in time")
@@ -79,7 +79,7 @@ impl Client<'_> {
                         _ => vec![answer("ok")],
                     };
                     for answer in answers {
-                        // One that was displaced meanwhile is told so by what it reads.
+                        // A connection that was displaced in the meantime finds out when it reads.
                         let _ = self.wire.try_send(&answer);
                     }
                 }
@@ -101,14 +101,14 @@ impl Client<'_> {
     }
 }
 
-/// Comes, calls and goes until the time is over; returns how many calls it saw the end of.
+/// Connects, calls and disconnects until the time is over; returns how many of its calls ended.
 fn crowd(server: &Server, seed: u64, until: Instant) -> usize {
     let mut chance = Chance(seed);
     let mut ended = 0;
     while Instant::now() < until {
         let via = [Via::Tcp, Via::Unix][chance.below(2) as usize];
         let mut wire = server.connect(via);
-        // An AppID that is used over the Unix socket is its user's, and nobody's over TCP.
+        // An AppID that is used over the Unix socket belongs to its user, and over TCP to nobody.
         let app = format!("{via:?}-app{}", chance.below(3));
         let handshake = json!({
             "action": "handshake", "app_id": app, "pools": ["p", "system"], "triggers": ["work"],
@@ -159,7 +159,7 @@ fn figures(watch: &mut Wire) -> [Value; 4] {
 }
 
 #[test]
-fn every_call_of_a_restless_crowd_ends_once_and_nothing_of_it_stays() {
+fn every_call_of_a_restless_crowd_ends_once_and_leaves_nothing() {
     let server = Server::with(&["io_threads=4", "limits.in_flight_max=8"]);
     let mut watch = server.app(Via::Unix, json!({"app_id": "watch"}));
     let before = figures(&mut watch);

@@ -1,4 +1,5 @@
-//! A server with little memory and few descriptors: limits follow from them and say so.
+//! A server with little memory and few descriptors: limits are derived from both, and errors say
+//! so.
 
 #![allow(
     clippy::unwrap_used,
@@ -23,7 +24,7 @@ fn code(reply: &Value) -> &str {
     reply["error"]["code"].as_str().unwrap_or("no error")
 }
 
-/// Makes blocks until one is refused; how many there were, and the refusal.
+/// Creates blocks until one is refused; returns their number and the refusal.
 fn use_up_blocks(app: &mut Wire, prefix: &str, kind: &str) -> (usize, Value) {
     for made in 0..DESCRIPTORS as usize {
         let name = format!("{prefix}{made}");
@@ -61,7 +62,7 @@ fn blocks_leave_descriptors_to_connections() {
         "{blocks}"
     );
 
-    // One that is removed makes room for another.
+    // A removed block makes room for another.
     let remove = json!({"action": "memory_remove", "block_id": "s0"});
     assert_eq!(maker.request(remove)["status"], "ok");
     let (made, _) = use_up_blocks(&mut maker, "again", "shared");
@@ -72,7 +73,7 @@ fn blocks_leave_descriptors_to_connections() {
 #[test]
 fn connections_leave_descriptors_to_the_server() {
     let (site, mut start) = crowded();
-    // All of them are of one user, and wait for their handshake.
+    // All of them belong to one user, and wait for their handshake.
     let unauthenticated = ["", "_per_user"]
         .map(|who| format!("limits.connections_unauthenticated{who}_max={DESCRIPTORS}"));
     start.settings.extend(unauthenticated);
@@ -85,7 +86,7 @@ fn connections_leave_descriptors_to_the_server() {
     assert_eq!(code(&refusal), "overloaded", "{refusal}");
     let message = refusal["error"]["message"].as_str().unwrap();
     assert!(message.contains("RLIMIT_NOFILE"), "{message}");
-    // There is room for what the server itself opens: a block, a row on the disk.
+    // The server still has descriptors for what it opens itself: a block, a row on the disk.
     let create =
         json!({"action": "memory_create", "block_id": "b", "size": 8, "kind": "persistent"});
     assert_eq!(well.request(create)["status"], "ok");
@@ -95,7 +96,7 @@ fn connections_leave_descriptors_to_the_server() {
 }
 
 #[test]
-fn a_file_beyond_the_limit_is_refused_and_the_server_lives_on() {
+fn a_file_beyond_the_limit_is_refused_and_the_server_keeps_running() {
     let site = Site::new();
     let server = site.start();
     let (mut app, _) = server.app(json!({"app_id": "app", "pools": ["p"]}));

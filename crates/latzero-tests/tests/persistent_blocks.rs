@@ -48,7 +48,7 @@ fn files(directory: &Path) -> Vec<String> {
 }
 
 #[test]
-fn a_block_that_a_limit_leaves_no_room_for_stays_where_it_is() {
+fn a_block_that_exceeds_a_limit_stays_on_the_disk() {
     let mut server = Server::start();
     let memory = server.0.data_dir().join("memory");
     let settings = server.0.data_dir().join("config/limits.toml");
@@ -67,7 +67,7 @@ fn a_block_that_a_limit_leaves_no_room_for_stays_where_it_is() {
         server.restart();
         assert_eq!(blocks(&mut app(&server)).len(), left, "{limit}");
         assert_eq!(files(&memory), before, "{limit}");
-        // A thread of its own writes it.
+        // The log is written by a thread of its own.
         let log = server.0.data_dir().join("logs/server.log");
         let is_told = || {
             let log = std::fs::read_to_string(&log).unwrap();
@@ -87,7 +87,7 @@ fn a_block_that_a_limit_leaves_no_room_for_stays_where_it_is() {
 }
 
 #[test]
-fn what_was_set_aside_is_counted_at_each_start() {
+fn files_set_aside_are_counted_at_each_start() {
     let mut server = Server::start();
     let memory = server.0.data_dir().join("memory");
     let log = server.0.data_dir().join("logs/server.log");
@@ -100,7 +100,7 @@ fn what_was_set_aside_is_counted_at_each_start() {
         server.kill();
         std::fs::write(memory.join("11.1.lzb"), content).unwrap();
         server.restart();
-        // A thread of its own writes it.
+        // The log is written by a thread of its own.
         let end = Instant::now() + TIMEOUT;
         while lines().len() < starts {
             assert!(Instant::now() < end, "start {starts} tells nothing");
@@ -121,7 +121,7 @@ fn what_was_set_aside_is_counted_at_each_start() {
 }
 
 #[test]
-fn a_block_without_its_newest_generation_is_there_with_the_one_before() {
+fn a_block_without_its_newest_generation_falls_back_to_the_previous_one() {
     let mut server = Server::start();
     let memory = server.0.data_dir().join("memory");
     let mut one = app(&server);
@@ -136,7 +136,7 @@ fn a_block_without_its_newest_generation_is_there_with_the_one_before() {
     let resize = json!({"action": "memory_resize", "block_id": "b", "size": 20});
     assert_eq!(ok(&one.request(resize))["generation"], 2);
     server.kill();
-    // A disk that lost the newest one, and still has the one before.
+    // A disk that lost the newest generation and still has the previous one.
     std::fs::write(memory.join(bytes.replace(".1.lzb", ".2.lzb")), b"torn").unwrap();
     std::fs::write(memory.join(&bytes), first).unwrap();
     server.restart();
@@ -151,7 +151,7 @@ fn a_block_without_its_newest_generation_is_there_with_the_one_before() {
 }
 
 #[test]
-fn a_block_that_is_removed_while_it_moves_is_gone_at_once() {
+fn a_block_removed_while_it_moves_is_gone_at_once() {
     let server = Server::start();
     let memory = server.0.data_dir().join("memory");
     let mut one = app(&server);
@@ -159,7 +159,7 @@ fn a_block_that_is_removed_while_it_moves_is_gone_at_once() {
         ok(&create(&mut one, "b", 4 << 20));
         one.send(&json!({"action": "memory_resize", "block_id": "b", "size": 5 << 20, "id": "m"}));
         ok(&one.request(json!({"action": "memory_remove", "block_id": "b"})));
-        // From here on no start would find it.
+        // From here on, no server that starts would load it.
         let end = Instant::now() + TIMEOUT;
         loop {
             let left = files(&memory);
@@ -174,7 +174,7 @@ fn a_block_that_is_removed_while_it_moves_is_gone_at_once() {
 }
 
 #[test]
-fn each_flush_is_answered_while_writes_go_on() {
+fn each_flush_is_answered_while_writes_continue() {
     let server = Server::start();
     let mut one = app(&server);
     ok(&create(&mut one, "b", 8 << 20));
@@ -195,7 +195,7 @@ fn each_flush_is_answered_while_writes_go_on() {
         }
     }
     for (n, version) in flushed {
-        // What was written before is on the disk, and perhaps more.
+        // What was written before the flush is on the disk, and perhaps more.
         assert!((n + 1..=100).contains(&version), "flush {n}: {version}");
     }
 }

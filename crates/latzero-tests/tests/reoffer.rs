@@ -36,7 +36,7 @@ fn ok(reply: Value) -> Value {
     reply["response"].clone()
 }
 
-/// Offers a descriptor for block `b`; returns the error's code, or nothing.
+/// Offers a descriptor for block `b`; returns the error code, or an empty string.
 fn offer(wire: &mut Wire, held: &OwnedFd) -> String {
     let message =
         json!({"action": "memory_reoffer", "id": "offer", "block_id": "b", "descriptors": 1});
@@ -52,8 +52,8 @@ fn offer(wire: &mut Wire, held: &OwnedFd) -> String {
     }
 }
 
-/// A server with block `b` of 100 bytes at version 2, whose lock was held once; its maker, and a
-/// descriptor of it for reading.
+/// A server with block `b` of 100 bytes at version 2, whose lock was held once; also its creator's
+/// connection, and a read-only descriptor of it.
 fn server_with_block() -> (Server, Wire, OwnedFd) {
     let server = Server::start();
     let mut maker = mapping(&server, "maker");
@@ -98,14 +98,14 @@ fn a_block_that_a_client_holds_is_back_after_a_kill() {
         ),
         (&2.into(), &"maker".into(), &1.into(), &100.into())
     );
-    // Fences go on: who held the lock before writes no more.
+    // Fences continue to rise: the earlier holder of the lock can no longer write.
     let mut maker = server.app(
         Via::Unix,
         json!({"app_id": "maker", "features": ["attachments", "fd_passing"]}),
     );
     let lock = ok(ask(&mut maker, "lock", json!({})));
     assert!(lock["fence"].as_u64().unwrap() > 1, "{lock}");
-    // It is the same memory: what is written through the server is seen through the old descriptor.
+    // It is the same memory: a write through the server is visible through the old descriptor.
     ok(ask(
         &mut maker,
         "write",
@@ -118,9 +118,9 @@ fn a_block_that_a_client_holds_is_back_after_a_kill() {
         seen == *b"third"
     });
     assert!(slots.contains(&true));
-    // What is back is awaited no more.
+    // A restored block accepts no more offers.
     assert_eq!(offer(&mut reader, &held), "no_block");
-    // Once more, over an orderly end this time.
+    // The same again, after an orderly stop.
     server.signal(rustix::process::Signal::TERM);
     maker.wait_closed();
     server.kill();
@@ -135,7 +135,7 @@ fn a_block_that_a_client_holds_is_back_after_a_kill() {
 }
 
 #[test]
-fn only_the_block_itself_is_taken_back() {
+fn only_the_same_block_is_accepted_back() {
     let (mut server, _maker, held) = server_with_block();
     let mut other = mapping(&server, "other");
     ok(other.request(json!({"action": "memory_create", "block_id": "c", "size": 100})));
@@ -156,7 +156,7 @@ fn only_the_block_itself_is_taken_back() {
         "bad_message"
     );
     assert_eq!(offer(&mut wire, &held), "");
-    // A block that somebody recreated meanwhile is not replaced.
+    // A block that somebody recreated in the meantime is not replaced.
     server.kill();
     server.restart();
     let mut maker = mapping(&server, "maker");

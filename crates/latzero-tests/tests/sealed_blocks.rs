@@ -1,5 +1,5 @@
-//! Blocks of encrypted pools: the real server, the real client, and somebody who can write into
-//! the memory without the seal.
+//! Blocks of encrypted pools: the real server, the real client, and an intruder who can write the
+//! memory without the seal.
 
 #![allow(
     clippy::unwrap_used,
@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 
 const SECRET: &[u8] = b"the combination is 7-42-11";
 
-/// Bytes of three chunks, the last one short.
+/// Three chunks, the last one short.
 const SIZE: u64 = 2 * CHUNK_BYTES as u64 + 1000;
 
 fn by_tcp(server: &Server, app: &str, keys: latzero::Keys) -> App {
@@ -33,7 +33,7 @@ fn by_tcp(server: &Server, app: &str, keys: latzero::Keys) -> App {
     App::connect_with(builder.unbound(true)).unwrap()
 }
 
-/// Somebody who got the memory of a block to write, and writes what they like, past the lock.
+/// An attacker with writable memory of a block, who writes anything at any time without the lock.
 struct Intruder {
     wire: Wire,
     memory: OwnedFd,
@@ -78,13 +78,13 @@ impl Intruder {
         );
     }
 
-    /// All of the memory.
+    /// The whole memory.
     fn image(&self) -> Vec<u8> {
         let bytes = rustix::fs::fstat(&self.memory).unwrap().st_size;
         self.read(0, usize::try_from(bytes).unwrap())
     }
 
-    /// Where the newest version lies.
+    /// The offset of the newest version.
     fn slot(&self) -> u64 {
         let head = u64::from_le_bytes(self.read(128, 8).try_into().unwrap());
         let number = |name: &str| self.description[name].as_u64().unwrap();
@@ -112,7 +112,7 @@ fn wait(block: &Block, beyond: u64) -> u64 {
 }
 
 #[test]
-fn a_block_is_used_as_in_any_pool() {
+fn a_block_works_as_in_any_pool() {
     let (server, set) = vault();
     for (n, is_mapped) in [(0, true), (1, false)] {
         let (writer, reader) = (format!("w{n}"), format!("r{n}"));
@@ -158,12 +158,12 @@ fn a_block_is_used_as_in_any_pool() {
         assert_eq!(&bytes[at as usize..][..SECRET.len()], SECRET);
         let first = seen.view(|view| (view.len(), view.load::<u8>(0).unwrap(), view.version()));
         assert_eq!(first.unwrap(), (SIZE, b'b', 2));
-        // Under one lock.
+        // Several writes under one lock.
         let many = block.writer(TIMEOUT).unwrap();
         for n in 3..=20_u64 {
             assert_eq!(many.write(n * 3000, &n.to_le_bytes()).unwrap(), n);
         }
-        // The lock that the app holds is used.
+        // The client uses the lock that the app holds.
         block.write_at(0, b"x").unwrap();
         drop(many);
         let version = block.read().unwrap().1;
@@ -175,7 +175,7 @@ fn a_block_is_used_as_in_any_pool() {
         assert_eq!(block.cas(0, b"z", b"q").unwrap(), Err(b"y".to_vec()));
         assert_eq!(block.cas(0, b"y", b"q").unwrap(), Ok(version + 2));
         assert_eq!(seen.read().unwrap().0[0], b'q');
-        // Another length, within the size that it was made with.
+        // Another length, within the size at creation.
         block.resize(10).unwrap();
         assert_eq!((seen.read().unwrap().0.len(), seen.size()), (10, 10));
         assert_eq!(kind(block.write_at(8, b"abc")), Code::OutOfRange);
@@ -206,7 +206,7 @@ fn random_edits_read_back_by_another_client() {
     let second = writers[1].block("b").attach_writable().unwrap();
     let seen = reader.block("b").attach().unwrap();
     let mut model = vec![0_u8; SIZE as usize];
-    // A generator of its own, so that each run is the same.
+    // A local generator, so that each run is the same.
     let mut state = 7_u64;
     let mut next = |below: u64| {
         state = state
@@ -234,7 +234,7 @@ fn random_edits_read_back_by_another_client() {
 }
 
 #[test]
-fn only_changed_chunks_are_sealed_anew() {
+fn only_changed_chunks_are_sealed_again() {
     let (server, set) = vault();
     let writer = member(&server, "w", keys(&set, WRITE));
     let block = writer.block("b").create(SIZE).send().unwrap();
@@ -262,7 +262,7 @@ fn only_changed_chunks_are_sealed_anew() {
 }
 
 #[test]
-fn what_an_intruder_changes_is_found() {
+fn changes_by_an_intruder_are_detected() {
     let (server, set) = vault();
     let writer = member(&server, "w", keys(&set, WRITE));
     let reader = member(&server, "r", keys(&set, READ));
@@ -275,12 +275,12 @@ fn what_an_intruder_changes_is_found() {
     let last = geometry.chunk(2, SIZE).unwrap();
     let check = |change: &dyn Fn(), expected: Code| {
         change();
-        // One that saw the good version, and one that comes new.
+        // A reader that saw the good version, and a new one.
         let late = reader.block("b").attach().unwrap();
         for reading in [&seen, &late] {
             assert_eq!(kind(reading.read()), expected);
         }
-        // A writer does not sign it.
+        // A writer does not sign over it.
         assert_eq!(kind(block.write_at(SIZE - 1, b"x")), expected);
         intruder.write(0, &good);
         assert_eq!(seen.read().unwrap().1, 1);
@@ -292,7 +292,7 @@ fn what_an_intruder_changes_is_found() {
     for at in [0, 8, 24, 47, 55, 63, 67, 71, 79, 95, 127, 159, 191, 255] {
         check(&|| intruder.flip(at), Code::Integrity);
     }
-    // The table, which who verified it has a copy of.
+    // The table; a reader that has verified it uses its own copy.
     for at in [256, 264, 300] {
         intruder.flip(at);
         let late = reader.block("b").attach().unwrap();
@@ -300,22 +300,22 @@ fn what_an_intruder_changes_is_found() {
         assert_eq!(seen.read().unwrap().1, 1);
         intruder.write(0, &good);
     }
-    // Its version and suite.
+    // The version and the suite.
     for at in [5, 7] {
         check(&|| intruder.flip(at), Code::Downgrade);
     }
-    // Cut off: without its last chunk, as shorter, as never written.
+    // Truncated: without the last chunk, shorter, or as if never written.
     let cut =
         |from: u64, bytes: u64| intruder.write(intruder.slot() + from, &vec![0; bytes as usize]);
     check(&|| cut(last.start, last.end - last.start), Code::Integrity);
     check(&|| cut(0, 256), Code::Integrity);
-    // Two chunks that change places.
+    // Two swapped chunks.
     let places = [0, 1].map(|i| intruder.slot() + geometry.chunk(i, SIZE).unwrap().start);
     let chunks = places.map(|at| intruder.read(at, CHUNK_BYTES + 16));
     intruder.write(places[0], &chunks[1]);
     intruder.write(places[1], &chunks[0]);
     assert_eq!(kind(seen.read()), Code::Integrity);
-    // A version that leaves them as they are makes them no better.
+    // A later version that does not touch them does not make them valid.
     block.write_at(SIZE - 1, b"x").unwrap();
     assert_eq!(kind(seen.read()), Code::Integrity);
     assert_eq!(seen.read_into(SIZE - 1, &mut [0]).unwrap(), 2);
@@ -348,7 +348,7 @@ fn content_of_another_block_or_pool_is_refused() {
     assert_eq!(kind(block.read()), Code::Integrity);
     intruder.write(0, &good);
     assert_eq!(block.read().unwrap().0[0], 1);
-    // Another pool's, of a block with the same name.
+    // The content of another pool's block of the same name.
     let foreign = Intruder::of_pool(&server, &other_set, "other", "b");
     intruder.write(intruder.slot(), &foreign.content());
     assert_eq!(kind(block.read()), Code::Integrity);
@@ -356,7 +356,7 @@ fn content_of_another_block_or_pool_is_refused() {
 }
 
 #[test]
-fn an_older_version_and_a_second_history_are_found() {
+fn rollbacks_and_forks_are_detected() {
     let (server, set) = vault();
     let writer = member(&server, "w", keys(&set, WRITE));
     let reader = member(&server, "r", keys(&set, READ));
@@ -371,7 +371,7 @@ fn an_older_version_and_a_second_history_are_found() {
     intruder.write(0, &old);
     assert_eq!(kind(seen.read()), Code::Rollback);
     assert_eq!(kind(block.write_at(0, b"three")), Code::Rollback);
-    // Who saw nothing newer can't know, and goes on from there.
+    // A client that saw nothing newer can't detect it, and continues from there.
     let deceived = member(&server, "v", keys(&set, WRITE));
     let deceived = deceived.block("b").attach_writable().unwrap();
     assert_eq!(&deceived.read().unwrap().0[..3], b"one");
@@ -379,14 +379,14 @@ fn an_older_version_and_a_second_history_are_found() {
     assert_eq!(kind(seen.read()), Code::Fork);
     assert_eq!(deceived.write_at(0, b"THREE").unwrap(), 3);
     assert_eq!(kind(seen.read()), Code::Fork);
-    // The head alone, as if never written.
+    // The head alone, as if the block had never been written.
     intruder.write(0, &two);
     assert_eq!(seen.read().unwrap().1, 2);
     intruder.write(128, &[0; 8]);
     assert_eq!(kind(seen.read()), Code::Rollback);
 }
 
-/// What a reader knows of the pool: descriptor and pool key, and so how to seal a chunk.
+/// What a reader knows: the descriptor and the pool key, so it can seal a chunk.
 struct Insider {
     descriptor: Descriptor,
     key: latzero_crypto::keys::PoolKey,
@@ -413,7 +413,7 @@ impl Insider {
         Insider { descriptor, key }
     }
 
-    /// A slot of one chunk, signed by the seal of `signer`.
+    /// A slot with one chunk, signed with the seal of `signer`.
     fn slot(&self, name: &str, uid: [u8; 16], signer: &KeySet, plain: &[u8]) -> Vec<u8> {
         let id = BlockId {
             pool_id: self.descriptor.pool_id(),
@@ -444,7 +444,7 @@ impl Insider {
 }
 
 #[test]
-fn a_reader_forges_nothing_and_the_server_takes_whole_slots_alone() {
+fn a_reader_can_not_forge_and_the_server_accepts_only_whole_slots() {
     let (server, set) = vault();
     let writer = member(&server, "w", keys(&set, WRITE));
     let block = writer.block("b").create(1000).send().unwrap();
@@ -514,7 +514,7 @@ fn a_reader_forges_nothing_and_the_server_takes_whole_slots_alone() {
     let raw = json!({"block_id": "d", "size": 9, "block_uid": text::encode(&[3; 16]),
         "consistency": "raw"});
     assert_eq!(ask("create", raw), "bad_message");
-    // What it took can be read; what a reader puts there past it can't.
+    // What the server accepted can be read; what a reader writes past the server can't.
     assert_eq!(block.read().unwrap(), (SECRET.to_vec(), 1));
     intruder.write(intruder.slot(), &forged);
     let late = member(&server, "late", keys(&set, READ))
@@ -538,14 +538,14 @@ fn content_outlives_a_rotation_but_not_a_removed_writer() {
         .unwrap();
     let begins = |block: &Block| block.read().unwrap().0.starts_with(SECRET);
     assert!(begins(&block) && begins(&seen));
-    // One that comes new opens it by the key of the epoch before.
+    // A new client decrypts it with the key of the previous epoch.
     let late = member(&server, "late", keys(&set, READ));
     let late = late.block("b").attach().unwrap();
     assert!(begins(&late));
-    // The next version is of the new epoch, all of it.
+    // The next version is entirely of the new epoch.
     block.write_at(SIZE - 1, b"x").unwrap();
     assert!(begins(&block) && begins(&seen) && begins(&late));
-    // A writer goes: what is of the epochs before counts no more until it is written over.
+    // A writer is removed: content of earlier epochs is not trusted until it is written again.
     let secret = |token: &str| Token::parse(token).unwrap().secret;
     let next = KeySet::new_pool(NewKeys {
         sigil: Secret::new([9; 32]),
@@ -566,7 +566,7 @@ fn content_outlives_a_rotation_but_not_a_removed_writer() {
 }
 
 #[test]
-fn a_writer_seals_what_is_of_an_earlier_epoch_anew() {
+fn a_writer_encrypts_content_of_an_earlier_epoch_again() {
     let (server, set) = vault();
     let writer = member(&server, "w", keys(&set, WRITE));
     let block = writer.block("b").create(SIZE).send().unwrap();
@@ -586,14 +586,14 @@ fn a_writer_seals_what_is_of_an_earlier_epoch_anew() {
         .unwrap();
     let writer = member(&server, "w2", keys(&next, WRITE));
     let block = writer.block("b").attach_writable().unwrap();
-    // What the removed writer may have changed is taken on purpose alone.
+    // What the removed writer may have changed is accepted only on purpose.
     assert_eq!(kind(block.reencrypt(false)), Code::StaleEpoch);
     assert_eq!(kind(block.read()), Code::StaleEpoch);
     assert_eq!(block.reencrypt(true).unwrap(), Some(first + 2));
     let reader = member(&server, "r", keys(&next, READ));
     let seen = reader.block("b").attach().unwrap();
     assert_eq!(seen.read().unwrap(), (before, first + 2));
-    // Whoever can't sign does not seal either.
+    // A reader cannot sign, so it cannot encrypt again either.
     assert_eq!(kind(seen.reencrypt(true)), Code::Forbidden);
 }
 
@@ -622,7 +622,7 @@ fn several_versions_of_several_pieces_are_written_under_one_lock() {
 }
 
 #[test]
-fn a_call_takes_a_sealed_block_along() {
+fn a_call_passes_a_sealed_block() {
     let (server, set) = vault();
     let worker = member(&server, "worker", keys(&set, WRITE));
     worker
@@ -695,7 +695,7 @@ fn a_block_in_memory_is_back_after_a_crash_of_the_server() {
     let block = writer.block("b").create(SIZE).send().unwrap();
     block.write_at(0, SECRET).unwrap();
     server.kill();
-    // Without the server there is the mapping.
+    // The mapping works without the server.
     assert!(block.read().unwrap().0.starts_with(SECRET));
     server.restart();
     assert_eq!(block.write_at(SIZE - 1, b"x").unwrap(), 2);

@@ -25,7 +25,7 @@ fn takes_over() -> Start {
 }
 
 #[test]
-fn sockets_apps_calls_and_blocks_go_over() {
+fn sockets_apps_calls_and_blocks_are_handed_over() {
     let site = Site::new();
     let mut old = site.start();
     let (mut app, _) = old.app(json!({"app_id": "a", "pools": ["p"], "triggers": ["mine"]}));
@@ -34,7 +34,7 @@ fn sockets_apps_calls_and_blocks_go_over() {
             "park": true}))["status"],
         "parked"
     );
-    // Held by nobody but the server.
+    // Only the server holds this block.
     app.request(json!({"action": "memory_create", "block_id": "b", "size": 10, "attach": false}));
     app.request(json!({"action": "memory_write", "block_id": "b", "data": "a2VwdA=="}));
     let new = site.start_with(&takes_over()).unwrap();
@@ -59,7 +59,7 @@ fn sockets_apps_calls_and_blocks_go_over() {
         &json!({"action": "response", "in_reply_to": call["id"], "status": "ok", "response": 5}),
     );
     assert_eq!(app.receive()["response"], 5);
-    // It is found where clients look, and removes the socket at its own end.
+    // Clients find it in the usual place, and it removes the socket when it ends.
     let socket = new.socket().to_owned();
     assert!(socket.exists());
     assert!(new.stop().success());
@@ -67,10 +67,10 @@ fn sockets_apps_calls_and_blocks_go_over() {
 }
 
 #[test]
-fn a_connection_that_comes_in_between_is_served_by_the_new_one() {
+fn a_connection_made_in_between_is_served_by_the_new_server() {
     let site = Site::new();
     let mut old = site.start();
-    // A call that runs holds the old server up for its drain_timeout; who comes now waits in the
+    // A call in progress delays the old server up to its drain_timeout; new connections wait in the
     // socket's queue.
     let (mut handler, _) = old.app(json!({"app_id": "h", "triggers": ["slow"]}));
     let (mut caller, _) = old.app(json!({"app_id": "c"}));
@@ -98,7 +98,7 @@ fn a_connection_that_comes_in_between_is_served_by_the_new_one() {
     });
 }
 
-/// Asks a server for everything, as a new one does; what came with the reply.
+/// Asks a server for the handover as a new server does; returns the connection and the reply.
 fn ask(server: &Daemon) -> (Wire, Value) {
     let features = json!(["attachments", "fd_passing"]);
     let (mut wire, _) =
@@ -108,7 +108,7 @@ fn ask(server: &Daemon) -> (Wire, Value) {
 }
 
 #[test]
-fn until_the_new_one_has_everything_nothing_changes() {
+fn nothing_changes_until_the_new_server_has_everything() {
     let site = Site::new();
     let mut old = site.start();
     let (mut app, _) = old.app(json!({"app_id": "a"}));
@@ -118,7 +118,7 @@ fn until_the_new_one_has_everything_nothing_changes() {
     assert_eq!((&reply["response"]["blocks"], listeners), (&json!(1), 2));
     assert_eq!(one.receive()["event"], "handed_over");
     assert_eq!(one.take_descriptors().len(), 3);
-    // It dies with everything in its hands, and another one only says that it has it.
+    // The new server dies after it received everything; another client only claims to have it.
     drop(one);
     assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
     let (mut admin, _) =
@@ -126,12 +126,12 @@ fn until_the_new_one_has_everything_nothing_changes() {
     let reply = admin.request(json!({"action": "hand_over", "taken": true}));
     assert_eq!(reply["error"]["code"], "draining", "{reply}");
     assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
-    // Of two that have it the first to say so is the one.
+    // Only the server that asked last can confirm.
     let (mut first, _) = ask(&old);
     let (mut second, _) = ask(&old);
     let refused = first.request(json!({"action": "hand_over", "taken": true}));
     assert_eq!(refused["error"]["code"], "draining", "{refused}");
-    // A call keeps the old one from ending while the others ask.
+    // A call in progress keeps the old server from ending while the others ask.
     let (mut handler, _) = old.app(json!({"app_id": "h", "triggers": ["slow"]}));
     app.send(&json!({"action": "trigger", "id": "1", "process": "slow"}));
     let call = handler.receive();
@@ -150,7 +150,7 @@ fn until_the_new_one_has_everything_nothing_changes() {
 }
 
 #[test]
-fn one_after_the_other_takes_over() {
+fn servers_take_over_one_after_the_other() {
     let site = Site::new();
     let mut server = site.start();
     let tcp = server.tcp().to_owned();
@@ -169,7 +169,7 @@ fn one_after_the_other_takes_over() {
 }
 
 #[test]
-fn other_settings_are_those_of_the_new_one() {
+fn the_settings_of_the_new_server_apply() {
     let site = Site::new();
     let mut old = site.start();
     let (mut app, _) = old.app(json!({"app_id": "a"}));
@@ -186,21 +186,21 @@ fn other_settings_are_those_of_the_new_one() {
     assert!(old.wait().success());
     assert!(new.tcp().starts_with("127.0.0.2:"), "{}", new.tcp());
     assert!(TcpStream::connect(old.tcp()).is_err());
-    // The old socket is gone, and what came over is there.
+    // The old socket is gone, and what was handed over is there.
     assert!(!old.socket().exists());
     let mut wire = Wire::unix(&other);
     wire.send(&json!({"action": "handshake", "app_id": "a"}));
     assert_eq!(wire.receive()["rehydrated"], true);
     let info = wire.request(json!({"action": "memory_info", "block_id": "b"}));
     assert_eq!(info["status"], "ok", "{info}");
-    // Back again, by what the one that runs has written into its lock.
+    // Back to the old settings; the new server finds the running one through its lock file.
     let back = site.start_with(&takes_over()).unwrap();
     assert_eq!(back.app(json!({"app_id": "a"})).1["rehydrated"], true);
     assert!(!other.exists());
 }
 
 #[test]
-fn a_kill_while_the_old_one_drains_loses_nothing() {
+fn a_kill_while_the_old_server_drains_loses_nothing() {
     let site = Site::new();
     let mut old = site.start();
     let (mut handler, _) = old.app(json!({"app_id": "h", "triggers": ["slow"]}));
@@ -227,7 +227,7 @@ fn a_kill_while_the_old_one_drains_loses_nothing() {
 }
 
 #[test]
-fn one_that_has_no_unix_socket_is_not_taken_over() {
+fn a_server_without_a_unix_socket_is_not_taken_over() {
     let site = Site::new();
     let start = Start {
         settings: vec!["socket=off".into()],
@@ -240,7 +240,7 @@ fn one_that_has_no_unix_socket_is_not_taken_over() {
     assert!(refused.said.contains(&expected), "{}", refused.said);
 }
 
-/// Starts a new one that is to be refused; what it said.
+/// Starts a new server that must be refused; returns its output.
 fn refused(site: &Site, settings: &[&str]) -> String {
     let start = Start {
         settings: settings.iter().map(|&s| s.to_owned()).collect(),
@@ -251,7 +251,7 @@ fn refused(site: &Site, settings: &[&str]) -> String {
     refused.said
 }
 
-/// The process that whoever connects is told to have reached (unix(7), SO_PEERCRED).
+/// The process that a connecting client sees as its peer (unix(7), SO_PEERCRED).
 fn reached(server: &Daemon) -> u32 {
     let stream = UnixStream::connect(server.socket()).unwrap();
     let pid = socket_peercred(&stream).unwrap().pid;
@@ -259,7 +259,7 @@ fn reached(server: &Daemon) -> u32 {
 }
 
 #[test]
-fn a_new_one_that_can_not_listen_leaves_the_old_one_as_it_was() {
+fn a_new_server_that_can_not_listen_leaves_the_old_one_unchanged() {
     let site = Site::new();
     let mut old = site.start();
     let (mut app, _) = old.app(json!({"app_id": "a"}));
@@ -267,8 +267,8 @@ fn a_new_one_that_can_not_listen_leaves_the_old_one_as_it_was() {
     let taken = format!("socket={}", site.data_dir().join("file").display());
     let other = site.data_dir().join("other.sock");
     let moved = format!("socket={}", other.display());
-    // An address for documentation (RFC 5737), a path where something else is, and both another
-    // path and no address.
+    // An address for documentation (RFC 5737), a path where another file is, and a new path
+    // together with an invalid address.
     let said = refused(&site, &["host=192.0.2.1", "insecure=true"]);
     assert!(said.contains("cannot listen on 192.0.2.1"), "{said}");
     let said = refused(&site, &[&taken]);
@@ -277,7 +277,7 @@ fn a_new_one_that_can_not_listen_leaves_the_old_one_as_it_was() {
     assert!(!other.exists());
     assert!(old.is_running());
     assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
-    // Who comes finds it as before.
+    // Clients find the old server as before.
     assert_eq!(reached(&old), old.pid());
     let (_, ack) = old.app(json!({"app_id": "b"}));
     assert_eq!(ack["status"], "ok");
@@ -287,7 +287,7 @@ fn a_new_one_that_can_not_listen_leaves_the_old_one_as_it_was() {
 }
 
 #[test]
-fn an_address_that_the_old_one_is_in_the_way_of_is_bound_after_it() {
+fn an_address_that_the_old_server_blocks_is_bound_after_its_end() {
     let site = Site::new();
     let start = Start {
         settings: vec!["host=0.0.0.0".into(), "insecure=true".into()],
@@ -302,7 +302,7 @@ fn an_address_that_the_old_one_is_in_the_way_of_is_bound_after_it() {
     let new = site.start_with(&start).unwrap();
     assert!(old.wait().success());
     assert_eq!(new.tcp(), format!("127.0.0.1:{port}"));
-    // A name stands for its addresses: nothing is bound anew.
+    // A name stands for its addresses: no socket is bound again.
     let waiting = TcpStream::connect(new.tcp()).unwrap();
     let start = Start {
         settings: vec!["host=localhost".into(), format!("port={port}")],
@@ -314,7 +314,7 @@ fn an_address_that_the_old_one_is_in_the_way_of_is_bound_after_it() {
 }
 
 #[test]
-fn one_of_another_directory_is_left_alone() {
+fn a_server_of_another_directory_is_left_alone() {
     let (site, other) = (Site::new(), Site::new());
     let mut running = other.start();
     let (mut app, _) = running.app(json!({"app_id": "a"}));
@@ -327,18 +327,18 @@ fn one_of_another_directory_is_left_alone() {
 }
 
 #[test]
-fn the_word_of_one_that_died_does_not_end_the_old_one() {
+fn a_confirmation_from_a_dead_server_does_not_end_the_old_one() {
     let site = Site::new();
     let mut old = site.start();
     let (mut app, _) = old.app(json!({"app_id": "a"}));
     let (mut new, _) = ask(&old);
-    // It says that it has everything, and is gone before that is read.
+    // It confirms that it has everything, and is gone before the old server reads that.
     old.while_stopped(|| {
         new.send(&json!({"action": "hand_over", "id": "2", "taken": true}));
         drop(new);
     });
     let (mut admin, _) = old.app(json!({"app_id": "b"}));
-    // All that came before this has been run.
+    // All earlier messages have been processed by now.
     let stats = admin.request(json!({"action": "stats"}));
     assert_eq!(stats["response"]["server"]["draining"], false, "{stats}");
     assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
@@ -347,7 +347,7 @@ fn the_word_of_one_that_died_does_not_end_the_old_one() {
 }
 
 #[test]
-fn without_descriptors_to_spare_it_refuses_and_goes_on() {
+fn without_spare_descriptors_a_handover_is_refused() {
     let site = Site::new();
     let mut old = site.start();
     let (mut app, _) = old.app(json!({"app_id": "a"}));
@@ -370,7 +370,7 @@ fn without_descriptors_to_spare_it_refuses_and_goes_on() {
 }
 
 #[test]
-fn the_old_one_says_how_long_it_may_take() {
+fn the_old_server_reports_how_long_it_may_take() {
     let site = Site::new();
     let start = Start {
         settings: vec!["drain_timeout=12345ms".into()],
@@ -382,9 +382,9 @@ fn the_old_one_says_how_long_it_may_take() {
 }
 
 #[test]
-fn what_is_made_while_the_old_one_drains_goes_over_too() {
+fn blocks_created_while_the_old_server_drains_are_handed_over_too() {
     made_while_draining(1);
-    // Each loop closes its own connections in its own time.
+    // Each loop closes its own connections at its own pace.
     made_while_draining(3);
 }
 
@@ -409,7 +409,7 @@ fn made_while_draining(io_threads: usize) {
     std::thread::scope(|scope| {
         let new = scope.spawn(|| site.start_with(&takes_over()).unwrap());
         assert_eq!(handler.receive()["event"], "draining");
-        // It has what there was by now, and none of this is held by anybody.
+        // The new server already has what existed; nobody holds any of these blocks.
         caller.request(make("made", 10));
         for ask in [
             json!({"action": "memory_resize", "block_id": "grown", "size": 20}),
@@ -431,7 +431,7 @@ fn made_while_draining(io_threads: usize) {
 }
 
 #[test]
-fn a_stop_that_comes_in_between_is_a_stop() {
+fn a_stop_during_a_handover_is_a_stop() {
     let site = Site::new();
     let mut old = site.start();
     let (mut handler, _) = old.app(json!({"app_id": "h", "triggers": ["slow"]}));
@@ -445,12 +445,12 @@ fn a_stop_that_comes_in_between_is_a_stop() {
     assert_eq!(reply["error"]["code"], "draining", "{reply}");
     handler.send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok"}));
     assert!(old.wait().success());
-    // It is nobody's now.
+    // The socket belongs to no server now.
     assert!(!old.socket().exists());
 }
 
 #[test]
-fn what_does_not_fit_into_the_outbox_ends_nothing() {
+fn a_reply_that_does_not_fit_into_the_outbox_ends_nothing() {
     let site = Site::new();
     let start = Start {
         settings: vec![
@@ -482,7 +482,7 @@ fn two_that_take_over_at_once() {
         let both = [(); 2].map(|()| scope.spawn(|| site.start_with(&takes_over())));
         both.map(|thread| thread.join().unwrap()).into()
     });
-    // One of them, or one after the other.
+    // Either one of them succeeds, or both in turn.
     let refused: Vec<_> = started.iter().filter_map(|s| s.as_ref().err()).collect();
     assert!(refused.len() < 2, "{refused:?}");
     let (mut app, ack) = old.app(json!({"app_id": "a"}));
@@ -490,8 +490,8 @@ fn two_that_take_over_at_once() {
     assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
 }
 
-/// Stands in for an old server: answers the handshake, and then each message as `answer` says;
-/// where that is nothing, it is gone, as if killed.
+/// Stands in for an old server: answers the handshake, and then each message with the result of
+/// `answer`; if that is `None`, it closes the connection, as if killed.
 fn stand_in(
     site: &Site,
     mut answer: impl FnMut(&Value) -> Option<Value> + Send + 'static,
@@ -526,7 +526,7 @@ fn stand_in(
 }
 
 #[test]
-fn one_that_dies_meanwhile_is_followed_by_an_ordinary_start() {
+fn if_the_old_server_dies_an_ordinary_start_follows() {
     for until_taken in [false, true] {
         let site = Site::new();
         let directory = site.data_dir().canonicalize().unwrap();
@@ -544,7 +544,7 @@ fn one_that_dies_meanwhile_is_followed_by_an_ordinary_start() {
 }
 
 #[test]
-fn one_that_is_too_old_is_named() {
+fn a_server_that_is_too_old_is_reported() {
     let site = Site::new();
     let old = stand_in(&site, |_| {
         let error = json!({"code": "unknown_action", "message": "unknown action 'hand_over'"});
@@ -557,7 +557,7 @@ fn one_that_is_too_old_is_named() {
 }
 
 #[test]
-fn where_none_runs_it_just_starts() {
+fn if_no_server_runs_a_takeover_is_an_ordinary_start() {
     let site = Site::new();
     let new = site.start_with(&takes_over()).unwrap();
     let (_, ack) = new.app(json!({"app_id": "a"}));
@@ -565,7 +565,7 @@ fn where_none_runs_it_just_starts() {
 }
 
 #[test]
-fn who_is_no_administrator_gets_nothing() {
+fn a_client_that_is_no_administrator_gets_nothing() {
     let server = latzero_tests::Server::start();
     let mut wire = server.app(latzero_tests::Via::Tcp, json!({"app_id": "a"}));
     let reply = wire.request(json!({"action": "hand_over"}));
@@ -574,13 +574,13 @@ fn who_is_no_administrator_gets_nothing() {
         latzero_tests::Via::Unix,
         json!({"app_id": "a", "features": ["attachments"]}),
     );
-    // Without descriptors there is nothing to hand over by.
+    // Without descriptors, nothing can be handed over.
     let reply = admin.request(json!({"action": "hand_over"}));
     assert_eq!(reply["error"]["code"], "bad_message");
 }
 
 #[test]
-fn the_members_of_a_gated_pool_prove_it_again() {
+fn members_of_a_gated_pool_prove_it_again() {
     let site = Site::new();
     let mut old = site.start();
     let set = vault::key_set(1);
@@ -610,7 +610,7 @@ fn the_members_of_a_gated_pool_prove_it_again() {
     let read = block("memory_read", json!({}));
     let (mut member, ack) = new.app(json!({"app_id": "maker", "encrypted_pools": ["vault"]}));
     assert_eq!(ack["pools"], json!([]));
-    // The memory went over, and nobody gets at it before a proof for this server.
+    // The memory was handed over, and nobody can access it before a proof for this server.
     assert_eq!(vault::code(&member.request(read.clone())), "not_member");
     let attach = block("memory_attach", json!({"mode": "write"}));
     assert_eq!(vault::code(&member.request(attach.clone())), "not_member");

@@ -1,5 +1,5 @@
-//! TLS between a real server and real clients: who is accepted, what is said to the others, and
-//! that nobody is held up by those who stop halfway.
+//! TLS between a real server and real clients: who is accepted, what error the others get, and that
+//! clients which stop halfway delay nobody.
 
 #![allow(
     clippy::unwrap_used,
@@ -26,7 +26,7 @@ use rcgen::{
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-/// What the server says of itself over its Unix socket.
+/// The pin that the server reports over its Unix socket.
 fn pin(server: &Server) -> String {
     let mut wire = server.app(Via::Unix, json!({"app_id": "looks"}));
     let stats = wire.request(json!({"action": "stats"}));
@@ -53,7 +53,7 @@ fn refused(server: &Server, app: &str, options: &str) -> Error {
     connect(server, app, options).map(drop).unwrap_err()
 }
 
-/// A server with TLS, and its pin as an option of addresses.
+/// A server with TLS, and its pin as an option for addresses.
 fn tls() -> (Server, String) {
     let server = Server::with(&["enable_tls=true"]);
     let pin = format!("&pin={}", pin(&server));
@@ -139,7 +139,7 @@ fn calls_of_every_size_are_answered_and_proofs_are_bound() {
     let handler = connect(&server, "handler", &format!("{pin}&pool=p")).unwrap();
     handler.serve("echo", |req| req.data::<String>()).unwrap();
     let caller = connect(&server, "caller", &format!("{pin}&pool=p")).unwrap();
-    // Around the limits of records and buffers, and a frame that is read in many pieces.
+    // Sizes around the limits of records and buffers, and a frame that is read in many pieces.
     for size in [
         0, 1, 64, 16_000, 16_384, 16_385, 32_768, 40_000, 262_144, 3_000_000,
     ] {
@@ -147,7 +147,7 @@ fn calls_of_every_size_are_answered_and_proofs_are_bound() {
         let answer = caller.call("echo", &text).send::<String>().unwrap();
         assert!(answer == text, "{size} bytes");
     }
-    // Many at once: neither end takes all of it at first.
+    // Many calls at once: neither side can send everything at first.
     let text = "y".repeat(500_000);
     std::thread::scope(|scope| {
         for _ in 0..8 {
@@ -162,13 +162,13 @@ fn calls_of_every_size_are_answered_and_proofs_are_bound() {
     let key = AppKey::from_file(&file).unwrap();
     let url = address(&server, "keyed", &pin);
     let keyed = App::connect_with(latzero::App::builder(&url).app_key(key)).unwrap();
-    // So is the admin token.
+    // The same holds for the admin token.
     let token = fs::read_to_string(server.0.data_dir().join("admin.token")).unwrap();
     keyed.prove_admin(token.trim(), false).unwrap();
 }
 
 #[test]
-fn the_key_is_private_and_stays() {
+fn the_key_is_private_and_permanent() {
     use std::os::unix::fs::MetadataExt as _;
     let (mut server, before) = tls();
     let key = server.0.data_dir().join("config/tls/key.pem");
@@ -179,7 +179,7 @@ fn the_key_is_private_and_stays() {
 }
 
 #[test]
-fn another_pin_is_refused_and_told() {
+fn another_pin_is_refused_and_reported() {
     let (server, _) = tls();
     let (other, other_pin) = tls();
     let error = refused(&server, "a", &other_pin);
@@ -202,7 +202,7 @@ fn an_authority_vouches_for_names_and_dates() {
     );
     let good = ours.server("good", &[]);
     connect(&good, "a", &format!("&ca={}", ours.file())).unwrap();
-    // Somebody else's authority, one that is over, and another host's certificate.
+    // A foreign authority, an expired certificate, and another host's certificate.
     for (server, ca) in [
         (&good, &others),
         (&ours.server("expired", &[]), &ours),
@@ -227,14 +227,15 @@ fn a_reload_changes_the_certificate_and_keeps_connections() {
     server.signal(Signal::HUP);
     while pin(&server) == before {}
     let after = pin(&server);
-    // Who knew the old key is told, who has the new one comes in, and who was there stays.
+    // A client with the old key gets an error, one with the new key is admitted, and existing
+    // connections stay.
     assert_eq!(
         refused(&server, "a", &format!("&pin={before}")).kind(),
         Code::Unauthenticated
     );
     let caller = connect(&server, "c", &format!("&pin={after}&pool=p")).unwrap();
     assert_eq!(caller.call("echo", &5).send::<i64>().unwrap(), 5);
-    // One that does not fit is refused as a whole.
+    // A certificate that does not match its key is refused, and nothing changes.
     authority.write("server.pem", "no certificate");
     let mut admin = server.app(Via::Unix, json!({"app_id": "admin"}));
     let reply = admin.request(json!({"action": "reload"}));
@@ -244,7 +245,7 @@ fn a_reload_changes_the_certificate_and_keeps_connections() {
 }
 
 #[test]
-fn a_client_certificate_says_which_app_ids_its_holder_has() {
+fn a_client_certificate_lists_its_holders_app_ids() {
     let (ours, others) = (Authority::new(), Authority::new());
     ours.issue("server", loopback(), false);
     ours.issue("shop", addresses(&["shop", "shop-2"]), false);
@@ -269,18 +270,18 @@ fn a_client_certificate_says_which_app_ids_its_holder_has() {
     assert!(error.to_string().contains("shop, shop-2"), "{error}");
     let error = refused(&server, "shop", &with(&ours, "nobody"));
     assert_eq!(error.kind(), Code::Forbidden, "{error}");
-    // Without a certificate, or with somebody else's, nobody gets as far as a message.
+    // Without a certificate, or with a foreign one, no message is accepted.
     for options in [format!("&ca={}", ours.file()), with(&others, "shop")] {
         let error = refused(&server, "shop", &options);
         assert_eq!(error.kind(), Code::Unauthenticated, "{error}");
         assert!(error.to_string().contains("&cert=FILE"), "{error}");
     }
-    // The Unix socket stays as it is.
+    // The Unix socket works as before.
     drop(server.app(Via::Unix, json!({"app_id": "bank"})));
 }
 
 #[test]
-fn each_kind_of_client_is_told_about_the_other_kind_of_port() {
+fn each_kind_of_client_recognizes_the_other_kind_of_port() {
     let (server, pin) = tls();
     let plain = format!("latzero://a@{}", server.0.tcp());
     let error = App::connect(&plain).map(drop).unwrap_err().to_string();
@@ -288,7 +289,7 @@ fn each_kind_of_client_is_told_about_the_other_kind_of_port() {
         error.contains("speaks TLS") && error.contains("?tls"),
         "{error}"
     );
-    // No message of LatZero is sent in the clear: an alert at most (RFC 8446, section 6).
+    // The server sends no LatZero message in the clear: an alert at most (RFC 8446, section 6).
     let mut wire = TcpStream::connect(server.0.tcp()).unwrap();
     wire.write_all(b"\0\0\0\x02{}").unwrap();
     let mut said = Vec::new();
@@ -300,7 +301,7 @@ fn each_kind_of_client_is_told_about_the_other_kind_of_port() {
     assert!(error.contains("does not speak TLS"), "{error}");
 }
 
-/// The first bytes of a client that begins TLS.
+/// The first bytes of a client that starts TLS.
 fn client_hello() -> Vec<u8> {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!(
@@ -319,7 +320,7 @@ fn client_hello() -> Vec<u8> {
 }
 
 #[test]
-fn who_stops_halfway_is_closed_in_time_and_holds_up_nobody() {
+fn a_client_that_stops_halfway_is_closed_in_time_and_delays_nobody() {
     let server = Server::with(&["enable_tls=true", "handshake_timeout=1s"]);
     let pin = format!("&pin={}", pin(&server));
     let handler = connect(&server, "h", &format!("{pin}&pool=p")).unwrap();
@@ -327,7 +328,7 @@ fn who_stops_halfway_is_closed_in_time_and_holds_up_nobody() {
     let caller = connect(&server, "c", &format!("{pin}&pool=p")).unwrap();
     let hello = client_hello();
     let began = Instant::now();
-    // Nothing, half of the first message, and all of it without the second.
+    // Nothing, half of the first message, and the whole first message without the second.
     let mut stalled: Vec<TcpStream> = [0, hello.len() / 2, hello.len()]
         .iter()
         .cycle()
@@ -344,13 +345,13 @@ fn who_stops_halfway_is_closed_in_time_and_holds_up_nobody() {
         assert_eq!(caller.call("echo", &i).send::<i64>().unwrap(), i);
         slowest = slowest.max(asked.elapsed());
     }
-    // Far below the time that the others take to be closed, on a machine that is busy too.
+    // Far less than the time until the others are closed, even on a busy machine.
     assert!(slowest < Duration::from_millis(500), "{slowest:?}");
     for stream in &mut stalled {
         stream
             .set_read_timeout(Some(Duration::from_secs(10)))
             .unwrap();
-        // Its own part of the handshake, and then the end.
+        // The server's part of the handshake, and then the end.
         let mut said = Vec::new();
         match stream.read_to_end(&mut said) {
             Ok(_) => {}
@@ -364,7 +365,7 @@ fn who_stops_halfway_is_closed_in_time_and_holds_up_nobody() {
 #[test]
 fn a_first_message_in_tiny_records_is_understood() {
     let server = Server::with(&["enable_tls=true"]);
-    // All of it is there before the server has looked: nothing tells it again that there is more.
+    // All of it arrives before the server reads: no later event announces the rest.
     let hello = client_hello();
     let tiny: Vec<u8> = hello[5..]
         .iter()
@@ -378,7 +379,7 @@ fn a_first_message_in_tiny_records_is_understood() {
 }
 
 #[test]
-fn what_tls_holds_is_counted_and_given_back() {
+fn memory_of_tls_is_counted_and_released() {
     let (server, pin) = tls();
     let mut looks = server.app(Via::Unix, json!({"app_id": "looks"}));
     let mut inbound = || {
@@ -388,7 +389,7 @@ fn what_tls_holds_is_counted_and_given_back() {
             .unwrap()
     };
     let before = inbound();
-    // One that has said nothing, and one that is in.
+    // A connection that has sent nothing, and one that is admitted.
     let silent = TcpStream::connect(server.0.tcp()).unwrap();
     while inbound() < before + 8192 {}
     let app = connect(&server, "a", &pin).unwrap();
@@ -398,7 +399,7 @@ fn what_tls_holds_is_counted_and_given_back() {
 }
 
 #[test]
-fn what_tls_holds_for_who_does_not_read_is_counted() {
+fn memory_of_tls_for_a_slow_reader_is_counted() {
     let (server, _) = tls();
     let mut looks = server.app(Via::Unix, json!({"app_id": "looks"}));
     let mut stats = || looks.request(json!({"action": "stats"}))["response"].take();
@@ -407,18 +408,18 @@ fn what_tls_holds_for_who_does_not_read_is_counted() {
     let slow = json!({"app_id": "slow", "pools": ["p"], "triggers": ["t"]});
     let slow = server.app(Via::Tls, slow);
     let mut caller = server.app(Via::Unix, json!({"app_id": "caller", "pools": ["p"]}));
-    // More than the kernel takes for it; it sends nothing itself meanwhile.
+    // More than the kernel buffers for it; it sends nothing itself in the meantime.
     let data = "x".repeat(14_000_000);
     caller.send(&json!({"action": "trigger", "id": "a", "process": "t", "data": data}));
     eventually(|| stats()["transport"]["slow_readers"] == 1);
-    // What was read is gone by now; what was encrypted waits.
+    // The decrypted input is gone by now; the encrypted output waits.
     let held = inbound(&stats()) - before;
     assert!(held >= 8192 + PLAIN_BYTES_MAX as u64, "{held}");
     drop((slow, caller));
     eventually(|| inbound(&stats()) == before);
 }
 
-/// Looks again and again, for half a minute at most.
+/// Polls until the condition holds, for at most half a minute.
 fn eventually(mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !is_so() {
@@ -426,7 +427,7 @@ fn eventually(mut is_so: impl FnMut() -> bool) {
     }
 }
 
-/// Runs the program with a home directory of its own.
+/// Runs the program with a private home directory.
 fn run(home: &Path, args: &[&str]) -> (i32, String) {
     run_with(home, args, &[])
 }
@@ -463,7 +464,7 @@ fn a_host_is_trusted_once_and_every_command_honours_it() {
     ];
     let (code, said) = run(home.path(), &call);
     assert!(code != 0 && said.contains("speaks TLS"), "{said}");
-    // Nobody is there to be asked.
+    // Nobody is there to confirm.
     let (code, said) = run(home.path(), &["trust", &tcp]);
     assert!(code == 2 && said.contains(&pin(&server)), "{said}");
     let (code, said) = run(home.path(), &["trust", &tcp, "--pin", &"A".repeat(43)]);
@@ -480,7 +481,7 @@ fn a_host_is_trusted_once_and_every_command_honours_it() {
         &["ping", "--url", &format!("latzero://x@{tcp}?tls")],
     );
     assert!(code == 0, "{said}");
-    // Whoever trusts it speaks TLS there, however the address is given.
+    // Every command on a trusted host uses TLS, in whatever form the address is given.
     let plain = format!("latzero://x@{tcp}");
     for said in [
         run(home.path(), &["ping", "--url", &plain]),
@@ -490,7 +491,7 @@ fn a_host_is_trusted_once_and_every_command_honours_it() {
         let is_refused = said.contains("was trusted") && said.contains("?tls");
         assert!(code != 0 && is_refused, "{said}");
     }
-    // Another key on the same port: every command refuses, and `trust` asks for more than a yes.
+    // Another key on the same port: every command refuses, and `trust` needs more than a yes.
     fs::remove_dir_all(server.0.data_dir().join("config/tls")).unwrap();
     let mut admin = server.app(Via::Unix, json!({"app_id": "admin"}));
     let reply: Value = admin.request(json!({"action": "reload"}));

@@ -1,9 +1,9 @@
-//! A worker is killed in the middle of a call, and its twin takes over.
+//! A worker is killed in the middle of a call, and a second worker takes over.
 //!
-//! Two processes serve `render` under one AppID. The caller learns from a progress report which of
-//! them has its call, and kills that one. The call ends with `handler_gone` and `ran: unknown`,
-//! which is for the caller to judge: rendering twice does no harm, so it calls again, and the twin
-//! answers.
+//! Two processes serve `render` with one AppID. The caller learns from a progress report which of
+//! them has its call, and kills that one. The call ends with `handler_gone` and `ran: unknown`. The
+//! caller must decide what that means: rendering twice does no harm, so it calls again, and the
+//! second worker answers.
 
 use std::error::Error;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use latzero::blocking::App;
 use latzero::{Code, ItemOrProgress};
 use latzero_examples::{Worker, serve_for_ever};
 
-/// A ttl that is longer than any rendering.
+/// A ttl longer than any rendering takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -26,9 +26,9 @@ fn work() -> Result<(), Box<dyn Error>> {
     let app = App::connect("latzero://renderer")?;
     app.serve("render", |request| {
         let (picture, attempt): (String, u32) = request.data()?;
-        // Which worker has the call, for the caller that is going to kill it.
+        // Tells the caller, which will kill this worker, which one has the call.
         request.progress(&std::process::id())?;
-        // The first attempt takes for ever, so that the kill certainly comes in the middle of it.
+        // The first attempt never finishes, so that the kill is certain to interrupt it.
         while attempt == 1 && !request.is_cancelled() {
             std::thread::sleep(Duration::from_millis(10));
         }

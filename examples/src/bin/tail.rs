@@ -1,4 +1,4 @@
-//! Follows a file through the server, as `tail -f` would follow it here.
+//! Follows a file through the server, as `tail -f` does locally.
 //!
 //! ```text
 //! tail serve              serves the trigger `tail`
@@ -6,8 +6,9 @@
 //! tail follow FILE N      ends after N lines
 //! ```
 //!
-//! Lines travel as a stream with credits: a reader that stops reading stops the file from being
-//! read, and costs the server nothing. When the reader goes away the handler is told, and ends.
+//! Lines are sent as a stream with credits: if a reader stops reading, the handler stops reading
+//! the file, and the server uses no memory for it. When the reader disconnects, the handler is
+//! notified and ends.
 
 use std::error::Error;
 use std::fs::File;
@@ -18,7 +19,7 @@ use latzero::HandlerError;
 use latzero::blocking::{App, Request};
 use latzero_examples::serve_for_ever;
 
-/// How often a file that has no more lines is looked at again.
+/// How often the end of the file is checked for new lines.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// A stream's time to live: a day.
@@ -40,7 +41,7 @@ fn serve() -> Result<(), Box<dyn Error>> {
     serve_for_ever()
 }
 
-/// Sends the file's lines until the caller wants no more.
+/// Sends the file's lines until the caller cancels.
 fn send_lines(request: &Request) -> Result<(), HandlerError> {
     let path: String = request.data()?;
     let file = File::open(&path)
@@ -48,7 +49,7 @@ fn send_lines(request: &Request) -> Result<(), HandlerError> {
     let mut lines = BufReader::new(file);
     let mut line = String::new();
     while !request.is_cancelled() {
-        // A line without its end is incomplete: the part so far is kept.
+        // A line without a line end is incomplete: its beginning stays in the buffer.
         if lines.read_line(&mut line)? == 0 || !line.ends_with('\n') {
             std::thread::sleep(LOOK_EVERY);
             continue;

@@ -5,8 +5,8 @@
 //! ```
 //!
 //! The caller cuts the file into pieces at white space and calls `wordcount/piece` for each; the
-//! server hands each call to the worker with the fewest calls in flight. Progress goes to standard
-//! error.
+//! server passes each call to the worker with the fewest calls in flight. Progress is printed on
+//! standard error.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -17,11 +17,11 @@ use latzero::Strategy;
 use latzero::blocking::App;
 use latzero_examples::{Worker, serve_for_ever};
 
-/// How many workers, and how many pieces are in progress for each.
+/// The number of workers, and of pieces in progress for each.
 const WORKERS: usize = 3;
 const PIECES_PER_WORKER: usize = 2;
 
-/// About how many bytes a piece has.
+/// The approximate size of a piece in bytes.
 const PIECE_BYTES: usize = 64 * 1024;
 
 const TRIGGER: &str = "wordcount/piece";
@@ -52,7 +52,7 @@ fn work() -> Result<(), Box<dyn Error>> {
     serve_for_ever()
 }
 
-/// The caller: hands out the pieces and adds up what comes back.
+/// The caller: distributes the pieces and adds up the results.
 fn count(file: &str) -> Result<(), Box<dyn Error>> {
     let text = std::fs::read_to_string(file).map_err(|error| format!("{file}: {error}"))?;
     let workers = (0..WORKERS)
@@ -73,7 +73,7 @@ fn count(file: &str) -> Result<(), Box<dyn Error>> {
         sum.1 += 1;
         show_progress(sum.1, total);
     };
-    // As many callers as pieces in progress: each waits for its own answer.
+    // As many caller threads as pieces in progress: each waits for its own answer.
     std::thread::scope(|scope| {
         let callers: Vec<_> = (0..WORKERS * PIECES_PER_WORKER)
             .map(|_| {

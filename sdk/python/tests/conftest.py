@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures shared by all tests."""
 
 import latzero
 import pytest
@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture
 def pair(latzero_server, request):
-    """A handler's app and a caller's, in a pool of their own."""
+    """A handler's app and a caller's app, in a separate pool."""
     pool = "".join(c if c.isalnum() else "-" for c in request.node.name)[:60]
     with (
         latzero.connect(latzero_server.url(f"serves-{pool}", pool)) as serves,

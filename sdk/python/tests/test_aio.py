@@ -1,4 +1,4 @@
-"""The asyncio face against a real server."""
+"""The asyncio interface against a real server."""
 
 import asyncio
 import gc
@@ -14,7 +14,7 @@ import pytest
 
 
 def run(latzero_server, request, test):
-    """Runs `test(serves, calls)` with two apps in a pool of their own."""
+    """Runs `test(serves, calls)` with two apps in a separate pool."""
     pool = "".join(c if c.isalnum() else "-" for c in request.node.name)[:60]
 
     async def main():
@@ -162,7 +162,7 @@ def test_streams(on_loop):
                 if item == 5:
                     break
         await closed.wait()
-        # A wait that is given up leaves the stream usable.
+        # Giving up a wait leaves the stream usable.
         items = calls.stream("count", n=1)
         assert [item async for item in items] == [0]
 
@@ -252,7 +252,7 @@ def test_blocks(on_loop):
         await block.remove()
 
 
-def test_another_loop_is_told(latzero_server):
+def test_use_from_another_loop_is_an_error(latzero_server):
     async def connect():
         return await latzero.aio.connect(latzero_server.url("loops"), transient=True)
 
@@ -303,14 +303,14 @@ print("end")
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"end\n", b"")
 
 
-# What one face has and the other has not, and why.
+# Names in one interface that the other lacks, and why.
 ONLY_IN_AIO = {("App", "ready")}
-# Differences of single methods.
+# Differences between single methods.
 PARAMETERS_ONLY_IN_AIO = {("App", "serve"): {"inline"}}
 
 
 @pytest.mark.parametrize("name", ["App", "Block", "Stream", "Pending", "Parked"])
-def test_both_faces_have_the_same_names(name):
+def test_both_interfaces_have_the_same_names(name):
     sync, aio = getattr(latzero, name), getattr(latzero.aio, name)
 
     def public(kind):

@@ -1,4 +1,4 @@
-"""Memory blocks, as arrays and without numpy."""
+"""Memory blocks, with and without numpy."""
 
 import gc
 import subprocess
@@ -40,7 +40,7 @@ def test_written_and_read(blocks):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_what_a_draft_begins_with(blocks, keep):
+def test_initial_content_of_a_draft(blocks, keep):
     block, _ = blocks
     for n in range(1, 5):
         with block.write(keep=keep) as a:
@@ -81,7 +81,7 @@ def test_a_draft_s_array_ends_with_it(blocks):
     assert (block.read() == 1).all()
 
 
-def test_views_are_read_only_and_tell_when_they_end(blocks):
+def test_views_are_read_only_and_report_their_end(blocks):
     writes, reads = blocks
     with writes.write() as a:
         a[:] = 1

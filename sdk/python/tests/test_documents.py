@@ -1,4 +1,4 @@
-"""The examples of the documents, run as they are printed."""
+"""The examples in the documentation, run as printed."""
 
 import os
 import re
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def code(document: str, language: str) -> str:
-    """The blocks of a language, behind each other, with the lines that they have there."""
+    """All code blocks of a language in one text, at the line numbers that they have there."""
     lines, inside = [], False
     for line in (ROOT / document).read_text().splitlines():
         fence = re.match(r"```(\w*)$", line)
@@ -28,7 +28,7 @@ def code(document: str, language: str) -> str:
 def test_examples_run(latzero_server, tmp_path, document, language):
     script = tmp_path / "example.py"
     script.write_text(code(document, language))
-    # The examples name no server: it is the one of the data directory.
+    # The examples name no server: they use the server of the data directory.
     env = {**os.environ, "LATZERO_DATA_DIR": latzero_server.data_dir}
     run = subprocess.run(
         [sys.executable, script], env=env, timeout=60, capture_output=True, text=True

@@ -12,7 +12,7 @@ import pytest
 
 
 def in_child(work):
-    """Runs `work` in a forked child, which ends as a script does; what it returned."""
+    """Runs `work` in a forked child, which ends as a script does; returns its result."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -32,13 +32,13 @@ def in_child(work):
     return told
 
 
-def test_a_forked_child_has_a_connection_of_its_own(pair):
+def test_a_forked_child_has_its_own_connection(pair):
     serves, calls = pair
     serves.serve("double", lambda n: n * 2)
     before = calls.instance
     told = in_child(lambda: (calls.call("double", n=4, timeout=10), calls.instance))
     assert told.startswith("(8, ") and before not in told
-    # The parent's connections live on.
+    # The parent's connections still work.
     assert (calls.instance, calls.is_connected) == (before, True)
     assert calls.call("double", n=1) == 2 and serves.ping() >= 0
 
@@ -230,7 +230,7 @@ def test_a_handler_that_never_ends_does_not_crash_the_end(latzero_server, work):
     script = f"""
 import latzero, sys, threading, time
 class Slow:
-    # The interpreter takes its time to end, and the handler comes back meanwhile.
+    # The interpreter ends slowly, and the handler reconnects in the meantime.
     def __del__(self, sleep=time.sleep):
         sleep(0.2)
 app = latzero.connect(sys.argv[1], transient=True)

@@ -1,4 +1,4 @@
-"""The blocking face against a real server."""
+"""The blocking interface against a real server."""
 
 import dataclasses
 import datetime
@@ -22,7 +22,7 @@ from latzero import _latzero
     None, True, False, 0, -1, 2**63, 2**64 - 1, -(2**63), 0.1, 1e300, 5e-324, "", "ä\n\"\\\x01",
     [], {}, [1, [2, {"a": None}]], {"a": {"b": [1.5, "x"]}},
 ], ids=repr)
-def test_json_comes_back_as_it_went(latzero_server, value):
+def test_json_round_trips_unchanged(latzero_server, value):
     with latzero.connect(latzero_server.url("json", "system"), transient=True) as app:
         back = app.call("echo", value)
     assert back == value and type(back) is type(value)
@@ -56,7 +56,7 @@ def test_bytes_travel_raw(pair, kind):
     assert calls.reply("back", kind(b"ab")).bytes == b"ba"
 
 
-def test_handlers_take_fields_by_name(pair):
+def test_handlers_get_fields_by_name(pair):
     serves, calls = pair
 
     @serves.serve
@@ -85,7 +85,7 @@ def test_a_handler_sees_its_request(pair):
     assert got == ["who", calls.app_id, {"a": "b"}, "k", 1]
 
 
-def test_what_a_handler_raises_is_told(pair):
+def test_an_exception_of_a_handler_reaches_the_caller(pair):
     serves, calls = pair
 
     @serves.serve
@@ -214,7 +214,7 @@ def test_ctrl_c_ends_a_waiting_call(pair):
         calls.call("hold", timeout=20)
     assert time.monotonic() - began < 10
     release.set()
-    # The connection works on.
+    # The connection still works.
     assert calls.ping() >= 0
 
 
@@ -266,7 +266,7 @@ def test_a_pending_call_is_cancelled(pair):
     call.cancel()
     with pytest.raises(latzero.Cancelled):
         call.result()
-    # The handler's connection hears of it before the answer to what is asked later.
+    # The handler's connection gets the notice before the reply to a later request.
     calls.ping(), serves.ping()
     assert requests[0].cancelled
     release.set()
@@ -278,7 +278,7 @@ def test_parked_calls(pair):
     assert parked.id == "order-17"
     serves.serve("bill", lambda order: order + 1)
     assert parked.answer() == 18
-    # Nobody waits for this one.
+    # Nobody waits for this answer.
     calls.park("bill", order=1, id="order-1", timeout=60)
     answer = next(calls.answers())
     assert (answer.id, answer.result(), answer.lost) == ("order-1", 2, 0)

@@ -1,9 +1,9 @@
-//! What the server does with blocks, compared with another server, for example one built before a
+//! The server's block operations compared with another server, for example one built before a
 //! change: flushes, and writes, reads and new blocks through the server.
 //!
 //! Two servers run at the same time, and each operation is done on both in turn, in changing order,
 //! so that changes of the machine affect both. Every pair of servers is started afresh, because the
-//! placement in memory and on the processor matters more than what is looked for.
+//! placement in memory and on the processor can matter more than the difference to be measured.
 
 use super::{BlockArgs, MIB, app, did, middle, us};
 use crate::failure::{During, Failure};
@@ -17,11 +17,11 @@ use std::path::Path;
 use std::time::Instant;
 use tempfile::TempDir;
 
-/// How many times the other's time a flush may take, and how many times anything else.
+/// The largest ratio to the other server's time: for a flush, and for any other operation.
 const FLUSH_RATIO_MAX: f64 = 1.2;
 const RATIO_MAX: f64 = 1.05;
 
-/// Pairs of servers.
+/// The number of server pairs.
 const PAIRS: u64 = 15;
 
 /// Bytes that are written and read through the server.
@@ -29,14 +29,14 @@ const SMALL_BYTES: usize = 4096;
 
 /// One of the two servers, and a block there of each kind.
 struct Contestant {
-    /// It maps blocks.
+    /// The app that maps blocks.
     mapped: App,
     persistent: Block,
-    /// Copies of the same app over TCP, which the server writes and reads for it.
+    /// A block that the same app uses over TCP, so that the server copies it.
     copied: Block,
     copied_persistent: Block,
     _server: Running,
-    /// Goes last.
+    /// Dropped last.
     _scratch: TempDir,
 }
 
@@ -129,7 +129,7 @@ fn timed<T>(what: &str, run: impl FnOnce() -> Result<T, latzero::Error>) -> Resu
     Ok(us(begin))
 }
 
-/// Compares this server with the one that `before` is.
+/// Compares this server with the program `before`.
 pub(super) fn run(args: &BlockArgs, before: &Path, mut sheet: Sheet) -> Result<Results, Failure> {
     check_program()?;
     let samples = args.samples.unwrap_or(if args.quick { 2 } else { 2000 });
@@ -158,7 +158,7 @@ pub(super) fn run(args: &BlockArgs, before: &Path, mut sheet: Sheet) -> Result<R
     Ok(sheet.to_results())
 }
 
-/// The median time of each operation with one pair of servers: before, and now.
+/// The median time of each operation with one pair of servers: before and now.
 fn measure(before: &Path, samples: u64, is_first: bool) -> Result<Vec<[f64; 2]>, Failure> {
     let [older, newer] = match is_first {
         true => [Contestant::start(before)?, Contestant::start(&program())?],

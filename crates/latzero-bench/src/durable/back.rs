@@ -22,15 +22,15 @@ use std::time::{Duration, Instant};
 
 const BACK_MS_MAX: f64 = 2_000.0;
 
-/// After this long without the last one something is wrong.
+/// A turn that takes longer than this has failed.
 const WAIT_MAX: Duration = Duration::from_secs(20);
 
-/// The pause before another attempt is a random part of this, doubled with each; the client
-/// libraries' own.
+/// The pause before another attempt is a random part of this, doubled with each attempt as in the
+/// client libraries.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// How many connections may be in their handshake.
+/// How many connections may be in their handshake at the same time.
 #[derive(Clone, Copy)]
 enum Admission {
     Wide,
@@ -60,14 +60,14 @@ impl Admission {
     }
 }
 
-/// One return of all.
+/// One turn in which all apps reconnect.
 #[derive(Clone, Copy, Debug, Serialize)]
 struct Turn {
     start_ms: f64,
     first_ms: f64,
     half_ms: f64,
     last_ms: f64,
-    /// Attempts refused at the limit.
+    /// Attempts that were refused because of the limit.
     sent_away: u64,
 }
 
@@ -109,7 +109,7 @@ fn app_id(number: usize) -> String {
     format!("app-{number:04}")
 }
 
-/// Registers all, kills the server, and times their return to its successor.
+/// Registers all apps, kills the server, and times their reconnection to the next one.
 fn take_turn(admission: Admission, apps: u64) -> Result<Turn, Failure> {
     let scratch = tempfile::tempdir().during("make a directory for the server")?;
     let settings = admission.settings(apps);
@@ -117,13 +117,13 @@ fn take_turn(admission: Admission, apps: u64) -> Result<Turn, Failure> {
     let apps = usize::try_from(apps).expect("it was bounded");
     let mut registered = Vec::new();
     for number in 0..apps {
-        // A ring: each pool is shared by two.
+        // A ring: each pool is shared by two apps.
         let pools = [number, (number + 1) % apps].map(|n| format!("pool-{n:04}"));
         let triggers = ["load", "save", "list", "drop"];
         let handshake = json!({"app_id": app_id(number), "pools": pools, "triggers": triggers});
         registered.push(Wire::connect(&server, Transport::Unix, handshake)?);
     }
-    // A kill, while all of them are there.
+    // The server is killed while all apps are connected.
     drop(server);
     drop(registered);
     let begin = Instant::now();
@@ -150,7 +150,7 @@ fn millis(time: Duration) -> f64 {
 
 /// What one app is doing.
 enum State {
-    /// To be dialled for the so manieth time.
+    /// The app will connect; the number counts its attempts.
     Away(u32),
     Asking(u32, Wire),
     Back,
@@ -161,10 +161,10 @@ struct Crowd<'s> {
     server: &'s Running,
     poll: Poll,
     states: Vec<State>,
-    /// Who dials when.
+    /// When each app connects next.
     due: BTreeSet<(Instant, usize)>,
     begin: Instant,
-    /// When each was acknowledged, in that order, and its connection, which stays.
+    /// When each app was acknowledged, in order, and its connection, which stays open.
     arrived: Vec<(Duration, Wire)>,
     sent_away: u64,
     random: u64,
@@ -232,7 +232,7 @@ impl<'s> Crowd<'s> {
             )
             .during("watch a connection")?;
         wire.append(&handshake_json(json!({"app_id": app_id(number)})));
-        // Where the server sent it away already, that is heard by reading.
+        // If the server has refused it already, the next read shows that.
         let _ = wire.flush();
         self.states[number] = State::Asking(attempt, wire);
         Ok(())
@@ -266,13 +266,13 @@ impl<'s> Crowd<'s> {
         Ok(())
     }
 
-    /// It tries again after a random pause.
+    /// Schedules another attempt after a random pause.
     fn send_away(&mut self, number: usize, attempt: u32) {
         self.sent_away += 1;
         let most = PAUSE_MIN
             .saturating_mul(1 << attempt.min(20))
             .min(PAUSE_MAX);
-        // Knuth's MMIX: the upper bits are random enough to spread a crowd.
+        // The multiplier of Knuth's MMIX: its upper bits are random enough to spread the attempts.
         self.random = self
             .random
             .wrapping_mul(6_364_136_223_846_793_005)

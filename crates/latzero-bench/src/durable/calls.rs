@@ -20,21 +20,21 @@ use serde_json::json;
 use std::path::Path;
 use tempfile::TempDir;
 
-/// How many times the other's p50 it may be.
+/// The largest ratio of its p50 to the other's.
 const RATIO_MAX: f64 = 1.03;
 
-/// Turns that each of a pair has.
+/// How many turns each server of a pair has.
 const TURNS: usize = 8;
 
-/// The contestant that speaks to LatZero over its Unix socket.
+/// The contestant that uses LatZero over its Unix socket.
 const PEER: &str = "latzero-unix";
 
-/// One of a pair.
+/// One server of a pair.
 struct Contestant {
     address: String,
     server: Running,
     _handler: Process,
-    /// Goes last.
+    /// Dropped last.
     _scratch: TempDir,
 }
 
@@ -152,7 +152,7 @@ fn evaluate(pairs: &[Pair], placement: Placement) -> Vec<Finding> {
         micros("p50", middle(&|pair| pair.now.p50)),
         match placement {
             Placement::OneCpu => p50.expect_at_most(RATIO_MAX),
-            // Wakings across CPUs scatter more than what is looked for.
+            // Wakeups across CPUs vary more than the difference to be measured.
             Placement::Free => p50,
         },
         times("p50 ÷ before, lowest pair", lowest),

@@ -23,20 +23,20 @@ use std::time::{Duration, Instant};
 const START_MS_MAX: f64 = 500.0;
 const HANDSHAKE_MICROS_MAX: f64 = 1_000.0;
 
-/// Known apps whose handshake is timed in a round, and pings beside them.
+/// Known apps whose handshake is timed in a round; as many pings are timed for comparison.
 const RETURNS: u64 = 2_000;
 /// New apps whose handshake is timed in a round.
 const NEWCOMERS: u64 = 300;
 
-/// For how long SQLite writes rows beside them.
+/// How long SQLite writes rows for comparison.
 const ROWS_TIME: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Serialize)]
 struct Round {
-    /// From exec to the ready line, by what was before.
+    /// The time from exec to the ready line, by what preceded the start.
     start_ms: [f64; After::ALL.len()],
     memory: Memory,
-    /// Of a server that knows nobody.
+    /// The memory of a server that knows no apps.
     memory_empty: Memory,
     ping: Micros,
     returning: Micros,
@@ -44,7 +44,7 @@ struct Round {
     sqlite_row_micros: f64,
 }
 
-/// What was before a start, in the order of a round.
+/// What preceded a start, in the order of a round.
 #[derive(Clone, Copy)]
 enum After {
     NewBoot,
@@ -160,7 +160,7 @@ fn app_id(number: u64) -> String {
     format!("known-app-{number:07}")
 }
 
-/// Writes the rows of apps that are in two pools and serve two triggers, as the server writes them.
+/// Writes rows of apps that are in two pools and serve two triggers, as the server does.
 fn write_apps(scratch: &Path, known: u64) -> Result<(), Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::said(format!("the store: {error}"));
     let dir = data_dir(scratch);
@@ -212,7 +212,7 @@ fn measure(args: &DurableArgs, seed: &Path, known: u64) -> Result<Round, Failure
     fs::copy(data_dir(seed).join(latzero_store::DATABASE), &database)
         .and_then(|_| fs::File::open(&database)?.sync_all())
         .during("copy the known apps")?;
-    // Room for the new ones.
+    // Leaves room for the new apps.
     let settings = [format!("limits.apps_max={}", known + 10_000)];
     let start = || -> Result<_, Failure> {
         let begin = Instant::now();
@@ -232,14 +232,14 @@ fn measure(args: &DurableArgs, seed: &Path, known: u64) -> Result<Round, Failure
     } else {
         (RETURNS.min(known), NEWCOMERS)
     };
-    // A stride without a common divisor reaches each app once: this one is prime.
+    // A stride without a common divisor reaches each app once; this stride is prime.
     let back = (0..returns).map(|n| json!({"app_id": app_id(n * 7_919 % known)}));
     let new = (0..newcomers).map(
         |n| json!({"app_id": format!("new-app-{n}"), "pools": ["shared"], "triggers": ["crop"]}),
     );
     let (returning, mut open) = time_handshakes(&server, back, true)?;
     let ping = time_pings(&mut open[0], returns)?;
-    // Those who came back stay: what their leaving writes is not in the way.
+    // The known apps stay connected, so that no writes for their disconnects interfere.
     let (newcomer, _new) = time_handshakes(&server, new, false)?;
     Ok(Round {
         start_ms: [new_boot, after_kill, after_end],
@@ -252,8 +252,8 @@ fn measure(args: &DurableArgs, seed: &Path, known: u64) -> Result<Round, Failure
     })
 }
 
-/// Connects with one handshake after the other; the connections stay. The clock runs from before
-/// connect(2) until the acknowledgement was read.
+/// Connects one handshake after the other; the connections stay open. The time is measured from
+/// before connect(2) until the acknowledgement has been read.
 fn time_handshakes(
     server: &Running,
     handshakes: impl Iterator<Item = serde_json::Value>,

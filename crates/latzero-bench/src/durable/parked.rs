@@ -23,13 +23,13 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Parked calls per second that many callers get at least.
+/// The fewest parked calls per second that many callers must reach.
 const RATE_MIN: f64 = 10_000.0;
 
-/// How long the server may say nothing to any caller.
+/// How long the server may send nothing to any caller.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
 
-/// How many call, and how many calls of each are in flight.
+/// The number of callers, and of calls that each has in flight.
 #[derive(Clone, Copy)]
 struct Crowd {
     callers: usize,
@@ -65,13 +65,13 @@ impl Crowd {
     }
 }
 
-/// One turn of one crowd.
+/// One turn of one group of callers.
 #[derive(Clone, Copy, Debug, Serialize)]
 struct Turn {
     parked: u64,
     elapsed_ms: f64,
     per_second: f64,
-    /// Rows in one of the store's transactions, on average; those of handshakes are counted too.
+    /// The average number of rows in one of the store's transactions, including rows of handshakes.
     rows_per_transaction: f64,
 }
 
@@ -156,7 +156,7 @@ pub(super) fn rows_per_second(time: Duration) -> Result<f64, Failure> {
     let mut rows = 0_i64;
     while begin.elapsed() < time {
         let id = format!("{rows}");
-        // As the server writes it.
+        // The envelope as the server writes it.
         let envelope = format!(
             r#"{{"instance":"0123456789abcdef","call":{{"action":"trigger","process":"late","id":"{id}","data":{PAYLOAD},"park":true}}}}"#
         );
@@ -183,10 +183,10 @@ fn make_database(dir: &Path) -> Result<(), Failure> {
         .map_err(|error| Failure::said(error.to_string()))
 }
 
-/// A private server, its callers, and a check of its database after it was killed.
+/// Runs a private server and its callers, kills it and checks its database.
 fn take_turn(crowd: Crowd, time: Duration) -> Result<Turn, Failure> {
     let scratch = tempfile::tempdir().during("make a directory for the server")?;
-    // Nobody takes the calls: all of a turn wait side by side.
+    // No handler takes the calls, so all of a turn wait together.
     let settings = ["limits.parked_max=10000000", "limits.parked_bytes_max=8GiB"];
     let server = Running::start_in(scratch.path(), &settings.map(str::to_owned))?;
     let mut callers = Callers::connect(&server, crowd)?;
@@ -200,7 +200,7 @@ fn take_turn(crowd: Crowd, time: Duration) -> Result<Turn, Failure> {
     let parked = callers.parked - already;
     let after = Commits::of(&mut observer)?;
     let all = callers.parked;
-    // A kill, not an end: what is on disk now is what was promised.
+    // The server is killed, so the disk has only what was written by now.
     drop(server);
     check_kept(scratch.path(), all)?;
     Ok(Turn {
@@ -225,7 +225,7 @@ fn check_kept(scratch: &Path, parked: u64) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What the store did so far.
+/// The store's counters so far.
 struct Commits {
     commits: u64,
     changes: u64,
@@ -251,7 +251,7 @@ struct Callers {
     wires: Vec<Wire>,
     poll: Poll,
     next_id: u64,
-    /// Calls whose parking was acknowledged.
+    /// Calls that were acknowledged as parked.
     parked: u64,
 }
 
@@ -324,7 +324,7 @@ impl Callers {
         wire.flush()
     }
 
-    /// Reads what a caller was told, to the end.
+    /// Reads all acknowledgements that a caller has received.
     fn take_parked(&mut self, caller: usize) -> Result<u64, Failure> {
         #[derive(Deserialize)]
         struct Reply<'a> {

@@ -1,5 +1,5 @@
-//! What it costs to change one chunk of a large sealed block: everything but that chunk is carried
-//! over, so the time should be that of the chunk alone.
+//! The cost of changing one chunk of a large sealed block: all other chunks are reused, so the time
+//! should be that of the chunk alone.
 
 use std::time::{Duration, Instant};
 
@@ -14,10 +14,10 @@ use crate::report::median;
 use crate::server::Running;
 use crate::stream::Transport;
 
-/// Bytes of the block.
+/// The size of the block in bytes.
 const BLOCK_BYTES: u64 = 64 * 1024 * 1024;
 
-/// Microseconds of publishing a version with one new chunk, and of sealing the chunk alone.
+/// The time to publish a version with one new chunk, and to seal the chunk alone, in microseconds.
 pub(super) fn measure(is_quick: bool) -> Result<(f64, f64), Failure> {
     let server = Running::start(&[])?;
     let scratch = tempfile::tempdir().map_err(|e| Failure::said(e.to_string()))?;
@@ -38,11 +38,11 @@ pub(super) fn measure(is_quick: bool) -> Result<(f64, f64), Failure> {
     writer.tell_server(false);
     let mut chunk = vec![7; CHUNK_BYTES];
     let write = |n: u64, chunk: &[u8]| {
-        // Chunks that lie apart from each other.
+        // Chunks that are far apart.
         let at = n * 257 % (BLOCK_BYTES / CHUNK_BYTES as u64) * CHUNK_BYTES as u64;
         writer.write(at, chunk).map_err(failed("write"))
     };
-    // The first version seals all of it, and the next one fills the other slot.
+    // The first version seals every chunk, and the next one fills the other slot.
     write(0, &chunk)?;
     write(1, &chunk)?;
     let key = key_set()

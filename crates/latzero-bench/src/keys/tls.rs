@@ -1,5 +1,5 @@
-//! What TLS costs: a call beside the same call over plain TCP, and what a handshake takes of the
-//! server's loop.
+//! The cost of TLS: a call compared with the same call over plain TCP, and the time that a
+//! handshake takes on the server's loop.
 
 use std::collections::VecDeque;
 use std::fs::Permissions;
@@ -21,7 +21,7 @@ use crate::report::median;
 use crate::server::Running;
 use crate::stream::Transport;
 
-/// Calls over TCP and over TLS, of two servers that take turns, the plain one first.
+/// Times calls over plain TCP and over TLS, on two servers in turn, the plain one first.
 pub(super) fn measure(rounds: u64, calls: u64) -> Result<[Vec<Outcome>; 2], Failure> {
     let servers = [
         Running::start(&[])?,
@@ -66,7 +66,7 @@ pub(super) fn measure(rounds: u64, calls: u64) -> Result<[Vec<Outcome>; 2], Fail
     Ok(cells)
 }
 
-/// One direction between the two ends.
+/// One direction between the two sides.
 #[derive(Default)]
 struct Pipe(VecDeque<u8>);
 
@@ -89,7 +89,7 @@ impl Write for Pipe {
     }
 }
 
-/// What a handshake takes of the server, in microseconds, and how long its longest step is.
+/// The server's time for a handshake, and for its longest step, in microseconds.
 pub(super) fn handshake(times: u32) -> Result<(f64, f64), Failure> {
     let fault = |error: &dyn std::fmt::Display| Failure::said(format!("handshake: {error}"));
     let dir = tempfile::tempdir().map_err(|error| fault(&error))?;

@@ -78,7 +78,7 @@ impl Peer for Json {
     }
 }
 
-/// The fields that anyone here looks at. The payload stays as it came.
+/// The fields that the relay reads. The payload stays unparsed.
 #[derive(Deserialize)]
 struct Message<'a> {
     action: &'a str,
@@ -106,7 +106,7 @@ struct Router {
     next_id: u64,
 }
 
-/// Whose call it is, and what they call it.
+/// A call's connection, and its id there.
 struct Caller {
     connection: usize,
     id: Box<str>,
@@ -121,7 +121,7 @@ impl Router {
         }
     }
 
-    /// What `message` of the connection `from` leads to. `None` if it is invalid here.
+    /// The reaction to `message` from the connection `from`. `None` if it is invalid here.
     fn route(
         &mut self,
         from: usize,

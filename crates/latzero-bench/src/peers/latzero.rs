@@ -21,7 +21,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-/// LatZero over one of its transports: the server of now, or the one that it is compared with.
+/// LatZero over one of its transports: the current server, or the one for comparison.
 pub(crate) struct LatZero(pub(crate) Transport, pub(crate) Which);
 
 impl Peer for LatZero {

@@ -1,4 +1,4 @@
-//! The systems that are compared.
+//! The systems under comparison.
 //!
 //! Each has its own file and implements [`Peer`]. To add one, write its file and add it to [`ALL`].
 
@@ -28,17 +28,17 @@ pub(crate) const ALL: &[&dyn Peer] = &[
     &nats::Nats,
 ];
 
-/// One way of getting a request from a caller to a handler and its reply back.
+/// One way to send a request from a caller to a handler and its reply back.
 ///
-/// `serve`, `handle` and `call` each run in a process of their own, where nothing else runs.
+/// `serve`, `handle` and `call` each run in a process of their own.
 pub(crate) trait Peer: Sync {
     /// Its name on the command line and in the results.
     fn name(&self) -> &'static str;
 
-    /// What its clients connect with: it is compared with the relays over the same.
+    /// What its clients connect with: it is compared with the relays over the same transport.
     fn transport(&self) -> Transport;
 
-    /// Gets what the contestant needs, or says why it cannot take part.
+    /// Obtains what the contestant needs, or returns why it cannot take part.
     fn prepare(&self, _install: Install) -> Result<(), String> {
         Ok(())
     }
@@ -58,12 +58,10 @@ pub(crate) trait Peer: Sync {
     /// The server's process: announces its address and serves until it is killed.
     fn serve(&self, scratch: &Path) -> Result<(), Failure>;
 
-    /// The handler's process: announces itself once a call would reach it, and answers until it is
-    /// killed.
+    /// The handler's process: announces itself once calls reach it, and answers until it is killed.
     fn handle(&self, address: &str) -> Result<(), Failure>;
 
-    /// The caller's process: makes the calls of `plan`. An answer that is not the expected one is a
-    /// failure.
+    /// The caller's process: makes the calls of `plan`. An unexpected answer is a failure.
     fn call(&self, address: &str, plan: &Plan) -> Result<Outcome, Failure>;
 }
 
@@ -74,7 +72,7 @@ pub(crate) enum Install {
     Never,
 }
 
-/// The contestant of that name.
+/// The contestant with this name.
 pub(crate) fn by_name(name: &str) -> Result<&'static dyn Peer, Failure> {
     ALL.iter()
         .copied()

@@ -55,7 +55,7 @@ impl Peer for Nats {
     }
 
     fn serve(&self, scratch: &Path) -> Result<(), Failure> {
-        // Its log goes where the parent listens.
+        // The parent reads its log.
         let stdout = std::io::stdout().as_fd().try_clone_to_owned();
         let mut command = Command::new("nats-server");
         command
@@ -74,7 +74,7 @@ impl Peer for Nats {
     }
 }
 
-/// What `nats-server --version` prints, where there is one.
+/// The output of `nats-server --version`; `None` if it is not installed.
 pub(crate) fn server_version() -> Option<String> {
     let output = Command::new("nats-server").arg("--version").output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
@@ -105,8 +105,8 @@ fn apt_install() -> Result<(), String> {
             "apt-get could not install nats-server: {said}; {BY_HAND}"
         ));
     }
-    // The package starts a service where systemd runs. Nobody asked for one: this run starts its
-    // own server.
+    // The package starts a service if systemd runs. It is not needed: this run starts its own
+    // server.
     if Path::new("/run/systemd/system").exists() {
         Command::new("systemctl")
             .args(["disable", "--now", "nats-server"])
@@ -145,8 +145,8 @@ mod client {
         run(async {
             let client = connect(address).await?;
             let mut calls = client.subscribe(PROCESS).await.map_err(failure)?;
-            // The server takes one connection's messages in order: once it has answered this
-            // request, with "nobody listens", it knows the subscription.
+            // The server handles a connection's messages in order: once it has answered this
+            // request with "no responders", it knows the subscription.
             client.request("nobody", "".into()).await.ok();
             announce(address)?;
             while let Some(call) = calls.next().await {
@@ -210,9 +210,9 @@ mod client {
         Failure::said(format!("NATS: {error}"))
     }
 
-    /// One thread. On two CPUs that served NATS best: several threads took a third longer for a
-    /// single call on one CPU, and were ahead only with 1024 in flight left to the scheduler, by
-    /// about a tenth.
+    /// One thread. On two CPUs that was best for NATS: several threads took a third longer for a
+    /// single call on one CPU, and were faster, by about a tenth, only with 1024 calls in flight
+    /// and free placement.
     fn run<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

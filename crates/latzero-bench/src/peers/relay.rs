@@ -1,7 +1,7 @@
 //! A relay of plain bytes: the cost of the sockets and the scheduler, and nothing else.
 //!
 //! The server copies bytes between its first connection (the handler) and its second one (the
-//! caller). Only the two ends parse anything: the length, to know when a message is complete.
+//! caller). Only the two clients parse anything: the length, to know when a message is complete.
 
 use super::Peer;
 use crate::failure::Failure;
@@ -33,8 +33,8 @@ impl Peer for Relay {
 
     fn handle(&self, address: &str) -> Result<(), Failure> {
         let mut stream = Stream::connect(self.0, address)?;
-        // Connections are accepted in the order of their connecting, so the caller cannot overtake
-        // this one.
+        // Connections are accepted in the order in which they were made, so the caller cannot
+        // overtake this one.
         announce(address)?;
         let response = same_response();
         run_handler(&mut stream, &mut Input::new(), |input, out| {

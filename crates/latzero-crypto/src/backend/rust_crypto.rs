@@ -1,4 +1,4 @@
-//! RustCrypto: builds wherever Rust does.
+//! RustCrypto: builds on every platform that Rust supports.
 
 use aes_gcm::aead::AeadInOut as _;
 use aes_gcm::{Aes256Gcm, KeyInit as _};

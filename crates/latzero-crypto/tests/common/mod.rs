@@ -1,4 +1,4 @@
-//! The vectors, and the pool that they describe.
+//! The vectors, and the pool in them.
 
 #![allow(dead_code, reason = "each test uses a part of it")]
 
@@ -18,7 +18,7 @@ static VECTORS: LazyLock<Value> = LazyLock::new(|| {
         .expect("the vectors are JSON")
 });
 
-/// The value at a JSON pointer, say `/keys/given`.
+/// The value at a JSON pointer, for example `/keys/given`.
 pub(crate) fn at(pointer: &str) -> &'static Value {
     VECTORS
         .pointer(pointer)
@@ -65,7 +65,7 @@ pub(crate) fn sha256(bytes: &[u8]) -> String {
     hex(&backend::preferred().sha256(&[bytes]))
 }
 
-/// Asserts that bytes are those of a vector.
+/// Asserts that bytes equal a vector.
 #[track_caller]
 pub(crate) fn same(got: &[u8], pointer: &str) {
     assert_eq!(hex(got), text(pointer), "{pointer}");
@@ -79,7 +79,7 @@ pub(crate) fn on_each(test: impl Fn(&'static dyn Backend)) {
     }
 }
 
-/// The three keys, and the owner key where asked for.
+/// The three keys, and the owner key if `owner` is true.
 pub(crate) fn keys(owner: bool) -> KeySet {
     let secret = |name: &str| Secret::new(array(&format!("/keys/given/{name}")));
     KeySet::new_pool(NewKeys {
@@ -101,7 +101,7 @@ pub(crate) fn keys3() -> KeySet {
     })
 }
 
-/// Keys with some of them taken away.
+/// The set without the other kinds of keys.
 pub(crate) fn only(keys: &KeySet, kinds: &[latzero_crypto::keys::Kind]) -> KeySet {
     let text = keys.to_file(kinds).expect("all of them are here");
     KeySet::from_file(text.as_bytes()).expect("a key file reads as it was written")
@@ -149,7 +149,7 @@ pub(crate) fn descriptor3() -> Descriptor {
     rotated.expect("all keys are here")
 }
 
-/// What an honest server says of a pool with this descriptor.
+/// What an honest server states about a pool with this descriptor.
 pub(crate) fn expected(descriptor: &Descriptor) -> Expected<'_> {
     Expected {
         name: descriptor.name(),

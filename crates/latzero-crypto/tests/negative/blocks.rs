@@ -1,4 +1,4 @@
-//! N9, N12 to N16: blocks, with the geometry and the history of their own.
+//! N9, N12 to N16: blocks, and their geometry and history.
 
 use latzero_crypto::block::{
     BlockError, BlockId, CHUNK_BYTES, CHUNK_STRIDE, Checks, ChunkKey, Entry, Geometry,
@@ -106,7 +106,7 @@ fn integrity<T>(result: Result<T, BlockError>) {
     }
 }
 
-/// A head whose first 192 bytes were changed and signed again by a key.
+/// A head whose first 192 bytes were changed and signed again with a key.
 fn resigned(head: &[u8], key: &SigningKey) -> Vec<u8> {
     let message = [b"latzero/v1/manifest\0", &head[..192]].concat();
     [&head[..192], &key.sign(&message), &head[256..]].concat()
@@ -120,7 +120,7 @@ fn no_bit_of_manifest_or_table_can_change() {
     for bit in 0..head.len() * 8 {
         let mut changed = head.clone();
         changed[bit / 8] ^= 1 << (bit % 8);
-        // A nonce is bound by the leaf of its chunk, which opening it checks.
+        // A nonce is bound by its chunk's leaf, which is checked when the chunk is opened.
         let is_nonce = bit / 8 >= MANIFEST_BYTES && (8..32).contains(&(bit / 8 % 64));
         assert_eq!(
             read(&changed, 1, &checks(), None).is_ok(),
@@ -153,7 +153,7 @@ fn n12_chunks_cannot_be_swapped_dropped_or_taken_from_elsewhere() {
     integrity(open(u32::MAX, &version.chunks[0]));
     integrity(open(0, &[]));
     integrity(open(0, &version.chunks[0][1..]));
-    // Of another version, of another block, of another epoch.
+    // From another version, another block, another epoch.
     let (_, other) = key.seal(0, 2, [7; 24], &plain[..CHUNK_BYTES]);
     integrity(open(0, &other));
     let elsewhere = BlockId {
@@ -167,13 +167,13 @@ fn n12_chunks_cannot_be_swapped_dropped_or_taken_from_elsewhere() {
     let later = ChunkKey::new(&pool, &block_id(), 2);
     let (_, other) = later.seal(0, 1, [7; 24], &plain[..CHUNK_BYTES]);
     integrity(open(0, &other));
-    // A reader with the key of another epoch or block does not open it either.
+    // A reader with the key of another epoch or block can't open it either.
     integrity(later.open(verified, 0, version.chunks[0].clone()));
     integrity(ChunkKey::new(&pool, &elsewhere, EPOCH).open(verified, 0, version.chunks[0].clone()));
 }
 
 #[test]
-fn n12_length_and_count_cannot_differ_even_where_a_writer_signs_them() {
+fn n12_length_and_count_cannot_differ_even_if_a_writer_signs_them() {
     let version = Version::of(&plaintext());
     let head = version.verified.head();
     let signed = |change: &dyn Fn(&mut Vec<u8>)| {
@@ -187,7 +187,7 @@ fn n12_length_and_count_cannot_differ_even_where_a_writer_signs_them() {
     integrity(signed(&|head| head[67] = 3));
     integrity(signed(&|head| head[64..68].fill(0xff)));
     integrity(signed(&|head| head[64..68].fill(0)));
-    // The length, with which the count still fits: the chunk does not.
+    // The length, for which the count still fits, but not the chunk.
     let longer = signed(&|head| head[63] += 1).expect("a writer signed it");
     integrity(chunk_key().open(&longer, 1, version.chunks[1].clone()));
     let shorter = signed(&|head| head[63] -= 1).expect("a writer signed it");
@@ -200,7 +200,7 @@ fn n12_length_and_count_cannot_differ_even_where_a_writer_signs_them() {
     integrity(signed(&|head| head[55] = 0));
     integrity(signed(&|head| head[43] = 0));
     integrity(signed(&|head| head[43] = 2));
-    // The last chunk dropped, count and length with it, but not the root.
+    // Without the last chunk, and with adjusted count and length, but the old root.
     integrity(signed(&|head| {
         head[67] = 1;
         head[56..64].copy_from_slice(&65_536u64.to_be_bytes());
@@ -209,7 +209,7 @@ fn n12_length_and_count_cannot_differ_even_where_a_writer_signs_them() {
 
 #[test]
 fn n13_other_ciphertext_with_the_same_tag_is_refused() {
-    // The generator of the vector, which knows the key, makes it of chunk 0 under the vector's
+    // The generator of the vector knows the key, and creates it from chunk 0 with the vector's
     // nonce.
     on_each(|backend| {
         let keys = keys(false).with_backend(backend);
@@ -234,7 +234,7 @@ fn n13_other_ciphertext_with_the_same_tag_is_refused() {
             sha256(&forged),
             text("/must_fail/chunk_with_the_same_tag/sha256")
         );
-        // The cipher alone takes it.
+        // The cipher alone accepts it.
         let aad = [
             &b"latzero/v1/chunk\0"[..],
             &block_id().pool_id,
@@ -253,7 +253,7 @@ fn n13_other_ciphertext_with_the_same_tag_is_refused() {
 }
 
 #[test]
-fn n14_names_versions_and_histories_are_kept_apart() {
+fn n14_names_versions_and_histories_are_distinguished() {
     let version = Version::of(&plaintext());
     let head = version.verified.head();
     let named = Checks {
@@ -311,7 +311,7 @@ fn n14_names_versions_and_histories_are_kept_apart() {
         read(&head, 1, &checks(), Some(&other)).err(),
         Some(BlockError::Fork(1))
     );
-    // The next version names the one that was seen.
+    // The next version refers to the one that was seen.
     let second = next(plaintext().len() as u64).sign(Some(&version.verified), &[], &seal());
     let second = second.expect("nothing changes").head();
     assert!(read(&second, 2, &checks(), Some(&seen)).is_ok());
@@ -319,7 +319,7 @@ fn n14_names_versions_and_histories_are_kept_apart() {
         read(&second, 2, &checks(), Some(&other)).err(),
         Some(BlockError::Fork(2))
     );
-    // Where versions were missed, their hashes are not known.
+    // The hashes of missed versions are unknown.
     assert!(
         read(
             &second,
@@ -347,17 +347,17 @@ fn n15_only_the_sealing_key_signs_manifests() {
         let key = key.expect("all keys are here");
         integrity(read(&resigned(&head, &key), 1, &checks(), None));
     }
-    // A signature of the same bytes for another use.
+    // A signature of the same bytes for another purpose.
     let bare = [&head[..192], &seal().sign(&head[..192]), &head[256..]].concat();
     integrity(read(&bare, 1, &checks(), None));
     integrity(Verified::new(&head, 1, &checks(), None, |_| None));
 }
 
 #[test]
-fn n16_a_table_that_was_edited_is_refused_and_never_signed_again() {
+fn n16_an_edited_table_is_refused_and_never_signed_again() {
     let version = Version::of(&plaintext());
     let mut head = version.verified.head();
-    // Another leaf in the table, and the root recomputed without a signature.
+    // A changed leaf in the table, with the root recomputed but not signed.
     head[MANIFEST_BYTES + 32] ^= 1;
     integrity(read(&head, 1, &checks(), None));
     let entries = head[MANIFEST_BYTES..].chunks(64).map(|line| &line[32..]);
@@ -365,7 +365,7 @@ fn n16_a_table_that_was_edited_is_refused_and_never_signed_again() {
     let root = [&b"latzero/v1/root\0"[..], &2u32.to_be_bytes(), &leaves].concat();
     head[96..128].copy_from_slice(&backend::preferred().sha256(&[&root]));
     integrity(read(&head, 1, &checks(), None));
-    // So a writer gets nothing to start from; what it signs instead needs every chunk.
+    // So a writer has no base to start from; to sign a new version it needs every chunk.
     let anew =
         next(plaintext().len() as u64).sign(None, &[(0, version.verified.table()[0])], &seal());
     assert_eq!(anew.err(), Some(PublishError::Chunk(1)));
@@ -380,7 +380,7 @@ fn n16_a_table_that_was_edited_is_refused_and_never_signed_again() {
 }
 
 #[test]
-fn n9_content_of_an_epoch_that_is_over_is_stale() {
+fn n9_content_of_an_expired_epoch_is_stale() {
     let head = Version::of(&plaintext()).verified.head();
     let later = |min_content_epoch| Checks {
         epoch: 3,
@@ -411,7 +411,7 @@ fn n18_other_versions_and_suites_are_downgrades() {
 }
 
 #[test]
-fn a_new_version_takes_over_what_did_not_change() {
+fn a_new_version_reuses_unchanged_chunks() {
     let mut plain = plaintext();
     let one = Version::of(&plain).verified;
     let key = chunk_key();
@@ -424,7 +424,7 @@ fn a_new_version_takes_over_what_did_not_change() {
     assert_eq!(two.table()[1], one.table()[1]);
     assert_eq!(two.table()[0].version, 2);
     assert!(read(&two.head(), 2, &checks(), Some(&one.seen())).is_ok());
-    // A chunk that was sealed for another version, one too many, one whose length changes.
+    // A chunk that was sealed for another version, a surplus one, and one whose length changes.
     let sign = |length, base: Option<&Verified>, changed: &[(u32, Entry)]| {
         next(length).sign(base, changed, &seal()).err()
     };
@@ -451,7 +451,7 @@ fn a_new_version_takes_over_what_did_not_change() {
         "shorter by a whole chunk"
     );
     assert_eq!(sign(0, Some(&one), &[]), None, "empty");
-    // A new epoch takes nothing over.
+    // A new epoch reuses no chunks.
     let later = Next {
         epoch: 2,
         ..next(length)
@@ -467,7 +467,7 @@ fn a_new_version_takes_over_what_did_not_change() {
 }
 
 #[test]
-fn what_the_server_checks_of_a_written_slot() {
+fn the_server_checks_a_written_slot() {
     let version = Version::of(&plaintext());
     let slot = version.slot();
     let written = |slot: &[u8], version| checks().written(slot, version, &public());
@@ -497,7 +497,7 @@ fn what_the_server_checks_of_a_written_slot() {
         checks().written(&resigned(&forged, &seal()), u64::MAX, &public()),
         Err(BlockError::VersionConflict { .. })
     ));
-    // An empty block is a manifest and nothing else.
+    // An empty block is only a manifest.
     let empty = next(0)
         .sign(None, &[], &seal())
         .expect("nothing is missing");
@@ -505,7 +505,7 @@ fn what_the_server_checks_of_a_written_slot() {
 }
 
 #[test]
-fn n19_geometry_holds_at_its_ends() {
+fn n19_geometry_is_correct_at_its_limits() {
     let check = |size: u64, chunks: u32, chunks_at: u64| {
         let geometry = Geometry::of(size).expect("it is not too large");
         assert_eq!(geometry.chunks_max(), chunks, "{size}");

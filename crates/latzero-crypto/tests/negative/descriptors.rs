@@ -25,7 +25,7 @@ fn accept(descriptor: &Descriptor, keys: &KeySet, stored: Option<&Descriptor>) -
     descriptor.accept(keys, &expected(descriptor), &[], stored)
 }
 
-/// A descriptor with other bytes, signed by the owner key that it names, whose holder made it.
+/// A descriptor with these bytes, signed with the owner key that it contains.
 fn signed(bytes: &[u8], owner: &SigningKey) -> Vec<u8> {
     let body = &bytes[..bytes.len() - 128];
     let message = [b"latzero/v1/descriptor\0", body].concat();
@@ -70,9 +70,9 @@ fn n5_no_bit_of_a_descriptor_can_change() {
 }
 
 #[test]
-fn n5_the_wrap_fails_for_itself_where_the_owner_signs_changed_bytes() {
-    // Times, salt, check value, previous hash: all of it is bound to the wrap, not to the signature
-    // alone.
+fn n5_the_wrap_fails_even_if_the_owner_signs_changed_bytes() {
+    // Times, salt, check value, previous hash: all are bound to the wrap too, not only to the
+    // signature.
     for at in (32..72).chain(232..296) {
         let mut bytes = descriptor2().as_bytes().to_vec();
         bytes[at] ^= 1;
@@ -84,7 +84,7 @@ fn n5_the_wrap_fails_for_itself_where_the_owner_signs_changed_bytes() {
 
 #[test]
 fn n6_another_owner_is_not_the_pinned_one() {
-    // The same three keys, and an owner key of an attacker's own.
+    // The same three keys, with an attacker's owner key.
     let theirs = Descriptor::create(&keys(true), &new_pool(Suite::Sealed)).expect("all keys");
     invalid(accept(&theirs, &keys(false), None));
     let mut bytes = descriptor1().as_bytes().to_vec();
@@ -93,14 +93,14 @@ fn n6_another_owner_is_not_the_pinned_one() {
     let replaced = Descriptor::parse(&signed(&bytes, &attacker)).expect("its layout is good");
     assert!(replaced.is_signed());
     invalid(accept(&replaced, &only(&keys(false), &[Kind::Sigil]), None));
-    // A chain from the pinned owner that is no chain.
+    // A chain from the pinned owner that is invalid.
     let joiner = only(&keys(false), &[Kind::Sigil]);
     invalid(replaced.accept(&joiner, &expected(&replaced), &[descriptor1()], None));
 }
 
 #[test]
-fn a_new_owner_counts_where_the_old_one_made_it() {
-    // Tokens of epoch 1 and 2 still name the first owner; its successor is signed by it.
+fn a_new_owner_is_accepted_if_the_old_one_signed_it() {
+    // Tokens of epochs 1 and 2 still pin the first owner, who signed its successor.
     let (two, three) = (descriptor2(), descriptor3());
     let pinned = KeySet::new_pool(NewKeys {
         sigil: Secret::new(array("/descriptors/epoch3/given/sigil_key")),
@@ -109,7 +109,7 @@ fn a_new_owner_counts_where_the_old_one_made_it() {
         owner: None,
     });
     assert!(accept(&three, &pinned, None).is_ok());
-    // A member whose tokens are older, and who could only join then.
+    // A member with older tokens, which allow only to join now.
     let old = keys(false);
     let other_keys = three.accept(&old, &expected(&three), &[descriptor1(), two.clone()], None);
     assert_eq!(
@@ -117,14 +117,14 @@ fn a_new_owner_counts_where_the_old_one_made_it() {
         Some("the pool's descriptor does not verify: the keys are not those of this epoch".into()),
         "the owner was found, and the keys are others"
     );
-    // Without the step between them nothing leads to the owner.
+    // Without the step between them, there is no chain to the owner.
     invalid(three.accept(&old, &expected(&three), &[descriptor1()], None));
     invalid(three.accept(&old, &expected(&three), &[], None));
 }
 
 #[test]
 fn n7_other_keys_do_not_open_the_wrap() {
-    // Tokens of the pool's owner, whoever made them.
+    // Tokens with the owner's pin, but other keys.
     let of = |kinds: &[(Kind, &str)]| {
         let token = |(kind, of): &(Kind, &str)| {
             let secret = Secret::new(array(&format!("/keys/given/{of}")));
@@ -174,7 +174,8 @@ fn n8_the_check_value_and_the_wrap_belong_to_one_key() {
     bytes[232..264].copy_from_slice(&other.check_value());
     let changed = Descriptor::parse(&signed(&bytes, &owner())).expect("its layout is good");
     invalid(accept(&changed, &keys(false), None));
-    // The wrap of another key under the right key and context: an owner who cheats readers.
+    // The wrap of another key, with the right wrapping key and context: an owner who deceives
+    // readers.
     let kek = keys(false)
         .read_kek_bytes(one.epoch_id())
         .expect("the reader's keys are here");
@@ -189,8 +190,8 @@ fn n8_the_check_value_and_the_wrap_belong_to_one_key() {
         &only(&keys(false), &[Kind::Sigil, Kind::Shard]),
         None,
     ));
-    // With the check value of that key too, writers still notice: they derive the pool key
-    // themselves.
+    // If the check value matches that key too, writers still notice, because they derive the pool
+    // key themselves.
     let mut bytes = changed.as_bytes().to_vec();
     let check_value = hkdf_expand(&[9; 32], b"latzero/v1/key-check\0");
     bytes[232..264].copy_from_slice(&check_value);
@@ -222,7 +223,7 @@ fn n9_epochs_go_forward_by_one() {
         accept_over(&one, &[], &two),
         Err(DescriptorError::Rollback(_))
     ));
-    // Three is behind another owner, so a joiner without a pin looks at it.
+    // The third epoch has another owner, so the check uses a joiner without a pin.
     let joiner = KeySet::from_raw(&[]).expect("no keys");
     let step = |chain: &[Descriptor]| {
         three
@@ -235,7 +236,7 @@ fn n9_epochs_go_forward_by_one() {
         step(std::slice::from_ref(&one)),
         Err(DescriptorError::Missing(2))
     );
-    // Another second epoch than the one that was accepted.
+    // A different second epoch than the accepted one.
     let mut to = new_epoch(2);
     to.created_ms += 1;
     let other = one.rotate(&keys, &keys, &to).expect("all keys are here");
@@ -244,7 +245,7 @@ fn n9_epochs_go_forward_by_one() {
         Err(DescriptorError::Fork(2))
     );
     assert!(matches!(step(&[other]), Err(DescriptorError::Invalid(_))));
-    // Another pool of the same name.
+    // Another pool with the same name.
     let mut elsewhere = new_pool(Suite::Sealed);
     elsewhere.pool_id[0] ^= 1;
     let elsewhere = Descriptor::create(&keys, &elsewhere).expect("all keys are here");
@@ -255,14 +256,14 @@ fn n9_epochs_go_forward_by_one() {
 }
 
 #[test]
-fn n9_a_succession_is_signed_by_both_owners_and_keeps_what_must_stay() {
+fn n9_a_succession_is_signed_by_both_owners_and_keeps_fixed_fields() {
     let (one, two) = (descriptor1(), descriptor2());
     let joiner = only(&keys(false), &[Kind::Sigil]);
     let check = |change: &dyn Fn(&mut Vec<u8>), server: Result<(), &str>| {
         let mut bytes = two.as_bytes().to_vec();
         change(&mut bytes);
         let mut bytes = signed(&bytes, &owner());
-        // The first owner is the second one too, and signs whatever it is asked to.
+        // The second owner is also the first one, and signs anything.
         if bytes[bytes.len() - 64..] == two.as_bytes()[two.as_bytes().len() - 64..] {
             let (body, signatures) = bytes.split_at(bytes.len() - 128);
             bytes = [body, &signatures[..64], &signatures[..64]].concat();
@@ -302,7 +303,7 @@ fn n9_a_succession_is_signed_by_both_owners_and_keeps_what_must_stay() {
         },
         Err("signature"),
     );
-    // An epoch that takes back the removal of a writer.
+    // An epoch that reverts the removal of a writer.
     let mut to = new_epoch(2);
     to.content = OldContent::Refused;
     let removed = one
@@ -356,7 +357,7 @@ fn n18_other_versions_suites_and_answers_are_downgrades() {
             "byte {at}: {parsed:?}"
         );
     }
-    // The server says that the sealed pool is a gated one.
+    // The server claims that the sealed pool is a gated one.
     let one = descriptor1();
     let mut other = expected(&one);
     other.suite = Suite::Gated.number();
@@ -377,7 +378,7 @@ fn n18_other_versions_suites_and_answers_are_downgrades() {
 }
 
 #[test]
-fn what_the_server_said_before_must_be_what_it_gives() {
+fn the_descriptor_must_match_what_the_server_stated_before() {
     let one = descriptor1();
     let good = expected(&one);
     for (i, other) in [
@@ -403,7 +404,7 @@ fn what_the_server_said_before_must_be_what_it_gives() {
 #[test]
 fn n11_public_keys_of_a_descriptor_are_checked() {
     for key in 0..5 {
-        // Small order; not canonical; not a point.
+        // Points of small order, not canonical encodings, and no points.
         for bad in crate::signatures::bad_public_keys() {
             let mut bytes = descriptor1().as_bytes().to_vec();
             bytes[72 + 32 * key..104 + 32 * key].copy_from_slice(&bad);
@@ -455,7 +456,7 @@ fn n19_lengths_are_checked_before_anything_is_allocated() {
 }
 
 #[test]
-fn who_is_not_the_owner_makes_no_epoch() {
+fn only_the_owner_can_create_an_epoch() {
     let (one, keys, keys3) = (descriptor1(), keys(false), keys3());
     assert_eq!(
         one.rotate(&keys3, &keys3, &new_epoch(2)).err(),
@@ -470,7 +471,7 @@ fn who_is_not_the_owner_makes_no_epoch() {
         one.rotate(&keys, &reader, &new_epoch(2)),
         Err(MakeError::Key(_))
     ));
-    // With an owner key, the three others are not enough.
+    // With an owner key, the other three keys are not enough.
     let owned =
         Descriptor::create(&crate::common::keys(true), &new_pool(Suite::Sealed)).expect("all keys");
     assert_eq!(
@@ -480,7 +481,7 @@ fn who_is_not_the_owner_makes_no_epoch() {
 }
 
 #[test]
-fn a_history_that_was_cut_leads_nowhere() {
+fn a_cut_history_gives_no_earlier_key() {
     let (one, keys) = (descriptor1(), keys(false));
     let mut to = new_epoch(2);
     to.history = History::Cut;
@@ -493,12 +494,12 @@ fn a_history_that_was_cut_leads_nowhere() {
             .expect("it is the one before")
             .is_none()
     );
-    // Nor does another descriptor pass for the one before.
+    // Another descriptor is not accepted as the previous one.
     assert!(descriptor2().open_previous(&key, &descriptor3()).is_err());
 }
 
 #[test]
-fn the_server_takes_a_new_pool_only_under_its_name_in_its_first_epoch() {
+fn the_server_accepts_a_new_pool_only_with_its_name_and_in_epoch_1() {
     let one = descriptor1();
     assert!(matches!(
         check_creation(one.as_bytes(), "beta"),

@@ -16,7 +16,7 @@ use proptest::prelude::*;
 
 use crate::common::*;
 
-/// When the tests happen.
+/// The time of the tests.
 const NOW: u64 = 1_700_000_000_000;
 
 fn writer() -> SigningKey {
@@ -34,7 +34,7 @@ fn frame() -> Incoming<'static> {
     }
 }
 
-/// A header of a call that is good; tests change it.
+/// A valid header of a call; tests change it.
 fn header() -> Header<'static> {
     Header {
         suite: latzero_crypto::Suite::Sealed,
@@ -85,7 +85,7 @@ impl Pair {
         self.handler.receive(&self.epochs, frame, envelope, now_ms)
     }
 
-    /// Receives a header under a key of this pool, in a fresh receiver's place.
+    /// Receives a message with this header, sealed with a key of this pool.
     fn take(&mut self, frame: &Incoming<'_>, header: &Header<'_>) -> Option<Dropped> {
         let envelope = sealed(&self.epochs, header, None, None);
         self.receive(frame, &envelope, NOW).err()
@@ -131,7 +131,7 @@ fn n17_no_bit_of_an_envelope_can_change() {
 }
 
 #[test]
-fn n17_the_frame_says_what_the_header_says() {
+fn n17_the_frame_must_agree_with_the_header() {
     let check = |frame: Incoming<'_>, header: Header<'_>, why| {
         assert_eq!(pair().take(&frame, &header), why, "{frame:?}");
     };
@@ -234,7 +234,7 @@ fn n17_the_frame_says_what_the_header_says() {
 }
 
 #[test]
-fn n17_the_frame_says_what_the_meta_says() {
+fn n17_the_frame_must_agree_with_the_meta() {
     let mut pair = pair();
     let meta = r#"{"ttl":1000,"idempotency_key":"order-17"}"#;
     let good = sealed(&pair.epochs, &header(), Some(meta), None);
@@ -267,7 +267,7 @@ fn n17_the_frame_says_what_the_meta_says() {
 }
 
 #[test]
-fn n17_a_privileged_handler_takes_signed_calls_only() {
+fn n17_a_privileged_handler_accepts_only_signed_calls() {
     let privileged = Incoming {
         privileged: true,
         ..frame()
@@ -340,7 +340,7 @@ fn n17_times_are_within_30_seconds_and_not_before_joining() {
 }
 
 #[test]
-fn n17_a_message_counts_once() {
+fn n17_a_message_is_accepted_once() {
     let mut pair = pair();
     let good = sealed(&pair.epochs, &header(), None, None);
     assert!(pair.receive(&frame(), &good, NOW).is_ok());
@@ -368,7 +368,7 @@ fn n17_a_message_counts_once() {
         ),
         None
     );
-    // Within the window, not behind it.
+    // Within the window, not before it.
     assert_eq!(pair.take(&frame(), &Header { seq: 2, ..header() }), None);
     assert_eq!(
         pair.take(
@@ -406,7 +406,7 @@ fn n17_a_message_counts_once() {
         Some(Dropped::Replay)
     );
     assert_eq!(pair.handler.drops().of(Dropped::Replay), 4);
-    // Another session has numbers of its own.
+    // Another session has its own numbers.
     assert_eq!(
         pair.take(
             &frame(),
@@ -426,7 +426,7 @@ proptest! {
         ..ProptestConfig::default()
     })]
 
-    /// Against a plain set: a number counts if it was not seen and is not behind the window.
+    /// Compared with a plain set: a number is accepted if it was not seen and is within the window.
     #[test]
     fn the_window_is_a_set(steps in prop::collection::vec((0u8..4, 1u64..1500), 1..60)) {
         let mut pair = pair();
@@ -472,7 +472,7 @@ fn sessions_are_bounded_and_forgotten_after_silence() {
         ..header()
     };
     assert_eq!(pair.take(&frame(), &one_more), Some(Dropped::Limit));
-    // Those that are known go on.
+    // Known sessions continue.
     assert_eq!(
         pair.take(
             &frame(),
@@ -561,7 +561,7 @@ fn n17_a_deferred_call_runs_once_also_after_a_restart() {
         Some(Dropped::Replay),
         "under way"
     );
-    // Its handler went away: another delivery is welcome.
+    // Its handler left, so another delivery is accepted.
     pair.handler.abandon(&received);
     let received = pair
         .receive(&frame(), &envelope, NOW)
@@ -638,7 +638,7 @@ fn n17_messages_of_an_epoch_before_count_while_nobody_was_removed() {
         None
     );
     check(&refreshed, &parked, NOW + DEFERRED_MS_MAX, None);
-    // A member was removed, or old content was refused: all that is older is over at once.
+    // A member was removed, or old content was refused: older messages are no longer accepted.
     for over in [
         rotated(OldContent::AsBefore, true),
         rotated(OldContent::Refused, false),
@@ -646,7 +646,7 @@ fn n17_messages_of_an_epoch_before_count_while_nobody_was_removed() {
         check(&over, &call, NOW, epoch);
         check(&over, &parked, NOW, epoch);
     }
-    // An epoch that is not there yet.
+    // An epoch that does not exist yet.
     let two = sealed(
         &refreshed,
         &Header {
@@ -689,14 +689,15 @@ fn n17_two_epochs_before_only_deferred_messages_count_and_a_gap_ends_them() {
     let counts = |epochs: &Epochs, kind| epochs.of_message(1, kind, NOW).is_some();
     assert!(counts(&epochs, Kind::DeferredTrigger) && counts(&epochs, Kind::DeferredResponse));
     assert!(!counts(&epochs, Kind::Trigger) && !counts(&epochs, Kind::PrivilegedEmit));
-    // A client that missed epoch 2 does not know who was a member then, until it is told.
+    // A client that missed epoch 2 does not know who was a member then, until it gets the
+    // descriptor.
     let mut missed = Epochs::new(three.clone(), pool_key(&keys, &three), NOW);
     assert!(!counts(&missed, Kind::DeferredTrigger));
     assert!(missed.add_older(one.clone()).is_err());
     assert_eq!(missed.add_older(two), Ok(true));
     assert_eq!(missed.add_older(one), Ok(true));
     assert!(counts(&missed, Kind::DeferredTrigger));
-    // An older descriptor than the current one is not gone back to.
+    // A descriptor older than the current one is not accepted.
     let before = missed.current().descriptor().epoch();
     missed.advance(descriptor1(), pool_key(&keys, &descriptor1()), NOW);
     assert_eq!(missed.current().descriptor().epoch(), before);
@@ -724,7 +725,7 @@ fn epochs_are_bounded_and_a_cut_history_ends() {
     assert!(epochs.seal_of(1).is_none() && epochs.chunk_key(&block_id(), 1).is_none());
 }
 
-/// A caller and a handler that talk.
+/// A caller and a handler that exchange messages.
 struct Talk {
     epochs: Epochs,
     caller: Sender,
@@ -744,7 +745,7 @@ fn talk() -> Talk {
 }
 
 impl Talk {
-    /// Calls, and gives what the handler needs to answer.
+    /// Makes a call; returns what the handler needs to answer.
     fn call(
         &mut self,
         act: Act,
@@ -827,7 +828,7 @@ impl Talk {
 }
 
 #[test]
-fn an_answer_comes_back_once() {
+fn an_answer_is_accepted_once() {
     for act in [Act::Call, Act::DeferredCall] {
         let mut talk = talk();
         let to = talk.call(act, [9; 16], None, None);
@@ -873,7 +874,7 @@ fn n17_an_answer_belongs_to_its_call() {
             .err();
         assert_eq!(got, Some(Dropped::Frame));
     }
-    // A call does not pass for an answer, nor an answer to somebody else for one to us.
+    // A call is not accepted as an answer, and neither is the answer to somebody else.
     let call = sealed(&talk.epochs, &header(), None, None);
     assert_eq!(talk.take([8; 16], "ok", &call), Some(Dropped::Kind));
     let mut other = Receiver::new("other", NOW);
@@ -887,7 +888,7 @@ fn n17_an_answer_belongs_to_its_call() {
 }
 
 #[test]
-fn n17_an_answer_is_as_its_call_was() {
+fn n17_an_answer_has_the_properties_of_its_call() {
     let waits = |change: &dyn Fn(&mut PendingCall)| {
         let mut talk = talk();
         let to = talk.call(Act::Call, [9; 16], None, None);
@@ -923,7 +924,7 @@ fn a_signed_call_gets_a_signed_answer() {
         let answer = talk.answer(&to, "ok", None, Some(&seal));
         assert!(Envelope::parse(&answer).expect("an envelope").is_signed());
         assert_eq!(talk.take([9; 16], "ok", &answer), None);
-        // Who does not serve with the seal cannot answer.
+        // A handler without the seal cannot answer.
         let to = talk.call(act, [8; 16], None, Some(&seal));
         let meta = AnswerMeta {
             status: "ok".into(),
@@ -943,15 +944,15 @@ fn a_signed_call_gets_a_signed_answer() {
 }
 
 #[test]
-fn a_repeat_takes_the_answer_to_the_first_call_by_its_key_alone() {
+fn a_repeat_accepts_the_answer_to_the_first_call_only_by_its_key() {
     let mut talk = talk();
     let first = talk.call(Act::DeferredCall, [8; 16], Some("order-17"), None);
     let answer = talk.answer(&first, "ok", None, None);
     assert!(talk.calls.forget(&[8; 16]).is_some());
-    // The caller's connection was lost; it repeats, and the server gives the kept answer.
+    // The caller lost its connection and repeats the call; the server returns the stored answer.
     let again = talk.call(Act::DeferredCall, [9; 16], Some("order-17"), None);
     assert_eq!(talk.take([9; 16], "ok", &answer), None);
-    // Of another key, or of none.
+    // With another key, or without one.
     let _ = again;
     let other = talk.call(Act::DeferredCall, [7; 16], Some("order-18"), None);
     assert_eq!(talk.take([7; 16], "ok", &answer), Some(Dropped::NotAwaited));
@@ -962,7 +963,7 @@ fn a_repeat_takes_the_answer_to_the_first_call_by_its_key_alone() {
 }
 
 #[test]
-fn items_of_a_stream_come_in_order_and_the_last_one_counts_them() {
+fn items_of_a_stream_are_in_order_and_the_last_one_has_their_count() {
     let mut talk = talk();
     let to = talk.call(Act::Call, [9; 16], None, None);
     let items: Vec<_> = (0..4)
@@ -987,7 +988,7 @@ fn items_of_a_stream_come_in_order_and_the_last_one_counts_them() {
     let last = talk.answer(&to, "ok", Some(2), None);
     assert_eq!(talk.take([9; 16], "ok", &last), None);
 
-    // The server keeps items back: the call ends with `integrity`, and waits no longer.
+    // The server withholds items: the call ends with `integrity`, and does not wait any longer.
     for index in [None, Some(0), Some(1), Some(3)] {
         let to = talk.call(Act::Call, [8; 16], None, None);
         for i in 0..2 {
@@ -1002,7 +1003,7 @@ fn items_of_a_stream_come_in_order_and_the_last_one_counts_them() {
         );
         assert_eq!(talk.calls.forget(&[8; 16]), None);
     }
-    // Of a parked call items may be lost.
+    // Items of a parked call may be lost.
     let to = talk.call(Act::DeferredCall, [7; 16], None, None);
     let item = talk.answer(&to, "partial", Some(5), None);
     assert_eq!(talk.take([7; 16], "partial", &item), None);
@@ -1011,7 +1012,7 @@ fn items_of_a_stream_come_in_order_and_the_last_one_counts_them() {
 }
 
 #[test]
-fn calls_that_wait_are_bounded() {
+fn waiting_calls_are_bounded() {
     let mut calls = Receiver::new("caller", NOW);
     let waiting = PendingCall {
         name: "sum".into(),
@@ -1096,7 +1097,7 @@ fn a_sender_numbers_its_messages_and_keeps_its_limits() {
         ..good
     };
     assert!(seal(&mut talk.caller, &most).is_ok());
-    // What failed took no number.
+    // A failed message used no number.
     let sealed = seal(&mut talk.caller, &good).expect("small");
     assert_eq!(Envelope::parse(&sealed).expect("an envelope").header.seq, 2);
 }
@@ -1166,11 +1167,11 @@ fn fields_that_do_not_belong_to_a_kind_are_refused() {
 }
 
 #[test]
-fn content_that_is_not_what_its_flags_say_is_refused() {
+fn content_that_contradicts_its_flags_is_refused() {
     let epochs = epochs(NOW);
     let key = epochs.current().event_key();
     let check = |flags: u8, plain: &[u8], good: bool| {
-        // Sealed by hand: `seal` makes no such thing.
+        // Sealed by hand, because `seal` creates no such message.
         let template = sealed(&epochs, &header(), None, None);
         let header_len = Envelope::parse(&template)
             .expect("an envelope")

@@ -47,7 +47,7 @@ fn n1_a_token_of_another_length_or_alphabet_is_refused() {
     refused(&[&format!("{token}=")], KeyError::TokenLength);
     refused(&[&format!(" {token}")], KeyError::TokenPrefix);
     refused(&[&format!("{token}\r")], KeyError::TokenLength);
-    // Characters of several bytes, so that the length in bytes is right.
+    // Characters of several bytes, chosen so that the length in bytes is right.
     refused(&[&format!("{}é", &token[..73])], KeyError::TokenText);
     refused(&[&token.to_uppercase()], KeyError::TokenPrefix);
 }
@@ -82,7 +82,7 @@ fn n3_tokens_of_two_owners_do_not_belong_together() {
 }
 
 #[test]
-fn n4_raw_keys_have_32_bytes_that_are_no_text() {
+fn n4_raw_keys_have_32_bytes_that_are_not_text() {
     let check = |bytes: &[u8], why| assert_eq!(raw_key(bytes).err(), why, "{bytes:?}");
     check(&[0; 32], None);
     check(&[0; 31], Some(KeyError::TooShort));

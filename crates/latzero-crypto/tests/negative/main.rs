@@ -1,7 +1,7 @@
-//! What must be refused: the negative vectors N1 to N20, each a small change of something good.
+//! What must be refused: the negative vectors N1 to N20, each a small change to a valid input.
 //!
-//! N20 (a fork after the keys were loaded) has no state here that a child could share: a nonce is
-//! an argument.
+//! N20 (a fork after the keys were loaded) needs no test: there is no state that a child could
+//! share, because a nonce is an argument.
 
 #[path = "../common/mod.rs"]
 mod common;

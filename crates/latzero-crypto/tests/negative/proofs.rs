@@ -38,14 +38,14 @@ fn prove(joining: &Joining<'_>, roles: Roles) -> JoinProof {
 }
 
 #[test]
-fn n10_a_proof_is_good_for_what_it_says_and_nothing_else() {
+fn n10_a_proof_is_valid_only_for_what_it_states() {
     let current = descriptor1();
     let good = joining(unix());
     let decide = |proof: &JoinProof| verify_join(proof, Some(challenge()), &asked(Some(&current)));
     for roles in [Roles::Join, Roles::Read, Roles::Write] {
         assert_eq!(decide(&prove(&good, roles)), Some(roles));
     }
-    // Signed for something else than the server sees.
+    // Signed for other values than the server sees.
     let mut others = vec![
         Joining {
             app_id: "app-2",
@@ -85,14 +85,14 @@ fn n10_a_proof_is_good_for_what_it_says_and_nothing_else() {
     }
     for other in others {
         assert_eq!(decide(&prove(&other, Roles::Write)), None, "{other:?}");
-        // Nor where it claims to be of this transport.
+        // Also if it claims to be for this transport.
         let claimed = JoinProof {
             cb_type: "unix".into(),
             ..prove(&other, Roles::Write)
         };
         assert_eq!(decide(&claimed), None, "{other:?}");
     }
-    // Good, but of another transport.
+    // Valid, but for another transport.
     let proof = JoinProof {
         cb_type: "none".into(),
         ..prove(&good, Roles::Join)
@@ -107,7 +107,7 @@ fn n10_a_proof_is_good_for_what_it_says_and_nothing_else() {
 }
 
 #[test]
-fn n10_a_signature_of_one_role_is_none_of_another() {
+fn n10_a_signature_for_one_role_is_invalid_for_another() {
     let current = descriptor1();
     let decide = |signatures: Signatures| {
         let proof = JoinProof {
@@ -142,7 +142,7 @@ fn n10_a_signature_of_one_role_is_none_of_another() {
 }
 
 #[test]
-fn n10_a_challenge_is_spent_and_ages() {
+fn n10_a_challenge_is_used_up_and_expires() {
     let current = descriptor1();
     let mut challenges = Challenges::default();
     let proof = prove(&joining(unix()), Roles::Join);
@@ -162,7 +162,7 @@ fn n10_a_challenge_is_spent_and_ages() {
 #[test]
 fn n10_a_rotation_in_between_refuses() {
     let proof = prove(&joining(unix()), Roles::Join);
-    // The keys are the same; the epoch is not.
+    // The keys are the same, but the epoch is not.
     assert_eq!(
         verify_join(&proof, Some(challenge()), &asked(Some(&descriptor2()))),
         None
@@ -171,7 +171,7 @@ fn n10_a_rotation_in_between_refuses() {
 }
 
 #[test]
-fn who_lacks_a_key_cannot_prove_its_role() {
+fn a_role_cannot_be_proved_without_its_key() {
     let joiner = only(&keys(false), &[Kind::Sigil]);
     let reader = only(&keys(false), &[Kind::Sigil, Kind::Shard]);
     let writer = only(&keys(false), &[Kind::Shard, Kind::Seal]);
@@ -210,7 +210,7 @@ fn an_app_s_proof_is_bound_to_all_of_it() {
         &signature
     ));
     assert!(!verify_app("app-1", &[0; 32], &good, &signature));
-    // Lengths stand before names, so that no other name gives the same bytes.
+    // Lengths precede names, so that no other name gives the same bytes.
     assert!(!verify_app("app-", &public, &good, &signature));
     for bad in crate::signatures::bad_public_keys() {
         assert!(!verify_app("app-1", &bad, &good, &signature));

@@ -15,7 +15,7 @@ const ORDER: [u8; 32] = [
     0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10,
 ];
 
-/// A number below 32 that is not its field element's own encoding: p + `small`, with a sign bit.
+/// A number below 32 in a non-canonical encoding: p + `small`, with a sign bit.
 fn not_canonical(small: u8, sign: bool) -> [u8; 32] {
     let mut bytes = [0xff; 32];
     bytes[0] = 0xed + small;
@@ -23,13 +23,13 @@ fn not_canonical(small: u8, sign: bool) -> [u8; 32] {
     bytes
 }
 
-/// Public keys that must not be accepted, although each decodes somewhere.
+/// Public keys that must be refused, although some implementations decode them.
 pub(crate) fn bad_public_keys() -> Vec<[u8; 32]> {
     let mut bad: Vec<_> = EIGHT_TORSION
         .iter()
         .map(|point| point.compress().to_bytes())
         .collect();
-    // The same points with a sign that zero does not have, and numbers that are not reduced.
+    // The same points with a sign bit that zero does not have, and unreduced numbers.
     bad.push({
         let mut minus_zero = [0; 32];
         (minus_zero[0], minus_zero[31]) = (1, 0x80);
@@ -81,7 +81,7 @@ fn n11_public_keys_of_small_order_or_in_another_encoding_are_refused() {
 #[test]
 fn n11_the_vectors_of_lax_verification_are_refused() {
     let joining = joining(unix());
-    // They are of the transcript whose roles are 7.
+    // They are for the transcript with roles 7.
     let [transcript, ..] = joining.transcripts(Roles::Write);
     let join = descriptor1().keys().join;
     same(&join.to_bytes(), "/keys/expect/pk_join");
@@ -121,7 +121,7 @@ fn n11_a_number_above_the_order_is_refused() {
 
 #[test]
 fn n11_points_of_small_order_in_a_signature_are_refused() {
-    // A signature that the equation takes: R of small order, S made to fit.
+    // A signature that satisfies the equation: R of small order, S computed to match.
     let secret = Scalar::from(12_345u64);
     let a = secret * ED25519_BASEPOINT_POINT;
     let key = PublicKey::parse(a.compress().as_bytes()).expect("a point of large order");
@@ -158,9 +158,9 @@ fn n11_points_of_small_order_in_a_signature_are_refused() {
 }
 
 #[test]
-fn n11_a_signature_that_only_the_equation_with_the_cofactor_takes_is_refused() {
-    // A public key with a part of small order is acceptable; what it signs must fit without the
-    // cofactor.
+fn n11_a_signature_that_satisfies_only_the_cofactored_equation_is_refused() {
+    // A public key with a component of small order is acceptable, but its signatures must be valid
+    // without the cofactor.
     let (secret, nonce) = (Scalar::from(77u64), Scalar::from(99u64));
     let a = secret * ED25519_BASEPOINT_POINT + EIGHT_TORSION[1];
     let key = PublicKey::parse(a.compress().as_bytes()).expect("a point of large order");
@@ -180,7 +180,7 @@ fn n11_a_signature_that_only_the_equation_with_the_cofactor_takes_is_refused() {
 }
 
 #[test]
-fn any_other_bit_makes_another_signature() {
+fn any_changed_bit_makes_the_signature_invalid() {
     let key = SigningKey::from_seed(&[1; 32]);
     let signature = key.sign(b"message");
     for bit in 0..512 {

@@ -1,4 +1,4 @@
-//! A simulated server and the shorthand in which tests say what its clients see.
+//! A simulated server, and shorthand with which tests describe what its clients see.
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
@@ -8,7 +8,7 @@ use latzero_fabric::{Limits, Transport};
 use latzero_sim::{Bounds, Message, Peer, World, encode_frame};
 use serde_json::Value;
 
-/// A server with clients that are driven by hand.
+/// A server with clients that the test drives step by step.
 pub(crate) struct Net {
     pub(crate) world: World,
     /// The ids of the calls that each client received, in order.
@@ -20,7 +20,7 @@ impl Net {
         Self::with(|_| ())
     }
 
-    /// With other limits than the defaults.
+    /// A server with limits that differ from the defaults.
     pub(crate) fn with(change: impl FnOnce(&mut Limits)) -> Self {
         let mut limits = Limits::default();
         change(&mut limits);
@@ -38,7 +38,7 @@ impl Net {
         self.world.connect(Transport::Unix)
     }
 
-    /// An app of another user than all others.
+    /// An app of a different user than all others.
     pub(crate) fn stranger(&mut self, app_id: &str, more: &str) -> Peer {
         let peer = self.world.connect(Transport::Tcp);
         let more = comma(more);
@@ -48,14 +48,14 @@ impl Net {
         peer
     }
 
-    /// An app that came in; `more` are further fields of its handshake.
+    /// An app that is connected; `more` has further fields of its handshake.
     pub(crate) fn app(&mut self, app_id: &str, more: &str) -> Peer {
         let (peer, seen) = self.hello(app_id, more);
         assert!(seen.starts_with("hello "), "{app_id}: {seen}");
         peer
     }
 
-    /// An app that says hello, and what it gets for it.
+    /// Sends a handshake; returns the app and what it sees.
     pub(crate) fn hello(&mut self, app_id: &str, more: &str) -> (Peer, String) {
         let peer = self.connect();
         let more = comma(more);
@@ -76,13 +76,13 @@ impl Net {
         self.world.check();
     }
 
-    /// Says something, and what the client then sees.
+    /// Sends a message; returns what the client then sees.
     pub(crate) fn ask(&mut self, peer: Peer, json: &str) -> String {
         self.say(peer, json);
         self.sees(peer)
     }
 
-    /// Calls trigger `t` as `id`, and what the caller then sees.
+    /// Calls trigger `t` with this id; returns what the caller then sees.
     pub(crate) fn call(&mut self, peer: Peer, id: &str, more: &str) -> String {
         let more = comma(more);
         self.ask(
@@ -91,7 +91,7 @@ impl Net {
         )
     }
 
-    /// Answers the call that came last, and what the handler then sees.
+    /// Answers the latest call; returns what the handler then sees.
     pub(crate) fn answer(&mut self, peer: Peer, fields: &str) -> String {
         let call = self.last_call(peer);
         self.answer_to(peer, &call, fields)
@@ -104,14 +104,14 @@ impl Net {
         )
     }
 
-    /// The id of the call that came last.
+    /// The id of the latest call.
     pub(crate) fn last_call(&mut self, peer: Peer) -> String {
         self.sees(peer);
         let calls = self.calls.get(&peer).expect("it was called");
         calls.last().expect("it was called").clone()
     }
 
-    /// The ids of all calls that a client was given.
+    /// The ids of all calls that a client received.
     pub(crate) fn calls_of(&mut self, peer: Peer) -> Vec<String> {
         self.sees(peer);
         self.calls.get(&peer).cloned().unwrap_or_default()
@@ -128,8 +128,8 @@ impl Net {
         messages
     }
 
-    /// What a client sees since it looked last, one message per `; `, and `(closed)` where that is
-    /// the end.
+    /// What a client received since the last look, messages separated by `; `, with `(closed)` at
+    /// the end if the connection was closed.
     pub(crate) fn sees(&mut self, peer: Peer) -> String {
         let mut seen: Vec<String> = self.messages(peer).iter().map(gist).collect();
         if !self.world.is_open(peer) {
@@ -157,7 +157,7 @@ fn comma(more: &str) -> String {
     }
 }
 
-/// A message in short: what kind, which id, and what tests look at.
+/// A message in short form: its kind, its id, and the fields that tests compare.
 fn gist(message: &Message) -> String {
     let json = &message.json;
     let word = |value: &Value| match value {

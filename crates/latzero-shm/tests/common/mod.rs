@@ -1,4 +1,4 @@
-//! Blocks to test with.
+//! Blocks for the tests.
 
 #![allow(dead_code, reason = "each test file uses some of it")]
 #![allow(
@@ -29,7 +29,7 @@ pub(crate) fn description(size: u64, slots: u32, is_persistent: bool) -> Descrip
     }
 }
 
-/// A block of either kind, and the directory of its file.
+/// Creates a block of either kind; also returns the directory of its file.
 pub(crate) fn block(size: u64, slots: u32, is_persistent: bool) -> (Custodian, Option<TempDir>) {
     let description = description(size, slots, is_persistent);
     if is_persistent {
@@ -45,7 +45,7 @@ pub(crate) fn block(size: u64, slots: u32, is_persistent: bool) -> (Custodian, O
     }
 }
 
-/// What a client is told of it.
+/// The properties that a client is given for the block.
 pub(crate) fn expected(block: &Custodian, access: Access) -> Expected {
     let description = block.description();
     Expected {
@@ -64,7 +64,7 @@ pub(crate) fn descriptor(block: &Custodian, access: Access) -> OwnedFd {
     }
 }
 
-/// The block, attached.
+/// Attaches the block.
 pub(crate) fn attach(block: &Custodian, access: Access) -> Arc<Attachment> {
     Arc::new(Attachment::new(descriptor(block, access), &expected(block, access)).unwrap())
 }

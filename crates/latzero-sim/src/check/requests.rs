@@ -1,5 +1,5 @@
-//! Messages that the server receives: the model records each request, and then checks that all were
-//! answered.
+//! Messages that the server receives: the model records each request, and then checks that every
+//! request was answered.
 
 use std::collections::BTreeSet;
 
@@ -73,7 +73,7 @@ impl Checker {
     pub(super) fn begin_call(&mut self, current: &mut Current, message: &Message, now: Time) {
         let json = &message.json;
         let tag = tag(json).unwrap_or_else(|| {
-            // A message that is wrong in some way has no tag: it never becomes a call.
+            // An invalid message has no tag: it never becomes a call.
             self.untagged += 1;
             u64::MAX - self.untagged
         });
@@ -113,7 +113,7 @@ impl Checker {
         );
     }
 
-    /// The message waits in its session: it is as if it had not come yet.
+    /// The message waits in its session, as if it had not arrived yet.
     pub(super) fn held(&mut self, peer: Peer) -> Result<(), Found> {
         let current = self.current.take().ok_or("nothing was being handled")?;
         ensure!(
@@ -181,7 +181,7 @@ impl Checker {
                 current.replies
             );
         }
-        // Not read from the reply, which may not have fitted into the outbox.
+        // The reply may not have fitted into the outbox, so it does not decide this.
         let succeeded = !current.is_refused;
         if let Some(reply) = current.replies.first() {
             ensure!(
@@ -201,7 +201,7 @@ impl Checker {
         self.changes_told(peer, &current)
     }
 
-    /// Every watcher is told where the sender of a message now is and what it serves now.
+    /// Checks that every watcher is notified of the sender's new pools and triggers.
     pub(super) fn changes_told(&mut self, peer: Peer, current: &Current) -> Result<(), Found> {
         let Some(conn) = self.conns.get(&peer).filter(|conn| conn.is_open) else {
             return Ok(());
@@ -238,8 +238,8 @@ impl Checker {
         Ok(())
     }
 
-    /// An emit goes to each handler that it is meant for, once, and its sender is told how many
-    /// that were.
+    /// Checks that an emit is delivered once to each handler that it is meant for, and that its
+    /// sender gets their number.
     pub(super) fn emitted(
         &mut self,
         peer: Peer,
@@ -290,7 +290,7 @@ impl Checker {
         Ok(())
     }
 
-    /// An answer to a live call by its handler reaches the caller at once, or ends the call.
+    /// Checks that a handler's answer to a live call reaches the caller at once, or ends the call.
     pub(super) fn responded(
         &mut self,
         peer: Peer,
@@ -323,14 +323,14 @@ impl Checker {
         Ok(())
     }
 
-    /// Takes over what a request that succeeded has changed.
+    /// Applies the changes of a request that succeeded.
     pub(super) fn apply(&mut self, peer: Peer, action: &str, json: &Value) {
         let conn = self.conns.entry(peer).or_default();
         let Some(app) = conn.app.clone() else { return };
         let registered = self.apps.entry(app.clone()).or_default();
         let pool = json["pool"].as_str().unwrap_or_default().to_owned();
         match action {
-            // Joining again changes nothing, not even what is remembered.
+            // Joining again changes nothing, not even the stored registration.
             "pool_join" if conn.pools.contains(&pool) => {}
             "pool_join" => {
                 conn.pools.insert(pool.clone());

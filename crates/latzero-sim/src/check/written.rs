@@ -1,4 +1,4 @@
-//! Messages that the server sends: each must be one that a client may expect at that moment.
+//! Messages that the server sends: each must be one that the client may expect at that moment.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -128,8 +128,8 @@ impl Checker {
         Ok(())
     }
 
-    /// A call reaches a handler that serves it, is a member and is meant; once, untouched and in
-    /// order.
+    /// Checks that a call reaches a handler that serves it, is a member and is addressed: once,
+    /// unchanged and in order.
     pub(super) fn delivered_call(
         &mut self,
         to: Peer,
@@ -279,7 +279,7 @@ impl Checker {
                 Some("cancel" | "ack")
             )
         {
-            // The server's own word on the request that it handles.
+            // The server's own answer to the request that it is handling.
             let begun = current
                 .call
                 .and_then(|tag| self.calls.get(&tag))
@@ -301,7 +301,7 @@ impl Checker {
                 return Ok(());
             }
         }
-        // One that waited did not run.
+        // A call that waited did not run.
         if matches!(code, "cancelled" | "timeout")
             && json["error"]["ran"] == "no"
             && self.held.remove(&(to, id.clone()))
@@ -318,7 +318,7 @@ impl Checker {
         let (handler, is_cancelled) = (call.handler, call.is_cancelled);
         let handler = handler.ok_or("an answer to a call that did not begin")?;
         let current = self.current.as_mut();
-        // A handler whose last word could not be passed on has no call left to be told of.
+        // A handler whose last response could not be forwarded has no call left to be notified of.
         let mut has_finished = false;
         let answer = current.filter(|current| {
             current.peer == handler
@@ -386,7 +386,7 @@ impl Checker {
         Ok(())
     }
 
-    /// Whether a refused call was refused for a reason.
+    /// Checks that a refused call was refused for a valid reason.
     pub(super) fn refused(&mut self, caller: Peer, tag: u64, code: &str) -> Result<(), Found> {
         let Some(call) = self.calls.get(&tag) else {
             return Ok(());
@@ -483,7 +483,7 @@ impl Checker {
     }
 }
 
-/// Whether a body arrived as it was sent: as JSON, as raw bytes, or as base64 of them.
+/// Whether a body arrived unchanged: as JSON, as raw bytes, or as base64 of them.
 pub(super) fn same_body(sent: &Message, received: &Message, field: &str) -> Result<(), Found> {
     let arrived = &received.json[field];
     let is_same = match (&sent.attachment, &received.attachment) {

@@ -12,12 +12,12 @@ use latzero_store::{
 
 pub(crate) type Told = (Ticket, Result<(), StoreError>);
 
-/// Longer than anything here takes; a test that waits for it fails.
+/// Longer than any step here takes; a test that waits this long fails.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(crate) const BOOT: &str = "00000000-0000-4000-8000-000000000001";
 
-/// Options whose tickets come out of the channel.
+/// Options whose notifications arrive in the channel.
 pub(crate) fn options() -> (Options, Receiver<Told>) {
     let (tell, done) = channel();
     let options = Options {
@@ -38,7 +38,7 @@ pub(crate) fn reopen(dir: &Path) -> Opened {
     open(dir, options().0).expect("the store opens")
 }
 
-/// What is in the database of `dir`, which stays closed.
+/// The content of the database of `dir`, which no store has open.
 pub(crate) fn contents(dir: &Path) -> Contents {
     let opened = reopen(dir);
     assert!(!opened.report.is_degraded, "{:?}", opened.report.texts);
@@ -50,7 +50,7 @@ pub(crate) fn contents(dir: &Path) -> Contents {
     opened.contents
 }
 
-/// Waits until nothing eventual waits any more: a commit after it in the one order of the queue.
+/// Waits until no eventual change is queued: a commit queued after them completes after them.
 pub(crate) fn settle(store: &Store) {
     store.commit(Vec::new()).expect("the store settles");
 }

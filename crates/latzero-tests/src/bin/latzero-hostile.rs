@@ -1,5 +1,5 @@
-//! Measures how long an innocent client waits beside each kind of hostile one: `cargo xtask
-//! hostile`.
+//! Measures how long calls of a well-behaved client take while a hostile client attacks: `cargo
+//! xtask hostile`.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,10 +16,10 @@ Measures calls of a well-behaved client without and with each kind of hostile cl
 server's peak resident memory. N seconds for each kind [default: 3]; TEXT is part of a kind's name.
 ";
 
-/// What the innocent client may be told to wait beside a hostile one.
+/// The longest that a call may take during an attack.
 const MAX_MS: f64 = 50.0;
 
-/// How long calls took.
+/// The duration of each call.
 struct Times {
     sorted: Vec<Duration>,
 }
@@ -38,19 +38,19 @@ impl Times {
     }
 }
 
-/// Calls until it is enough.
+/// Makes calls until `is_enough` returns true.
 fn calls(innocent: &mut Innocent, mut is_enough: impl FnMut() -> bool) -> Times {
     let mut sorted = Vec::new();
     while !is_enough() {
         sorted.push(innocent.call());
-        // A client that calls without a pause would be a load of its own.
+        // Without a pause, this client would be a load itself.
         std::thread::sleep(Duration::from_micros(300));
     }
     sorted.sort_unstable();
     Times { sorted }
 }
 
-/// One kind: quiet, beside, and the peak of the server's memory.
+/// Measures one kind: calls before the attack, calls during it, and the server's peak memory.
 fn measure(kind: &Kind, time: Duration) -> (Times, Times, u64) {
     let server = Server::with(&[MEMORY_MAX]);
     let mut innocent = Innocent::new(&server);
@@ -62,7 +62,7 @@ fn measure(kind: &Kind, time: Duration) -> (Times, Times, u64) {
             let end = Instant::now() + time;
             let mut held = Vec::new();
             while Instant::now() < end {
-                // What it holds stays until the next is there.
+                // The connections of one attack stay open until the next attack has its own.
                 let more = (kind.attack)(&server);
                 held = more;
             }

@@ -11,12 +11,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .nth(1)
         .ok_or("the first argument is a socket")?;
     let Ok(mut stream) = UnixStream::connect(socket) else {
-        // A server that was just killed: there is nothing to do.
+        // The server was killed just before.
         return Ok(());
     };
     let reading = stream.try_clone()?;
     std::thread::spawn(move || {
-        // Where the server ends, or nobody listens to this, the process is of no more use.
+        // The process is no longer needed once the server closes the connection or the output is
+        // closed.
         let _ = print_messages(reading);
         std::process::exit(0);
     });
@@ -25,7 +26,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let mut out = Vec::new();
         frame::append(&mut out, |out| out.extend_from_slice(line.as_bytes()));
         if stream.write_all(&out).is_err() {
-            // What the server said until its end is still to be printed.
+            // The other thread still prints what the server sent.
             std::thread::park();
         }
     }

@@ -1,9 +1,9 @@
-//! A client that maps block `m` of pool `base`, for tests to kill: `writer` publishes versions
-//! under the lock, `reader` looks whether each is whole. Arguments: what it is, the socket, its
-//! AppID, the block's kind, a number.
+//! A client that maps block `m` of pool `base`, for tests to kill. A `writer` publishes versions
+//! under the lock; a `reader` checks that each version is whole. Arguments: the role, the socket,
+//! the AppID, the block's kind, a number.
 //!
-//! Every word of a version is the same: the fence it was written under (32 bits), the writer's
-//! number (8) and a count (24).
+//! All words of a version are equal: the fence under which it was written (32 bits), the writer's
+//! number (8) and a counter (24).
 
 use std::io::Write;
 use std::path::Path;
@@ -17,10 +17,10 @@ use serde_json::{Value, json};
 /// Bytes of the block.
 const SIZE: u64 = 24 * 1024;
 
-/// Longest that one read may take.
+/// The longest that one read may take.
 const READ_TIME_MAX: Duration = Duration::from_secs(1);
 
-/// What is still tried when the server has gone.
+/// Reads to try after the server has ended.
 const TRIES_AFTER: usize = 200;
 
 /// The server closed the connection, or refused what cannot be refused.
@@ -54,7 +54,7 @@ fn main() {
     }
 }
 
-/// Prints a line; where nobody listens any more, this ends.
+/// Prints a line; ends the process if the output is closed.
 fn say(line: &str) {
     let mut out = std::io::stdout().lock();
     if writeln!(out, "{line}").and_then(|()| out.flush()).is_err() {
@@ -81,7 +81,7 @@ impl Client {
         Ok(())
     }
 
-    /// Asks, and returns the reply; the connection's end is one without a reason.
+    /// Sends a request and returns the reply. If the connection ends, the error has no text.
     fn ask(&mut self, mut message: Value) -> Result<Value, Ended> {
         message["id"] = "r".into();
         if self.wire.try_send(&message).is_err() {
@@ -94,7 +94,8 @@ impl Client {
                 return Err(Ended(String::new()));
             };
             if reply["in_reply_to"] == "r" {
-                // Who was kicked is no member any more for as long as its connection still lives.
+                // A client that was kicked is no longer a member, even while its connection is
+                // still open.
                 return match reply["error"]["code"] == "not_member" {
                     true => Err(Ended(String::new())),
                     false => Ok(reply),
@@ -114,7 +115,7 @@ impl Client {
             "kind": self.kind,
             "if_exists": "attach", "mode": mode});
         let mut reply = self.ask(create)?;
-        // The name is kept for the owner, who is not back yet.
+        // The name is reserved for the owner, which has not reconnected yet.
         if reply["error"]["code"] == "forbidden" {
             return Err(Ended(String::new()));
         }
@@ -184,8 +185,8 @@ impl Client {
         }
     }
 
-    /// Stops in the middle of a version until a line comes, and then goes on with it as if nothing
-    /// had happened.
+    /// Stops in the middle of a version until a line arrives, and then continues as if nothing had
+    /// happened.
     fn write_half(&mut self, number: u64) -> Result<(), Ended> {
         let block = self.attach("write")?;
         let Some((_, fence)) = self.lock()? else {
@@ -249,7 +250,7 @@ fn content(fence: u64, number: u64, count: u64) -> Vec<u8> {
         .collect()
 }
 
-/// Publishes a version; says so only once it is out.
+/// Publishes a version, and prints its line only after that.
 fn publish(block: &Arc<Attachment>, fence: u64, number: u64, count: u64) -> bool {
     let Ok(mut writing) = block.begin(fence) else {
         return false;
@@ -266,7 +267,8 @@ fn publish(block: &Arc<Attachment>, fence: u64, number: u64, count: u64) -> bool
     }
 }
 
-/// Whoever held the lock when its connection ended goes on, as a process would that did not notice.
+/// Keeps writing after the connection has ended, as a lock holder would that did not notice the
+/// end.
 fn after(block: &Arc<Attachment>, fence: u64, number: u64, mut count: u64) -> Result<(), Ended> {
     for _ in 0..TRIES_AFTER {
         count += 1;
@@ -277,7 +279,7 @@ fn after(block: &Arc<Attachment>, fence: u64, number: u64, mut count: u64) -> Re
     Ok(())
 }
 
-/// What was seen of one generation.
+/// What a reader saw of one generation.
 #[derive(Default)]
 struct Look {
     reads: u64,

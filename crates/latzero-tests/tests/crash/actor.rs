@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 use crate::random::Random;
 use crate::round::{Gone, Round, ask, ok, reply};
 
-/// Steps in one life of the server.
+/// Steps during one life of the server.
 const STEPS: u64 = 25;
 
-/// What was acknowledged, and what it is if the request in progress at a kill was carried out.
+/// The acknowledged state, and the state if the request that a kill interrupted was carried out.
 #[derive(Debug, Clone, Default)]
 struct Known<T> {
     sure: T,
@@ -30,7 +30,7 @@ impl<T: PartialEq + Clone + std::fmt::Debug> Known<T> {
         }
     }
 
-    /// What is found must be one of both, whole.
+    /// Whatever is found must equal one of both.
     fn is_found(&mut self, what: &str, found: T) {
         let fits = found == self.sure || self.perhaps.as_ref() == Some(&found);
         assert!(fits, "{what} is {found:?} and should be {self:?}");
@@ -74,11 +74,11 @@ pub(crate) struct Actor {
     registration: Known<Option<Registration>>,
     pools: BTreeMap<String, Known<Option<u64>>>,
     blocks: BTreeMap<String, Known<Option<Block>>>,
-    /// What each block was since it last was on the disk for certain: after the end of the machine
-    /// it is one of these.
+    /// The states of each block since it was last certainly on the disk: after the machine ends,
+    /// the block is in one of these.
     since_flush: BTreeMap<String, Vec<Block>>,
     has_lost_power: bool,
-    /// The newest fence of each block that is there.
+    /// The newest fence of each existing block.
     fences: BTreeMap<String, u64>,
     count: u64,
 }
@@ -105,12 +105,12 @@ impl Actor {
         }
     }
 
-    /// The machine ended: blocks may have gone back to what was flushed, and no further.
+    /// The machine ended: blocks may have gone back to their last flushed state, and no further.
     pub(crate) fn lose_power(&mut self) {
         self.has_lost_power = true;
     }
 
-    /// Blocks that are there.
+    /// The number of existing blocks.
     pub(crate) fn blocks(&self) -> usize {
         self.blocks
             .values()
@@ -118,10 +118,10 @@ impl Actor {
             .count()
     }
 
-    /// Looks for everything that was acknowledged, after a restart.
+    /// Checks that everything acknowledged is there after a restart.
     pub(crate) fn verify(&mut self, server: &latzero_tests::site::Daemon) {
         if self.registration.sure.is_none() && self.registration.perhaps.is_none() {
-            // It never came, so it has nothing that could go back.
+            // It never connected, so it has nothing that could go back.
             self.has_lost_power = false;
             return;
         }
@@ -139,7 +139,7 @@ impl Actor {
         });
         self.registration.is_found(&self.name, found.clone());
         if found.is_none() {
-            // It is known by this handshake.
+            // The server remembers the app from this handshake on.
             let pools = strings(&ack["pools"]);
             let triggers = BTreeSet::new();
             self.registration.sure = Some(Registration { pools, triggers });
@@ -190,13 +190,14 @@ impl Actor {
                     found.version
                 );
                 self.fences.insert(block.clone(), now);
-                // A block whose lock was held at the kill moves, and is locked only after that.
+                // A block whose lock was held at the kill moves first, and can be locked only after
+                // that.
                 let moved = read_block(wire, block)?;
                 *found = moved.unwrap_or_else(|| panic!("{block} is gone"));
             } else {
                 self.fences.remove(block);
             }
-            // Which generation a new block began with was not heard.
+            // The first generation of a new block is unknown if the reply did not arrive.
             if let (None, Some(Some(perhaps)), Some(found)) =
                 (&known.sure, &mut known.perhaps, &found)
             {
@@ -230,7 +231,7 @@ impl Actor {
             .is_some_and(|r| r.pools.contains("base"))
     }
 
-    /// Does random things until the server is gone, or there were enough of them.
+    /// Performs random requests until the server is gone or all steps are done.
     pub(crate) fn run(&mut self, round: &Round<'_>) {
         let done = self.act(round);
         if done.is_ok() {
@@ -258,7 +259,7 @@ impl Actor {
 
     /// Connects, by the AppID alone or with a new registration.
     fn come(&mut self, round: &Round<'_>) -> Result<Wire, Gone> {
-        // What is left by one instance stays while another is in it, so the one from before ends
+        // State that one instance leaves stays while another is connected, so the earlier one ends
         // first.
         let mut handshake =
             json!({"app_id": self.name, "features": ["attachments"], "takeover": true});
@@ -374,7 +375,7 @@ impl Actor {
             message["kind"] = "persistent".into();
             message["slots"] = self.random.pick(&[2, 3]).into();
             let reply = ask(wire, message)?;
-            // A name that was used before goes on from its generation then.
+            // A name that was used before continues from its last generation.
             let generation = ok(block, &reply)["generation"].as_u64().unwrap_or(0);
             known.is_asked(Some(Block { generation, ..made }));
             known.is_told();
@@ -439,7 +440,7 @@ impl Actor {
             }
             13 | 14 => {
                 let fence = self.fences.get(block).copied().unwrap_or(0);
-                // Held at a kill, it has the block move.
+                // If the lock is held at a kill, the block moves.
                 then.generation += 1;
                 known.is_asked(Some(then));
                 let now = lock(wire, block)?;
@@ -470,7 +471,7 @@ fn strings(list: &Value) -> BTreeSet<String> {
         .collect()
 }
 
-/// Takes the lock of a block and gives it back; returns its fence.
+/// Locks a block and releases the lock; returns its fence.
 fn lock(wire: &mut Wire, block: &str) -> Result<u64, Gone> {
     let lock = json!({"action": "memory_lock", "pool": "base", "block_id": block, "wait": 10_000});
     let reply = ask(wire, lock)?;
@@ -481,7 +482,7 @@ fn lock(wire: &mut Wire, block: &str) -> Result<u64, Gone> {
     Ok(lock["fence"].as_u64().unwrap_or_else(|| panic!("{reply}")))
 }
 
-/// A block as it is, where there is one.
+/// The current state of a block; `None` if it does not exist.
 fn read_block(wire: &mut Wire, block: &str) -> Result<Option<Block>, Gone> {
     let read = json!({"action": "memory_read", "id": "r", "pool": "base", "block_id": block});
     wire.try_send(&read).map_err(|_| Gone)?;

@@ -10,24 +10,24 @@ use serde_json::{Value, json};
 use crate::random::Random;
 use crate::round::Round;
 
-/// The client that is a process.
+/// The client process.
 const CLIENT: &str = env!("CARGO_BIN_EXE_latzero-test-client");
 
-/// Calls in one life of the server.
+/// Calls during one life of the server.
 const CALLS: u64 = 20;
 
-/// What is known of one call.
+/// What is known about one call.
 #[derive(Debug, Default, Clone)]
 struct Call {
     is_acknowledged: bool,
     is_refused: bool,
-    /// In which lives of the server it was answered.
+    /// The lives of the server in which it was answered.
     answered: Vec<u64>,
-    /// Its answer may have gone to a caller that was killed.
+    /// Its answer may have been delivered to a caller that was killed.
     may_be_lost: bool,
 }
 
-/// Every call, over all lives of the server.
+/// Every call of all lives of the server.
 #[derive(Default)]
 pub(crate) struct Calls {
     book: Mutex<BTreeMap<u64, Call>>,
@@ -43,7 +43,7 @@ impl Calls {
         look(book.entry(n).or_default())
     }
 
-    /// Another server begins.
+    /// Records that another server starts.
     pub(crate) fn new_life(&mut self) {
         self.life += 1;
     }
@@ -60,7 +60,7 @@ impl Calls {
         )
     }
 
-    /// What the caller received.
+    /// Records a line that the caller received.
     fn note(&self, line: &str) {
         let message: Value =
             serde_json::from_str(line).unwrap_or_else(|_| panic!("not a message: {line}"));
@@ -97,7 +97,7 @@ impl Calls {
         });
     }
 
-    /// Parks calls; now and then the caller is killed and comes back.
+    /// Parks calls; sometimes the caller is killed and replaced.
     pub(crate) fn call(&self, round: &Round<'_>, mut random: Random) {
         let Some(mut caller) = come(
             round.server,
@@ -146,7 +146,7 @@ impl Calls {
         }
     }
 
-    /// Answers calls, or not; now and then the handler is killed and another one comes.
+    /// Answers some calls; sometimes the handler is killed and replaced.
     pub(crate) fn handle(&self, round: &Round<'_>, mut random: Random) {
         let handshake = json!({"app_id": "handler", "pools": ["base"], "triggers": ["job"]});
         loop {
@@ -176,8 +176,8 @@ impl Calls {
         }
     }
 
-    /// What the handler received: nothing that was refused, and first attempts in the order of
-    /// asking.
+    /// Checks and records a line that the handler received: it must not be a refused call, and
+    /// first attempts arrive in the order of the calls.
     fn given(&self, line: &str, newest: &mut Option<u64>) -> Value {
         let message: Value =
             serde_json::from_str(line).unwrap_or_else(|_| panic!("not a message: {line}"));
@@ -198,7 +198,7 @@ impl Calls {
         message
     }
 
-    /// In the end everybody is there: every call that was acknowledged has an answer.
+    /// Finally, both sides are connected: every acknowledged call gets an answer.
     pub(crate) fn settle(&self, server: &Daemon) {
         let left = || {
             let book = self
@@ -230,7 +230,8 @@ impl Calls {
                 }
                 pid
             });
-            // A call behind all the others: with its answer the others' are there.
+            // This call is queued behind all others: when it is answered, they have been answered
+            // too.
             let mut n = self.life * 1000 + 900;
             loop {
                 caller.send(
@@ -244,13 +245,13 @@ impl Calls {
                     self.note(&line);
                 }
                 n += 1;
-                // Given out in batches, the rest with the next turn; a call that is lost never
-                // comes.
+                // Calls are delivered in batches, the rest with the next round; a lost call never
+                // arrives.
                 if left().is_empty() || n % 100 > 50 {
                     break;
                 }
             }
-            // Calls whose handlers died pause before they are given out again.
+            // Calls whose handlers died are delivered again after a pause.
             while !left().is_empty() {
                 let line = caller
                     .line()
@@ -273,7 +274,7 @@ impl Calls {
         });
     }
 
-    /// Nothing of any call is left at a server that comes after [`Calls::settle`].
+    /// Checks that a server that starts after [`Calls::settle`] has nothing left of any call.
     pub(crate) fn none_left(&self, server: &Daemon) {
         for handshake in [
             json!({"app_id": "caller", "pools": ["base"]}),
@@ -288,7 +289,7 @@ impl Calls {
     }
 }
 
-/// An app that is a process; `None` where the server is gone.
+/// Starts an app as a process; `None` if the server is gone.
 fn come(server: &Daemon, handshake: &Value) -> Option<Puppet> {
     let socket = server.socket().to_str().unwrap_or_default();
     let mut puppet = Puppet::start(CLIENT, &[socket]);

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-/// Nothing is there but what `docs/operations.md` names, and of `blocks` persistent blocks one file
-/// each.
+/// Checks that the directory holds only what `docs/operations.md` names, and one file for each of
+/// `blocks` persistent blocks.
 pub(crate) fn check(data: &Path, blocks: usize) {
     let mut bytes = 0;
     let mut records = 0;
@@ -21,20 +21,20 @@ pub(crate) fn check(data: &Path, blocks: usize) {
                 let mut starts = ["latzero-", "pre-migration-1-"].into_iter();
                 starts.any(|start| name.starts_with(start)) && name.ends_with(".db")
             }
-            // A kill between a block's bytes and its record leaves bytes that nobody asks for; they
-            // are moved aside.
+            // A kill between writing a block's bytes and its record leaves bytes without an owner;
+            // they are moved aside.
             Some(("memory", name)) if name.starts_with(".orphans/") => name.contains(".lzb"),
             Some(("memory", name)) => {
                 bytes += usize::from(name.ends_with(".lzb"));
                 records += usize::from(name.ends_with(".json"));
-                // A block that was removed has a mark until its row is gone.
+                // A removed block has a mark until its row is deleted.
                 [".lzb", ".json", ".gone"]
                     .iter()
                     .any(|end| name.ends_with(end))
             }
             Some(_) => false,
         };
-        // A damaged database is kept; so is one that a restoring replaced which was interrupted.
+        // A damaged database is kept, and so is one whose replacement by a backup was interrupted.
         let is_set_aside = file.starts_with("corrupt-") || file.starts_with("replaced-");
         assert!(is_known || is_set_aside, "{file} is left");
     }

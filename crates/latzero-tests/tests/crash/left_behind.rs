@@ -9,10 +9,10 @@ use serde_json::json;
 use crate::mapped::{Mapped, read, whole};
 use crate::round::{ok, reply};
 
-/// A writer that stopped in the middle of a version when the server was killed, and goes on when
-/// another one serves the block: what it still writes reaches nobody.
+/// A writer stopped in the middle of a version when the server was killed, and continues when
+/// another server has the block: nobody sees what it still writes.
 #[test]
-fn what_a_writer_from_before_a_kill_still_writes_reaches_nobody() {
+fn writes_of_a_writer_from_before_a_kill_are_never_visible() {
     for kind in ["persistent", "shared"] {
         let site = Site::new();
         let server = site.start();
@@ -39,7 +39,7 @@ fn what_a_writer_from_before_a_kill_still_writes_reaches_nobody() {
     }
 }
 
-/// An app that holds a descriptor of the block, and writes it through the server.
+/// An app that holds a descriptor of the block, and writes the block through the server.
 pub(crate) struct Holder {
     wire: Wire,
     held: OwnedFd,
@@ -47,7 +47,7 @@ pub(crate) struct Holder {
 }
 
 impl Holder {
-    /// Makes the block.
+    /// Creates the block.
     pub(crate) fn new(server: &Daemon, kind: &'static str) -> Holder {
         let mut wire = Holder::join(server);
         let size = 24 * 1024;
@@ -65,7 +65,7 @@ impl Holder {
             .0
     }
 
-    /// Comes to the next server, with what the last one left.
+    /// Connects to the next server and offers what the last one left.
     pub(crate) fn come_back(&mut self, server: &Daemon) {
         self.wire = Holder::join(server);
         if self.kind == "shared" {
@@ -80,7 +80,7 @@ impl Holder {
         }
     }
 
-    /// Writes a version under a new lock, whose fence is greater than `before`; returns its word.
+    /// Writes a version under a new lock whose fence is greater than `before`; returns its word.
     pub(crate) fn write(&mut self, before: u64) -> u64 {
         let granted = self
             .wire
@@ -107,7 +107,7 @@ impl Holder {
         word
     }
 
-    /// The word that all of the block is made of.
+    /// The word that fills the whole block.
     pub(crate) fn read(&mut self) -> u64 {
         let Ok((content, _)) = read(&mut self.wire) else {
             panic!("the server ends by itself");

@@ -1,11 +1,11 @@
-//! The crash test: random operations of many clients, kills of the server and of clients at random
-//! moments and at named places, restarts, and a look whether everything that was acknowledged is
-//! there and nothing else is left.
+//! The crash test: many clients send random requests; the server and clients are killed at random
+//! moments and at failpoints, and restarted. Then it checks that everything acknowledged is there
+//! and that nothing else is left.
 //!
-//! `LATZERO_CRASH_ROUNDS` says how many lives of a server (50), `LATZERO_CRASH_SEED` which ones;
-//! `cargo xtask crash` sets both. A seed decides what is asked and when the server is to die, in
-//! steps of all clients together; the system decides how the clients' steps fall between each
-//! other, so a seed that failed may need several tries.
+//! `LATZERO_CRASH_ROUNDS` sets the number of lives of a server (50), and `LATZERO_CRASH_SEED` the
+//! seed; `cargo xtask crash` sets both. A seed decides what is requested and after how many steps
+//! of all clients together the server dies. The system decides how the clients' steps interleave,
+//! so a failing seed may need several tries.
 
 #![allow(
     clippy::unwrap_used,
@@ -42,7 +42,7 @@ const LIVES: u64 = 10;
 
 const ACTORS: u64 = 3;
 
-/// Named places that a server passes while it works, and how often at most before one lets it die
+/// Failpoints that a running server passes, and the most times that it passes each before it dies
 /// there.
 const WORKING: &[(&str, u64)] = &[
     ("store.begin", 12),
@@ -55,13 +55,13 @@ const WORKING: &[(&str, u64)] = &[
     ("backup.after_rename", 1),
 ];
 
-/// Those that it passes when it stops.
+/// Failpoints that it passes when it stops.
 const STOPPING: &[&str] = &["store.before_checkpoint", "store.after_checkpoint"];
 
-/// Those that it passes when it starts for the first time.
+/// Failpoints that it passes when it starts for the first time.
 const FIRST: &[&str] = &["migrate.before_commit", "migrate.after_commit"];
 
-/// Those that it passes when it takes a backup in a damaged database's place.
+/// Failpoints that it passes when it replaces a damaged database by a backup.
 const RESTORING: &[&str] = &[
     "restore.built",
     "restore.decided",
@@ -77,7 +77,7 @@ fn number(name: &str, default: u64) -> u64 {
     })
 }
 
-/// What happened, for whoever looks at the numbers.
+/// Counters of what happened, printed for a person to read.
 #[derive(Default)]
 struct Tally {
     lives: u64,
@@ -127,8 +127,7 @@ fn at_failpoint(name: &str, pass: u64) -> Start {
 
 fn settings() -> Start {
     Start {
-        // A handler that owes an answer holds up no end. No backup is made but those that are asked
-        // for.
+        // A handler with an open call delays no stop. Backups are made only on request.
         settings: vec!["drain_timeout=1ms".into(), "backup_interval=0".into()],
         ..Start::default()
     }
@@ -189,7 +188,7 @@ struct World {
 }
 
 impl World {
-    /// One life: look for what was acknowledged, work, die.
+    /// One life: verify what was acknowledged, work, die.
     fn live(&mut self, site: &Site, random: &mut Random, tally: &mut Tally) {
         if random.one_in(3) {
             site.lose_power().unwrap();
@@ -208,7 +207,7 @@ impl World {
             let start = at_failpoint(name, 1 + random.below(passes));
             server = match site.start_with(&start) {
                 Ok(server) => server,
-                // It wrote something at its start already.
+                // It wrote something during its start already.
                 Err(refused) => {
                     assert_eq!(refused.status.signal(), Some(9), "{name}: {refused:?}");
                     *tally.failpoints.entry(name).or_default() += 1;
@@ -236,7 +235,7 @@ impl World {
             _ => 1 + random.below(90),
         };
         let round = Round::new(&server, strike_at, self.actors.len() + 1);
-        // Without one, every call waits for another life.
+        // Without a handler, every call waits for another life.
         let has_handler = random.one_in(2);
         let (calling, handling, mapping) = (random.branch(1), random.branch(2), random.branch(3));
         let World {
@@ -275,14 +274,14 @@ impl World {
         self.mapped.verify(server);
     }
 
-    /// Everything ends well: nothing waits, and no file is left that should not be.
+    /// Ends everything in order: nothing waits, and no file is left that should not be.
     fn end(&mut self, site: &Site, random: &mut Random, tally: &mut Tally) {
         self.calls.new_life();
         let server = site.start_with(&settings()).unwrap();
         self.verify(&server);
         self.calls.settle(&server);
         let (mut admin, _) = server.app(json!({"app_id": "admin"}));
-        // The ends of calls are not waited for; what is comes behind them.
+        // The ends of calls are not acknowledged, but this is, and it is written after them.
         let register = json!({"action": "trigger_register", "triggers": ["end"]});
         ok("end", &admin.request(register));
         ok("backup", &admin.request(json!({"action": "backup"})));
@@ -295,7 +294,7 @@ impl World {
             let server = site.start_with(&settings()).unwrap();
             let (mut admin, _) = server.app(json!({"app_id": "admin"}));
             check(&mut admin, "degraded");
-            // A kill would leave it so.
+            // After a kill, the next start would report the loss again.
             assert!(server.stop().success());
         }
         let server = site.start_with(&settings()).unwrap();
@@ -312,7 +311,7 @@ impl World {
     }
 }
 
-/// The database is whole, and the server says how it is.
+/// Checks that the database is intact, and that health reports this state of the store.
 fn check(admin: &mut latzero_tests::Wire, store: &str) {
     let checked = admin.request(json!({"action": "db_check", "full": true}));
     assert_eq!(ok("db_check", &checked)["ok"], true, "{checked}");
@@ -322,7 +321,7 @@ fn check(admin: &mut latzero_tests::Wire, store: &str) {
     assert_eq!(seen, [&json!(store), &json!("ok")], "{health}");
 }
 
-/// Has a backup made while everybody works.
+/// Makes a backup while the clients work.
 fn backup(round: &Round<'_>) {
     let came = round.server.try_app(json!({"app_id": "admin"})).unwrap();
     if let Some((mut admin, _)) = came
@@ -332,14 +331,14 @@ fn backup(round: &Round<'_>) {
     }
 }
 
-/// Moves the directory away under a server and back. While it is away nothing is promised, and
+/// Moves the directory of a running server away and back. In between nothing is acknowledged, and
 /// nothing is lost.
 fn move_directory(site: &Site) {
     let server = site.start_with(&settings()).unwrap();
     let (mut admin, _) = server.app(json!({"app_id": "admin"}));
     let (data, moved) = (site.data_dir(), site.data_dir().with_file_name("moved"));
     std::fs::rename(&data, &moved).unwrap();
-    // A name that is new: what changes nothing promises nothing.
+    // The name must be new: a request that changes nothing needs no write and succeeds.
     let name = format!("away-{}", server.pid());
     let register = json!({"action": "trigger_register", "triggers": [name]});
     let refused = admin.request(register);
@@ -350,7 +349,7 @@ fn move_directory(site: &Site) {
     server.kill();
 }
 
-/// Removes the database under a server, which makes it anew.
+/// Removes the database of a running server, which creates it again.
 fn remove_database(site: &Site) {
     let server = site.start_with(&settings()).unwrap();
     let (mut admin, _) = server.app(json!({"app_id": "admin"}));
@@ -363,8 +362,8 @@ fn remove_database(site: &Site) {
     }
 }
 
-/// Makes a backup, and dates it years ahead, as a clock does that jumps: later ones are newer all
-/// the same.
+/// Makes a backup and dates it years ahead, as after a jump of the clock: later backups are still
+/// newer.
 fn let_clock_jump(site: &Site) {
     let server = site.start_with(&settings()).unwrap();
     let (mut admin, _) = server.app(json!({"app_id": "admin"}));
@@ -377,10 +376,10 @@ fn let_clock_jump(site: &Site) {
     server.kill();
 }
 
-/// Waits until the server keeps what it promises.
+/// Waits until the server can store changes again.
 fn until_ok(admin: &mut latzero_tests::Wire) {
     let end = Instant::now() + std::time::Duration::from_secs(30);
-    // What changes nothing promises nothing, so one of the two alone says little.
+    // A request that changes nothing needs no write, so one of the two alone proves little.
     let mut does = |action: &str| {
         let reply = admin.request(json!({"action": action, "triggers": ["back"]}));
         reply["status"] == "ok"
@@ -391,7 +390,7 @@ fn until_ok(admin: &mut latzero_tests::Wire) {
     }
 }
 
-/// Spoils the database, all but its first bytes.
+/// Damages the database except for its first bytes.
 fn damage(site: &Site) {
     let path = site.data_dir().join("data.db");
     let mut bytes = std::fs::read(&path).unwrap();

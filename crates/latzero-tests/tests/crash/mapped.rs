@@ -1,5 +1,5 @@
-//! Processes that map one block: writers under its lock, which are killed and cut off, and readers,
-//! which never see a version that is not whole.
+//! Processes that map one block: writers under its lock, which are killed or disconnected, and
+//! readers, which must never see a torn version.
 
 use std::collections::BTreeSet;
 
@@ -10,18 +10,18 @@ use serde_json::{Value, json};
 use crate::random::Random;
 use crate::round::{Gone, Round, ask, ok, reply};
 
-/// The client that is a process and maps the block.
+/// The client process that maps the block.
 const MAPPER: &str = env!("CARGO_BIN_EXE_latzero-test-mapper");
 
-/// Writers at the same time.
+/// How many writers work at the same time.
 const WRITERS: usize = 2;
 
-/// The block that is mapped, over all lives of the server.
+/// The mapped block over all lives of the server.
 pub(crate) struct Mapped {
     pub(crate) kind: &'static str,
-    /// Fences that were granted, of the block that is there.
+    /// Fences that were granted for the current block.
     fences: BTreeSet<u64>,
-    /// The newest version that a writer was done with.
+    /// The newest version that a writer has completed.
     version: u64,
     number: u64,
     pub(crate) has_lost_power: bool,
@@ -65,14 +65,14 @@ impl Mapped {
         }
     }
 
-    /// Looks for what was published, after a restart.
+    /// Checks what was published, after a restart.
     pub(crate) fn verify(&mut self, server: &Daemon) {
         let (mut wire, _) = overseer(server);
         let Ok(info) = ask(&mut wire, json!({"action": "memory_info", "block_id": "m"})) else {
             panic!("the server ends by itself");
         };
         if self.kind == "shared" {
-            // Nobody offers it again, so the next one is another block.
+            // Nobody offers the block again, so the next one is another block.
             (self.version, self.fences) = (0, BTreeSet::new());
             return;
         }
@@ -97,7 +97,7 @@ impl Mapped {
         whole(&content);
     }
 
-    /// Has writers write and readers read until the server is gone.
+    /// Runs writers and readers until the server is gone.
     pub(crate) fn run(&mut self, round: &Round<'_>, mut random: Random) {
         let mut writers: Vec<Writer> = (0..WRITERS).map(|n| self.writer(round.server, n)).collect();
         let mut readers: Vec<Puppet> = (0..2)
@@ -115,7 +115,7 @@ impl Mapped {
             }
             match random.below(6) {
                 0 => {
-                    // Dead in the middle of whatever it does.
+                    // The writer dies in the middle of whatever it does.
                     writers[n].puppet.kill();
                     while let Some(line) = writers[n].puppet.line() {
                         self.note(&mut writers[n], &line);
@@ -158,7 +158,7 @@ impl Mapped {
                 assert!(self.fences.insert(fence), "fence {fence} was granted twice");
                 writer.fence = fence;
             }
-            // What a writer publishes that was cut off may be of a generation that nobody sees any
+            // A disconnected writer may publish a version in a generation that nobody sees any
             // more.
             (Some("wrote"), Some(version)) if words.next() == Some(&writer.fence.to_string()) => {
                 self.version = self.version.max(version);
@@ -167,8 +167,8 @@ impl Mapped {
         }
     }
 
-    /// Ends a writer's connection while its process goes on: whoever has the lock then writes
-    /// alone.
+    /// Ends a writer's connection while its process continues: from then on only the next
+    /// lock holder's writes are visible.
     fn cut_off(&mut self, round: &Round<'_>, writer: &mut Writer) -> Result<(), Gone> {
         let Some((mut wire, _)) = try_overseer(round.server) else {
             return Err(Gone);
@@ -183,7 +183,7 @@ impl Mapped {
             json!({"action": "memory_lock", "block_id": "m", "wait": 10_000}),
         )?;
         if granted["error"]["code"] == "no_block" {
-            // It was not made yet.
+            // The block did not exist yet.
             writer.puppet.kill();
             return Ok(());
         }
@@ -207,7 +207,7 @@ impl Mapped {
         wire.try_send_bytes(&frame).map_err(|_| Gone)?;
         let written = reply(&mut wire, &header)?;
         let written = ok("write", &written)["version"].as_u64().unwrap_or(0);
-        // The one that was cut off writes on, to nobody.
+        // The disconnected writer continues to write, and nobody sees it.
         let (status, lines) = writer.puppet.wait();
         assert!(status.success(), "{status}: {lines:?}");
         for line in lines {
@@ -243,7 +243,7 @@ fn try_overseer(server: &Daemon) -> Option<(Wire, Value)> {
     came.unwrap_or_else(|error| panic!("no acknowledgement: {error}"))
 }
 
-/// The block's bytes and their version, through the server.
+/// The block's bytes and their version, read through the server.
 pub(crate) fn read(wire: &mut Wire) -> Result<(Vec<u8>, u64), Gone> {
     wire.try_send(&json!({"action": "memory_read", "id": "r", "block_id": "m"}))
         .map_err(|_| Gone)?;
@@ -259,7 +259,7 @@ pub(crate) fn read(wire: &mut Wire) -> Result<(Vec<u8>, u64), Gone> {
     }
 }
 
-/// The word that all of a version is made of.
+/// The word that fills a whole version.
 pub(crate) fn whole(content: &[u8]) -> u64 {
     let mut words = content
         .chunks_exact(8)

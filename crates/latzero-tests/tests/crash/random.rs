@@ -1,6 +1,6 @@
 //! Random numbers from a seed (SplitMix64).
 
-/// A sequence of its own.
+/// A sequence of random numbers.
 pub(crate) struct Random(u64);
 
 impl Random {
@@ -8,7 +8,7 @@ impl Random {
         Random(seed)
     }
 
-    /// Another sequence, which this one and `which` decide.
+    /// Another sequence, determined by this one and `which`.
     pub(crate) fn branch(&mut self, which: u64) -> Random {
         Random(self.next() ^ which.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
@@ -21,7 +21,7 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// A number below `n`.
+    /// A number less than `n`.
     pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }

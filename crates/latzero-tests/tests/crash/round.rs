@@ -6,17 +6,17 @@ use latzero_tests::Wire;
 use latzero_tests::site::Daemon;
 use serde_json::Value;
 
-/// The server went away before it answered.
+/// The server ended before it replied.
 pub(crate) struct Gone;
 
 /// One life of the server.
 pub(crate) struct Round<'a> {
     pub(crate) server: &'a Daemon,
-    /// After how many steps of all clients together it is killed; where they do fewer, at their
-    /// end.
+    /// The number of steps of all clients together after which it is killed; if they perform fewer,
+    /// it is killed when they end.
     strike_at: u64,
     steps: AtomicU64,
-    /// Clients that still do steps.
+    /// Clients that still perform steps.
     active: AtomicUsize,
     has_struck: AtomicBool,
 }
@@ -32,14 +32,14 @@ impl<'a> Round<'a> {
         }
     }
 
-    /// A client did something.
+    /// Counts a step of a client.
     pub(crate) fn step(&self) {
         if self.steps.fetch_add(1, SeqCst) + 1 == self.strike_at {
             self.strike();
         }
     }
 
-    /// A client does nothing more. The last one ends the life.
+    /// A client has finished. The last one ends the life.
     pub(crate) fn done(&self) {
         if self.active.fetch_sub(1, SeqCst) == 1 {
             self.strike();
@@ -50,7 +50,7 @@ impl<'a> Round<'a> {
         self.steps.load(SeqCst)
     }
 
-    /// Whether it was killed, and did not kill itself at a failpoint.
+    /// Whether the test killed it; false if it killed itself at a failpoint.
     pub(crate) fn has_struck(&self) -> bool {
         self.has_struck.load(SeqCst)
     }
@@ -61,7 +61,7 @@ impl<'a> Round<'a> {
     }
 }
 
-/// Asks, and waits for the reply over whatever comes first.
+/// Sends a request and waits for its reply; messages that arrive before it are skipped.
 pub(crate) fn ask(wire: &mut Wire, mut message: Value) -> Result<Value, Gone> {
     message["id"] = "r".into();
     wire.try_send(&message).map_err(|_| Gone)?;
@@ -81,7 +81,7 @@ pub(crate) fn reply(wire: &mut Wire, asked: &Value) -> Result<Value, Gone> {
     }
 }
 
-/// The response of a request that can't be refused.
+/// The response to a request that can't be refused.
 pub(crate) fn ok<'v>(asked: &str, reply: &'v Value) -> &'v Value {
     assert_eq!(reply["status"], "ok", "{asked}: {reply}");
     &reply["response"]

@@ -1,10 +1,10 @@
-//! Blocks of encrypted pools: what is read is verified and opened, what is written is sealed and
-//! signed, in this process.
+//! Blocks of encrypted pools: this process verifies and opens what it reads, and seals and signs
+//! what it writes.
 //!
 //! A slot holds a signed manifest, a table of hashes, and chunks of ciphertext. A reader copies
-//! them first and checks the copy. A writer seals the chunks that change and signs the table anew;
-//! the other chunks are carried over as they are. Whoever lacks the seal can't sign, so what
-//! anybody else puts into the memory or the file is refused.
+//! them first and checks the copy. A writer seals the changed chunks and signs the table again; the
+//! other chunks are reused unchanged. Only a holder of the seal can sign, so anything that others
+//! write into the memory or the file is refused.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -32,14 +32,14 @@ use crate::sync::lock;
 /// How long a write without a lock of its own waits for the block's lock.
 const EDIT_WAIT: Duration = Duration::from_secs(10);
 
-/// What the server said of a sealed block.
+/// What the server stated about a sealed block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SealedAs {
     pub(super) uid: [u8; 16],
     pub(super) geometry: Geometry,
 }
 
-/// A sealed block, as far as this process has verified it.
+/// A sealed block, and what this process has verified of it.
 #[derive(Debug)]
 pub(crate) struct SealedBlock {
     pool: Arc<SealedPool>,
@@ -54,7 +54,7 @@ pub(crate) struct SealedBlock {
 /// A change of a sealed block's content.
 #[derive(Debug, Default)]
 pub(super) struct Edit<'a> {
-    /// Bytes, and where they go.
+    /// Bytes and their offsets.
     pub(super) writes: &'a [(u64, Vec<u8>)],
     /// The new length in bytes.
     pub(super) length: Option<u64>,
@@ -64,20 +64,20 @@ pub(super) struct Edit<'a> {
     pub(super) keeps_stale: bool,
 }
 
-/// The lock that a change is made under.
+/// The lock under which a change is made.
 enum Under {
-    /// One that the app holds.
+    /// A lock that the app holds.
     Held(u64),
-    /// One for this change alone.
+    /// A lock taken for this change alone.
     Taken(BlockLock),
 }
 
-/// Where a version is written.
+/// The destination of a new version.
 enum Target {
     /// In place.
     Slot {
         writing: Box<Writing>,
-        /// The table that the slot has, if all of it belongs to one version.
+        /// The table in the slot, if all of it belongs to one version.
         table: Option<Vec<u8>>,
     },
     /// In one message.
@@ -85,7 +85,7 @@ enum Target {
 }
 
 impl SealedAs {
-    /// Reads what a description says of a sealed block.
+    /// Parses the sealed properties in a description.
     pub(super) fn of(description: &Value) -> Option<SealedAs> {
         let said = SealedAs {
             uid: text::decode(description["block_uid"].as_str()?)?,
@@ -94,7 +94,7 @@ impl SealedAs {
         (description["capacity"] == said.capacity()).then_some(said)
     }
 
-    /// Bytes of a slot.
+    /// The size of a slot in bytes.
     pub(super) fn capacity(self) -> u64 {
         self.geometry.capacity()
     }
@@ -126,7 +126,7 @@ impl SealedBlock {
         lock(&self.newest).clone()
     }
 
-    /// The length of the newest version in bytes, or the most that it can have.
+    /// The length of the newest version in bytes, or the largest possible length.
     pub(super) fn length(&self) -> u64 {
         let newest = self.newest();
         newest.map_or(self.size, |newest| newest.manifest().length())
@@ -145,7 +145,7 @@ impl SealedBlock {
         verified
     }
 
-    /// Verifies a private copy of manifest and table. `seen` was known before it was copied.
+    /// Verifies a private copy of manifest and table. `seen` was read before the copy was made.
     fn verify(
         &self,
         head: &[u8],
@@ -206,17 +206,17 @@ impl SealedBlock {
     }
 }
 
-/// Content of which epochs is accepted.
+/// The epochs whose content is accepted.
 #[derive(Debug, Clone, Copy)]
 enum Oldest {
-    /// As the pool's descriptor says.
+    /// Those that the pool's descriptor accepts.
     Accepted,
-    /// Of any: none of it stays.
+    /// All epochs, because none of the content stays.
     Any,
 }
 
-/// Checks that the server describes a block as its pool's suite says, or it would get to see what
-/// is written.
+/// Checks that the server describes a block as the pool's suite requires; otherwise the server
+/// could see what is written.
 pub(super) fn check(core: &Core, pool: &str, said: Option<&SealedAs>) -> Result<(), Error> {
     let suite = match core.sealed_pool(Some(pool)) {
         Some(pool) => pool.with_epochs(|epochs| Some(epochs.current().descriptor().suite()))?,
@@ -234,13 +234,13 @@ impl Block {
         self.shared().sealed.as_ref()
     }
 
-    /// What a sealed block's content is bound to, for calls that take it along.
+    /// The id that a sealed block's content is bound to, for calls that pass the block.
     pub(crate) fn uid(&self) -> Option<[u8; 16]> {
         self.sealed().map(|sealed| sealed.said.uid)
     }
 
-    /// Verifies the newest version if nobody else did, so that its length is known. What is wrong
-    /// with it is said by whoever reads it.
+    /// Verifies the newest version if that has not happened yet, so that its length is known.
+    /// Errors are reported when the block is read.
     pub(super) async fn look(&self) {
         if let Some(sealed) = self.sealed() {
             let _ = self.verified(sealed, Oldest::Accepted).await;
@@ -255,7 +255,8 @@ impl Block {
     ) -> Result<Option<Arc<Verified>>, Error> {
         let mut has_asked = false;
         for _ in 0..TRIES_MAX {
-            // Before the slot is looked at: another thread may verify a newer one meanwhile.
+            // Read before the slot, because another thread may verify a newer version in the
+            // meantime.
             let known = sealed.newest();
             let mut manifest = [0; MANIFEST_BYTES];
             let version = self.slot_into(0, &mut manifest).await?;
@@ -288,7 +289,7 @@ impl Block {
                 .pool
                 .with_epochs(|epochs| epochs.current().descriptor().epoch())?;
             if manifest.epoch() > epoch && !has_asked {
-                // The event about the rotation comes before any reply.
+                // The notice of the rotation arrives before any reply.
                 has_asked = true;
                 self.info().await?;
                 continue;
@@ -303,7 +304,8 @@ impl Block {
         Err(contended(self.id()))
     }
 
-    /// Bytes of the newest version from `offset` on, all of them without `length`; and the version.
+    /// Bytes of the newest version from `offset` on, up to the end if `length` is `None`; and the
+    /// version.
     pub(super) async fn open(
         &self,
         sealed: &SealedBlock,
@@ -329,7 +331,7 @@ impl Block {
         Err(contended(self.id()))
     }
 
-    /// Opens bytes of a version; `None` if the block has another one by now.
+    /// Opens bytes of a version; `None` if the block has a newer one by now.
     async fn open_range(
         &self,
         sealed: &SealedBlock,
@@ -371,7 +373,7 @@ impl Block {
         Ok(Some(plain))
     }
 
-    /// A copy of the newest version, handed to `f` as a view.
+    /// Passes a copy of the newest version to `f` as a view.
     pub(super) async fn view_opened<R>(
         &self,
         sealed: &SealedBlock,
@@ -381,7 +383,8 @@ impl Block {
         Ok(f(View::of_copy(&bytes, version)))
     }
 
-    /// Changes the content under the app's lock, or one that is taken for it; the new version.
+    /// Changes the content under the app's lock, or a lock taken for this change; returns the new
+    /// version.
     pub(super) async fn edit(&self, sealed: &SealedBlock, edit: &Edit<'_>) -> Result<u64, Error> {
         let under = self.lock_to_edit().await?;
         let version = self.publish_under(sealed, &under, edit).await;
@@ -483,8 +486,8 @@ impl Block {
         Ok(version)
     }
 
-    /// Seals what changes, signs the version, and lets everybody see it. What does not change is
-    /// carried over as ciphertext.
+    /// Seals the changes, signs the version, and publishes it. Unchanged chunks are reused as
+    /// ciphertext.
     pub(super) async fn publish(
         &self,
         sealed: &SealedBlock,
@@ -578,8 +581,9 @@ impl Block {
         Ok(version)
     }
 
-    /// The version that a change is made to. What it does not replace is signed again unseen, so
-    /// it must be good; content that is too old is only taken to be written over.
+    /// The version that a change is based on. Its chunks that are not replaced are signed again
+    /// unopened, so it must be valid; content that is too old is accepted only if it is
+    /// overwritten.
     async fn base(
         &self,
         sealed: &SealedBlock,
@@ -637,7 +641,7 @@ impl Block {
         })
     }
 
-    /// Takes a chunk over from the version before, unless it is there.
+    /// Copies a chunk from the previous version, unless it is there already.
     async fn carry(
         &self,
         target: &mut Target,
@@ -696,7 +700,7 @@ impl Target {
 impl Under {
     async fn end(self) {
         if let Under::Taken(lock) = self {
-            // The version is there, or not, whatever happens to the lock.
+            // The version is published or not, whatever happens to the lock.
             let _ = lock.unlock().await;
         }
     }
@@ -718,7 +722,7 @@ impl Edit<'_> {
             .any(|write| write.start < range.end && range.start < write.end)
     }
 
-    /// Whether one write replaces all of a range.
+    /// Whether a single write replaces the whole range.
     fn covers(&self, range: Range<u64>) -> bool {
         self.ranges()
             .any(|write| write.start <= range.start && range.end <= write.end)
@@ -739,12 +743,12 @@ impl Edit<'_> {
     }
 }
 
-/// A number of bytes as this machine counts.
+/// Converts a number of bytes to `usize`.
 fn bytes_of(bytes: u64) -> Result<usize, Error> {
     usize::try_from(bytes).map_err(|_| too_large())
 }
 
-/// As many zeros, if there is memory for them.
+/// A buffer of zeros, if there is enough memory.
 fn zeros(bytes: u64) -> Result<Vec<u8>, Error> {
     let bytes = bytes_of(bytes)?;
     let mut zeros = Vec::new();
