@@ -40,7 +40,7 @@ const SEAL_RATIO_MIN: f64 = 0.7;
 
 /// The largest ratio of the time of a version of a large block that changes one chunk to the time
 /// of sealing that chunk.
-const PUBLISH_RATIO_MAX: f64 = 6.0;
+const PUBLISH_RATIO_MAX: f64 = 3.0;
 
 /// The size in bytes of a call, and of a large message.
 const SMALL: usize = 64;

@@ -409,8 +409,8 @@ impl<D: Driver> Session<D> {
         self.membership(pool)
     }
 
-    /// Like [`Self::current_membership`], for requests that the pool itself does not check. A rotation
-    /// ends memberships in an encrypted pool, and their sessions find out here.
+    /// Like [`Self::current_membership`], for requests that the pool itself does not check. A
+    /// rotation ends memberships in an encrypted pool, and their sessions find out here.
     fn lasting_membership(
         &mut self,
         pool: Option<&str>,

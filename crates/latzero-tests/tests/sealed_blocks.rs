@@ -694,7 +694,7 @@ fn a_block_in_memory_is_back_after_a_crash_of_the_server() {
     let writer = member(&server, "w", keys(&set, WRITE));
     let block = writer.block("b").create(SIZE).send().unwrap();
     block.write_at(0, SECRET).unwrap();
-    // Rows are stored in order, and this app is answered when its own is on disk: so is the block's.
+    // Rows are stored in order: when this app is answered, the block's row is on disk too.
     let _later = member(&server, "later", keys(&set, READ));
     server.kill();
     // The mapping works without the server.

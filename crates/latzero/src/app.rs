@@ -639,8 +639,8 @@ impl Handler {
 
     /// Serves the trigger with a function that takes each call and returns at once, for programs
     /// with their own event loop: [`Unanswered::answer`] answers later, from any thread. Calls are
-    /// taken in the order in which they arrived. `take` runs between two reads of the connection, so
-    /// it must not block.
+    /// taken in the order in which they arrived. `take` runs between two reads of the connection,
+    /// so it must not block.
     ///
     /// # Errors
     /// If the name is not valid or the server refuses.

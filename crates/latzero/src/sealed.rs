@@ -618,9 +618,9 @@ fn payload_of(opened: &Opened) -> Payload {
     }
 }
 
-/// The file with the ids of the calls that an app finished, until they expire: a call runs once even
-/// if the server delivers it again after the app's restart. An entry has [`FINISHED_BYTES`]: the id,
-/// and the time of expiry in Unix milliseconds, big-endian.
+/// The file with the ids of the calls that an app finished, until they expire: a call runs once,
+/// even if the server delivers it again after the app's restart. An entry has [`FINISHED_BYTES`]:
+/// the id, and the time of expiry in Unix milliseconds, big-endian.
 struct Finished(PathBuf);
 
 const FINISHED_BYTES: usize = 24;

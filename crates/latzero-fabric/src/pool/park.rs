@@ -518,8 +518,8 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// A parked call ended without an answer from its handler: ends its repeats too, unless it never
-    /// ran and one of them can take its place.
+    /// A parked call ended without an answer from its handler: ends its repeats too, unless it
+    /// never ran and one of them can take its place.
     fn drop_key(&mut self, number: u64, parked: &Parked, turn: &mut Turn<'_, D>) {
         match &parked.idempotency_key {
             Some(key) if parked.is_following() => {

@@ -100,9 +100,9 @@ impl<D: Driver> Session<D> {
         self.held.bytes >= limits.held_bytes_max
     }
 
-    /// The other end sends nothing more. Returns whether requests still wait for the disk or for the
-    /// check of a proof, which the driver lets finish; calls that wait for other calls end with the
-    /// connection.
+    /// The other end sends nothing more. Returns whether requests still wait for the disk or for
+    /// the check of a proof, which the driver lets finish; calls that wait for other calls end with
+    /// the connection.
     pub fn finish(&mut self, turn: &mut Turn<'_, D>) -> bool {
         let calls = self.held.messages.iter();
         let calls = calls.filter(|(_, waiting)| waiting.why == For::Calls);
