@@ -349,7 +349,9 @@ fn rotate(args: &RotateArgs, output: &Output) -> CommandResult {
 }
 
 fn accept_restore(args: &FileArgs, output: &Output) -> CommandResult {
-    let forgotten = Keys::from_file(args.path()?)?.accept_restore(&args.pool)?;
+    let path = args.path()?;
+    read(&path)?;
+    let forgotten = Keys::from_file(path)?.accept_restore(&args.pool)?;
     if output.json {
         output.value(&json!({"pool": args.pool, "forgotten": forgotten}))?;
     } else if forgotten {

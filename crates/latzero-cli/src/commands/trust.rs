@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal as _;
 
-use latzero::known_hosts;
+use latzero::{Code, known_hosts};
 use serde_json::json;
 
 use crate::args::TrustArgs;
@@ -13,8 +13,20 @@ use crate::output::Output;
 pub(crate) fn run(args: &TrustArgs, output: &Output) -> CommandResult {
     let (host, port) = parse(&args.host)?;
     let known = known_hosts::find(&host, port)?;
-    let pin = known_hosts::look(&host, port, CONNECT_TIMEOUT)?;
     let place = format!("{host}:{port}");
+    let pin = known_hosts::look(&host, port, CONNECT_TIMEOUT).map_err(|error| {
+        let unreachable = matches!(error.kind(), Code::Disconnected | Code::Timeout);
+        let exit = if unreachable {
+            Exit::NotRunning
+        } else {
+            Exit::Failure
+        };
+        Failure::new(
+            exit,
+            format!("{place} has no pin to trust: {}", error.message()),
+        )
+        .with_help("start the server there with --tls, or correct the address")
+    })?;
     if let Some(wanted) = args.pin.filter(|wanted| *wanted != pin) {
         let text = format!("the server at {place} has the pin {pin}, not {wanted}");
         return Err(Failure::new(Exit::Denied, text).with_help(
