@@ -258,7 +258,7 @@ fn descriptors_that_do_not_fit_their_message_end_the_connection() {
     let (kind, text) = attach_with(Some(1), Vec::new);
     assert_eq!(kind, Code::Disconnected);
     assert!(
-        text.contains("names 1 file descriptors, and 0 came"),
+        text.contains("names 1 file descriptors, but 0 arrived"),
         "{text}"
     );
     for announced in [None, Some(1)] {
