@@ -66,10 +66,8 @@ const COMMANDS: &[(&str, &[&str])] = &[
     ("block_rm_none", &["block", "rm", "lab/none"]),
     ("block_bad_name", &["block", "create", "lab/a b", "5"]),
     ("block_flush", &["block", "flush", "lab/f"]),
-    (
-        "block_write_beyond",
-        &["block", "write", "lab/f", "far", "--offset", "100"],
-    ),
+    // It must not lock the block that other commands of the table use.
+    ("block_write_none", &["block", "write", "lab/none", "x"]),
     ("block_resize_none", &["block", "resize", "lab/none", "5"]),
     ("block_dump", &["block", "dump", "lab/f", "-"]),
     ("block_load_none", &["block", "load", "lab/f", "nosuch.bin"]),
@@ -111,6 +109,17 @@ const LOCAL: &[(&str, &[&str])] = &[
     ("backup_ls", &["backup", "ls"]),
     ("restore", &["restore", "nosuch.db"]),
     ("logs", &["logs"]),
+    ("config_default_wrong", &["config", "default", "more"]),
+    ("trust_nobody", &["trust", "127.0.0.1:1"]),
+    ("completion_wrong", &["completion", "nosuch"]),
+    ("keys_new_bad_name", &["keys", "new", "a b"]),
+    ("keys_check_none", &["keys", "check", "nopool"]),
+    ("keys_rotate_none", &["keys", "rotate", "nopool"]),
+    (
+        "keys_accept_restore_none",
+        &["keys", "accept-restore", "nopool"],
+    ),
+    ("app_key_new_bad_name", &["app", "key", "new", "a b"]),
     ("keys_show_none", &["keys", "show", "nopool"]),
     (
         "keys_export_none",
