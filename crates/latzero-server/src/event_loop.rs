@@ -54,7 +54,7 @@ const ACCEPTS_PER_TURN: usize = 16;
 const HANDSHAKES_PER_TURN: Duration = Duration::from_micros(500);
 
 /// The coarsest step of the clock when many connections have timeouts, in milliseconds.
-const LOOK_EVERY_MS: u64 = 100;
+const SWEEP_EVERY_MS: u64 = 100;
 
 /// How long large buffers are kept for the next large frames, in milliseconds.
 const LARGE_KEPT_MS: u64 = 250;
@@ -91,7 +91,7 @@ pub(crate) struct EventLoop {
     scratch: Vec<u8>,
     /// How much time of this turn was spent on TLS handshakes.
     handshaking: Duration,
-    look_at: Option<Time>,
+    sweep_at: Option<Time>,
     /// Connections of this loop to write to again, and when.
     crowded: Vec<Arc<Peer>>,
     crowded_at: Option<Time>,
@@ -136,7 +136,7 @@ impl EventLoop {
             ready: VecDeque::new(),
             scratch: vec![0; READ_BYTES],
             handshaking: Duration::ZERO,
-            look_at: None,
+            sweep_at: None,
             crowded: Vec::new(),
             crowded_at: None,
             front: None,
@@ -219,7 +219,7 @@ impl EventLoop {
         let drain = self.drain.is_some().then(|| now.after_ms(DRAIN_LOOK_MS));
         let next = [
             timers,
-            self.look_at,
+            self.sweep_at,
             self.crowded_at,
             self.accept_at,
             self.watchdog_at,
@@ -514,13 +514,13 @@ impl EventLoop {
             self.host.shared.door().leave(connection.user);
         }
         if let Some(at) = connection.session.next_deadline() {
-            self.schedule_sweep(at.max(now.after_ms(LOOK_EVERY_MS)));
+            self.schedule_sweep(at.max(now.after_ms(SWEEP_EVERY_MS)));
         }
         match turn {
             ReadOutcome::Idle | ReadOutcome::Paused => self.connections[slot] = Some(connection),
             ReadOutcome::Starved => {
                 self.connections[slot] = Some(connection);
-                self.schedule_sweep(now.after_ms(LOOK_EVERY_MS));
+                self.schedule_sweep(now.after_ms(SWEEP_EVERY_MS));
             }
             ReadOutcome::More => {
                 self.connections[slot] = Some(connection);
@@ -597,7 +597,7 @@ impl EventLoop {
         if let Some(Some(connection)) = self.connections.get_mut(slot) {
             connection.shut_when_written();
         }
-        self.schedule_sweep(now.after_ms(LOOK_EVERY_MS));
+        self.schedule_sweep(now.after_ms(SWEEP_EVERY_MS));
         self.read_later(slot);
     }
 
@@ -618,7 +618,7 @@ impl EventLoop {
         {
             tracing::warn!(%error, "cannot watch a connection for writing");
         }
-        self.schedule_sweep(self.host.shared.clock.now().after_ms(LOOK_EVERY_MS));
+        self.schedule_sweep(self.host.shared.clock.now().after_ms(SWEEP_EVERY_MS));
     }
 
     /// Writes what was appended and closes what is to be closed.
@@ -662,7 +662,7 @@ impl EventLoop {
         }
         self.host.count();
         if self.host.shared.context.ledger.is_over_limit() {
-            self.schedule_sweep(now.after_ms(LOOK_EVERY_MS));
+            self.schedule_sweep(now.after_ms(SWEEP_EVERY_MS));
         }
         if self.host.effects.buffers.has_large() {
             self.schedule_sweep(now.after_ms(LARGE_KEPT_MS));
@@ -683,7 +683,7 @@ impl EventLoop {
             }
         }
         if self.upkeep_at.is_some_and(|at| at <= now) {
-            self.upkeep_at = Some(now.after_ms(crate::maintenance::LOOK_EVERY_MS));
+            self.upkeep_at = Some(now.after_ms(crate::maintenance::CHECK_EVERY_MS));
             crate::maintenance::run_schedule(&self.host.shared, now);
         }
         if self.watchdog_at.is_some_and(|at| at <= now) {
@@ -697,13 +697,13 @@ impl EventLoop {
                 self.host.flush_peer(&peer);
             }
         }
-        if self.look_at.is_some_and(|at| at <= now) {
+        if self.sweep_at.is_some_and(|at| at <= now) {
             self.sweep(now);
         }
     }
 
     fn schedule_sweep(&mut self, at: Time) {
-        self.look_at = Some(self.look_at.map_or(at, |earlier| earlier.min(at)));
+        self.sweep_at = Some(self.sweep_at.map_or(at, |earlier| earlier.min(at)));
     }
 
     /// Checks the timeouts of every connection, and makes room if memory is short.
@@ -747,15 +747,13 @@ impl EventLoop {
                     self.host.effects.closing.push(peer);
                 }
                 Liveness::Remove(why) => {
-                    let connection = self.connections[slot]
-                        .take()
-                        .expect("it was just looked at");
+                    let connection = self.connections[slot].take().expect("it was just found");
                     self.note_removal(&connection, why);
                     self.remove(slot, *connection);
                 }
             }
         }
-        self.look_at = next.map(|at| at.max(now.after_ms(LOOK_EVERY_MS)));
+        self.sweep_at = next.map(|at| at.max(now.after_ms(SWEEP_EVERY_MS)));
     }
 
     /// Closes connections while the data that waits for them uses up the memory, and reads those

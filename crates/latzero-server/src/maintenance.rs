@@ -24,7 +24,7 @@ use crate::shared::{Command, ServerState};
 use crate::socket::User;
 
 /// How often to store the heartbeat and to check whether a backup is due, in milliseconds.
-pub(crate) const LOOK_EVERY_MS: u64 = 30_000;
+pub(crate) const CHECK_EVERY_MS: u64 = 30_000;
 
 /// Stores the heartbeat, and starts a backup if one is due.
 pub(crate) fn run_schedule(shared: &Arc<ServerState>, now: latzero_fabric::Time) {

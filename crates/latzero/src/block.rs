@@ -155,7 +155,7 @@ impl BlockName {
             let text = format!("the server did not create block '{}' as requested", self.id);
             return Err(Error::new(Code::Integrity, text));
         }
-        block.look().await;
+        block.verify_newest().await;
         Ok(block)
     }
 }

@@ -375,10 +375,10 @@ fn tcp(host: &str, port: u16, timeout: Duration) -> Result<OwnedFd, Error> {
 }
 
 /// The pin of the server at `host`, as the server presents it to any client.
-pub(crate) fn look_at(host: &str, port: u16, timeout: Duration) -> Result<Pin, Error> {
+pub(crate) fn fetch_pin(host: &str, port: u16, timeout: Duration) -> Result<Pin, Error> {
     let deadline = Instant::now() + timeout;
     let socket = tcp(host, port, timeout)?;
-    Tls::look(socket.as_fd(), (host, port), deadline)
+    Tls::fetch_pin(socket.as_fd(), (host, port), deadline)
 }
 
 /// Connects and makes the handshake; blocks for at most `config.connect_timeout`.

@@ -18,7 +18,7 @@ use latzero_protocol::{Code, Ran};
 use serde_json::{Value, json};
 
 use crate::error::Error;
-use crate::sealed::{SealedPool, Stored};
+use crate::sealed::{DescriptorFile, SealedPool};
 
 /// A key file has at most this many bytes.
 const FILE_BYTES_MAX: u64 = 64 * 1024;
@@ -60,7 +60,7 @@ impl Keys {
     /// # Errors
     /// `storage` if it cannot be deleted.
     pub fn accept_restore(&self, pool: &str) -> Result<bool, Error> {
-        let stored = Stored::of(&SealedPool::new(pool, self.clone(), None));
+        let stored = DescriptorFile::of(&SealedPool::new(pool, self.clone(), None));
         stored
             .map_or(Ok(false), |stored| stored.forget())
             .map_err(|error| {

@@ -101,8 +101,8 @@ fn find_in(path: &Path, host: &str, port: u16) -> Result<Option<Pin>, Error> {
 ///
 /// # Errors
 /// If no server answers there, or it does not use TLS.
-pub fn look(host: &str, port: u16, timeout: Duration) -> Result<Pin, Error> {
-    crate::connection::look_at(host, port, timeout)
+pub fn fetch_pin(host: &str, port: u16, timeout: Duration) -> Result<Pin, Error> {
+    crate::connection::fetch_pin(host, port, timeout)
 }
 
 /// Trusts a server from now on, instead of the one that was trusted there before. Returns the file.

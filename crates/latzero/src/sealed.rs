@@ -125,7 +125,7 @@ impl SealedPool {
         SealedPool {
             name: name.into(),
             keys,
-            state_dir: state_dir.or_else(Stored::directory),
+            state_dir: state_dir.or_else(DescriptorFile::directory),
             seal_key: OnceLock::new(),
             open: Mutex::new(None),
         }
@@ -170,8 +170,8 @@ impl SealedPool {
         let Joined {
             descriptor, chain, ..
         } = joined;
-        let stored = Stored::of(self);
-        let before = stored.as_ref().and_then(Stored::read);
+        let stored = DescriptorFile::of(self);
+        let before = stored.as_ref().and_then(DescriptorFile::read);
         let expected = Expected {
             name: &self.name,
             pool_id: descriptor.pool_id(),
@@ -285,7 +285,7 @@ impl SealedPool {
         let before = current.epochs.current().descriptor();
         match next.accept(&self.keys.0, &expected, &[], Some(before)) {
             Ok(Some(key)) => {
-                if let Some(stored) = Stored::of(self) {
+                if let Some(stored) = DescriptorFile::of(self) {
                     stored.write(&next);
                 }
                 current.epochs.advance(next, key, now_ms());
@@ -630,7 +630,7 @@ const FINISHED_FILE_BYTES_MAX: u64 = 2 * (DEFERRED_MAX * FINISHED_BYTES) as u64;
 
 impl Finished {
     fn of(pool: &SealedPool, app_id: &str) -> Option<Finished> {
-        let Stored(path) = Stored::of(pool)?;
+        let DescriptorFile(path) = DescriptorFile::of(pool)?;
         let name = format!("{}@{app_id}", path.file_name()?.to_str()?);
         Some(Finished(path.with_file_name(name)))
     }
@@ -701,13 +701,13 @@ fn replace(path: &Path, bytes: &[u8]) {
 
 /// The store of the newest accepted descriptor of each pool, by its pin and name. With it a client
 /// detects that a pool was replaced by another one, or by an older state.
-pub(crate) struct Stored(PathBuf);
+pub(crate) struct DescriptorFile(PathBuf);
 
-impl Stored {
-    pub(crate) fn of(pool: &SealedPool) -> Option<Stored> {
+impl DescriptorFile {
+    pub(crate) fn of(pool: &SealedPool) -> Option<DescriptorFile> {
         let pin = pool.keys.0.pin()?;
         let directory = pool.state_dir.as_ref()?;
-        Some(Stored(directory.join(Self::file(&pin, &pool.name))))
+        Some(DescriptorFile(directory.join(Self::file(&pin, &pool.name))))
     }
 
     fn file(pin: &[u8; 16], pool: &str) -> String {

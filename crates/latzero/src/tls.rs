@@ -108,7 +108,7 @@ impl Tls {
     }
 
     /// The pin of the server on `socket`, which only proves that it has the key.
-    pub(crate) fn look(
+    pub(crate) fn fetch_pin(
         socket: BorrowedFd<'_>,
         (host, port): (&str, u16),
         deadline: Instant,

@@ -62,14 +62,14 @@ fn list(args: &BackupListArgs, output: &Output) -> CommandResult {
         let text = format!("cannot list the backups of {}: {error}", dir.display());
         Failure::new(Exit::Failure, text)
     })?;
-    let look = match args.verify {
+    let depth = match args.verify {
         true => Depth::Whole,
         false => Depth::Glance,
     };
     let mut listed = Vec::new();
     for file in files {
         let doing = format!("verifying {}", file.display());
-        listed.push(output.while_working(doing, move || maintenance::list_one(file, look)));
+        listed.push(output.while_working(doing, move || maintenance::list_one(file, depth)));
     }
     let exit = match listed.iter().all(|backup| backup.summary.is_ok()) {
         true => Exit::Ok,
@@ -78,7 +78,7 @@ fn list(args: &BackupListArgs, output: &Output) -> CommandResult {
     if output.json {
         let backups: Vec<Value> = listed
             .iter()
-            .map(|listed| listed_json(listed, look))
+            .map(|listed| listed_json(listed, depth))
             .collect();
         output.value(&json!({"backups": backups}))?;
         return Ok(exit);
@@ -89,12 +89,12 @@ fn list(args: &BackupListArgs, output: &Output) -> CommandResult {
             dir.join("backups").display()
         ));
     }
-    let rows: Vec<Vec<Cell>> = listed.iter().map(|listed| row(listed, look)).collect();
+    let rows: Vec<Vec<Cell>> = listed.iter().map(|listed| row(listed, depth)).collect();
     output.table(&["FILE", "CREATED", "SIZE", "STATE", "CONTENTS"], &rows)?;
     Ok(exit)
 }
 
-fn row(listed: &maintenance::BackupEntry, look: Depth) -> Vec<Cell> {
+fn row(listed: &maintenance::BackupEntry, depth: Depth) -> Vec<Cell> {
     let file = listed.file.display();
     let size = bytes(listed.bytes);
     match &listed.summary {
@@ -102,7 +102,7 @@ fn row(listed: &maintenance::BackupEntry, look: Depth) -> Vec<Cell> {
             file.into(),
             creation_time(summary).into(),
             size.into(),
-            match look {
+            match depth {
                 Depth::Whole => toned("verified", Tone::Good),
                 Depth::Glance => toned("not verified", Tone::Dim),
             },
@@ -118,12 +118,12 @@ fn row(listed: &maintenance::BackupEntry, look: Depth) -> Vec<Cell> {
     }
 }
 
-fn listed_json(listed: &maintenance::BackupEntry, look: Depth) -> Value {
+fn listed_json(listed: &maintenance::BackupEntry, depth: Depth) -> Value {
     let mut backup = json!({"file": listed.file, "bytes": listed.bytes});
     match &listed.summary {
         Ok(summary) => {
             backup["ok"] = true.into();
-            backup["verified"] = (look == Depth::Whole).into();
+            backup["verified"] = (depth == Depth::Whole).into();
             let fields = to_json(summary);
             for (name, value) in fields.as_object().into_iter().flatten() {
                 backup[name] = value.clone();

@@ -14,7 +14,7 @@ pub(crate) fn run(args: &TrustArgs, output: &Output) -> CommandResult {
     let (host, port) = parse(&args.host)?;
     let known = known_hosts::find(&host, port)?;
     let place = format!("{host}:{port}");
-    let pin = known_hosts::look(&host, port, CONNECT_TIMEOUT).map_err(|error| {
+    let pin = known_hosts::fetch_pin(&host, port, CONNECT_TIMEOUT).map_err(|error| {
         let unreachable = matches!(error.kind(), Code::Disconnected | Code::Timeout);
         let exit = if unreachable {
             Exit::NotRunning

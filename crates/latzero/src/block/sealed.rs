@@ -241,7 +241,7 @@ impl Block {
 
     /// Verifies the newest version if that has not happened yet, so that its length is known.
     /// Errors are reported when the block is read.
-    pub(super) async fn look(&self) {
+    pub(super) async fn verify_newest(&self) {
         if let Some(sealed) = self.sealed() {
             let _ = self.verified(sealed, Oldest::Accepted).await;
         }
