@@ -581,7 +581,10 @@ fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, Failure> {
         Some(code) if code == rustix::io::Errno::LOOP.raw_os_error() => {
             bad("is a link").with_help("name the file itself")
         }
-        _ => bad(&format!("cannot be opened: {error}")),
+        _ => bad(&format!("cannot be opened: {error}")).with_help(
+            "check the path; `latzero keys new POOL` creates the keys of a pool, and `latzero app \
+             key new APPID` the key of an app",
+        ),
     })?;
     let facts = file
         .metadata()

@@ -21,11 +21,10 @@ pub(crate) fn run(args: &TrustArgs, output: &Output) -> CommandResult {
         } else {
             Exit::Failure
         };
-        Failure::new(
-            exit,
-            format!("{place} has no pin to trust: {}", error.message()),
-        )
-        .with_help("start the server there with --tls, or correct the address")
+        // What comes after a semicolon is advice for clients of a known server.
+        let why = error.message().split(';').next().unwrap_or_default();
+        Failure::new(exit, format!("cannot get the pin of {place}: {why}"))
+            .with_help("start the server there with --tls, or correct the address")
     })?;
     if let Some(wanted) = args.pin.filter(|wanted| *wanted != pin) {
         let text = format!("the server at {place} has the pin {pin}, not {wanted}");

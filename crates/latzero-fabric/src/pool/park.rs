@@ -718,7 +718,7 @@ impl<D: Driver> Pool<D> {
     pub(super) fn close_parked(&mut self, turn: &mut Turn<'_, D>) {
         let refusal = Refusal::new(Code::NoPool, "the pool was removed while the call waited");
         let mut calls: Vec<_> = self.parked.calls.iter().collect();
-        // Repeats first, so that they are told of the pool's removal and not of the first call's
+        // Repeats first, so that they hear of the pool's removal and not of the first call's
         // end.
         calls.sort_by_key(|(_, parked)| !parked.is_following());
         let numbers: Vec<u64> = calls.into_iter().map(|(number, _)| *number).collect();
