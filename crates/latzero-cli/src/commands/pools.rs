@@ -164,6 +164,11 @@ fn info(args: &PoolArgs, output: &Output) -> CommandResult {
 /// Encrypts each block again whose content is of an earlier epoch.
 fn reencrypt(args: &PoolReencryptArgs, output: &Output) -> CommandResult {
     let name = &args.pool.pool;
+    // Without keys this would join, and so create, a plain pool.
+    if args.pool.reach.key_file(name).is_none() {
+        let text = format!("there are no keys of pool '{name}'");
+        return Err(Failure::usage(text).with_help("name the key file of the pool with --keys"));
+    }
     let options = ConnectOptions::once("pools reencrypt").in_pool(Some(name));
     let connection = args.pool.reach.connect(&options)?;
     let (mut done, mut left) = (Vec::new(), 0);
