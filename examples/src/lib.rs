@@ -16,7 +16,7 @@ impl Worker {
             .args(args)
             .stdout(Stdio::piped())
             .spawn()?;
-        let stdout = child.stdout.take().expect("it was asked for");
+        let stdout = child.stdout.take().expect("the pipe was requested");
         let worker = Worker(child);
         let mut line = String::new();
         BufReader::new(stdout).read_line(&mut line)?;

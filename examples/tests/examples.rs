@@ -83,7 +83,7 @@ fn a_file_is_followed_while_it_grows() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
     let mut file = std::fs::File::create(&path).unwrap();
-    writeln!(file, "there before").unwrap();
+    writeln!(file, "existed before").unwrap();
     let server = server().unwrap();
     let mut serving = command(&server, example("tail"), &["serve"])
         .stdout(Stdio::piped())
@@ -103,7 +103,7 @@ fn a_file_is_followed_while_it_grows() {
         .unwrap();
     let mut lines = BufReader::new(follow.stdout.take().unwrap()).lines();
     let mut follow = Background(follow);
-    assert_eq!(lines.next().unwrap().unwrap(), "there before");
+    assert_eq!(lines.next().unwrap().unwrap(), "existed before");
     for i in 0..3 {
         // Two writes, to detect a reader that takes half a line for a complete one.
         write!(file, "line ").unwrap();

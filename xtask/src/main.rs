@@ -27,7 +27,7 @@ cargo xtask COMMAND
                        `latzero start`
   codegen [--check]    write generated files (docs/errors.md, conformance vectors), or check that
                        they are current
-  sim ARGS             run the simulator: --seed N, or --seeds A..B; --lasting for calls that
+  sim ARGS             run the simulator: --seed N, or --seeds A..B; --durable for calls that
                        outlive connections, --hostile for clients that attack the server,
                        --vault for an encrypted pool
   hostile [ARGS]       run an innocent client beside each kind of hostile one: --seconds N,
@@ -102,7 +102,7 @@ fn test() -> Done {
         .env("LATZERO_IO_THREADS", "4")
         .current_dir(root()))?;
     sim(&["--seeds", "0..200"])?;
-    sim(&["--lasting", "--seeds", "0..2000"])?;
+    sim(&["--durable", "--seeds", "0..2000"])?;
     sim(&["--hostile", "--seeds", "0..200"])?;
     sim(&["--vault", "--seeds", "0..200"])?;
     python::test()?;

@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn steps_are_read() {
+    fn steps_are_parsed() {
         let text = "x\n```conformance a b\na > {\"x\":1}\na < {}\na > hex 00\na > {} + 00ff\na \
                     closed\na disconnects\n```\n";
         let vectors = of_document(text).unwrap();

@@ -234,5 +234,5 @@ fn sealing(is_quick: bool) -> f64 {
         });
         ratios.push(alone / whole);
     }
-    median(ratios).expect("there are some")
+    median(ratios).expect("there is at least one")
 }

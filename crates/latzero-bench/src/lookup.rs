@@ -168,7 +168,7 @@ impl Subject {
             size,
             caller,
             _others: others,
-            last_call: in_order.last().expect("no size is nothing").clone(),
+            last_call: in_order.last().expect("no size is zero").clone(),
             calls: scatter(&in_order),
             next: 0,
             _server: server,

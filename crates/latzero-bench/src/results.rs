@@ -198,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_finding_reports_whether_it_is_as_expected() {
+    fn a_finding_reports_whether_it_was_expected() {
         let finding = Finding::new("start", 50.0, Unit::Millis);
         assert_eq!(finding.is_met(), None);
         for (bound, met) in [(50.0, true), (49.9, false)] {

@@ -230,7 +230,7 @@ fn take_turn(readers: Readers, calls: u64, outbox_bytes: u64) -> Result<Turn, Fa
         let throwing = scope.spawn(|| throw(&mut thrower, &is_over));
         let outcome = time_each(&plan, || caller.call(&call));
         is_over.store(true, Ordering::Relaxed);
-        throwing.join().expect("throwing does not panic")?;
+        throwing.join().expect("dropping does not panic")?;
         outcome
     })?;
     let after = server.memory()?;

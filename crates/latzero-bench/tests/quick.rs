@@ -69,7 +69,7 @@ fn every_call_is_answered_on_one_cpu() {
 }
 
 #[test]
-fn an_unknown_contestant_is_refused_with_a_list_of_the_known() {
+fn an_unknown_peer_is_refused_with_a_list_of_known_peers() {
     let output = bench(&["rpc", "--quick", "--peers", "relay-tpc"]);
     assert!(!output.status.success());
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -202,7 +202,7 @@ fn blocks_are_compared_with_another_servers() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn all_of_them_run_in_turn() {
+fn all_benchmarks_run_in_turn() {
     if let Some(report) = with_server("all") {
         let benches = report["benches"].as_array().expect("a list of reports");
         let names: Vec<_> = benches.iter().map(|it| it["bench"].as_str()).collect();

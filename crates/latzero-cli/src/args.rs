@@ -1504,7 +1504,7 @@ mod tests {
             panic!("these are flags of start");
         };
         let Command::Start(args) = cli.command else {
-            panic!("it is start")
+            panic!("the command is `start`")
         };
         let got: Vec<(String, String, String)> = args
             .settings

@@ -200,12 +200,12 @@ impl ConnectOptions {
     }
 
     /// For requests that wait for the server's disk.
-    pub(crate) fn patient(mut self) -> ConnectOptions {
+    pub(crate) fn waiting_for_disk(mut self) -> ConnectOptions {
         self.request_time = Some(FILE_REQUEST_TIMEOUT);
         self
     }
 
-    pub(crate) fn lasting(command: &'static str) -> ConnectOptions {
+    pub(crate) fn continuous(command: &'static str) -> ConnectOptions {
         ConnectOptions {
             loss: OnDisconnect::Reconnects,
             ..ConnectOptions::once(command)
@@ -737,7 +737,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_are_addresses() {
+    fn destinations_are_addresses() {
         let check = |place: Address, url: &str, shown: &str| {
             assert_eq!(place.url("me"), url);
             assert_eq!(place.to_string(), shown);
@@ -765,7 +765,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_typed_wins() {
+    fn flags_override_other_sources() {
         let check = |reach: ServerArgs, expected: &[Address]| {
             assert_eq!(reach.places().unwrap(), expected);
         };

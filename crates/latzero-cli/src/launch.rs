@@ -90,7 +90,7 @@ impl Supervisor {
             // It ignores Ctrl-C, because it must outlive this program.
             .process_group(0)
             .spawn()?;
-        let to = child.stdin.take().expect("it was asked for");
+        let to = child.stdin.take().expect("the pipe was requested");
         Ok(Supervisor {
             to: Mutex::new(to),
             _child: child,
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_supervisor_ignores_invalid_input() {
+    fn the_supervisor_ignores_invalid_input() {
         assert_eq!(supervise(&b"+\n-\nx\n+0\n\n\xff\n"[..]), 0);
     }
 }

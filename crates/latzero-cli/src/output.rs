@@ -554,7 +554,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_readable() {
+    fn large_numbers_are_readable() {
         assert_eq!(time(Duration::from_nanos(34_720)), "34.7 µs");
         assert_eq!(time(Duration::from_micros(1_500)), "1.50 ms");
         assert_eq!(time(Duration::from_secs(2)), "2.00 s");

@@ -35,7 +35,7 @@ impl InFlight {
     /// A call ended. Returns, once, whether there is room now for new work that waits.
     pub(crate) fn end(&self, max: u32) -> bool {
         let before = self.0.fetch_sub(1, Relaxed);
-        debug_assert_ne!(before & !WAITING, 0, "a call ends once, after it began");
+        debug_assert_ne!(before & !WAITING, 0, "a call ends exactly once");
         if before & WAITING == 0 {
             return false;
         }
@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_waits_is_told_once_that_there_is_room() {
+    fn a_waiter_is_notified_once_when_there_is_room() {
         let calls = InFlight::default();
         assert!(!calls.must_wait(2));
         calls.start();
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lower_limit_leaves_it_waiting() {
+    fn a_lower_limit_keeps_the_call_waiting() {
         let calls = InFlight::default();
         for _ in 0..4 {
             calls.start();

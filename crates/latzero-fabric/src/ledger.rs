@@ -745,7 +745,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hold_gives_back_what_it_reserved() {
+    fn a_hold_releases_its_reservation() {
         let ledger = ledger();
         let user = ledger.user(true);
         let connection = ledger.connection(&ledger.app(&user));
@@ -760,7 +760,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stranger_leaves_half_of_everything() {
+    fn an_untrusted_user_can_use_half_of_everything() {
         let ledger = ledger();
         let (stranger, own) = (ledger.user(false), ledger.user(true));
         let mut held: Vec<Reservation> = Vec::new();
@@ -790,7 +790,7 @@ mod tests {
     }
 
     #[test]
-    fn who_holds_most_for_longest_is_closed_and_a_fresh_answer_never() {
+    fn the_largest_oldest_holder_is_closed_and_never_a_fresh_answer() {
         let now = Time(100_000_000);
         let check = |holdings: &[(u64, u64)], expected: Option<usize>| {
             let holdings = holdings.iter().enumerate();
@@ -807,7 +807,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_one_sum_of_its_kinds() {
+    fn the_memory_total_is_the_sum_of_its_kinds() {
         let ledger = ledger();
         let user = ledger.user(true);
         let held = [

@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_set_follows_from_the_memory() {
+    fn unset_limits_follow_from_the_memory() {
         let check = |change: &dyn Fn(&mut Limits), memory: u64, expected: [u64; 4]| {
             let mut limits = Limits::from_values(LIMITS.iter().map(|limit| limit.default));
             change(&mut limits);

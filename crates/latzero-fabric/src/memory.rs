@@ -224,7 +224,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_is_used_anew_in_a_later_generation() {
+    fn a_reused_name_gets_a_later_generation() {
         let mut numbers = Numbers::default();
         let (p, b) = (PoolName::new("p").unwrap(), |n: usize| {
             BlockId::new(&format!("b{n}")).unwrap()

@@ -499,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn each_class_has_its_answer_at_the_bound() {
+    fn each_class_has_a_response_at_its_bound() {
         let mut outbox = TestOutbox::default();
         assert_eq!(append(&mut outbox, Class::Call, 90), Sent::Queued);
         for class in [Class::Call, Class::Reply, Class::Emit, Class::Event] {
@@ -548,10 +548,7 @@ mod tests {
         assert_eq!(write(&mut b, 100), b"-shared-");
         assert_eq!((a.own(), ledger.all().used(Resource::Outbox)), (0, 8));
         drop(frame);
-        assert!(
-            ledger.is_empty(),
-            "it is counted once, for as long as it waits"
-        );
+        assert!(ledger.is_empty(), "it is counted once while it waits");
     }
 
     #[test]
@@ -579,10 +576,7 @@ mod tests {
         append(&mut outbox, Class::Reply, 10);
         outbox.notify_when_written(5);
         outbox.close();
-        assert!(
-            noticed(&mut outbox).is_empty(),
-            "what is left is not written"
-        );
+        assert!(noticed(&mut outbox).is_empty(), "the rest is not written");
         assert_eq!(outbox.notify_when_written(6), None);
     }
 
@@ -611,7 +605,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_change_is_told_and_never_lost() {
+    fn the_newest_change_is_reported_and_never_lost() {
         let mut outbox = TestOutbox::default();
         append(&mut outbox, Class::Call, 100);
         assert!(outbox.note_change((1, 1), "{1}".into()));
@@ -623,7 +617,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_outbox_drops_what_comes_back() {
+    fn a_closed_outbox_drops_returned_frames() {
         let mut outbox = TestOutbox::default();
         append(&mut outbox, Class::Call, 10);
         let taken = outbox.take().unwrap();
@@ -634,7 +628,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_written_stays_in_front() {
+    fn unwritten_bytes_stay_first() {
         let mut outbox = TestOutbox::default();
         append(&mut outbox, Class::Call, 10);
         let mut taken = outbox.take().unwrap();

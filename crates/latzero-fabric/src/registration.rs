@@ -164,7 +164,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_row_reads_as_what_was_written() {
+    fn a_row_round_trips() {
         let pool = |name: &str| PoolName::new(name).unwrap();
         let triggers = triggers(
             Raw::new(r#"["t",{"name":"u","pools":["p"],"strategy":"sticky","concurrency":0,"doc":"d\"q"}]"#)
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn senseless_rows_read_as_little() {
+    fn invalid_rows_are_skipped() {
         let row = AppRow {
             app_id: AppId::new("a").unwrap(),
             pools: r#"["p", 7, "no good", "q"]"#.into(),

@@ -344,7 +344,7 @@ fn a_wait_for_a_lock_can_be_cancelled_and_ends_with_its_waiter() {
 }
 
 #[test]
-fn a_lease_ends_and_its_writer_is_left_behind() {
+fn an_expired_lease_leaves_its_writer_in_the_old_generation() {
     let (mut net, a, b) = two();
     ask(&mut net, a, "create", r#""size":8"#, &[]);
     ask(&mut net, b, "attach", "", &[]);
@@ -543,7 +543,7 @@ fn quotas_are_checked_before_anything_is_created() {
 }
 
 #[test]
-fn a_stranger_leaves_room_for_blocks_whatever_its_names_are() {
+fn an_untrusted_user_leaves_room_for_blocks_under_any_name() {
     let mut net = Net::with(|limits| {
         limits.blocks_max = 20;
         limits.memory_bytes_max = 200_000;
@@ -941,7 +941,7 @@ fn nobody_writes_a_block_while_readers_hold_its_lock() {
 }
 
 #[test]
-fn a_write_during_which_its_lock_expires_is_not_lost() {
+fn a_write_whose_lock_expires_meanwhile_is_not_lost() {
     let (mut net, a, b) = two();
     ask(&mut net, a, "create", r#""size":1"#, &[]);
     assert_eq!(lock(&mut net, a, r#""lease":100"#), "1");
@@ -962,7 +962,7 @@ fn a_write_during_which_its_lock_expires_is_not_lost() {
 }
 
 #[test]
-fn changes_never_go_back() {
+fn changes_never_go_backwards() {
     let (mut net, a, b) = two();
     ask(&mut net, a, "create", r#""size":8"#, &[]);
     ask(&mut net, b, "subscribe", "", &[]);

@@ -416,7 +416,7 @@ fn a_stream_keeps_its_order_and_its_window() {
 }
 
 #[test]
-fn either_side_may_go() {
+fn either_side_may_disconnect() {
     let (mut net, handlers, c) = trio("round_robin");
     net.call(c, "1", "");
     net.hang_up(handlers[0]);
@@ -558,7 +558,7 @@ fn a_call_that_waited_too_long_is_not_started() {
     assert_eq!(net.sees(c), "1 ok: null");
     let messages = net.messages(h).into_iter().map(|m| m.json);
     let ttl: Vec<_> = messages.map(|m| m["ttl"].as_u64()).collect();
-    assert_eq!(ttl, [Some(1400)], "its time began when it came");
+    assert_eq!(ttl, [Some(1400)], "its time starts on arrival");
 }
 
 #[test]

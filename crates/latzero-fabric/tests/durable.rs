@@ -261,7 +261,7 @@ fn durable_pools_stay_and_others_leave_nothing() {
 }
 
 #[test]
-fn an_app_that_shut_itself_out_of_a_pool_is_restored_without_it() {
+fn an_app_is_restored_without_a_pool_it_may_no_longer_join() {
     let mut net = Net::new();
     let b = net.app("b", r#""pools":["d","p"]"#);
     net.hang_up(b);

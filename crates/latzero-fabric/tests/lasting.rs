@@ -42,7 +42,7 @@ fn calls_for_an_absent_app_do_not_block_others() {
     net.world.take_log();
     net.advance(100_000 - 60_000);
     let log = net.world.take_log();
-    assert!(log.len() < 10_000, "{} things happened", log.len());
+    assert!(log.len() < 10_000, "{} events happened", log.len());
 }
 
 #[test]
@@ -83,7 +83,7 @@ fn a_call_whose_handler_died_goes_to_a_handler_with_room() {
 }
 
 #[test]
-fn a_call_that_nobody_answered_is_no_answer_for_its_repeats() {
+fn a_call_without_an_answer_does_not_answer_its_repeats() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     keyed(&mut net, caller, "1", r#","park":true,"ttl":100"#);
@@ -140,12 +140,12 @@ fn a_parked_call_that_is_sent_again_is_answered_once() {
 }
 
 #[test]
-fn an_app_that_follows_a_tool_is_stored() {
+fn an_app_is_stored_after_a_tool_used_its_name() {
     let mut net = Net::new();
     let _tool = net.app("a", r#""pools":["p"],"triggers":["t"],"transient":true"#);
     assert_eq!(net.world.rows().apps.len(), 0);
     let _app = net.app("a", r#""pools":["p"],"triggers":["t"]"#);
-    assert_eq!(net.world.rows().apps.len(), 1, "acknowledged, and on disk");
+    assert_eq!(net.world.rows().apps.len(), 1, "the row is on disk");
 }
 
 #[test]
@@ -420,7 +420,7 @@ fn one_app_leaves_room_for_the_others() {
 }
 
 #[test]
-fn answers_wait_for_the_instance_that_called_and_keep_their_order() {
+fn answers_wait_for_the_calling_instance_and_keep_their_order() {
     let mut net = small_outboxes();
     let caller = net.app("caller", r#""triggers":["e"]"#);
     let other = net.app("caller", r#""triggers":["x"]"#);

@@ -105,7 +105,7 @@ fn a_parked_call_waits_for_its_handler() {
 }
 
 #[test]
-fn it_waits_for_the_app_that_it_names() {
+fn a_parked_call_waits_for_the_app_it_names() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     net.app("other", r#""triggers":["t"]"#);
@@ -306,7 +306,7 @@ fn a_call_that_kills_its_handlers_lets_others_pass_and_is_finally_dead() {
             if call["data"] == "bad" {
                 given += 1;
                 assert_eq!(call["attempt"], given);
-                assert!(given == 1 || done == 30, "the others go first");
+                assert!(given == 1 || done == 30, "the others are served first");
                 break;
             }
             done += 1;
@@ -608,7 +608,7 @@ fn an_end_is_reported_only_once_it_is_on_disk() {
                 assert_eq!(
                     net.world.rows().calls.len(),
                     if more == key { 2 } else { 1 },
-                    "{said}: it is as if it had not ended"
+                    "{said}: it looks as if it had not ended"
                 );
                 continue;
             }
@@ -678,7 +678,7 @@ fn a_parked_repeat_waits_for_the_answer_of_the_first_call_over_restarts() {
         }
         let handler = join(&mut net, "h", r#""triggers":["t"]"#);
         let got = calls(&mut net, handler);
-        assert_eq!(got.len(), 1, "one runs for all");
+        assert_eq!(got.len(), 1, "one program serves all calls");
         if restarts {
             net.world.restart(2);
             caller = net.app("caller", "");

@@ -392,7 +392,7 @@ fn watchers_get_the_events_they_asked_for() {
 }
 
 #[test]
-fn administration_needs_the_right() {
+fn administration_needs_permission() {
     let mut net = Net::new();
     let (a, b) = (net.app("a", ""), net.app("b", ""));
     let twin = net.app("b", "");

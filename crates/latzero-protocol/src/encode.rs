@@ -326,7 +326,7 @@ pub fn append_base64(out: &mut Vec<u8>, bytes: &[u8]) {
     out.resize(start + bytes.len().div_ceil(3) * 4, 0);
     base64::engine::general_purpose::STANDARD
         .encode_slice(bytes, &mut out[start..])
-        .expect("the space was just made");
+        .expect("the space was just reserved");
     out.push(b'"');
 }
 

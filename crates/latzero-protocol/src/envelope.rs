@@ -558,7 +558,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_an_object_ends_the_connection() {
+    fn a_message_that_is_not_an_object_ends_the_connection() {
         for bad in ["[]", "1", "", "{", "{\"a\":1}x", "{\"a\":1,\"a\":2"] {
             assert_eq!(parse(bad).unwrap_err().code, Code::BadFrame, "{bad}");
         }

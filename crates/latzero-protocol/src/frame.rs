@@ -186,7 +186,7 @@ pub fn append(out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
     let start = out.len();
     out.extend_from_slice(&[0; PREFIX]);
     write(out);
-    let length = u32::try_from(out.len() - start - PREFIX).expect("a frame is far below 4 GiB");
+    let length = u32::try_from(out.len() - start - PREFIX).expect("a frame is smaller than 4 GiB");
     out[start..start + PREFIX].copy_from_slice(&length.to_be_bytes());
 }
 
@@ -195,9 +195,10 @@ pub fn append_attachment(out: &mut Vec<u8>, raw: &[u8], write: impl FnOnce(&mut 
     let start = out.len();
     out.extend_from_slice(&[0; 2 * PREFIX]);
     write(out);
-    let header = u32::try_from(out.len() - start - 2 * PREFIX).expect("a frame is far below 4 GiB");
+    let header =
+        u32::try_from(out.len() - start - 2 * PREFIX).expect("a frame is smaller than 4 GiB");
     out.extend_from_slice(raw);
-    let length = u32::try_from(out.len() - start - PREFIX).expect("a frame is far below 4 GiB");
+    let length = u32::try_from(out.len() - start - PREFIX).expect("a frame is smaller than 4 GiB");
     out[start..start + PREFIX].copy_from_slice(&(length | ATTACHMENT_BIT).to_be_bytes());
     out[start + PREFIX..start + 2 * PREFIX].copy_from_slice(&header.to_be_bytes());
 }

@@ -1298,7 +1298,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_long_is_refused_before_it_is_copied() {
+    fn oversized_texts_are_refused_before_they_are_copied() {
         let long = "\\n".repeat(5000);
         let named = r#","process":"t""#;
         for (field, more) in [

@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whoever_guesses_waits_for_a_minute() {
+    fn a_client_that_guesses_waits_for_a_minute() {
         let (mut attempts, user) = (Attempts::default(), User::Uid(u32::MAX));
         for _ in 0..REFUSED_MAX {
             assert!(attempts.may(user, Time(0)));
@@ -63,7 +63,7 @@ mod tests {
         assert!(!attempts.may(user, Time(59_999_999)));
         assert!(
             attempts.may(User::Uid(u32::MAX - 1), Time(0)),
-            "it is by user"
+            "the account belongs to a user"
         );
         assert!(attempts.may(user, Time(60_000_000)));
         attempts.note(user, Time(60_000_000));

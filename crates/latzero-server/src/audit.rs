@@ -136,7 +136,7 @@ impl AuditLog {
             .map_or_else(|| "the server".to_owned(), origin);
         let user = from.rsplit_once(':').map_or(&*from, |(address, _)| address);
         let shares = log.shares.lock();
-        let mut shares = shares.expect("nothing panics under this lock");
+        let mut shares = shares.expect("no thread panics while holding this lock");
         let Some(left_out) = shares.take(audit.event, user, Instant::now()) else {
             return;
         };
@@ -183,7 +183,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn each_user_has_its_share_and_hears_of_what_was_left_out() {
+    fn each_user_has_a_share_and_learns_what_was_left_out() {
         let mut shares = Shares::default();
         let start = Instant::now();
         for _ in 0..BURST {

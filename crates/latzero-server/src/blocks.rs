@@ -98,7 +98,7 @@ impl StoredBlock {
     fn is_wanted(&self) -> MutexGuard<'_, bool> {
         self.is_wanted
             .lock()
-            .expect("nothing panics under this lock")
+            .expect("no thread panics while holding this lock")
     }
 
     fn take_results(&self, version: u64) -> u64 {
@@ -140,7 +140,7 @@ impl Workers {
         };
         worker
             .send(work)
-            .expect("the blocks' threads live as long as the server");
+            .expect("the threads for blocks run as long as the server");
     }
 }
 
@@ -202,7 +202,10 @@ impl Blocks {
     }
 
     fn at(&self, storage: StorageId) -> Option<Arc<StoredBlock>> {
-        let stored = self.stored.read().expect("nothing panics under this lock");
+        let stored = self
+            .stored
+            .read()
+            .expect("no thread panics while holding this lock");
         stored.get(&storage).map(Arc::clone)
     }
 
@@ -212,14 +215,17 @@ impl Blocks {
     }
 
     fn all(&self) -> Vec<Arc<StoredBlock>> {
-        let stored = self.stored.read().expect("nothing panics under this lock");
+        let stored = self
+            .stored
+            .read()
+            .expect("no thread panics while holding this lock");
         stored.values().map(Arc::clone).collect()
     }
 
     fn insert(&self, storage: StorageId, stored: StoredBlock) {
         self.stored
             .write()
-            .expect("nothing panics under this lock")
+            .expect("no thread panics while holding this lock")
             .insert(storage, Arc::new(stored));
     }
 
@@ -555,7 +561,7 @@ impl Blocks {
         let stored = self
             .stored
             .write()
-            .expect("nothing panics under this lock")
+            .expect("no thread panics while holding this lock")
             .remove(&storage);
         let Some(stored) = stored else { return };
         let state = if is_superseded {

@@ -173,7 +173,7 @@ fn caller(e: &Envelope<'_>) -> AppId {
     let app_id =
         origin.and_then(|fields| fields.required_string("app_id").ok().map(Cow::into_owned));
     let app_id = app_id.and_then(|app_id| AppId::new(&app_id).ok());
-    app_id.expect("the core says who calls")
+    app_id.expect("the core names the caller")
 }
 
 fn reply(

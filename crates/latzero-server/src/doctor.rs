@@ -554,7 +554,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_wrong_with_a_healthy_machine() {
+    fn a_healthy_machine_has_no_findings() {
         for finding in diagnose(&healthy()) {
             assert_eq!(
                 (finding.status, &finding.command),
@@ -579,7 +579,7 @@ mod tests {
     }
 
     #[test]
-    fn each_trouble_has_its_finding() {
+    fn each_problem_has_its_finding() {
         use Status::{Fail, Warn};
         check(
             |f| f.is_insecure = true,
@@ -723,7 +723,7 @@ mod tests {
     }
 
     #[test]
-    fn our_own_server_on_its_port_is_no_trouble() {
+    fn our_own_server_on_its_port_is_not_a_problem() {
         let facts = Facts {
             holder: Some(Holder {
                 pid: Some(7),
@@ -744,7 +744,7 @@ mod tests {
     }
 
     #[test]
-    fn the_machine_as_it_is() {
+    fn this_machine_is_described() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("data");
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -764,7 +764,7 @@ mod tests {
         assert!(facts.port_taken);
         assert_eq!(facts.listener.as_ref().unwrap().pid, std::process::id());
         assert!(facts.free_bytes.is_some() && facts.file_system.is_some());
-        assert!(!dir.exists(), "looking creates nothing");
+        assert!(!dir.exists(), "checking creates nothing");
 
         fs::create_dir(&dir).unwrap();
         let _lock = InstanceLock::acquire(&dir).unwrap();

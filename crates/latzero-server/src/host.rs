@@ -457,7 +457,7 @@ impl Driver for IoHost {
                 Ok(None)
             }
             AdminAction::Kick(..) | AdminAction::Forget(_) | AdminAction::RemoveKey(_) => {
-                unreachable!("the session carries these out")
+                unreachable!("the session performs these")
             }
         }
     }

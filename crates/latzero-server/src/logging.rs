@@ -375,7 +375,7 @@ mod tests {
         assert!(screen.contains("\u{1b}["), "{screen:?}");
         assert!(
             !screen.contains("\u{1b}[31m"),
-            "what is logged must not colour: {screen:?}"
+            "log lines must not change colours: {screen:?}"
         );
         assert_human(&file);
         let (screen, file) = one_line(LogFormat::Json, Colour::On);

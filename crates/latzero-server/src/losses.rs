@@ -177,7 +177,9 @@ impl LossList {
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
-        self.0.lock().expect("nothing panics under this lock")
+        self.0
+            .lock()
+            .expect("no thread panics while holding this lock")
     }
 }
 
@@ -226,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_is_shown_until_it_is_settled() {
+    fn a_loss_is_shown_until_it_is_resolved() {
         let losses = LossList::default();
         losses.note(loss("block 'b'", "its file is missing"));
         losses.note(loss("block 'b'", "its file is damaged"));
@@ -242,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn the_next_run_knows_them() {
+    fn the_next_run_knows_the_losses() {
         let losses = LossList::default();
         assert_eq!(losses.changed(), None);
         losses.note(loss("block 'b'", "its file is missing"));
@@ -251,7 +253,7 @@ mod tests {
         losses.note(loss("block 'b'", "its file is missing"));
         assert_eq!(losses.changed(), None, "nothing is new");
         losses.note(loss("directory", "it is away").passing());
-        assert_eq!(losses.changed(), None, "the next run looks for itself");
+        assert_eq!(losses.changed(), None, "the next run checks again");
         losses.settle(Part::Memory, "directory");
         assert_eq!(losses.changed(), None);
         let next = LossList::default();
@@ -262,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn they_are_bounded() {
+    fn losses_are_bounded() {
         let losses = LossList::default();
         for n in 0..LOSSES_MAX + 5 {
             losses.note(loss(&format!("block {n}"), &"é".repeat(TEXT_BYTES_MAX)));

@@ -96,7 +96,7 @@ impl MachineLimits {
             .flatten()
             .chain(cgroup_memory())
             .min_by_key(|bound| bound.max)
-            .expect("the machine is among them");
+            .expect("the machine's entry is listed");
         MachineLimits {
             memory,
             descriptors: rlimit(Resource::Nofile, "RLIMIT_NOFILE", |limit| limit.maximum),
@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn both_versions_at_once() {
+    fn both_versions_of_cgroups() {
         let mounts = format!(
             "{V1}\n{}",
             V2.replace("/sys/fs/cgroup ", "/sys/fs/cgroup/unified ")
@@ -449,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_that_make_no_sense_limit_nothing() {
+    fn invalid_texts_set_no_limit() {
         check("", "", &[]);
         check("0::/a", "", &[]);
         check("nonsense\n1:memory\n", V1, &[]);
@@ -488,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_follow_from_the_surroundings() {
+    fn limits_come_from_the_environment() {
         let machine = MachineLimits {
             memory: Bound {
                 max: 300 << 20,
@@ -549,7 +549,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_has_surroundings() {
+    fn this_process_has_limits() {
         let found = MachineLimits::of_process();
         assert!(found.memory.max > 0);
         assert_eq!(found.facts().len(), 3);

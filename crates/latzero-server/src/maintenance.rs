@@ -69,7 +69,7 @@ pub(crate) fn begin(
             }
             AdminAction::QueryDatabase(sql) => query(shared, &sql),
             AdminAction::CheckDatabase(is_thorough) => check(shared, is_thorough),
-            _ => unreachable!("no other action takes long"),
+            _ => unreachable!("no other action is slow"),
         };
         id.map(|id| (asker, id, result))
     })

@@ -212,18 +212,18 @@ mod tests {
     }
 
     #[test]
-    fn a_process_has_ended_when_it_was_killed_and_not_before() {
+    fn a_process_is_reported_dead_only_after_it_was_killed() {
         let mut child = start("cat", &[]).unwrap();
         assert!(!has_ended(pid(&child)));
         child.kill().unwrap();
         wait_for_end(&child);
-        assert!(has_ended(pid(&child)), "a zombie writes no more");
+        assert!(has_ended(pid(&child)), "a stopped writer writes nothing");
         child.wait().unwrap();
         assert!(has_ended(pid(&child)));
     }
 
     #[test]
-    fn a_process_whose_first_thread_has_ended_lives() {
+    fn a_process_whose_main_thread_has_ended_is_alive() {
         // Its first thread ends while another one reads on.
         let script = "import ctypes, sys, threading\n\
             threading.Thread(target=sys.stdin.read).start()\n\
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_not_be_seen_for_sure_is_alive() {
+    fn an_unknown_process_counts_as_alive() {
         let stat = |threads: &str| {
             format!("7 (a) Z 1) Z 1 7 7 0 -1 4194304 1 0 0 0 0 0 0 0 20 0 {threads} 0 5 0 0")
         };
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn init_is_alive_whatever_is_shown_of_it() {
+    fn the_init_process_always_counts_as_alive() {
         assert!(!has_ended(Pid::INIT));
     }
 
@@ -287,20 +287,23 @@ mod tests {
     }
 
     #[test]
-    fn where_the_kernel_tells_nothing_nobody_is_called_dead() {
+    fn without_kernel_information_no_process_counts_as_dead() {
         let process = PeerProcess::by_id(None);
         assert!(matches!(process, PeerProcess::Unwatched(None)));
         assert!(process.raw_fd().is_none() && !process.has_ended() && !process.is_dead());
     }
 
     #[test]
-    fn by_its_id_a_process_is_watched_until_it_ends() {
+    fn a_process_is_watched_by_its_pid_until_it_ends() {
         let mut child = start("cat", &[]).unwrap();
         let process = PeerProcess::by_id(Some(pid(&child)));
         assert!(process.raw_fd().is_some() && !process.has_ended());
         child.kill().unwrap();
         wait_for_end(&child);
-        assert!(process.has_ended() && process.is_dead(), "as a zombie");
+        assert!(
+            process.has_ended() && process.is_dead(),
+            "as a stopped writer"
+        );
         child.wait().unwrap();
         assert!(process.has_ended());
         let process = PeerProcess::by_id(Some(pid(&child)));

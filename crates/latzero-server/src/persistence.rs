@@ -114,14 +114,14 @@ impl Persistence {
     pub(crate) fn attach(&self, shared: &Arc<ServerState>) {
         assert!(
             self.promises.shared.set(Arc::downgrade(shared)).is_ok(),
-            "a keeper is attached once"
+            "a store is attached once"
         );
     }
 
     /// Whether the last scheduled backup is older than `interval_ms`; then the next one starts now.
     pub(crate) fn is_backup_due(&self, now: Time, interval_ms: u64) -> bool {
         let last = self.last_backup.lock();
-        let mut last = last.expect("nothing panics under this lock");
+        let mut last = last.expect("no thread panics while holding this lock");
         let is_due = interval_ms > 0 && last.age_ms(now) >= interval_ms;
         if is_due {
             *last = LastBackup {
@@ -165,7 +165,7 @@ impl Persistence {
                 self.promises.line().await_answer(ticket, answer);
                 None
             }
-            (Promise::Answer, _) => unreachable!("only the row of an answer is awaited so"),
+            (Promise::Answer, _) => unreachable!("only an answer's row is awaited like this"),
         };
         if let Err(error) = self.store.submit(row(change), Some(ticket)) {
             let full = Refusal::new(Code::Storage, StoreError::from(error).to_string());
@@ -201,7 +201,7 @@ impl Persistence {
         let contents = self
             .contents
             .lock()
-            .expect("nothing panics under this lock");
+            .expect("no thread panics while holding this lock");
         let settings = contents.iter().flat_map(|contents| &contents.settings);
         let mut known = settings.filter(|(key, _)| key == POOL_SECRET);
         let known = known.find_map(|(_, value)| latzero_crypto::text::decode(value));
@@ -310,7 +310,7 @@ pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     let contents = keeper
         .contents
         .lock()
-        .expect("nothing panics under this lock")
+        .expect("no thread panics while holding this lock")
         .take();
     let Some(contents) = contents else {
         return (Vec::new(), true);
@@ -476,7 +476,7 @@ mod tests {
     }
 
     #[test]
-    fn the_age_grows_by_the_clock_that_only_goes_on() {
+    fn the_age_uses_the_monotonic_clock() {
         let mut last = LastBackup::before(None, 0);
         assert_eq!(last.age_ms(Time(1_000_000)), 0);
         assert_eq!(last.age_ms(Time(5_000_000)), 4_000);

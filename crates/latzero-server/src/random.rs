@@ -39,13 +39,13 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "the kernel returned no random bytes")]
-    fn nothing_takes_the_place_of_the_kernel() {
+    fn nothing_replaces_the_kernel_as_source() {
         let _: [u8; 8] = fill(|_| Err(Errno::NOSYS));
     }
 
     /// Whoever draws bytes elsewhere may fall back to something that can be guessed.
     #[test]
-    fn nobody_else_asks_the_kernel() {
+    fn no_other_module_reads_random_bytes() {
         let mut directories = vec![std::path::PathBuf::from(concat!(
             env!("CARGO_MANIFEST_DIR"),
             "/src"

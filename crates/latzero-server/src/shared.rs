@@ -236,7 +236,7 @@ impl ServerState {
     pub(crate) fn attempts(&self) -> MutexGuard<'_, Attempts> {
         self.attempts
             .lock()
-            .expect("nothing panics under this lock")
+            .expect("no thread panics while holding this lock")
     }
 
     pub(crate) fn new(parts: Parts) -> Arc<ServerState> {
@@ -318,7 +318,7 @@ impl ServerState {
     }
 
     pub(crate) fn door(&self) -> MutexGuard<'_, Unauthenticated> {
-        self.door.lock().expect("no panic happens at the door")
+        self.door.lock().expect("no panic happens in the handshake")
     }
 
     pub(crate) fn settings(&self) -> Arc<Settings> {

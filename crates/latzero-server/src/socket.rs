@@ -210,7 +210,7 @@ impl Socket {
         match self {
             _ if descriptors.is_empty() => self.write(buf),
             Socket::Tcp(_) | Socket::Tls(_) => {
-                unreachable!("descriptors are only sent to who can take them")
+                unreachable!("descriptors are sent only to clients that accept them")
             }
             Socket::Unix(stream) => {
                 let descriptors: Vec<_> = descriptors.iter().map(|d| d.as_fd()).collect();

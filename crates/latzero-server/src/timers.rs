@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_has_one_deadline_however_often_an_earlier_one_comes() {
+    fn a_pool_has_one_timer_however_often_it_is_moved() {
         let timers = Timers::default();
         let (a, b) = (cell(1), cell(2));
         assert!(timers.arm(&a, Time(100)));

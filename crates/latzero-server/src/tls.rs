@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_start_that_was_stopped_halfway_does_not_stand_in_the_way() {
+    fn an_interrupted_start_does_not_block_the_next() {
         let dir = tempfile::tempdir().unwrap();
         let beside = dir.path().join(NEW_DIRECTORY);
         fs::create_dir_all(&beside).unwrap();
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn its_own_key_is_for_its_user_alone() {
+    fn the_private_key_is_readable_by_its_user_only() {
         let (dir, _, key) = made();
         fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).unwrap();
         let text = load_error(&settings(dir.path()), dir.path());
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_pipe_holds_up_nothing() {
+    fn a_named_pipe_delays_nothing() {
         let (dir, certificate, key) = made();
         let pipe = dir.path().join("pipe");
         mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();

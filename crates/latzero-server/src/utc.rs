@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn known_times() {
+    fn known_timestamps() {
         for (seconds, text) in [
             (0, "1970-01-01T00:00:00Z"),
             (951_782_399, "2000-02-28T23:59:59Z"),

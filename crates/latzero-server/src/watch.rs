@@ -96,7 +96,9 @@ struct Looks {
 impl Looks {
     fn check(&mut self) {
         let lock = Arc::clone(&self.lock);
-        let mut lock = lock.lock().expect("nothing panics under this lock");
+        let mut lock = lock
+            .lock()
+            .expect("no thread panics while holding this lock");
         lock.answer();
         let name = format!("data directory {}", self.data_dir.display());
         let is_here = identity(&self.data_dir).is_ok_and(|found| found == self.identity);

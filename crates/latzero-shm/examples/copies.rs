@@ -60,7 +60,7 @@ fn main() {
         let mut to = vec![1u8; size];
         for _ in 0..2 {
             let mut writing = block.begin(0).expect("nobody else writes");
-            writing.write(0, &from).expect("it lies within");
+            writing.write(0, &from).expect("it is in range");
             writing.publish().expect("nobody else writes");
         }
         let memcpy = median(times, || {
@@ -93,7 +93,7 @@ fn main() {
         let mut offset = 0;
         let mut write = || {
             let mut writing = block.begin(0).expect("nobody else writes");
-            writing.write(offset, &[5; 100]).expect("it lies within");
+            writing.write(offset, &[5; 100]).expect("it is in range");
             writing.publish().expect("nobody else writes");
             // As many pages in both, all of them touched by then.
             offset = (offset + 4096) % ((1 << 20) - 100);

@@ -31,7 +31,7 @@ struct Measured {
 
 impl Measured {
     fn new(directory: &Path, geometry: Geometry) -> Measured {
-        let open = File::open(directory).expect("there is such a directory");
+        let open = File::open(directory).expect("the directory exists");
         let description = Description {
             block_id: [1; 16],
             pool_id: [2; 16],
@@ -44,7 +44,7 @@ impl Measured {
         let block = Custodian::create_persistent(open.as_fd(), &name, &description);
         std::fs::remove_file(directory.join(&name)).expect("it was just made");
         Measured {
-            block: block.expect("there is room for it"),
+            block: block.expect("it fits"),
             writes: Vec::new(),
             flushes: Vec::new(),
         }

@@ -672,7 +672,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checksum_is_that_of_its_version_or_none() {
+    fn a_checksum_belongs_to_its_version_or_is_absent() {
         let directory = tempfile::tempdir().unwrap();
         let block = persistent(&directory, 1 << 20);
         let is_done = AtomicBool::new(false);

@@ -21,7 +21,7 @@ macro_rules! elements {
             const DTYPE: &'static str = $name;
 
             fn from_le(bytes: &[u8]) -> Self {
-                <$type>::from_le_bytes(bytes.try_into().expect("as many bytes as it has"))
+                <$type>::from_le_bytes(bytes.try_into().expect("the size of the block"))
             }
 
             fn to_le(self, bytes: &mut [u8]) {

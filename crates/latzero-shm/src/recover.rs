@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_never_flushed_is_as_it_was_made() {
+    fn a_block_that_was_never_flushed_returns_empty() {
         let (_home, block) = persistent(Geometry::with_spares(5000, 2).unwrap());
         block.write(0, b"first", None).unwrap();
         block.write(0, b"other", None).unwrap();
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_in_place_is_as_it_was_flushed() {
+    fn a_version_written_in_place_matches_the_flushed_one() {
         let (_home, block) = persistent(Geometry::with_spares(5000, 1).unwrap());
         for n in 1..5u8 {
             block.write(0, &[n; 5000], None).unwrap();

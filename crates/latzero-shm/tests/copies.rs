@@ -157,7 +157,7 @@ fn two_slots_copy_only_the_previous_version_wherever_it_was() {
     let (first, rest) = whole.split_at(SMALL as usize);
     let (rest, last) = rest.split_at(rest.len() - SMALL as usize);
     assert!(first.iter().all(|byte| *byte == 19));
-    assert!(rest.iter().all(|byte| *byte == 1), "the rest is as it was");
+    assert!(rest.iter().all(|byte| *byte == 1), "the rest is unchanged");
     assert!(last.iter().all(|byte| *byte == 18));
 }
 
@@ -196,7 +196,7 @@ fn more_slots_copy_the_changes_of_the_versions_missed() {
 }
 
 #[test]
-fn far_ends_of_a_block_are_copied_separately() {
+fn distant_ranges_of_a_block_are_copied_separately() {
     for slots in [2, 3, 4] {
         let (memory, geometry) = warm(slots);
         for round in 0..20 {

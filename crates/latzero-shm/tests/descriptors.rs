@@ -27,7 +27,7 @@ fn refused(file: OwnedFd, expected: &latzero_shm::Expected) -> AttachError {
 }
 
 #[test]
-fn seals_hold() {
+fn seals_are_enforced() {
     let (block, _) = common::block(5000, 2, false);
     let seals = fcntl_get_seals(block.file()).unwrap();
     assert!(seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL));
@@ -190,7 +190,7 @@ fn another_block_is_refused() {
 }
 
 #[test]
-fn a_head_written_over_harms_that_block_alone() {
+fn an_overwritten_head_affects_only_its_block() {
     for is_persistent in [false, true] {
         let (block, _directory) = common::block(10, 2, is_persistent);
         let client = common::attach(&block, Access::Write);
@@ -253,7 +253,7 @@ fn a_shortened_file_is_an_error_and_no_signal() {
 }
 
 #[test]
-fn files_that_are_no_blocks_are_not_opened() {
+fn files_that_are_not_blocks_are_not_opened() {
     let directory = tempfile::tempdir().unwrap();
     let open = File::open(directory.path()).unwrap();
     let path = |name: &str| directory.path().join(name);
@@ -300,7 +300,7 @@ fn files_that_are_no_blocks_are_not_opened() {
 }
 
 #[test]
-fn a_file_is_made_once() {
+fn a_file_is_created_once() {
     let directory = tempfile::tempdir().unwrap();
     let open = File::open(directory.path()).unwrap();
     let description = common::description(100, 2, true);
@@ -372,7 +372,7 @@ fn more_descriptors_than_taken_are_all_closed() {
 }
 
 #[test]
-fn control_data_without_room_closes_all() {
+fn truncated_control_data_closes_all_descriptors() {
     // More than the receiver has room for: the kernel truncates the list and sets MSG_CTRUNC.
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
     let (a, b) = UnixStream::pair().unwrap();

@@ -248,7 +248,7 @@ fn a_file_shortened_under_a_draft_is_an_error_and_no_signal() {
 }
 
 #[test]
-fn sleepers_of_a_file_that_is_gone_wake_up() {
+fn waiters_on_a_deleted_file_wake_up() {
     let (block, _directory) = common::block(100, 2, true);
     block.write(0, &[1], None).unwrap();
     let readers: Vec<_> = (0..3)
@@ -267,7 +267,7 @@ fn sleepers_of_a_file_that_is_gone_wake_up() {
 }
 
 #[test]
-fn all_sleepers_are_notified_of_the_end() {
+fn all_waiters_are_woken_at_the_end() {
     for is_persistent in [false, true] {
         for (state, expected) in [
             (State::Superseded, Waited::Superseded),

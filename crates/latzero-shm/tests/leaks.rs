@@ -44,7 +44,7 @@ fn too_many_descriptors() {
         let before = held();
         let mut got = Vec::new();
         assert!(recv_with_fds(&b, &mut [0; 8], &mut got, max).is_err());
-        assert_eq!(held(), before, "{sent} descriptors, {max} wanted");
+        assert_eq!(held(), before, "{sent} descriptors, expected {max}");
     }
 }
 

@@ -205,10 +205,10 @@ fn check(case: Case, steps: u32) -> bool {
     let mut model = loom::model::Builder::new();
     model.preemption_bound = Some(case.preemptions);
     model.check(move || {
-        let geometry = Geometry::new(8 * WORDS, case.slots).expect("it is a small one");
+        let geometry = Geometry::new(8 * WORDS, case.slots).expect("it is small");
         let words = Arc::new(Words::new(&geometry));
         for _ in 0..case.before {
-            publish(&Process::immortal(&words), &geometry).expect("nobody dies here");
+            publish(&Process::immortal(&words), &geometry).expect("no writer dies here");
         }
         let readers: Vec<_> = (0..case.readers)
             .map(|_| {
@@ -232,17 +232,19 @@ fn check(case: Case, steps: u32) -> bool {
             First::Publishes(n) => (0..n).try_for_each(|_| publish(&dying, &geometry).map(drop)),
             First::Drops => begin_and_drop(&dying, &geometry),
         };
-        *report.lock().expect("nobody panics") |= outcome.is_ok();
+        *report.lock().expect("no thread panics") |= outcome.is_ok();
         let heir = Process::immortal(&words);
-        let left = slots::head(&heir, &geometry).expect("it is whole").version;
+        let left = slots::head(&heir, &geometry)
+            .expect("it is complete")
+            .version;
         assert_eq!(read(&heir, &geometry), left);
-        let version = publish(&heir, &geometry).expect("nobody dies here");
+        let version = publish(&heir, &geometry).expect("no writer dies here");
         assert_eq!((version, read(&heir, &geometry)), (left + 1, left + 1));
         for reader in readers {
             reader.join().expect("it did not panic");
         }
     });
-    *survived.lock().expect("nobody panics")
+    *survived.lock().expect("no thread panics")
 }
 
 /// Checks every death, up to the writer that does not die.
@@ -316,7 +318,7 @@ fn the_first_versions_of_an_empty_block() {
 }
 
 #[test]
-fn a_draft_that_is_dropped_is_never_seen() {
+fn a_dropped_draft_is_never_visible() {
     for (slots, before) in [(2, 0), (2, 1), (2, 2), (3, 3)] {
         check_all_deaths(Case {
             slots,

@@ -73,7 +73,7 @@ proptest! {
     })]
 
     #[test]
-    fn both_sides_are_the_model(
+    fn client_and_server_match_the_model(
         size in prop_oneof![1..20u64, 4090..4105u64, 8185..8200u64],
         slots in 1..=4u32,
         is_persistent in any::<bool>(),

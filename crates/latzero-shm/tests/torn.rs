@@ -68,7 +68,7 @@ fn attach(path: &str, access: Access, slots: u32) -> Arc<Attachment> {
         Access::Read => OFlags::RDONLY,
         Access::Write => OFlags::RDWR,
     };
-    let file = rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).expect("it is there");
+    let file = rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).expect("it exists");
     let description = common::description(SIZE, slots, false);
     let expected = latzero_shm::Expected {
         generation: description.generation,
@@ -85,7 +85,7 @@ fn write_for_ever(block: &Arc<Attachment>) {
             return; // the test ended
         };
         let (offset, bytes) = change(writing.version());
-        writing.write(offset, &bytes).expect("it lies within");
+        writing.write(offset, &bytes).expect("it is in range");
         if writing.publish().is_err() {
             return;
         }
@@ -98,7 +98,7 @@ fn read_until_closed(block: &Attachment, reads: u64) -> (u64, u64) {
     while done < reads || block.state() == State::Live {
         let version = if done % 4 == 3 {
             let view = block.view().expect("it is mapped");
-            view.copy_to(0, &mut bytes).expect("it lies within");
+            view.copy_to(0, &mut bytes).expect("it is in range");
             if !view.is_valid() {
                 continue;
             }
@@ -127,7 +127,7 @@ fn start(role: &str, block: &Custodian, slots: u32) -> Child {
         _ => block.lend(Access::Read),
     };
     // Open as long as the test runs: the other process opens it through this process's number.
-    let file = Box::leak(Box::new(file.expect("there is /proc")));
+    let file = Box::leak(Box::new(file.expect("/proc is mounted")));
     let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
     Command::new(std::env::current_exe().expect("it runs"))
         .args([
@@ -174,13 +174,13 @@ fn run(slots: u32, reads: u64, kills: u64) {
             let woken = own.wait(own.version(), Some(Duration::from_secs(60)));
             assert!(
                 matches!(woken, latzero_shm::Waited::Newer(_)),
-                "the writer stands still"
+                "the writer is stopped"
             );
         }
         writer.0.kill().expect("it runs");
         writer.0.wait().expect("it ends");
         // The server continues where the dead writer stopped, with pwrite and pread.
-        let head = block.version().expect("it is whole");
+        let head = block.version().expect("it is complete");
         assert!(head > before);
         if kill % 2 == 0 {
             let (offset, data) = change(head + 1);
@@ -200,7 +200,7 @@ fn run(slots: u32, reads: u64, kills: u64) {
         let stdout = reader.0.stdout.as_mut().expect("it is piped");
         stdout.read_to_string(&mut output).expect("it is text");
         assert!(reader.0.wait().expect("it ends").success(), "{output}");
-        let (_, figures) = output.split_once("READS ").expect("it says so at its end");
+        let (_, figures) = output.split_once("READS ").expect("it reports its end");
         let mut figures = figures
             .split_whitespace()
             .map(|n| n.parse::<u64>().expect("a number"));

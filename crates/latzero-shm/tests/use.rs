@@ -58,7 +58,7 @@ fn an_attachment_has_one_draft_at_a_time() {
 }
 
 #[test]
-fn a_sleeper_is_woken() {
+fn a_waiter_is_woken() {
     for is_persistent in [false, true] {
         let (block, _directory) = common::block(100, 2, is_persistent);
         let reader = common::attach(&block, Access::Read);
@@ -223,7 +223,7 @@ fn descriptors_are_open_while_they_are_lent() {
     let (block, _) = common::block(5000, 2, false);
     let first = block.lend(Access::Read).unwrap();
     let again = block.lend(Access::Read).unwrap();
-    assert!(Arc::ptr_eq(&first, &again), "on its way to two clients");
+    assert!(Arc::ptr_eq(&first, &again), "in transit to two clients");
     assert!(!Arc::ptr_eq(&first, &block.lend(Access::Write).unwrap()));
     let lent = Arc::downgrade(&first);
     drop((first, again));

@@ -306,7 +306,7 @@ impl DurableScript {
             message["response"] = (*n).into();
         }
         if status == "partial" {
-            let call = self.calls.get_mut(n).expect("it was asked for");
+            let call = self.calls.get_mut(n).expect("the pipe was requested");
             call.sent += 1;
         } else {
             self.conns[at].jobs.remove(job);

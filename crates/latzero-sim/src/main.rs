@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use latzero_sim::{Plan, run};
 
 const USAGE: &str = "usage: latzero-sim [--seed N | --seeds A..B] \
-    [--lasting | --hostile | --vault] [--steps N] [--json]";
+    [--durable | --hostile | --vault] [--steps N] [--json]";
 
 struct Options {
     seeds: std::ops::Range<u64>,
@@ -65,7 +65,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
         let mut value = || args.next().ok_or(format!("{flag} needs a value"));
         match flag.as_str() {
             "--json" => options.json = true,
-            "--lasting" => options.plan = Plan::lasting,
+            "--durable" => options.plan = Plan::durable,
             "--hostile" => options.plan = Plan::hostile,
             "--vault" => options.plan = Plan::vault,
             "--seed" => {

@@ -20,7 +20,7 @@ pub enum Theme {
     /// Calls, emits, pools and presence, by rude clients.
     Calls,
     /// Calls that outlive connections and servers, by clients that connect and leave.
-    Lasting,
+    Durable,
     /// Strangers that try to exhaust the server, next to a well-behaved pair.
     Hostile,
     /// An encrypted pool, among apps with all of its keys, some, old ones or wrong ones.
@@ -85,9 +85,9 @@ const SHOWN: usize = 30;
 impl Plan {
     /// A run of `seed` about calls that outlive connections and servers.
     #[must_use]
-    pub fn lasting(seed: u64) -> Self {
+    pub fn durable(seed: u64) -> Self {
         Plan {
-            theme: Theme::Lasting,
+            theme: Theme::Durable,
             steps: LASTING_STEPS,
             limits: Limits {
                 in_flight_max: [1024, 6][(seed % 2) as usize],
@@ -224,15 +224,15 @@ impl fmt::Display for Violation {
             writeln!(f, "{line}")?;
         }
         writeln!(f, "seed {}, step {}: {}", self.seed, self.step, self.what)?;
-        let lasting = match self.theme {
+        let theme = match self.theme {
             Theme::Calls => "",
-            Theme::Lasting => " --lasting",
+            Theme::Durable => " --durable",
             Theme::Hostile => " --hostile",
             Theme::Vault => " --vault",
         };
         write!(
             f,
-            "replay with: cargo xtask sim{lasting} --seed {}",
+            "replay with: cargo xtask sim{theme} --seed {}",
             self.seed
         )
     }
@@ -247,7 +247,7 @@ impl std::error::Error for Violation {}
 pub fn run(plan: &Plan) -> Result<Outcome, Violation> {
     let scenario: Box<dyn Scenario> = match plan.theme {
         Theme::Calls => Box::new(Calls::new(plan.seed, plan.clients)),
-        Theme::Lasting => Box::new(DurableScript::new(plan.seed)),
+        Theme::Durable => Box::new(DurableScript::new(plan.seed)),
         Theme::Hostile => Box::new(Hostile::new(plan.seed)),
         Theme::Vault => Box::new(Vault::new(plan.seed)),
     };

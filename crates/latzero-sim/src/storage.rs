@@ -72,7 +72,7 @@ impl Storages {
         };
         assert!(
             self.stored.insert(making.storage, stored).is_none(),
-            "storage is made once"
+            "storage is created once"
         );
         if making.kind == latzero_protocol::memory::Kind::Persistent {
             self.records.insert(making.storage, making.record.clone());
@@ -104,7 +104,7 @@ impl Storages {
         let stored = self
             .stored
             .get_mut(&storage)
-            .expect("a pool names storage that is there");
+            .expect("a pool refers to existing storage");
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let end = start
             .checked_add(length)

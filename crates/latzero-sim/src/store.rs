@@ -76,7 +76,7 @@ impl Rows {
 
 /// Who is notified of the result of storing a row.
 #[derive(Debug, Clone)]
-pub(crate) enum Promised {
+pub(crate) enum Waiter {
     Session(Peer),
     /// The pool and the number of an answer.
     Answer(PoolName, u64),
@@ -86,19 +86,19 @@ pub(crate) enum Promised {
 #[derive(Debug, Default)]
 pub(crate) struct Store {
     pub(crate) rows: Rows,
-    waiting: VecDeque<(StoreChange, Option<Promised>)>,
+    waiting: VecDeque<(StoreChange, Option<Waiter>)>,
     pub(crate) is_holding: bool,
     pub(crate) is_failing: bool,
 }
 
 impl Store {
-    pub(crate) fn push(&mut self, change: StoreChange, promise: Option<Promised>) {
+    pub(crate) fn push(&mut self, change: StoreChange, promise: Option<Waiter>) {
         self.waiting.push_back((change, promise));
     }
 
     /// Performs the next write, or fails; returns whom to notify, and whether it succeeded. A
     /// failed write that no client waits for is retried.
-    pub(crate) fn write_next(&mut self) -> Option<(Option<Promised>, bool)> {
+    pub(crate) fn write_next(&mut self) -> Option<(Option<Waiter>, bool)> {
         if self.is_holding {
             return None;
         }

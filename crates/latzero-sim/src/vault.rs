@@ -55,7 +55,9 @@ fn held(seeds: Seeds, roles: Roles) -> KeySet {
         Roles::Write => &[Kind::Sigil, Kind::Shard, Kind::Seal],
     };
     let tokens = kinds.iter().map(|kind| set.token(*kind));
-    let tokens: Vec<_> = tokens.map(|token| token.expect("all are here")).collect();
+    let tokens: Vec<_> = tokens
+        .map(|token| token.expect("every client is connected"))
+        .collect();
     let held = KeySet::from_tokens(tokens.iter().map(|token| token.as_str()));
     held.expect("they belong together")
 }
@@ -195,7 +197,7 @@ impl Vault {
         };
         let message = match what {
             0 => {
-                let peer = self.apps[at].peer.expect("just looked at");
+                let peer = self.apps[at].peer.expect("just checked");
                 world.hang_up(peer);
                 self.forget_connection(at);
                 return "goes".into();
@@ -503,7 +505,7 @@ impl Vault {
     }
 
     fn hear_verdict(&mut self, at: usize, is_ok: bool, code: &str, json: &Value) -> Found {
-        let asked = self.apps[at].asked.take().expect("just looked at");
+        let asked = self.apps[at].asked.take().expect("just checked");
         let is_good = asked.is_good && asked.epoch == self.epoch();
         if !is_ok {
             self.note("refused");

@@ -34,7 +34,7 @@ use serde_json::Value;
 
 use crate::line::{Bounds, Event, LENGTH_SLACK, Line, Observer, Peer, Totals};
 use crate::storage::{Descriptor, Storages};
-use crate::store::{Promised, Store};
+use crate::store::{Store, Waiter};
 
 /// A pool of the world.
 pub type PoolHandle = Rc<RefCell<Pool<World>>>;
@@ -282,8 +282,8 @@ impl World {
         let mut flow = flow;
         while let Some((promised, went_well)) = self.store.write_next() {
             let promised = match promised {
-                Some(Promised::Session(promised)) => promised,
-                Some(Promised::Answer(pool, number)) => {
+                Some(Waiter::Session(promised)) => promised,
+                Some(Waiter::Answer(pool, number)) => {
                     self.answer_stored(&pool, number, went_well);
                     continue;
                 }
@@ -405,12 +405,12 @@ impl World {
     fn write_down(&mut self) {
         while let Some((promised, went_well)) = self.store.write_next() {
             match promised {
-                Some(Promised::Session(peer)) => {
+                Some(Waiter::Session(peer)) => {
                     self.handle_stored(peer, went_well);
                     // Messages that it sent while it waited.
                     self.feed(peer, &[]);
                 }
-                Some(Promised::Answer(pool, number)) => {
+                Some(Waiter::Answer(pool, number)) => {
                     self.answer_stored(&pool, number, went_well);
                 }
                 None => {}
@@ -1132,11 +1132,11 @@ impl Driver for World {
 
     fn store(&mut self, change: StoreChange, promise: Option<Promise<'_, World>>) {
         let promised = promise.map(|promise| match (promise, &change) {
-            (Promise::Session(line), _) => Promised::Session(line.id),
+            (Promise::Session(line), _) => Waiter::Session(line.id),
             (Promise::Answer, StoreChange::Answer(row)) => {
-                Promised::Answer(row.pool.clone(), row.number)
+                Waiter::Answer(row.pool.clone(), row.number)
             }
-            (Promise::Answer, _) => unreachable!("only the row of an answer is awaited so"),
+            (Promise::Answer, _) => unreachable!("only an answer's row is awaited like this"),
         });
         self.store.push(change, promised);
     }

@@ -4,7 +4,7 @@ use latzero_sim::{Plan, run};
 
 #[test]
 fn a_seed_replays_to_the_same_bytes() {
-    for plan in [Plan::new, Plan::lasting, Plan::hostile, Plan::vault] {
+    for plan in [Plan::new, Plan::durable, Plan::hostile, Plan::vault] {
         for seed in 0..4 {
             let first = run(&plan(seed)).unwrap();
             assert_eq!(first, run(&plan(seed)).unwrap());

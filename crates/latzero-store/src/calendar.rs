@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn stamps_name_seconds() {
+    fn timestamps_have_seconds() {
         for (unix_s, expected) in [
             (0, "19700101-000000"),
             (951_782_400, "20000229-000000"),

@@ -213,7 +213,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mark_is_read_as_it_was_written() {
+    fn a_marker_round_trips() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("mark");
         assert_eq!(Mark::read(&path), None);

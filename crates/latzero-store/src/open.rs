@@ -522,7 +522,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_connection_is_set_as_promised() {
+    fn the_connection_has_the_documented_settings() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(DATABASE);
         files::private_file(&path).unwrap();

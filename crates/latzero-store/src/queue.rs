@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_of_a_row_waits_at_the_end() {
+    fn the_newest_change_of_a_row_waits_last() {
         let mut queue = Queue::new(9, 9);
         for change in [set("a", "1"), set("b", "1"), set("a", "2")] {
             queue.eventual(change).unwrap();
@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn promises_and_eventual_changes_share_one_order() {
+    fn acknowledged_and_eventual_changes_share_one_order() {
         let mut queue = Queue::new(9, 9);
         queue.eventual(set("a", "1")).unwrap();
         let promised = Changes::One(set("a", "2"));
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn put_back_changes_keep_their_places_unless_newer_ones_came() {
+    fn requeued_changes_keep_their_places_unless_newer_ones_exist() {
         let mut queue = Queue::new(9, 9);
         for change in [set("a", "1"), set("b", "1"), set("c", "1")] {
             queue.eventual(change).unwrap();
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_ends_all_promises_that_wait() {
+    fn a_failure_ends_all_waiting_changes() {
         let mut queue = Queue::new(9, 9);
         for ticket in 0..4 {
             let promised = Changes::One(set("a", "1"));
@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn when_full_times_are_dropped_first_and_then_new_changes_refused() {
+    fn a_full_queue_drops_times_first_and_then_refuses_changes() {
         let mut queue = Queue::new(2, 3);
         queue
             .eventual(RowChange::NoteAttempt {

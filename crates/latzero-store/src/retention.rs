@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn the_next_number_is_behind_all_that_are_there() {
+    fn the_next_number_is_above_all_existing_ones() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(next_number(dir.path()), 1);
         for name in [

@@ -135,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn libraries_with_the_race_are_refused() {
+    fn sqlite_versions_with_the_wal_race_are_refused() {
         for (number, safe) in [
             (3_044_005, false),
             (3_044_006, true),

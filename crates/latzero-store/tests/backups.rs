@@ -192,7 +192,7 @@ fn a_damaged_backup_is_never_restored() {
 /// Backups of strangers: an extra trigger would run at each write, a log beside the file would take
 /// the place of its content, and a pipe would never end.
 #[test]
-fn what_a_stranger_adds_to_a_backup_has_no_effect() {
+fn foreign_tables_in_a_backup_have_no_effect() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     store

@@ -90,7 +90,7 @@ fn hear(done: &Receiver<Told>, count: usize, record: &mut Record) {
     for _ in 0..count {
         let (ticket, outcome) = done
             .recv_timeout(TIMEOUT)
-            .expect("every promise is told of");
+            .expect("every acknowledged change is reported");
         if let Err(error) = &outcome {
             assert!(matches!(error, StoreError::Disk { .. }), "{error}");
         }
@@ -114,7 +114,7 @@ fn check(dir: &Path, record: &Record, what: &str) {
     };
     for (ticket, change) in (1..).zip(promises()) {
         if record.outcomes[&ticket] {
-            assert!(is_there(&change), "{what}: {change:?} was promised");
+            assert!(is_there(&change), "{what}: {change:?} was acknowledged");
         }
     }
     assert!(is_there(&set("eventual", "new")), "{what}: {kept:?}");
@@ -150,7 +150,7 @@ fn run_all(lasts: Lasts) {
             return;
         }
     }
-    panic!("no clean run in {STEPS_MAX} steps");
+    panic!("no run without a failure in {STEPS_MAX} steps");
 }
 
 #[test]
@@ -159,7 +159,7 @@ fn any_step_may_fail_once() {
 }
 
 #[test]
-fn every_step_from_the_nth_on_may_fail() {
+fn every_step_after_the_nth_may_fail() {
     run_all(Lasts::ForEver);
 }
 
@@ -194,12 +194,12 @@ fn restoring_may_fail_at_any_step() {
             return;
         }
     }
-    panic!("no clean run in {STEPS_MAX} steps");
+    panic!("no run without a failure in {STEPS_MAX} steps");
 }
 
 /// A damaged database, and a disk that fails while a backup replaces it.
 #[test]
-fn setting_aside_may_fail_at_any_step() {
+fn moving_aside_may_fail_at_any_step() {
     for at in 1..STEPS_MAX {
         let dir = tempfile::tempdir().unwrap();
         let store = reopen(dir.path()).store;
@@ -226,5 +226,5 @@ fn setting_aside_may_fail_at_any_step() {
             return;
         }
     }
-    panic!("no clean run in {STEPS_MAX} steps");
+    panic!("no run without a failure in {STEPS_MAX} steps");
 }

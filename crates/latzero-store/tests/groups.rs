@@ -48,7 +48,7 @@ fn held(options: Options) -> Held {
 }
 
 #[test]
-fn gathered_changes_share_one_transaction() {
+fn batched_changes_share_one_transaction() {
     let held = held(options().0);
     for ticket in 1..=300 {
         held.store
@@ -140,10 +140,10 @@ fn an_eventual_change_that_cannot_be_stored_is_dropped_and_counted() {
 }
 
 #[test]
-fn a_panic_of_the_thread_notifies_all_waiters() {
+fn a_panic_of_the_thread_wakes_all_waiters() {
     let dir = tempfile::tempdir().unwrap();
     let options = Options {
-        on_done: Box::new(|_| panic!("the test's own panic")),
+        on_done: Box::new(|_| panic!("a panic made by the test")),
         ..options().0
     };
     let store = open(dir.path(), options).unwrap().store;

@@ -179,7 +179,7 @@ fn reopened(dir: &Path, printed: &[String], what: &str) {
 }
 
 #[test]
-fn at_every_named_place() {
+fn a_crash_at_every_failpoint() {
     let is_crash = cfg!(debug_assertions);
     for name in failpoint::names()
         .iter()
@@ -204,7 +204,7 @@ fn at_every_named_place() {
 }
 
 #[test]
-fn at_random_moments() {
+fn a_crash_at_random_times() {
     let dir = tempfile::tempdir().unwrap();
     let mut printed = Vec::new();
     let mut seed = u64::from(std::process::id()) | 1 << 40;
@@ -224,7 +224,7 @@ fn at_random_moments() {
 }
 
 #[test]
-fn while_restoring() {
+fn restoring_may_fail_at_every_step() {
     for name in failpoint::names()
         .iter()
         .filter(|name| name.starts_with("restore."))

@@ -98,7 +98,7 @@ fn a_foreign_file_in_its_place_is_moved_aside() {
 }
 
 #[test]
-fn promises_fail_while_the_directory_is_missing() {
+fn acknowledged_changes_fail_while_the_directory_is_missing() {
     let home = tempfile::tempdir().unwrap();
     let (dir, moved) = (home.path().join("data"), home.path().join("moved"));
     fs::create_dir(&dir).unwrap();

@@ -63,7 +63,9 @@ impl Server {
 
     /// Starts the server again on the same directory.
     pub fn restart(&mut self) {
-        self.0.restart().expect("what started once starts again");
+        self.0
+            .restart()
+            .expect("a program that started once starts again");
     }
 
     /// The server's process id.
@@ -98,7 +100,7 @@ impl Server {
             .ok()
             .and_then(rustix::process::Pid::from_raw)
             .expect("a child's id is positive");
-        rustix::process::kill_process(pid, signal).expect("one's own child takes signals");
+        rustix::process::kill_process(pid, signal).expect("the child accepts signals");
     }
 
     /// Sets how many open descriptors the system allows the server.
@@ -113,7 +115,7 @@ impl Server {
             maximum,
         };
         let before = rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit);
-        before.expect("the limit of one's own child can be set");
+        before.expect("the limit of the child can be set");
     }
 
     /// Opens a connection without sending anything.
@@ -174,7 +176,7 @@ impl Stream {
                 .set_read_timeout(Some(timeout))
                 .and(s.set_write_timeout(Some(timeout))),
         };
-        set.expect("a fresh socket takes options");
+        set.expect("a new socket accepts options");
     }
 
     fn read(&mut self, buf: &mut [u8], descriptors: &mut VecDeque<OwnedFd>) -> io::Result<usize> {
@@ -313,7 +315,7 @@ impl Wire {
             panic!("only Unix sockets pass descriptors");
         };
         let n = latzero_shm::fds::send_with_fds(stream, &out, descriptors);
-        assert_eq!(n.expect("the server takes what is sent"), out.len());
+        assert_eq!(n.expect("the server accepts the message"), out.len());
     }
 
     /// Sends one message.
@@ -338,7 +340,7 @@ impl Wire {
     pub fn send_bytes(&mut self, bytes: &[u8]) {
         self.stream
             .write_all(bytes)
-            .expect("the server takes what is sent");
+            .expect("the server accepts the message");
     }
 
     /// Sends one message, and reports whether the server still accepted it.

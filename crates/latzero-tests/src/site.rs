@@ -89,7 +89,7 @@ impl Site {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(|error| format!("unshare: {error}"))?;
-        let stdout = holder.stdout.take().expect("it was asked for");
+        let stdout = holder.stdout.take().expect("the pipe was requested");
         let said = Lines::new(stdout).next(TIMEOUT);
         if said.as_deref() != Ok("mounted") {
             let mut why = String::new();
@@ -184,13 +184,13 @@ impl Site {
             .create(true)
             .append(true)
             .open(self.root.join("stderr"))
-            .expect("the site's directory takes files");
+            .expect("the directory accepts files");
         let mut child = self
             .command(start)
             .stderr(stderr)
             .spawn()
             .expect("the program is built (`cargo build`)");
-        let stdout = child.stdout.take().expect("it was asked for");
+        let stdout = child.stdout.take().expect("the pipe was requested");
         let mut lines = Lines::new(stdout);
         match lines.next(TIMEOUT) {
             Ok(line) if line.starts_with("latzero ready") => {
@@ -211,7 +211,7 @@ impl Site {
                 if matches!(lines.next(Duration::from_millis(1)), Err(Silence::Waiting)) {
                     let _ = child.kill();
                 }
-                let status = child.wait().expect("one's own child can be waited for");
+                let status = child.wait().expect("the child can be waited for");
                 let said = self.said();
                 Err(Refused {
                     status,
@@ -231,7 +231,7 @@ impl Site {
                     let barrier = &barrier;
                     scope.spawn(move || {
                         let path = self.root.join(format!("stderr-{n}"));
-                        let stderr = File::create(&path).expect("the directory takes files");
+                        let stderr = File::create(&path).expect("the directory accepts files");
                         barrier.wait();
                         let mut child = self
                             .command(&Start::default())
@@ -259,7 +259,7 @@ impl Site {
                 .collect();
             let ended = threads.into_iter().map(std::thread::ScopedJoinHandle::join);
             ended
-                .map(|outcome| outcome.expect("it panics for no reason of its own"))
+                .map(|outcome| outcome.expect("the thread does not panic"))
                 .collect()
         })
     }
@@ -359,7 +359,7 @@ impl Daemon {
     }
 
     /// Sends SIGKILL without waiting.
-    pub fn strike(&self) {
+    pub fn send_kill(&self) {
         // It may have ended by itself.
         let _ = kill_process(self.id(), Signal::KILL);
     }
@@ -375,7 +375,7 @@ impl Daemon {
     /// # Panics
     /// If it does not end in time.
     pub fn stop(mut self) -> ExitStatus {
-        kill_process(self.id(), Signal::TERM).expect("one's own child takes signals");
+        kill_process(self.id(), Signal::TERM).expect("the child accepts signals");
         wait(&mut self.child, TIMEOUT).expect("it ends in time")
     }
 
@@ -392,11 +392,11 @@ impl Daemon {
     /// # Panics
     /// If the system refuses.
     pub fn while_stopped<R>(&self, look: impl FnOnce() -> R) -> R {
-        kill_process(self.id(), Signal::STOP).expect("one's own child takes signals");
+        kill_process(self.id(), Signal::STOP).expect("the child accepts signals");
         // The kernel reports the stop once every thread has stopped.
-        waitpid(Some(self.id()), WaitOptions::UNTRACED).expect("one's own child is waited for");
+        waitpid(Some(self.id()), WaitOptions::UNTRACED).expect("the child is waited for");
         let seen = look();
-        kill_process(self.id(), Signal::CONT).expect("one's own child takes signals");
+        kill_process(self.id(), Signal::CONT).expect("the child accepts signals");
         seen
     }
 
@@ -415,7 +415,7 @@ impl Daemon {
             maximum: rustix::process::getrlimit(Resource::Fsize).maximum,
         };
         prlimit(Some(self.id()), Resource::Fsize, limit)
-            .expect("the limit of one's own child can be set");
+            .expect("the limit of the child can be set");
     }
 
     /// Opens a connection over the Unix socket, without a handshake.
@@ -468,28 +468,28 @@ impl Drop for Daemon {
 
 /// A client in a process of its own, so that tests can kill it. It sends each message that it is
 /// given, one a line.
-pub struct Puppet {
+pub struct ControlledProcess {
     child: Child,
     to: Option<ChildStdin>,
     from: Lines,
 }
 
-impl Puppet {
+impl ControlledProcess {
     /// Starts `program`, the binary `latzero-test-client`, with its arguments.
     ///
     /// # Panics
     /// If it can't be started.
     #[must_use]
-    pub fn start(program: &str, args: &[&str]) -> Puppet {
+    pub fn start(program: &str, args: &[&str]) -> ControlledProcess {
         let mut child = Command::new(program)
             .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .expect("the client is built with the tests");
-        Puppet {
+        ControlledProcess {
             to: child.stdin.take(),
-            from: Lines::new(child.stdout.take().expect("it was asked for")),
+            from: Lines::new(child.stdout.take().expect("the pipe was requested")),
             child,
         }
     }
@@ -506,7 +506,7 @@ impl Puppet {
     /// If it has ended.
     pub fn send(&mut self, message: &Value) {
         let to = self.to.as_mut().expect("it was not told to end");
-        writeln!(to, "{message}").expect("it reads what it is told");
+        writeln!(to, "{message}").expect("it reads its input");
     }
 
     /// Makes the client send a message; false if it has ended.
@@ -522,7 +522,7 @@ impl Puppet {
     /// If none arrives in time.
     pub fn receive(&mut self) -> Value {
         let line = self.from.next(TIMEOUT).expect("a message comes in time");
-        serde_json::from_str(&line).unwrap_or_else(|_| panic!("it said: {line}"))
+        serde_json::from_str(&line).unwrap_or_else(|_| panic!("it printed: {line}"))
     }
 
     /// The next line that it prints; `None` at its end.
@@ -533,7 +533,7 @@ impl Puppet {
         match self.from.next(TIMEOUT) {
             Ok(line) => Some(line),
             Err(Silence::End) => None,
-            Err(Silence::Waiting) => panic!("process {} says nothing", self.pid()),
+            Err(Silence::Waiting) => panic!("process {} printed nothing", self.pid()),
         }
     }
 
@@ -572,7 +572,7 @@ impl Puppet {
     }
 }
 
-impl Drop for Puppet {
+impl Drop for ControlledProcess {
     fn drop(&mut self) {
         end(&mut self.child);
     }

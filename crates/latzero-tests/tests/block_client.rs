@@ -245,7 +245,7 @@ fn writes_under_a_lost_lease_are_never_visible() {
 }
 
 #[test]
-fn a_resize_moves_everybody_to_the_new_generation() {
+fn a_resize_moves_all_clients_to_the_new_generation() {
     for via in BOTH {
         let server = start();
         let a = app(&server, via, "a");
@@ -360,7 +360,7 @@ fn after_a_reconnect_blocks_and_subscriptions_come_back() {
         draft.commit().unwrap();
         let end = Instant::now() + TIMEOUT;
         while mine.info().is_err() || theirs.info().unwrap()["attachments_total"] != 2 {
-            assert!(Instant::now() < end, "it does not come back");
+            assert!(Instant::now() < end, "it stays removed");
         }
         assert!(!held.is_held());
         assert_eq!(mine.read().unwrap().0, b"meet", "{via:?}");
@@ -402,7 +402,7 @@ fn crash(server: &mut testing::Server, handle: &Block) {
 fn wait_live(handle: &Block) {
     let end = Instant::now() + TIMEOUT;
     while !handle.is_live() {
-        assert!(Instant::now() < end, "it does not come back");
+        assert!(Instant::now() < end, "it stays removed");
         std::thread::yield_now();
     }
 }

@@ -78,10 +78,7 @@ fn wait_for<T: PartialEq + std::fmt::Debug>(wanted: &T, mut look: impl FnMut() -
     let end = Instant::now() + TIMEOUT;
     let mut seen = look();
     while seen != *wanted {
-        assert!(
-            Instant::now() < end,
-            "{wanted:?} is wanted, and {seen:?} is there"
-        );
+        assert!(Instant::now() < end, "expected {wanted:?}, found {seen:?}");
         std::thread::yield_now();
         seen = look();
     }
@@ -113,7 +110,7 @@ fn a_mapped_block_comes_with_one_descriptor_that_permits_only_its_mode() {
     assert_eq!(&magic, b"LZBLOCK1");
     assert!(
         lent.write_at(b"y", 4096).is_err(),
-        "it was opened for reading alone"
+        "it was opened read-only"
     );
     assert!(lent.set_len(10).is_err());
 
@@ -457,7 +454,7 @@ fn client(server: &Server, script: &str) -> Child {
     let out = child.stdout.as_mut().unwrap();
     while !said.ends_with(b"ready\n") {
         let mut byte = [0];
-        out.read_exact(&mut byte).expect("the client gets ready");
+        out.read_exact(&mut byte).expect("the client connects");
         said.push(byte[0]);
     }
     child
@@ -527,7 +524,7 @@ fn killing_a_client_that_holds_or_awaits_the_lock_frees_it() {
 }
 
 #[test]
-fn a_holder_that_leaves_alive_is_left_behind_in_the_old_generation() {
+fn a_live_holder_that_disconnects_keeps_the_old_generation() {
     let server = Server::start();
     let mut a = mapping(&server, "a");
     ok(ask(&mut a, "create", json!({"size": 10})));

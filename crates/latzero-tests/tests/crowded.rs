@@ -96,7 +96,7 @@ fn a_client_is_served_once_descriptors_in_flight_have_been_received() {
     other.send(&attach());
     let end = Instant::now() + TIMEOUT;
     while outbox_bytes(&mut watch) == before {
-        assert!(Instant::now() < end, "it was served, or thrown out");
+        assert!(Instant::now() < end, "it was served or closed");
     }
     take_all(&mut hog);
     // The kernel does not notify the connection of `other` of the change.
@@ -115,7 +115,7 @@ fn a_client_that_never_receives_its_descriptors_is_closed() {
     let mut hog = crowd(&server, &mut watch);
     let end = Instant::now() + TIMEOUT;
     while outbox_bytes(&mut watch) > 0 {
-        assert!(Instant::now() < end, "it holds up its bytes for ever");
+        assert!(Instant::now() < end, "it holds its bytes forever");
     }
     // What was in flight can still be received.
     hog.wait_closed();

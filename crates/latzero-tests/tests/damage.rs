@@ -192,7 +192,7 @@ fn walk<'a>(origin: &Site, files: impl Iterator<Item = (&'a str, &'a str)>) {
 }
 
 #[test]
-fn a_record_of_a_block_comes_back_from_the_database() {
+fn a_block_record_is_loaded_from_the_database() {
     let origin = filled();
     for damage in ["removed", "garbage", "another owner"] {
         let site = origin.copied();
@@ -242,7 +242,7 @@ fn a_directory_that_is_moved_away_keeps_its_server_and_its_path() {
     assert_eq!(refused["error"]["code"], "storage", "{refused}");
     // The path is locked too, and a second server creates nothing there.
     let another = site.start_with(&latzero_tests::site::Start::default());
-    let refused = another.err().expect("no second server on the path");
+    let refused = another.err().expect("no second server at the path");
     assert_eq!(refused.status.code(), Some(75), "{refused:?}");
     assert!(!data.exists(), "a directory was made");
     let losses = until("the loss is named", || {
@@ -257,7 +257,7 @@ fn a_directory_that_is_moved_away_keeps_its_server_and_its_path() {
         if health["status"] == "ok" {
             break;
         }
-        assert!(Instant::now() < end, "it is not well again: {health}");
+        assert!(Instant::now() < end, "it has not recovered: {health}");
     }
     let again = json!({"action": "trigger_register", "triggers": ["after"]});
     ok(&wire.request(again));

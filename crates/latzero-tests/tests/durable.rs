@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use latzero_tests::site::{Daemon, Puppet, Site, Start};
+use latzero_tests::site::{ControlledProcess, Daemon, Site, Start};
 use latzero_tests::{TIMEOUT, Wire};
 use serde_json::{Value, json};
 
@@ -202,18 +202,19 @@ fn the_order_in_which_they_come_back_does_not_matter() {
         let site = Site::new();
         let mut server = site.start();
         let mut caller = join(&server, json!({"app_id": "caller", "pools": ["p"]}));
-        let mut instances: Vec<Puppet> = (0..2).map(|_| puppet(&server, who.clone())).collect();
+        let mut instances: Vec<ControlledProcess> =
+            (0..2).map(|_| process(&server, who.clone())).collect();
         match ends {
             Ends::ServerFirst => {
                 server.kill();
-                instances.iter_mut().for_each(Puppet::kill);
+                instances.iter_mut().for_each(ControlledProcess::kill);
             }
             Ends::AppFirst => {
-                instances.iter_mut().for_each(Puppet::kill);
+                instances.iter_mut().for_each(ControlledProcess::kill);
                 server.kill();
             }
             Ends::AppFirstAndSeen => {
-                instances.iter_mut().for_each(Puppet::kill);
+                instances.iter_mut().for_each(ControlledProcess::kill);
                 wait_offline(&mut caller, "a");
                 server.kill();
             }
@@ -264,13 +265,13 @@ fn the_order_in_which_they_come_back_does_not_matter() {
 }
 
 /// Starts an app as a process of its own.
-fn puppet(server: &Daemon, mut handshake: Value) -> Puppet {
-    let mut puppet = Puppet::start(CLIENT, &[server.socket().to_str().unwrap()]);
+fn process(server: &Daemon, mut handshake: Value) -> ControlledProcess {
+    let mut process = ControlledProcess::start(CLIENT, &[server.socket().to_str().unwrap()]);
     handshake["action"] = "handshake".into();
-    puppet.send(&handshake);
-    let ack = puppet.receive();
+    process.send(&handshake);
+    let ack = process.receive();
     assert_eq!(ack["status"], "ok", "{ack}");
-    puppet
+    process
 }
 
 #[test]
@@ -390,7 +391,7 @@ fn durable_pools_stay_with_their_rules_and_others_leave_nothing() {
 }
 
 /// Parks calls `from..to`, each with its number; every second one is to be redelivered.
-fn park(caller: &mut Puppet, from: usize, to: usize) {
+fn park(caller: &mut ControlledProcess, from: usize, to: usize) {
     for n in from..to {
         caller.send(
             &json!({"action": "trigger", "id": format!("c{n}"), "process": "t",
@@ -405,7 +406,7 @@ fn park(caller: &mut Puppet, from: usize, to: usize) {
     }
 }
 
-fn answer(handler: &mut Puppet, call: &Value) {
+fn answer(handler: &mut ControlledProcess, call: &Value) {
     handler.send(
         &json!({"action": "response", "in_reply_to": call["id"], "status": "ok",
         "response": call["data"]}),
@@ -413,7 +414,7 @@ fn answer(handler: &mut Puppet, call: &Value) {
 }
 
 /// The next `count` calls: their numbers and attempts.
-fn take_calls(handler: &mut Puppet, count: usize) -> (Vec<Value>, Vec<(u64, u64)>) {
+fn take_calls(handler: &mut ControlledProcess, count: usize) -> (Vec<Value>, Vec<(u64, u64)>) {
     let calls: Vec<Value> = (0..count).map(|_| handler.receive()).collect();
     let seen = calls
         .iter()
@@ -429,7 +430,7 @@ fn take_calls(handler: &mut Puppet, count: usize) -> (Vec<Value>, Vec<(u64, u64)
 }
 
 /// The next `count` answers, as "id:payload" or "id:code".
-fn take_answers(caller: &mut Puppet, count: usize) -> Vec<String> {
+fn take_answers(caller: &mut ControlledProcess, count: usize) -> Vec<String> {
     (0..count)
         .map(|_| {
             let reply = caller.receive();
@@ -457,7 +458,7 @@ fn parked_calls_outlive_any_of_server_caller_and_handler() {
         let site = Site::new();
         let mut server = site.start();
         let mut control = join(&server, json!({"app_id": "control"}));
-        let mut caller = puppet(&server, json!({"app_id": CALLER}));
+        let mut caller = process(&server, json!({"app_id": CALLER}));
         park(&mut caller, 0, CALLS);
         // First while no handler has them. The end of the server also ends its connections.
         if server_dies {
@@ -469,9 +470,9 @@ fn parked_calls_outlive_any_of_server_caller_and_handler() {
             caller.kill();
         }
         if server_dies || caller_dies {
-            caller = puppet(&server, json!({"app_id": CALLER}));
+            caller = process(&server, json!({"app_id": CALLER}));
         }
-        let mut handler = puppet(&server, json!({"app_id": "handler", "triggers": ["t"]}));
+        let mut handler = process(&server, json!({"app_id": "handler", "triggers": ["t"]}));
         let (calls, seen) = take_calls(&mut handler, CALLS);
         let first: Vec<_> = (0..CALLS as u64).map(|n| (n, 1)).collect();
         assert_eq!(seen, first, "{case}");
@@ -496,11 +497,11 @@ fn parked_calls_outlive_any_of_server_caller_and_handler() {
         }
         // The caller is away while the answers are given, if it died.
         if server_dies && !caller_dies {
-            caller = puppet(&server, json!({"app_id": CALLER}));
+            caller = process(&server, json!({"app_id": CALLER}));
         }
         let mut expected: Vec<String> = Vec::new();
         if server_dies || handler_dies {
-            handler = puppet(&server, json!({"app_id": "handler"}));
+            handler = process(&server, json!({"app_id": "handler"}));
             // A server that was killed did not see the handler's end: it delivers again every call
             // that was not answered.
             let again: Vec<u64> = (2..CALLS as u64)
@@ -533,7 +534,7 @@ fn parked_calls_outlive_any_of_server_caller_and_handler() {
                 server.kill();
                 server = site.start();
             }
-            caller = puppet(&server, json!({"app_id": CALLER}));
+            caller = process(&server, json!({"app_id": CALLER}));
         }
         let mut answers = take_answers(&mut caller, expected.len());
         if !caller_dies {
@@ -549,16 +550,16 @@ fn parked_calls_outlive_any_of_server_caller_and_handler() {
         server.kill();
         let server = site.start();
         for app in [CALLER, "handler"] {
-            let mut puppet = puppet(&server, json!({"app_id": app}));
-            ping(&mut puppet);
+            let mut process = process(&server, json!({"app_id": app}));
+            ping(&mut process);
         }
     }
 }
 
 /// Pings; the reply must be the next message that the process receives.
-fn ping(puppet: &mut Puppet) {
-    puppet.send(&json!({"action": "ping", "id": "ping"}));
-    let reply = puppet.receive();
+fn ping(process: &mut ControlledProcess) {
+    process.send(&json!({"action": "ping", "id": "ping"}));
+    let reply = process.receive();
     assert_eq!(reply["in_reply_to"], "ping", "{reply}");
 }
 
@@ -566,14 +567,14 @@ fn ping(puppet: &mut Puppet) {
 fn a_redelivered_call_counts_its_attempts_over_every_kind_of_end() {
     let site = Site::new();
     let mut server = site.start();
-    let mut caller = puppet(&server, json!({"app_id": CALLER}));
+    let mut caller = process(&server, json!({"app_id": CALLER}));
     caller.send(
         &json!({"action": "trigger", "id": "c", "process": "t", "park": true,
         "redeliver": true, "attempts": 6, "data": 5}),
     );
     assert_eq!(caller.receive()["status"], "parked");
     for attempt in 1..=6u64 {
-        let mut handler = puppet(&server, json!({"app_id": "handler", "triggers": ["t"]}));
+        let mut handler = process(&server, json!({"app_id": "handler", "triggers": ["t"]}));
         let (calls, seen) = take_calls(&mut handler, 1);
         assert_eq!(seen, [(5, attempt)]);
         let mut control = join(&server, json!({"app_id": "control"}));
@@ -588,7 +589,7 @@ fn a_redelivered_call_counts_its_attempts_over_every_kind_of_end() {
                 settle(&mut control, &format!("settled{attempt}"));
                 server.kill();
                 server = site.start();
-                caller = puppet(&server, json!({"app_id": CALLER}));
+                caller = process(&server, json!({"app_id": CALLER}));
             }
             _ => {
                 answer(&mut handler, &calls[0]);
@@ -667,7 +668,7 @@ fn check_full_disk(site: &Site, start: &Start, mut fill: impl FnMut(&Daemon, boo
     let end = Instant::now() + TIMEOUT;
     let mut n = 0;
     while refused < 3 {
-        assert!(Instant::now() < end, "the disk never gets full");
+        assert!(Instant::now() < end, "the disk did not fill up");
         n += 1;
         let make = json!({"action": "pool_create", "pool": format!("full{n}"), "durable": true,
             "properties": {"x": "x".repeat(4000)}});
@@ -977,7 +978,7 @@ fn check_copy_of_records(copy: &Site, done: usize, begun: usize) -> Daemon {
         );
         assert!(
             !is || (begun >= from && done < to),
-            "step {from} is there after {done}"
+            "step {from} exists after {done}"
         );
     };
     let known = listed(&mut app, "a").unwrap();
@@ -1073,7 +1074,7 @@ fn spoil(site: &Site) {
 }
 
 #[test]
-fn invalid_rows_grant_nothing_and_harm_nobody() {
+fn invalid_rows_grant_nothing_and_affect_no_other_row() {
     let site = Site::new();
     let server = site.start();
     let mut good = join(&server, json!({"app_id": "good", "pools": ["p"]}));
@@ -1148,7 +1149,7 @@ fn set_clock(site: &Site, by_ms: i64) {
 }
 
 #[test]
-fn setting_the_clock_moves_no_deadline() {
+fn changing_the_clock_moves_no_deadline() {
     const DAYS: i64 = 30 * 24 * 3_600_000;
     for by_ms in [DAYS, -DAYS] {
         let site = Site::new();

@@ -193,7 +193,7 @@ fn start_owner(server: &Server) -> (Child, ChildStdin) {
     let (mut said, out) = (Vec::new(), owner.stdout.as_mut().unwrap());
     while !said.ends_with(b"ready\n") {
         let mut byte = [0];
-        out.read_exact(&mut byte).expect("the owner gets ready");
+        out.read_exact(&mut byte).expect("the owner connects");
         said.push(byte[0]);
     }
     let child = owner.stdin.take().unwrap();
@@ -236,7 +236,7 @@ fn an_owner_with_a_child() {
 }
 
 #[test]
-fn an_owner_is_offline_at_its_end_although_its_child_has_the_socket() {
+fn an_app_is_offline_when_its_process_ends_even_if_a_child_has_the_socket() {
     // Small reads, so that much is still unread at that time.
     let server = Server::with(&["limits.read_budget_bytes=4KiB"]);
     let mut watch = app(&server, Via::Unix, "watch", &["news"]);
@@ -245,7 +245,7 @@ fn an_owner_is_offline_at_its_end_although_its_child_has_the_socket() {
     kill_process(Pid::from_child(&owner), Signal::KILL).unwrap();
     owner.wait().unwrap();
     for n in 0..EVENTS {
-        assert_eq!(watch.receive()["data"], n, "what it sent before is run");
+        assert_eq!(watch.receive()["data"], n, "earlier messages run");
     }
     let gone = watch.receive();
     assert_eq!(

@@ -41,7 +41,7 @@ fn stand(kind: &Kind) {
             innocent.call();
             calls += 1;
         }
-        assert!(calls > 0, "{}: not one call beside it", kind.name);
+        assert!(calls > 0, "{}: no call succeeded beside it", kind.name);
         attack.join().unwrap()
     });
     let look = |innocent: &mut Innocent| {
@@ -69,7 +69,7 @@ fn stand(kind: &Kind) {
     if kind.is_compared {
         assert!(
             is_alike(counted, grown),
-            "{}: the books say {counted}, the kernel {grown}",
+            "{}: the ledger counts {counted}, the kernel {grown}",
             kind.name
         );
     }
@@ -80,7 +80,7 @@ fn stand(kind: &Kind) {
 }
 
 #[test]
-fn the_server_withstands_every_kind() {
+fn the_server_withstands_every_kind_of_attack() {
     let mut failed = Vec::new();
     for kind in KINDS {
         let stood = std::panic::catch_unwind(|| stand(kind));

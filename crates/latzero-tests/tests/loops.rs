@@ -85,10 +85,7 @@ impl Client<'_> {
                 }
                 "response" if message["status"] != "partial" => {
                     let id = message["in_reply_to"].as_str().unwrap();
-                    let ended = self
-                        .calls
-                        .get_mut(id)
-                        .expect("an answer to a call of its own");
+                    let ended = self.calls.get_mut(id).expect("an answer to its own call");
                     assert!(!*ended, "a call ended twice: {message}");
                     *ended = true;
                 }
@@ -159,7 +156,7 @@ fn figures(watch: &mut Wire) -> [Value; 4] {
 }
 
 #[test]
-fn every_call_of_a_restless_crowd_ends_once_and_leaves_nothing() {
+fn every_call_of_reconnecting_clients_ends_once_and_leaves_nothing() {
     let server = Server::with(&["io_threads=4", "limits.in_flight_max=8"]);
     let mut watch = server.app(Via::Unix, json!({"app_id": "watch"}));
     let before = figures(&mut watch);

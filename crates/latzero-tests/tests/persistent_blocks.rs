@@ -76,7 +76,7 @@ fn a_block_that_exceeds_a_limit_stays_on_the_disk() {
         };
         let end = Instant::now() + TIMEOUT;
         while !is_told() {
-            assert!(Instant::now() < end, "{limit} is not told");
+            assert!(Instant::now() < end, "{limit} is not shown");
             std::thread::yield_now();
         }
     }
@@ -103,7 +103,7 @@ fn files_set_aside_are_counted_at_each_start() {
         // The log is written by a thread of its own.
         let end = Instant::now() + TIMEOUT;
         while lines().len() < starts {
-            assert!(Instant::now() < end, "start {starts} tells nothing");
+            assert!(Instant::now() < end, "start {starts} prints nothing");
             std::thread::yield_now();
         }
     }

@@ -38,11 +38,11 @@ fn sockets_apps_calls_and_blocks_are_handed_over() {
     app.request(json!({"action": "memory_create", "block_id": "b", "size": 10, "attach": false}));
     app.request(json!({"action": "memory_write", "block_id": "b", "data": "a2VwdA=="}));
     let new = site.start_with(&takes_over()).unwrap();
-    assert!(old.wait().success(), "it ended in order");
+    assert!(old.wait().success(), "it ended in an orderly way");
     assert_eq!(
         new.tcp(),
         old.tcp(),
-        "the port is the same, though any would do"
+        "the port is the same although any is allowed"
     );
     app.wait_closed();
     let (mut app, ack) = new.app(json!({"app_id": "a"}));
@@ -108,7 +108,7 @@ fn ask(server: &Daemon) -> (Wire, Value) {
 }
 
 #[test]
-fn nothing_changes_until_the_new_server_has_everything() {
+fn the_old_server_changes_nothing_until_the_new_one_has_everything() {
     let site = Site::new();
     let mut old = site.start();
     let (mut app, _) = old.app(json!({"app_id": "a"}));
@@ -214,7 +214,7 @@ fn a_kill_while_the_old_server_drains_loses_nothing() {
     std::thread::scope(|scope| {
         let new = scope.spawn(|| site.start_with(&takes_over()).unwrap());
         assert_eq!(handler.receive()["event"], "draining");
-        old.strike();
+        old.send_kill();
         old.wait();
         let new = new.join().unwrap();
         let (mut caller, ack) = new.app(json!({"app_id": "c"}));
@@ -526,7 +526,7 @@ fn stand_in(
 }
 
 #[test]
-fn if_the_old_server_dies_an_ordinary_start_follows() {
+fn a_takeover_from_a_dying_server_becomes_an_ordinary_start() {
     for until_taken in [false, true] {
         let site = Site::new();
         let directory = site.data_dir().canonicalize().unwrap();
@@ -557,7 +557,7 @@ fn a_server_that_is_too_old_is_reported() {
 }
 
 #[test]
-fn if_no_server_runs_a_takeover_is_an_ordinary_start() {
+fn a_takeover_without_a_running_server_is_an_ordinary_start() {
     let site = Site::new();
     let new = site.start_with(&takes_over()).unwrap();
     let (_, ack) = new.app(json!({"app_id": "a"}));

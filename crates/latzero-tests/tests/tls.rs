@@ -191,7 +191,7 @@ fn another_pin_is_refused_and_reported() {
 }
 
 #[test]
-fn an_authority_vouches_for_names_and_dates() {
+fn a_certificate_authority_confirms_names_and_dates() {
     let (ours, others) = (Authority::new(), Authority::new());
     ours.issue("good", loopback(), false);
     ours.issue("expired", loopback(), true);
@@ -423,7 +423,7 @@ fn memory_of_tls_for_a_slow_reader_is_counted() {
 fn eventually(mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !is_so() {
-        assert!(Instant::now() < deadline, "it does not come to that");
+        assert!(Instant::now() < deadline, "this is not reached");
     }
 }
 

@@ -183,7 +183,7 @@ mod tests {
     use crate::server::self_signed;
 
     #[test]
-    fn keys_that_others_can_read_and_what_is_no_file_are_refused() {
+    fn keys_readable_by_others_and_non_files_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("key");
         fs::write(&path, self_signed(Vec::new()).unwrap().key).unwrap();

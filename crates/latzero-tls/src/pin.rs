@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_has_43_characters_and_comes_back() {
+    fn a_token_has_43_characters_and_round_trips() {
         let pin = Pin([7; 32]);
         let text = pin.to_string();
         assert_eq!(text.len(), 43);

@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_one_taker() {
+    fn only_the_newest_taker_gets_answers() {
         let unclaimed = Unclaimed::default();
         let (first, second) = (unclaimed.next_taker(), unclaimed.next_taker());
         let _ = unclaimed.push(answer(1, 1));

@@ -44,7 +44,7 @@ struct Unsent {
     window: Option<u64>,
     /// Blocks that are passed with a call, as JSON.
     blocks: Vec<Value>,
-    lasting: ParkOptions,
+    parking: ParkOptions,
     /// Its destination; only for an app with keys, which may have to seal it.
     route: Option<Box<Route>>,
     /// The keys to open its answer.
@@ -106,7 +106,7 @@ impl Unsent {
             deadline: None,
             window: None,
             blocks: Vec::new(),
-            lasting: ParkOptions::default(),
+            parking: ParkOptions::default(),
             route: None,
             sealed: None,
             failure: None,
@@ -335,14 +335,14 @@ impl Call {
     /// It fails with `storage` if the disk cannot be written, and with `overloaded` if the server
     /// already stores too many calls.
     pub fn park(mut self) -> Self {
-        self.unsent.lasting.park = Park::IfNeeded;
+        self.unsent.parking.park = Park::IfNeeded;
         self
     }
 
     /// Like [`Call::park`], but the call is stored even if a handler can take it at once: after
     /// [`Call::send_parked`] has returned, the caller may end.
     pub fn always_park(mut self) -> Self {
-        self.unsent.lasting.park = Park::Always;
+        self.unsent.parking.park = Park::Always;
         self
     }
 
@@ -350,14 +350,14 @@ impl Call {
     /// call may run more than once. The handler reads the number of the attempt from
     /// [`Request::attempt`](crate::Request::attempt). [`Call::attempts`] limits the attempts.
     pub fn redeliver(mut self) -> Self {
-        self.unsent.lasting.redeliver = true;
+        self.unsent.parking.redeliver = true;
         self
     }
 
     /// How many times a parked or redelivered call may be delivered: 1 to 1000, 5 by default. If no
     /// handler answers, the call fails with `attempts_exhausted`.
     pub fn attempts(mut self, attempts: u32) -> Self {
-        self.unsent.lasting.attempts = Some(attempts);
+        self.unsent.parking.attempts = Some(attempts);
         self
     }
 
@@ -365,7 +365,7 @@ impl Call {
     /// app with the same key (1 to 1024 bytes) to the same trigger, pool and destination get the
     /// answer of the first one. The key is sent as the header `idempotency-key`.
     pub fn idempotency_key(mut self, key: &str) -> Self {
-        self.unsent.lasting.idempotency_key = Some(key.to_owned());
+        self.unsent.parking.idempotency_key = Some(key.to_owned());
         self
     }
 
@@ -374,7 +374,7 @@ impl Call {
     ///
     /// It fails with `bad_message` if another call of the app in flight has the id.
     pub fn id(mut self, id: &str) -> Self {
-        self.unsent.lasting.id = Some(id.into());
+        self.unsent.parking.id = Some(id.into());
         self
     }
 
@@ -422,7 +422,7 @@ impl Call {
     /// # }
     /// ```
     pub fn send_parked(self) -> Parking {
-        let call = match self.unsent.lasting.park {
+        let call = match self.unsent.parking.park {
             Park::No => self.park(),
             Park::IfNeeded | Park::Always => self,
         };
@@ -503,36 +503,36 @@ impl Outgoing {
     fn of_call(call: Call, window: Option<u64>) -> Self {
         let mut unsent = call.unsent;
         unsent.window = window;
-        let lasting = &mut unsent.lasting;
-        match lasting.park {
+        let parking = &mut unsent.parking;
+        match parking.park {
             Park::No => {}
             Park::IfNeeded => unsent.message.json("park", b"true"),
             Park::Always => unsent.message.json("park", b"\"always\""),
         }
-        if lasting.redeliver {
+        if parking.redeliver {
             unsent.message.json("redeliver", b"true");
         }
-        if let Some(attempts) = lasting.attempts {
+        if let Some(attempts) = parking.attempts {
             unsent
                 .message
                 .json("attempts", attempts.to_string().as_bytes());
         }
-        if let Some(id) = &lasting.id {
+        if let Some(id) = &parking.id {
             unsent.message.string("id", id);
             unsent.failure = unsent.failure.or_else(|| check_id(id).err());
         }
-        let is_repeatable = lasting.idempotency_key.is_some();
-        if let Some(key) = lasting.idempotency_key.take() {
+        let is_repeatable = parking.idempotency_key.is_some();
+        if let Some(key) = parking.idempotency_key.take() {
             unsent.header(IDEMPOTENCY_KEY, &key);
         }
         let ttl = u64::try_from(unsent.timeout.as_millis()).unwrap_or(u64::MAX);
-        let ttl_max = if unsent.lasting.park.is_allowed() {
+        let ttl_max = if unsent.parking.park.is_allowed() {
             PARKED_TTL_MAX_MS
         } else {
             TTL_MAX_MS
         };
         let ttl = ttl.clamp(1, ttl_max);
-        let may_wait = lasting_kind(&unsent.lasting) || is_repeatable;
+        let may_wait = may_outlive_window(&unsent.parking) || is_repeatable;
         let act = if may_wait {
             Act::DeferredCall
         } else {
@@ -608,7 +608,7 @@ impl Outgoing {
         let by = By::Call {
             deadline: given_up,
             window: unsent.window,
-            name: unsent.lasting.name(),
+            name: unsent.parking.name(),
         };
         let core = unsent.app.core();
         let submitted = match core.poll_submit(&mut unsent.message, by, leave, cx) {
@@ -635,7 +635,7 @@ impl Outgoing {
             app: unsent.app,
             key,
             deadline: given_up,
-            chosen: unsent.lasting.id,
+            chosen: unsent.parking.id,
             sealed: unsent.sealed,
             at_drop: AtDrop::Cancel,
         });
@@ -704,8 +704,8 @@ pub(crate) fn open_reply(sealed: &SealedCall, reply: Result<Reply, Error>) -> Re
 
 /// Whether a call may live longer than the time window of messages: its envelope says when it
 /// expires.
-fn lasting_kind(lasting: &ParkOptions) -> bool {
-    lasting.park.is_allowed() || lasting.redeliver
+fn may_outlive_window(parking: &ParkOptions) -> bool {
+    parking.park.is_allowed() || parking.redeliver
 }
 
 impl Drop for Outgoing {

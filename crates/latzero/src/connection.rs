@@ -132,7 +132,7 @@ impl Link {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             let has_room = control.push(SendAncillaryMessage::ScmRights(&descriptors));
-            debug_assert!(has_room, "the space is for one");
+            debug_assert!(has_room, "there is space for one");
             sendmsg(
                 &self.socket,
                 &[IoSlice::new(bytes)],

@@ -211,12 +211,12 @@ impl Batch<'_> {
         // An id that is not an index was chosen, or belongs to a call that may be from an earlier
         // process.
         let Some(key) = place else {
-            return self.lasting(e, id, word);
+            return self.parked_event(e, id, word);
         };
         self.notify(&mut lock(&self.core.pending), key, word);
     }
 
-    fn lasting(&mut self, e: &Envelope<'_>, id: Raw<'_>, word: CallEvent) {
+    fn parked_event(&mut self, e: &Envelope<'_>, id: Raw<'_>, word: CallEvent) {
         let Some(id) = id.as_str() else { return };
         let mut pending = lock(&self.core.pending);
         // Under one lock: a call is detached either before or after this, so the answer is not

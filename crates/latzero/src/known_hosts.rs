@@ -153,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_added_is_found_and_replaced() {
+    fn added_hosts_are_found_and_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a/known_hosts");
         let pins: Vec<Pin> = ["A", "E"]

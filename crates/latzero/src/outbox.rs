@@ -450,7 +450,7 @@ mod tests {
     use crate::tls::tests::{Clients, connection};
 
     #[test]
-    fn a_byte_that_tls_keeps_back_may_have_been_sent() {
+    fn a_byte_buffered_by_tls_may_have_been_sent() {
         let (link, server) = connection(Clients::All);
         let _theirs = server.join().unwrap();
         let outbox = Outbox::new();

@@ -115,7 +115,7 @@ impl Id {
         let mut out = Vec::with_capacity(2 * LIFE_DIGITS + 2);
         self.append(&mut out);
         String::from_utf8(out)
-            .expect("it is of digits and dots")
+            .expect("it has only digits and dots")
             .into()
     }
 }
@@ -150,16 +150,16 @@ struct PendingCall {
     waker: Option<Waker>,
     stream: Option<Box<Items>>,
     /// The state of a call that is not named by its index alone.
-    lasting: Option<Box<ParkedCall>>,
+    parked: Option<Box<ParkedCall>>,
 }
 
 impl PendingCall {
     fn is_parked(&self) -> bool {
-        self.lasting.as_ref().is_some_and(|l| l.is_parked)
+        self.parked.as_ref().is_some_and(|l| l.is_parked)
     }
 
     fn is_unwanted(&self) -> bool {
-        self.lasting.as_ref().is_some_and(|l| l.is_unwanted)
+        self.parked.as_ref().is_some_and(|l| l.is_unwanted)
     }
 }
 
@@ -264,7 +264,7 @@ impl Pending {
             Some(Id { key, life }) if life == Some(self.life) => key,
             _ => *self.chosen.get(id)?,
         };
-        matches!(&self.find(key)?.state, State::Waiting(waiting) if waiting.lasting.is_some())
+        matches!(&self.find(key)?.state, State::Waiting(waiting) if waiting.parked.is_some())
             .then_some(key)
     }
 
@@ -288,24 +288,24 @@ impl Pending {
             Name::Durable => None,
             Name::Chosen(id) => Some(Box::<str>::from(id)),
         };
-        let lasting = ParkedCall {
+        let parked = ParkedCall {
             chosen: chosen.clone(),
             ..ParkedCall::default()
         };
-        let key = self.insert_with(sent, Some(Box::new(lasting)));
+        let key = self.insert_with(sent, Some(Box::new(parked)));
         if let Some(id) = chosen {
             self.chosen.insert(id, key);
         }
         key
     }
 
-    fn insert_with(&mut self, sent: SentCall, lasting: Option<Box<ParkedCall>>) -> Key {
+    fn insert_with(&mut self, sent: SentCall, parked: Option<Box<ParkedCall>>) -> Key {
         self.waiting += 1;
         let state = State::Waiting(PendingCall {
             sent,
             waker: None,
             stream: sent.window.map(|_| Box::default()),
-            lasting,
+            parked,
         });
         if self.free == NONE {
             let slot = u32::try_from(self.slots.len()).expect("in_flight_max is far below 2^32");
@@ -321,7 +321,7 @@ impl Pending {
         let slot = self.free;
         let place = &mut self.slots[slot as usize];
         let State::Free { next } = std::mem::replace(&mut place.state, state) else {
-            unreachable!("the free list holds free places alone");
+            unreachable!("the free list holds only free slots");
         };
         self.free = next;
         Key {
@@ -337,10 +337,10 @@ impl Pending {
             return None;
         };
         let mut id = Vec::with_capacity(64);
-        match &waiting.lasting {
-            Some(lasting) if let Some(chosen) = &lasting.chosen => append_str(&mut id, chosen),
-            lasting => {
-                let life = lasting.as_ref().map(|_| life);
+        match &waiting.parked {
+            Some(parked) if let Some(chosen) = &parked.chosen => append_str(&mut id, chosen),
+            parked => {
+                let life = parked.as_ref().map(|_| life);
                 id.push(b'"');
                 Id { key, life }.append(&mut id);
                 id.push(b'"');
@@ -370,8 +370,8 @@ impl Pending {
         let Some(State::Waiting(waiting)) = self.find(key).map(|slot| &mut slot.state) else {
             return;
         };
-        if let Some(lasting) = &mut waiting.lasting {
-            lasting.is_parked = true;
+        if let Some(parked) = &mut waiting.parked {
+            parked.is_parked = true;
             wake.extend(waiting.waker.take());
         }
     }
@@ -432,7 +432,7 @@ impl Pending {
         let state = std::mem::replace(&mut place.state, State::Free { next: self.free });
         self.free = key.slot;
         if let State::Waiting(waiting) = &state
-            && let Some(chosen) = waiting.lasting.as_ref().and_then(|l| l.chosen.as_ref())
+            && let Some(chosen) = waiting.parked.as_ref().and_then(|l| l.chosen.as_ref())
         {
             self.chosen.remove(chosen);
         }
@@ -491,8 +491,8 @@ impl Pending {
         if let State::Waiting(waiting) = &mut self.find(key)?.state {
             let stream = waiting.stream.take();
             let has_ended = stream.is_some_and(|items| items.end.is_some());
-            match &mut waiting.lasting {
-                Some(lasting) if !has_ended => lasting.is_unwanted = true,
+            match &mut waiting.parked {
+                Some(parked) if !has_ended => parked.is_unwanted = true,
                 _ => {
                     self.release(key);
                     self.waiting -= 1;
@@ -524,7 +524,7 @@ impl Pending {
             return;
         }
         // The id is free for another call once the answer has arrived.
-        let chosen = waiting.lasting.as_mut().and_then(|l| l.chosen.take());
+        let chosen = waiting.parked.as_mut().and_then(|l| l.chosen.take());
         if let Some(items) = waiting
             .stream
             .as_deref_mut()
@@ -726,7 +726,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_says_what_may_have_run() {
+    fn an_error_after_a_lost_connection_says_what_may_have_run() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
         let (a, b) = (
             p.insert(sent(100, None), Name::Slot),
@@ -791,7 +791,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_parked_outlives_its_connection() {
+    fn a_parked_call_outlives_its_connection() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
         let error = Error::new(Code::Disconnected, "gone");
         let (a, b) = (
@@ -815,7 +815,7 @@ mod tests {
     }
 
     #[test]
-    fn a_parked_call_that_nobody_wants_keeps_its_id_until_its_end() {
+    fn a_parked_call_without_a_waiter_keeps_its_id_until_its_end() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
         let a = p.insert(sent(1, None), Name::Chosen("a\"b"));
         p.parked(a, &mut wake);

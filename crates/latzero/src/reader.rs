@@ -470,7 +470,7 @@ mod tests {
     use crate::tls::tests::{Clients, connection};
 
     #[test]
-    fn what_tls_brings_before_a_failure_is_read() {
+    fn data_before_a_tls_failure_is_read() {
         let (link, server) = connection(Clients::All);
         let (mut theirs, mut tls) = server.join().unwrap();
         tls.write(&mut theirs, b"last words").unwrap();

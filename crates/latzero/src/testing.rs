@@ -82,7 +82,7 @@ fn start(program: &OsString, dir: &Path, args: &[&str]) -> Result<Server, StartE
                 program.display()
             ))
         })?;
-    let stdout = child.stdout.take().expect("it was asked for");
+    let stdout = child.stdout.take().expect("the pipe was requested");
     match ready_line(stdout) {
         Ok((tcp, socket)) => Ok(Server {
             child,

@@ -72,5 +72,5 @@ fn call() -> Result<(), Box<dyn Error>> {
             return Ok(());
         }
     }
-    unreachable!("attempts go on until one is answered")
+    unreachable!("attempts continue until one is answered")
 }

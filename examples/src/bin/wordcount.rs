@@ -64,9 +64,14 @@ fn count(file: &str) -> Result<(), Box<dyn Error>> {
     let total = pieces.len();
     let pieces = Mutex::new(pieces.into_iter());
     let sum = Mutex::new((Counts::new(), 0));
-    let next = || pieces.lock().expect("nobody panics with it").next();
+    let next = || {
+        pieces
+            .lock()
+            .expect("no thread panics while holding it")
+            .next()
+    };
     let add = |counts: Counts| {
-        let mut sum = sum.lock().expect("nobody panics with it");
+        let mut sum = sum.lock().expect("no thread panics while holding it");
         for (word, n) in counts {
             *sum.0.entry(word).or_default() += n;
         }
@@ -92,7 +97,7 @@ fn count(file: &str) -> Result<(), Box<dyn Error>> {
     drop(workers);
 
     let mut out = std::io::stdout().lock();
-    for (word, n) in &sum.lock().expect("nobody panics with it").0 {
+    for (word, n) in &sum.lock().expect("no thread panics while holding it").0 {
         writeln!(out, "{n:7} {word}")?;
     }
     Ok(())

@@ -62,7 +62,7 @@ impl<T: Send> Source<T> {
 
 impl<T> Taken<T> {
     fn get(&mut self) -> &mut T {
-        self.source.as_mut().expect("it is given back by the end")
+        self.source.as_mut().expect("it is released by the end")
     }
 }
 

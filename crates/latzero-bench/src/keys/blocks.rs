@@ -69,6 +69,6 @@ pub(super) fn measure(is_quick: bool) -> Result<(f64, f64), Failure> {
         drop(std::hint::black_box(key.seal(1, n + 1, [4; 24], &chunk)));
         sealing.push(begin.elapsed().as_secs_f64() * 1e6);
     }
-    let middle = |times| median(times).expect("there are some");
+    let middle = |times| median(times).expect("there is at least one");
     Ok((middle(publishing), middle(sealing)))
 }

@@ -126,6 +126,6 @@ pub(super) fn handshake(times: u32) -> Result<(f64, f64), Failure> {
         totals.push(micros(steps.iter().sum()));
         longest.push(micros(steps.into_iter().max().unwrap_or_default()));
     }
-    let middle = |values| median(values).expect("there are some");
+    let middle = |values| median(values).expect("there is at least one");
     Ok((middle(totals), middle(longest)))
 }

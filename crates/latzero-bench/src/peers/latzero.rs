@@ -101,7 +101,7 @@ impl Peer for LatZero {
                             &in_flight
                                 .next()
                                 .await
-                                .expect("a call is in flight until all are over"),
+                                .expect("calls in flight are counted until they end"),
                         )?;
                         clock.answered(1);
                     }

@@ -180,7 +180,7 @@ mod client {
                         in_flight
                             .next()
                             .await
-                            .expect("a call is in flight until all are over")?;
+                            .expect("calls in flight are counted until they end")?;
                         clock.answered(1);
                     }
                     Ok(clock.outcome())

@@ -27,7 +27,7 @@ pub(crate) fn run(args: &BackupArgs, output: &Output) -> CommandResult {
     }
     let connection = args
         .reach
-        .connect(&ConnectOptions::once("backup").patient())?;
+        .connect(&ConnectOptions::once("backup").waiting_for_disk())?;
     let done = output.while_working("making a backup", || connection.administer(&request));
     let done = done.map_err(explained)?;
     if output.json {

@@ -434,7 +434,7 @@ fn cas(args: &BlockCasArgs, output: &Output) -> CommandResult {
 }
 
 fn watch(args: &BlockWatchArgs, output: &Output) -> CommandResult {
-    let at = BlockHandle::find(&args.at, &args.reach, ConnectOptions::lasting("block"))?;
+    let at = BlockHandle::find(&args.at, &args.reach, ConnectOptions::continuous("block"))?;
     let block = at.name().attach()?;
     let mut changes = block.changes()?;
     if output.is_for_people() {

@@ -64,7 +64,7 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> CommandResult {
     let started = Instant::now();
     let mut options = match args.park {
         // The wait for a parked call continues over a restart of the server.
-        true => ConnectOptions::lasting("call"),
+        true => ConnectOptions::continuous("call"),
         false => ConnectOptions::once("call").within(timeout),
     };
     let key = args.idempotency_key.as_deref();

@@ -29,7 +29,7 @@ pub(crate) fn run(command: &DbCommand, output: &Output) -> CommandResult {
 fn check(args: &DbCheckArgs, output: &Output) -> CommandResult {
     let (mut done, by) = match args
         .reach
-        .connect(&ConnectOptions::once("db check").patient())
+        .connect(&ConnectOptions::once("db check").waiting_for_disk())
     {
         Ok(connection) => {
             let request = json!({"action": "db_check", "full": args.full});
@@ -90,7 +90,7 @@ fn check(args: &DbCheckArgs, output: &Output) -> CommandResult {
 fn query(args: &DbQueryArgs, output: &Output) -> CommandResult {
     let answer = match args
         .reach
-        .connect(&ConnectOptions::once("db query").patient())
+        .connect(&ConnectOptions::once("db query").waiting_for_disk())
     {
         Ok(reached) => {
             let request = json!({"action": "db_query", "sql": args.sql});
@@ -133,7 +133,7 @@ fn dump(args: &DbDumpArgs, output: &Output) -> CommandResult {
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     match args
         .reach
-        .connect(&ConnectOptions::once("db dump").patient())
+        .connect(&ConnectOptions::once("db dump").waiting_for_disk())
     {
         Ok(reached) => {
             let stats = reached.app.request(&json!({"action": "stats"}))?;

@@ -38,7 +38,7 @@ enum Next {
 
 pub(crate) fn run(args: &OnArgs, output: &Output) -> CommandResult {
     let names_pools = args.reach.names_pools();
-    let mut options = ConnectOptions::lasting("on");
+    let mut options = ConnectOptions::continuous("on");
     let mut targets = args.targets.parse()?;
     for target in &mut targets {
         if target.pool.is_none() && !names_pools {

@@ -236,7 +236,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn policies_are_read() {
+    fn policies_are_parsed() {
         let read = |rights: &[(&str, &str)]| {
             let rights: Vec<_> = rights.iter().map(|&(a, b)| (a.into(), b.into())).collect();
             policy(&rights)

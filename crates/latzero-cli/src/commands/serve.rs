@@ -31,7 +31,7 @@ use super::watch::over;
 pub(crate) fn run(args: ServeArgs, output: &Output) -> CommandResult {
     let names_pools = args.reach.names_pools();
     launch::check(&args.command[0])?;
-    let mut options = ConnectOptions::lasting("serve");
+    let mut options = ConnectOptions::continuous("serve");
     options.app_id = Some(app_id(&args.command[0].to_string_lossy()));
     let mut targets = args.targets.parse()?;
     for target in &mut targets {

@@ -62,7 +62,7 @@ fn detach(output: &Output) -> CommandResult {
         .stderr(Stdio::null())
         .spawn()
         .map_err(failed)?;
-    let stdout = child.stdout.take().expect("it was asked for");
+    let stdout = child.stdout.take().expect("the pipe was requested");
     let mut lines = BufReader::new(stdout).lines().map_while(Result::ok);
     let Some(first) = lines.next() else {
         let ended = child.wait().map_err(failed)?;

@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_wrong_comes_first() {
+    fn problems_come_first() {
         let check = |seen: Value, expected: &[&str]| assert_eq!(sentences(&seen), expected);
         check(
             json!({"retained": 3, "last_backup": null}),

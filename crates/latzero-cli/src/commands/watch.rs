@@ -8,7 +8,7 @@ use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, Tone};
 
 pub(crate) fn run(args: &WatchArgs, output: &Output) -> CommandResult {
-    let options = ConnectOptions::lasting("watch").in_pool(Some(&args.pool));
+    let options = ConnectOptions::continuous("watch").in_pool(Some(&args.pool));
     let connection = args.reach.connect(&options)?;
     let mut events = connection.app.watch(&args.pool)?;
     if output.is_for_people() {

@@ -72,7 +72,7 @@ fn a_block_of_an_encrypted_pool_is_used_the_same_way() {
     assert_eq!(ok(&["write", "vault/f", "hello"]).out, "1\n");
     let key_file = server.home().join(".config/latzero/keys/vault");
     let elsewhere = server.home().join("vault.keys");
-    std::fs::rename(key_file, &elsewhere).expect("it is there");
+    std::fs::rename(key_file, &elsewhere).expect("it exists");
     server
         .run(&["block", "read", "vault/f", "--length", "5"])
         .ended_with(77);

@@ -67,7 +67,7 @@ fn wrong_names_get_suggestions() {
     let pools = server.run(&["pools", "--json"]).json().to_string();
     assert!(
         !pools.contains("alhpa"),
-        "a wrong name was made true: {pools}"
+        "an invalid pool was created: {pools}"
     );
 
     let ran = server.run(&["call", "nobody", "--json"]).ended_with(5);
@@ -157,7 +157,7 @@ fn a_timeout_ends_with_6() {
 }
 
 #[test]
-fn on_is_never_called() {
+fn calls_never_reach_an_event_listener() {
     let server = Server::start();
     let _serving = server.serve(&["alpha/x", "--", "cat"]);
     let _listening = Running::start(&mut server.command(&["on", "alpha/x"]));

@@ -62,7 +62,7 @@ impl Ran {
 pub(crate) fn run(command: &mut Command) -> Ran {
     let done = command.output().expect("the program is built");
     Ran {
-        code: done.status.code().expect("it ended by itself"),
+        code: done.status.code().expect("it exited without a signal"),
         out: String::from_utf8(done.stdout).expect("it prints UTF-8"),
         err: String::from_utf8(done.stderr).expect("it prints UTF-8"),
     }
@@ -76,14 +76,14 @@ pub(crate) fn run_with(command: &mut Command, input: &str) -> Ran {
         .stderr(Stdio::piped())
         .spawn()
         .expect("the program is built");
-    let mut stdin = child.stdin.take().expect("it was asked for");
+    let mut stdin = child.stdin.take().expect("the pipe was requested");
     stdin
         .write_all(input.as_bytes())
         .expect("it reads its input");
     drop(stdin);
     let done = child.wait_with_output().expect("it ends");
     Ran {
-        code: done.status.code().expect("it ended by itself"),
+        code: done.status.code().expect("it exited without a signal"),
         out: String::from_utf8(done.stdout).expect("it prints UTF-8"),
         err: String::from_utf8(done.stderr).expect("it prints UTF-8"),
     }
@@ -94,7 +94,10 @@ pub(crate) fn run_with(command: &mut Command, input: &str) -> Ran {
 pub(crate) fn eventually(mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + TIMEOUT;
     while !is_so() {
-        assert!(Instant::now() < deadline, "it never was so");
+        assert!(
+            Instant::now() < deadline,
+            "the condition was not met in time"
+        );
     }
 }
 
@@ -108,14 +111,14 @@ impl Running {
     /// Starts it; its lines come from stdout.
     pub(crate) fn start(command: &mut Command) -> Running {
         Running::of(command.stdout(Stdio::piped()), |child| {
-            Box::new(child.stdout.take().expect("it was asked for"))
+            Box::new(child.stdout.take().expect("the pipe was requested"))
         })
     }
 
     /// Starts it; its lines come from stderr.
     pub(crate) fn start_err(command: &mut Command) -> Running {
         Running::of(command.stderr(Stdio::piped()), |child| {
-            Box::new(child.stderr.take().expect("it was asked for"))
+            Box::new(child.stderr.take().expect("the pipe was requested"))
         })
     }
 
@@ -170,7 +173,7 @@ impl Running {
         let status = self.wait();
         status
             .code()
-            .unwrap_or_else(|| panic!("it ended by itself: {status}"))
+            .unwrap_or_else(|| panic!("it exited without a signal: {status}"))
     }
 }
 

@@ -77,7 +77,7 @@ fn a_failed_program_is_an_error_with_its_stderr() {
 }
 
 #[test]
-fn bytes_are_not_changed() {
+fn bytes_are_unchanged() {
     let server = Server::start();
     let image: Vec<u8> = (0..=255).cycle().take(2000).collect();
     let file = server.home().join("image.bin");
@@ -218,13 +218,13 @@ fn serve_without_app_leaves_no_registration() {
 }
 
 #[test]
-fn a_child_left_behind_delays_nothing() {
+fn a_remaining_child_delays_nothing() {
     let server = Server::start();
     let _serving = server.serve(&["alpha/fork", "--", "sh", "-c", "sleep 1000 & echo $!"]);
     let ran = server.run(&["call", "alpha/fork"]).ended_with(0);
     let pid: i32 = ran.out.trim().parse().unwrap();
     let left = Pid::from_raw(pid).unwrap();
-    test_kill_process(left).expect("it was left to run");
+    test_kill_process(left).expect("it was still running");
     rustix::process::kill_process(left, Signal::KILL).unwrap();
 }
 
@@ -256,7 +256,7 @@ fn wait_for_end(pid: Pid) {
     };
     let timeout = Timespec::try_from(TIMEOUT).expect("it is a minute at most");
     let mut fds = [PollFd::new(&process, PollFlags::IN)];
-    assert_eq!(poll(&mut fds, Some(&timeout)), Ok(1), "it lives on");
+    assert_eq!(poll(&mut fds, Some(&timeout)), Ok(1), "it is still alive");
 }
 
 #[test]

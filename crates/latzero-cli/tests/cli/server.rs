@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use crate::program::{Running, Server, eventually, latzero, rest, run};
 
 #[test]
-fn it_starts_and_the_suggested_command_works() {
+fn the_server_starts_and_the_suggested_command_works() {
     let server = Server::start();
     for part in [
         concat!("latzero ready ", env!("CARGO_PKG_VERSION"), " "),
@@ -522,7 +522,7 @@ fn a_detached_server_keeps_running_and_its_log_is_printed() {
 }
 
 #[test]
-fn a_wrong_address_does_not_blame_the_server_of_the_directory() {
+fn a_wrong_address_does_not_blame_the_directory_s_server() {
     let server = Server::start();
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = free.local_addr().unwrap().port().to_string();

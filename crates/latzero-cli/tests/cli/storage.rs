@@ -20,17 +20,17 @@ fn apps(server: &Server, options: &[&str]) -> Vec<String> {
 
 /// Overwrites the second half of a file.
 fn damage(file: &Path) {
-    let length = fs::metadata(file).expect("it is there").len();
+    let length = fs::metadata(file).expect("it exists").len();
     let half = length / 2 / 4096 * 4096;
     let junk = vec![0xa5; usize::try_from(length - half).expect("it is small")];
     let file = fs::OpenOptions::new().write(true).open(file);
     let written = file.and_then(|file| file.write_all_at(&junk, half));
-    written.expect("it is the test's own");
+    written.expect("the test created it");
 }
 
 /// The files of a directory whose names start so.
 fn starting(dir: &Path, start: &str) -> Vec<PathBuf> {
-    let entries = fs::read_dir(dir).expect("it is there").flatten();
+    let entries = fs::read_dir(dir).expect("it exists").flatten();
     let found = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(start));
     found.map(|entry| entry.path()).collect()
 }

@@ -104,7 +104,7 @@ impl Answered {
 }
 
 pub(super) fn checked(text: &str) -> Raw<'_> {
-    Raw::new(text).expect("it was checked when it came in")
+    Raw::new(text).expect("it was checked on arrival")
 }
 
 #[cfg(test)]
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_reads_as_it_was_written() {
+    fn an_answer_round_trips() {
         for (json, raw) in [
             (Some("{\"a\": 1.50}"), None),
             (None, Some(&[0u8, 255][..])),

@@ -935,11 +935,8 @@ impl<D: Driver> Pool<D> {
                 .chain(block.subscribers.keys().copied())
                 .chain(block.lock.holders().iter().map(|h| h.member));
             for member in involved {
-                let member = self
-                    .members
-                    .at(member)
-                    .expect("nobody has a block who is not in the pool");
-                assert!(member.blocks.contains(&shown(key)), "its end would miss it");
+                let member = self.members.at(member).expect("only members hold blocks");
+                assert!(member.blocks.contains(&shown(key)), "its end requires it");
             }
             let due = block.due;
             assert!(due.is_none_or(|at| self.blocks.deadlines.contains(&(at, shown(key)))));
@@ -956,7 +953,7 @@ impl<D: Driver> Pool<D> {
         assert_eq!(bytes, self.blocks.bytes);
         for (member, id, key, place) in &self.blocks.waits {
             let block = self.blocks.at(*key).expect("a wait is of a block");
-            assert!(block.lock.waits(*member, id, *place), "a wait that is over");
+            assert!(block.lock.waits(*member, id, *place), "a wait that ended");
         }
     }
 }

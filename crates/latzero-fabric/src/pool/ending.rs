@@ -372,7 +372,7 @@ impl<D: Driver> Pool<D> {
     /// handler continues.
     pub(super) fn detach(&mut self, key: Key<Call>, turn: &mut Turn<'_, D>) {
         let now = turn.time();
-        let call = self.calls.at_mut(key).expect("its caller found it");
+        let call = self.calls.at_mut(key).expect("its caller looked it up");
         let (started, caller) = (call.started, call.caller);
         self.calls.detach(key);
         let member = self.members.at_mut(caller).expect("it is leaving");

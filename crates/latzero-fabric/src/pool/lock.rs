@@ -264,10 +264,7 @@ impl Lock {
         assert_eq!(self.ends.len(), self.waiting.len());
         // No waiting claim could be granted.
         if let Some((_, (claim, _))) = self.waiting.first_key_value() {
-            assert!(
-                !self.admits(claim.mode),
-                "the first who waits could have it"
-            );
+            assert!(!self.admits(claim.mode), "the first waiter could have it");
         }
     }
 }
@@ -317,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn one_alone_or_readers_side_by_side() {
+    fn one_writer_or_many_readers() {
         assert_eq!(holders(&after(&["1", "2"])), [1]);
         assert_eq!(holders(&after(&["1s", "2s"])), [1, 2]);
         // A reader does not overtake a writer that already waits.
@@ -325,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn fences_grow_and_waiting_goes_in_order() {
+    fn fencing_tokens_grow_and_waiters_are_served_in_order() {
         let mut lock = after(&["1", "2", "3s", "4s"]);
         assert_eq!(lock.fence(), 1);
         assert!(lock.release(Key::new(1, 0), 9).is_none());
@@ -351,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn the_server_stands_in_line_too() {
+    fn the_server_waits_for_the_lock_too() {
         let mut lock = Lock::default();
         lock.begin_server();
         let refused = lock.claim(NOW, claim(1, LockMode::Shared), None);

@@ -398,7 +398,7 @@ impl ParkedCalls {
         );
         assert!(
             self.orphans.is_empty() && self.room.is_empty(),
-            "nobody looks after them any more"
+            "nothing manages them any more"
         );
     }
 }
@@ -426,7 +426,7 @@ impl<D: Driver> Pool<D> {
             let message = "a parked call has only one answer: remove 'window'";
             return Err(Refusal::new(Code::BadMessage, message).into());
         }
-        let member = self.members.at(caller).expect("its caller found it");
+        let member = self.members.at(caller).expect("its caller looked it up");
         let (app, instance) = (&member.app, member.instance);
         if let Some(id) = &trigger.id
             && (self.parked.uses(app, id) || self.calls.find(caller, id).is_some())
@@ -477,7 +477,7 @@ impl<D: Driver> Pool<D> {
         key: &str,
         turn: &mut Turn<'_, D>,
     ) -> Result<u64, CallError> {
-        let member = self.members.at(caller).expect("its caller found it");
+        let member = self.members.at(caller).expect("its caller looked it up");
         let (app, peer) = (member.app.clone(), member.peer.clone());
         let number = self.park(caller, trigger, Some(&peer), turn)?;
         self.parked.change(number, Parked::follow);

@@ -320,7 +320,7 @@ impl<D: Driver> Pool<D> {
         key: &str,
         turn: &mut Turn<'_, D>,
     ) -> Result<Seen, Refusal> {
-        let member = self.members.at(caller).expect("it calls");
+        let member = self.members.at(caller).expect("the call succeeds");
         let account = Arc::clone(member.peer.link().account());
         let mut known = (member.app.clone(), Box::from(key));
         // An older server stored answers under the key without its scope.

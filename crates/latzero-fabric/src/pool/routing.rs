@@ -113,7 +113,7 @@ impl<D: Driver> Pool<D> {
             self.route(from, trigger, (deadline, None), turn)?;
             return Ok(Routed::Begun);
         }
-        let member = self.members.at(caller).expect("its caller found it");
+        let member = self.members.at(caller).expect("its caller looked it up");
         let (app, instance) = (&member.app.clone(), member.instance);
         if !trigger.blocks.is_empty() {
             let message = "a call with \"park\" or \"redeliver\" cannot name blocks";
@@ -341,7 +341,7 @@ impl<D: Driver> Pool<D> {
             .expect("a handler's member lives");
         to.serving += 1;
         let caller = from.member().map(|caller| {
-            let member = self.members.at_mut(caller).expect("it calls");
+            let member = self.members.at_mut(caller).expect("the call succeeds");
             member.calling += 1;
             &member.peer
         });

@@ -109,7 +109,7 @@ impl<D: Driver> Registry<D> {
             };
             remembered == registration
         });
-        let is_told = remembered.is_none_or(|remembered| remembered.meta != registration.meta);
+        let meta_changed = remembered.is_none_or(|remembered| remembered.meta != registration.meta);
         if let Some(app) = known {
             let stay = || app.instances.iter().filter(|instance| stays(instance));
             let alone = handshake.exclusive || stay().any(|i| i.exclusive);
@@ -176,7 +176,7 @@ impl<D: Driver> Registry<D> {
         app.registration = Remembered::Read(registration.clone());
         app.held.force(app.bytes());
         self.bind(app_id, who, is_lasting, turn);
-        let app = self.apps.get_mut(app_id).expect("it was made above");
+        let app = self.apps.get_mut(app_id).expect("it was created above");
         if (!is_same || becomes_lasting) && !is_kept && app.store(app_id, Some(peer), turn) {
             return Ok(Admitted::Later { rehydrated });
         }
@@ -203,7 +203,7 @@ impl<D: Driver> Registry<D> {
             .map(|name| self.enter(unix_ms, app_id, name, &mut places))
             .collect();
         let triggers = registration.triggers.clone();
-        let app = self.apps.get_mut(app_id).expect("it was made above");
+        let app = self.apps.get_mut(app_id).expect("it was created above");
         self.offline.remove(app.user, app.last_seen, app_id);
         let was_offline = app.instances.is_empty();
         app.last_seen = unix_ms;
@@ -224,7 +224,7 @@ impl<D: Driver> Registry<D> {
         app.held = held;
         app.held.force(app.bytes());
         self.instances = self.instances + 1 - displaced.len();
-        if is_told || (is_kept && !is_same) {
+        if meta_changed || (is_kept && !is_same) {
             app.store(app_id, None, turn);
         } else if was_offline && app.is_lasting {
             turn.store(StoreChange::Seen(app_id.clone(), 0), None);

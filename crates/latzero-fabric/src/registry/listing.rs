@@ -318,7 +318,7 @@ fn behind<'p>(page: &'p Page<'_>) -> (Bound<&'p str>, Bound<&'p str>) {
 
 /// Appends a value as JSON text.
 pub(crate) fn append(out: &mut String, value: &impl Serialize) {
-    let text = serde_json::to_string(value).expect("what is listed has string keys alone");
+    let text = serde_json::to_string(value).expect("a listing has only string keys");
     out.push_str(&text);
 }
 

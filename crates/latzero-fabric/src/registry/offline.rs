@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_has_most_loses_the_one_gone_longest() {
+    fn the_user_with_most_apps_loses_the_one_offline_longest() {
         let app = |name: &str| AppId::new(name).unwrap();
         let mut offline = Offline::default();
         offline.insert(1, 5, app("own"));

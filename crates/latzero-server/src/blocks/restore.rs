@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_takes_the_place_of_the_one_that_is_there() {
+    fn a_block_replaces_an_existing_one() {
         let directory = tempfile::tempdir().unwrap();
         assert_eq!(restore(&directory, &head(3, 7, 2, 5), b"first"), 0);
         assert_eq!(found(&directory), (4, 7, 0, b"first".to_vec()));
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_flushed_counts_all_the_same() {
+    fn unflushed_changes_count_too() {
         let directory = tempfile::tempdir().unwrap();
         restore(&directory, &head(1, 1, 2, 5), b"first");
         let open = || {
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_committed_leaves_nothing() {
+    fn an_uncommitted_restore_leaves_nothing() {
         let directory = tempfile::tempdir().unwrap();
         restore(&directory, &head(1, 1, 2, 5), b"first");
         let names = || {
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_in_place_comes_back_without_a_version_too() {
+    fn a_block_written_in_place_is_restored_without_a_version() {
         let directory = tempfile::tempdir().unwrap();
         restore(&directory, &head(1, 0, 1, 5), b"bytes");
         assert_eq!(found(&directory).3, b"bytes");

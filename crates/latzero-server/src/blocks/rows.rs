@@ -90,7 +90,9 @@ impl Rows {
     }
 
     fn expected(&self) -> std::sync::MutexGuard<'_, HashMap<Name, BlockRow>> {
-        self.awaited.lock().expect("nothing panics under this lock")
+        self.awaited
+            .lock()
+            .expect("no thread panics while holding this lock")
     }
 
     /// Whether clients may still offer any block.

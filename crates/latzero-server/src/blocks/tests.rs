@@ -104,7 +104,7 @@ fn nothing_is_left_of_a_move_that_fails() {
 }
 
 #[test]
-fn the_record_from_before_holds_again_where_the_new_one_may_not_last() {
+fn the_previous_record_applies_again_if_the_new_one_is_not_durable() {
     let (blocks, directory) = blocks();
     blocks.make(&making(1, None)).unwrap();
     let from = blocks.found(StorageId(1)).unwrap();
@@ -131,7 +131,7 @@ fn the_record_from_before_holds_again_where_the_new_one_may_not_last() {
 }
 
 #[test]
-fn who_waits_for_the_same_is_taken_out_of_the_row() {
+fn matching_waiters_leave_the_queue() {
     let mut row: VecDeque<(u32, &str)> = [(1, "a"), (2, "b"), (1, "c"), (3, "d"), (1, "e")].into();
     let taken = take_where(&mut row, |(block, _)| *block == 1);
     assert_eq!(taken, [(1, "a"), (1, "c"), (1, "e")]);

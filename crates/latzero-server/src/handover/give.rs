@@ -288,7 +288,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_socket_whose_path_is_no_text_goes_over_too() {
+    fn a_socket_path_that_is_not_utf8_is_handed_over() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(OsStr::from_bytes(b"\xff.sock"));
         let ours = Listener::Unix(UnixListener::bind(&path).unwrap());
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_not_there_has_not_taken() {
+    fn a_new_handover_is_not_taken() {
         let handover = Handover::default();
         assert!(!handover.is_taken() && handover.taker().is_none());
         assert!(handover.is_quiet(0) && !handover.is_quiet(1));
@@ -316,7 +316,7 @@ mod tests {
         assert!(!is_fit(1000, 1001) && !is_fit(0, 1000));
         // What runs this test is a file with an owner, and no process has the id 0.
         let program = std::env::current_exe().expect("it has a file");
-        let owner = std::fs::metadata(program).expect("it is there").uid();
+        let owner = std::fs::metadata(program).expect("it exists").uid();
         assert_eq!(program_owner(std::process::id()), Some(owner));
         assert_eq!(program_owner(0), None);
     }

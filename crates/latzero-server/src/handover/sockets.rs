@@ -135,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_of_the_old_one_stays_until_it_is_inherited() {
+    fn the_old_server_s_file_stays_until_it_is_handed_over() {
         let dir = tempfile::tempdir().unwrap();
         let given = |name: &str, is_passed| {
             let path = dir.path().join(name);
@@ -149,7 +149,7 @@ mod tests {
         assert!(socket.is_one_of(&[dir.path().join("."), dir.path().join("./wanted")]));
         assert!(!socket.is_one_of(&[dir.path().join("dropped")]));
         drop(socket.inherit().unwrap());
-        assert!(!path.exists(), "it was this one's to remove");
+        assert!(!path.exists(), "only this call removes it");
         let (socket, path) = given("unwanted", false);
         socket.remove();
         assert!(!path.exists());

@@ -587,7 +587,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_talks_of_other_things_for_ever_is_not_listened_to_for_ever() {
+    fn a_server_that_never_answers_the_question_is_given_up() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let talker = std::thread::spawn(move || {
             let mut out = Vec::new();
@@ -598,14 +598,14 @@ mod tests {
         });
         let asked = old(ours, Duration::from_millis(100)).ask(Path::new("/"));
         let Err(Failure::Refuses(why)) = asked else {
-            panic!("it has given nothing");
+            panic!("it has granted nothing");
         };
         assert!(why.contains("did not hand over everything"), "{why}");
         talker.join().unwrap();
     }
 
     #[test]
-    fn one_that_is_gone_is_told_from_one_that_refuses() {
+    fn a_dead_server_is_distinguished_from_one_that_refuses() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
         let asked = old(ours, TIMEOUT).ask(Path::new("/"));
@@ -621,7 +621,7 @@ mod tests {
     }
 
     #[test]
-    fn the_lock_is_taken_when_another_that_was_first_lets_go() {
+    fn the_lock_is_taken_when_the_first_holder_releases_it() {
         let dir = tempfile::tempdir().unwrap();
         let first = InstanceLock::acquire(dir.path()).unwrap();
         let late = lock_by(dir.path(), Instant::now());

@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_look_finds_damage_and_changes_nothing() {
+    fn a_check_finds_damage_and_changes_nothing() {
         let (_home, path) = with_database();
         let offline = Offline::lock(&path).unwrap();
         assert!(offline.has_database());
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_is_had_by_one() {
+    fn a_directory_has_one_owner() {
         let (_home, path) = with_database();
         let _one = Offline::lock(&path).unwrap();
         let error = Offline::lock(&path).unwrap_err();

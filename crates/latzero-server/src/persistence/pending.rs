@@ -107,7 +107,9 @@ pub(super) struct PendingReplies {
 
 impl PendingReplies {
     pub(super) fn line(&self) -> MutexGuard<'_, Line> {
-        self.line.lock().expect("nothing panics under this lock")
+        self.line
+            .lock()
+            .expect("no thread panics while holding this lock")
     }
 
     /// Sends the loops the results of changes, each loop once.
@@ -157,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn words_come_in_the_order_of_the_promises() {
+    fn acknowledgements_come_in_the_order_of_the_changes() {
         let mut line = Line::default();
         let ledger = latzero_fabric::ledger::Ledger::new(&latzero_fabric::Limits::default());
         let peer = || Peer::new(0, None, ledger.connection(&ledger.user(true)));

@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn as_it_is_it_sets_nothing_and_fits_the_width() {
+    fn unchanged_it_sets_nothing_and_fits_the_width() {
         let text = default_config();
         super::super::parse_file(Path::new("x"), &text).unwrap();
         assert!(text.lines().all(|line| line.chars().count() <= COLUMNS_MAX));

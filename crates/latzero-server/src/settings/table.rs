@@ -95,7 +95,7 @@ macro_rules! settings {
                     name: stringify!($field),
                     default: $kind
                         .parse_text($default)
-                        .expect("a test looks at every default of the table"),
+                        .expect("every default of the table is tested"),
                     kind: $kind,
                     takes: Takes::$takes,
                     answer: None,

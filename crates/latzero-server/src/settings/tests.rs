@@ -88,7 +88,7 @@ fn defaults() {
 }
 
 #[test]
-fn each_place_beats_the_one_before() {
+fn each_source_overrides_the_previous_one() {
     let files = [
         "port = 1\nhost = 'a'\nio_threads = 2",
         "port = 2\nhost = 'b'",
@@ -294,7 +294,7 @@ fn errors_of_files() {
 }
 
 #[test]
-fn all_errors_are_told_at_once() {
+fn all_errors_are_reported_at_once() {
     let errors = resolve(&inputs(
         &["prot = 1\nhost = 3", "port = 'x'"],
         &[("LATZERO_PORT", "x")],
@@ -315,7 +315,7 @@ fn a_named_file_may_set_the_data_dir() {
 }
 
 #[test]
-fn home() {
+fn home_directory() {
     let inputs = Inputs::default();
     check_error(
         &inputs,
@@ -332,7 +332,7 @@ fn home() {
 }
 
 #[test]
-fn a_reload_takes_what_may_change_live() {
+fn a_reload_applies_settings_that_can_change_at_runtime() {
     let old = resolve(&inputs(&["port = 1\nlog_level = 'info'"], &[], &[])).unwrap();
     let fresh = resolve(&inputs(
         &["port = 2\nlog_level = 'debug'\n[limits]\nconnections_max = 5"],
@@ -361,7 +361,7 @@ fn a_reload_takes_what_may_change_live() {
 }
 
 #[test]
-fn what_this_build_cannot_do_is_refused_by_name() {
+fn unsupported_features_are_refused_by_name() {
     let resolved = resolve(&inputs(&[], &[("LATZERO_CLUSTER_MODE", "yes")], &[])).unwrap();
     assert_eq!(
         resolved.check_available().unwrap_err().to_string(),

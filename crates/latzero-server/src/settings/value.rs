@@ -491,7 +491,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_rendered_is_read_back() {
+    fn rendered_settings_round_trip() {
         for number in [
             0,
             1,

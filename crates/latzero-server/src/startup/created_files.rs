@@ -78,7 +78,7 @@ mod tests {
     use crate::startup::data_dir::DataDir;
 
     #[test]
-    fn what_a_start_made_is_removed() {
+    fn files_made_by_a_failed_start_are_removed() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("a/b/data");
         let created = CreatedFiles::before(&dir);
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_there_before_stays() {
+    fn existing_files_stay() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("data");
         DataDir::prepare(&dir).unwrap();

@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn made_for_one_user() {
+    fn the_directory_is_private() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("a/b");
         let dir = DataDir::prepare(&path).unwrap();

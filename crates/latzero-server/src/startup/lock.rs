@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn exactly_one_of_many_wins() {
+    fn exactly_one_of_many_starts_wins() {
         let dir = tempfile::tempdir().unwrap();
         let barrier = std::sync::Barrier::new(20);
         let winners = std::thread::scope(|scope| {
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_dead_server_wrote_is_overwritten() {
+    fn records_of_a_dead_server_are_overwritten() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(LOCK_NAME);
         fs::write(
@@ -408,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_list() {
+    fn the_kernels_list_of_locks() {
         let locks = "1: POSIX  ADVISORY  WRITE 11 fe:00:5678 0 EOF\n\
                      2: FLOCK  ADVISORY  READ  12 fe:00:5678 0 EOF\n\
                      3: FLOCK  ADVISORY  WRITE 13 fe:00:999 0 EOF\n\

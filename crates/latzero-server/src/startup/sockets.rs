@@ -91,7 +91,7 @@ pub fn bind_unix_auto(
 ) -> Result<BoundSocket, StartupError> {
     let uid = rustix::process::geteuid().as_raw();
     let mut candidates = address::socket_candidates(canonical_data_dir, runtime_dir, uid);
-    let last = candidates.pop().expect("there is always a candidate");
+    let last = candidates.pop().expect("a candidate exists");
     for candidate in candidates {
         if private_parent(&candidate, uid).is_ok() {
             return bind_unix(&candidate);
@@ -404,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_stays() {
+    fn a_file_that_is_not_a_socket_stays() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         fs::write(&path, "precious").unwrap();
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn at_the_end_only_our_own_socket_goes() {
+    fn only_our_own_socket_is_removed_at_the_end() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let bound = bind_unix(&path).unwrap();
@@ -482,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_is_known_by_its_whole_address() {
+    fn a_socket_is_identified_by_its_whole_address() {
         let listener = bind_tcp("127.0.0.1", 0).unwrap();
         let port = listener.local_addr().unwrap().port();
         for host in ["127.0.0.1", "localhost"] {
@@ -500,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_is_not_ours_is_named() {
+    fn a_foreign_host_is_named() {
         // A literal, so that no name is looked up. 192.0.2.0/24 is for documentation (RFC 5737).
         let error = bind_tcp("192.0.2.1", 0).unwrap_err();
         assert_eq!(error.exit_code(), 1);
@@ -513,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_table_of_sockets() {
+    fn the_kernel_s_socket_table() {
         let table = "\
             \x20 sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n\
             0: 0100007F:B0AB 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 5151 1 0\n\

@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn word_reaches_a_path() {
+    fn notifications_reach_a_path() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notify");
         let systemd = UnixDatagram::bind(&path).unwrap();
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn word_reaches_an_abstract_address() {
+    fn notifications_reach_an_abstract_address() {
         let name = format!("latzero-test-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(&name).unwrap();
         let systemd = UnixDatagram::bind_addr(&address).unwrap();
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_to_tell() {
+    fn nobody_to_notify() {
         assert!(Notifier::new(&environment(&[])).unwrap().is_none());
         assert!(
             Notifier::new(&environment(&[("NOTIFY_SOCKET", "")]))

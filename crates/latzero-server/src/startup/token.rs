@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn made_once_and_for_its_owner() {
+    fn the_token_is_created_once_and_private() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(AdminToken::load(dir.path()).unwrap(), None);
         let token = AdminToken::load_or_create(dir.path()).unwrap();

@@ -154,13 +154,13 @@ fn check(
     let mut model = loom::model::Builder::new();
     model.preemption_bound = Some(preemptions);
     model.check(move || {
-        let geometry = Geometry::new(SIZE, slots).expect("it is a small one");
+        let geometry = Geometry::new(SIZE, slots).expect("it is small");
         let words = Arc::new(Words::new(&geometry));
         let first = Process {
             words: &words,
             steps_left: Cell::new(None),
         };
-        publish(&first, &geometry, 0).expect("nobody dies here");
+        publish(&first, &geometry, 0).expect("no writer dies here");
         let threads: Vec<_> = (0..readers)
             .map(|_| {
                 let words = words.clone();
@@ -190,15 +190,15 @@ fn check(
             steps_left: Cell::new(Some(steps)),
         };
         let outcome = (0..versions).try_for_each(|_| publish(&dying, &geometry, 1).map(drop));
-        *report.lock().expect("nobody panics") |= outcome.is_ok();
+        *report.lock().expect("no thread panics") |= outcome.is_ok();
         // What the head names is published, and nothing else ever was.
         let heir = Process {
             words: &words,
             steps_left: Cell::new(None),
         };
-        let last = head(&heir, &geometry).expect("it is whole").version;
+        let last = head(&heir, &geometry).expect("it is complete").version;
         truth.extend((2..=last).map(|version| (version, version * 10 + 1)));
-        let version = publish(&heir, &geometry, 2).expect("nobody dies here");
+        let version = publish(&heir, &geometry, 2).expect("no writer dies here");
         assert_eq!(version, last + 1);
         truth.insert(version, version * 10 + 2);
         for thread in threads {
@@ -209,7 +209,7 @@ fn check(
             }
         }
     });
-    *done.lock().expect("nobody panics")
+    *done.lock().expect("no thread panics")
 }
 
 /// All deaths, up to the writer that does not die.
@@ -252,13 +252,13 @@ fn check_flush(versions: u32, flushes: u32, steps: u32) -> bool {
     let mut model = loom::model::Builder::new();
     model.preemption_bound = Some(3);
     model.check(move || {
-        let geometry = Geometry::with_spares(SIZE, 2).expect("it is a small one");
+        let geometry = Geometry::with_spares(SIZE, 2).expect("it is small");
         let words = Arc::new(Words::new(&geometry));
         let process = |steps_left| Process {
             words: &words,
             steps_left: Cell::new(steps_left),
         };
-        publish(&process(None), &geometry, 0).expect("nobody dies here");
+        publish(&process(None), &geometry, 0).expect("no writer dies here");
         let flusher = {
             let words = words.clone();
             loom::thread::spawn(move || {
@@ -268,13 +268,13 @@ fn check_flush(versions: u32, flushes: u32, steps: u32) -> bool {
                 };
                 let mut flushed = None;
                 for _ in 0..flushes {
-                    let head = head(&process, &geometry).expect("it is whole");
-                    if spares::reserve(&process, head).expect("nobody dies here") {
+                    let head = head(&process, &geometry).expect("it is complete");
+                    if spares::reserve(&process, head).expect("no writer dies here") {
                         holds(&process, &geometry, head);
-                        spares::release(&process, Some(head)).expect("nobody dies here");
+                        spares::release(&process, Some(head)).expect("no writer dies here");
                         flushed = Some(head);
                     } else {
-                        spares::release(&process, None).expect("nobody dies here");
+                        spares::release(&process, None).expect("no writer dies here");
                     }
                     if let Some(flushed) = flushed {
                         holds(&process, &geometry, flushed);
@@ -285,22 +285,22 @@ fn check_flush(versions: u32, flushes: u32, steps: u32) -> bool {
         };
         let dying = process(Some(steps));
         let outcome = (0..versions).try_for_each(|_| publish(&dying, &geometry, 0).map(drop));
-        *report.lock().expect("nobody panics") |= outcome.is_ok();
-        publish(&process(None), &geometry, 0).expect("nobody dies here");
+        *report.lock().expect("no thread panics") |= outcome.is_ok();
+        publish(&process(None), &geometry, 0).expect("no writer dies here");
         let flushed = flusher.join().expect("it did not panic");
-        publish(&process(None), &geometry, 0).expect("nobody dies here");
+        publish(&process(None), &geometry, 0).expect("no writer dies here");
         if let Some(flushed) = flushed {
             holds(&process(None), &geometry, flushed);
         }
     });
-    *done.lock().expect("nobody panics")
+    *done.lock().expect("no thread panics")
 }
 
 /// A slot holds all of a version.
 fn holds(process: &Process<'_>, geometry: &Geometry, head: super::Head) {
     for offset in (0..SIZE).step_by(8) {
         let at = geometry.slot(head.slot) + offset;
-        let word = process.load(at, Relaxed).expect("nobody dies here");
+        let word = process.load(at, Relaxed).expect("no writer dies here");
         assert_eq!(
             word,
             head.version * 10,
@@ -311,7 +311,7 @@ fn holds(process: &Process<'_>, geometry: &Geometry, head: super::Head) {
 }
 
 #[test]
-fn what_is_on_the_disk_is_not_written_over() {
+fn the_version_on_disk_is_not_overwritten() {
     let survived = (0..400).step_by(23).find(|steps| check_flush(2, 1, *steps));
     assert!(survived.is_some(), "the writer always died");
 }

@@ -220,7 +220,7 @@ fn a_draft_dropped_before_a_write_costs_the_next_one_nothing() {
 }
 
 #[test]
-fn a_slot_that_is_always_being_written_is_contended() {
+fn a_slot_under_constant_writes_is_contended() {
     let geometry = Geometry::new(8, 2).unwrap();
     let bytes = Bytes::new(&geometry);
     publish(&bytes, &geometry, &[(0, vec![1; 8])]).unwrap();
@@ -230,7 +230,7 @@ fn a_slot_that_is_always_being_written_is_contended() {
 }
 
 #[test]
-fn a_head_that_names_no_slot_is_corrupt() {
+fn a_head_with_an_invalid_slot_is_corrupt() {
     let geometry = Geometry::new(8, 2).unwrap();
     let bytes = Bytes::new(&geometry);
     for head in [5 << 8 | 2, 1 << 8 | 0xff, u64::MAX] {
@@ -245,7 +245,7 @@ fn a_head_that_names_no_slot_is_corrupt() {
 }
 
 #[test]
-fn dirty_ranges_that_make_no_sense_are_not_followed() {
+fn invalid_dirty_ranges_are_ignored() {
     let geometry = Geometry::new(64, 2).unwrap();
     for (from, to) in [(0, u64::MAX), (u64::MAX, u64::MAX), (9, 8), (0, 65)] {
         let bytes = Bytes::new(&geometry);

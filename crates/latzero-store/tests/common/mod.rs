@@ -52,7 +52,7 @@ pub(crate) fn contents(dir: &Path) -> Contents {
 
 /// Waits until no eventual change is queued: a commit queued after them completes after them.
 pub(crate) fn settle(store: &Store) {
-    store.commit(Vec::new()).expect("the store settles");
+    store.commit(Vec::new()).expect("the store recovers");
 }
 
 pub(crate) fn app(name: &str) -> AppRow {

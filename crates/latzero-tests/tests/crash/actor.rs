@@ -15,28 +15,28 @@ const STEPS: u64 = 25;
 /// The acknowledged state, and the state if the request that a kill interrupted was carried out.
 #[derive(Debug, Clone, Default)]
 struct Known<T> {
-    sure: T,
-    perhaps: Option<T>,
+    stored: T,
+    requested: Option<T>,
 }
 
 impl<T: PartialEq + Clone + std::fmt::Debug> Known<T> {
-    fn is_asked(&mut self, then: T) {
-        self.perhaps = Some(then);
+    fn request(&mut self, then: T) {
+        self.requested = Some(then);
     }
 
-    fn is_told(&mut self) {
-        if let Some(then) = self.perhaps.take() {
-            self.sure = then;
+    fn acknowledge(&mut self) {
+        if let Some(then) = self.requested.take() {
+            self.stored = then;
         }
     }
 
     /// Whatever is found must equal one of both.
-    fn is_found(&mut self, what: &str, found: T) {
-        let fits = found == self.sure || self.perhaps.as_ref() == Some(&found);
+    fn check(&mut self, what: &str, found: T) {
+        let fits = found == self.stored || self.requested.as_ref() == Some(&found);
         assert!(fits, "{what} is {found:?} and should be {self:?}");
         *self = Known {
-            sure: found,
-            perhaps: None,
+            stored: found,
+            requested: None,
         };
     }
 }
@@ -114,13 +114,13 @@ impl Actor {
     pub(crate) fn blocks(&self) -> usize {
         self.blocks
             .values()
-            .filter(|known| known.sure.is_some())
+            .filter(|known| known.stored.is_some())
             .count()
     }
 
     /// Checks that everything acknowledged is there after a restart.
     pub(crate) fn verify(&mut self, server: &latzero_tests::site::Daemon) {
-        if self.registration.sure.is_none() && self.registration.perhaps.is_none() {
+        if self.registration.stored.is_none() && self.registration.requested.is_none() {
             // It never connected, so it has nothing that could go back.
             self.has_lost_power = false;
             return;
@@ -137,12 +137,12 @@ impl Actor {
             pools: strings(&ack["pools"]),
             triggers: strings(&ack["triggers"]),
         });
-        self.registration.is_found(&self.name, found.clone());
+        self.registration.check(&self.name, found.clone());
         if found.is_none() {
             // The server remembers the app from this handshake on.
             let pools = strings(&ack["pools"]);
             let triggers = BTreeSet::new();
-            self.registration.sure = Some(Registration { pools, triggers });
+            self.registration.stored = Some(Registration { pools, triggers });
         }
     }
 
@@ -168,14 +168,14 @@ impl Actor {
                     None
                 }
             };
-            known.is_found(pool, found);
+            known.check(pool, found);
         }
         if !self.in_base() {
             ok(
                 "join",
                 &ask(wire, json!({"action": "pool_join", "pool": "base"}))?,
             );
-            if let Some(registration) = &mut self.registration.sure {
+            if let Some(registration) = &mut self.registration.stored {
                 registration.pools.insert("base".into());
             }
         }
@@ -198,27 +198,27 @@ impl Actor {
                 self.fences.remove(block);
             }
             // The first generation of a new block is unknown if the reply did not arrive.
-            if let (None, Some(Some(perhaps)), Some(found)) =
-                (&known.sure, &mut known.perhaps, &found)
+            if let (None, Some(Some(requested)), Some(found)) =
+                (&known.stored, &mut known.requested, &found)
             {
-                perhaps.generation = found.generation;
+                requested.generation = found.generation;
             }
             let may_be = self.since_flush.entry(block.clone()).or_default();
             if let (true, Some(found)) = (self.has_lost_power, &found) {
-                may_be.extend(known.sure.take());
-                may_be.extend(known.perhaps.take().flatten());
+                may_be.extend(known.stored.take());
+                may_be.extend(known.requested.take().flatten());
                 let is_it =
                     |one: &Block| (one.version, &one.content) == (found.version, &found.content);
                 assert!(
                     may_be.iter().any(is_it),
                     "{block} is {found:?} and was {may_be:?}"
                 );
-                known.sure = Some(found.clone());
+                known.stored = Some(found.clone());
                 may_be.clear();
             } else {
-                known.is_found(block, found);
+                known.check(block, found);
             }
-            may_be.extend(known.sure.clone());
+            may_be.extend(known.stored.clone());
         }
         self.has_lost_power = false;
         Ok(())
@@ -226,7 +226,7 @@ impl Actor {
 
     fn in_base(&self) -> bool {
         self.registration
-            .sure
+            .stored
             .as_ref()
             .is_some_and(|r| r.pools.contains("base"))
     }
@@ -275,7 +275,7 @@ impl Actor {
             }
             handshake["pools"] = json!(registration.pools);
             handshake["triggers"] = json!(registration.triggers);
-            self.registration.is_asked(Some(registration));
+            self.registration.request(Some(registration));
         }
         let came = round.server.try_app(handshake);
         let (wire, ack) = came
@@ -284,14 +284,14 @@ impl Actor {
         assert_eq!(ack["status"], "ok", "{ack}");
         assert_ne!(ack["stored"], false, "{ack}");
         match is_anew {
-            true => self.registration.is_told(),
+            true => self.registration.acknowledge(),
             false => self.found_registration(&ack),
         }
         Ok(wire)
     }
 
     fn registered(&self) -> Registration {
-        self.registration.sure.clone().unwrap_or_default()
+        self.registration.stored.clone().unwrap_or_default()
     }
 
     fn change_triggers(&mut self, wire: &mut Wire) -> Result<(), Gone> {
@@ -307,10 +307,10 @@ impl Actor {
                 "trigger_unregister"
             }
         };
-        self.registration.is_asked(Some(then));
+        self.registration.request(Some(then));
         let reply = ask(wire, json!({"action": action, "triggers": [trigger]}))?;
         ok(action, &reply);
-        self.registration.is_told();
+        self.registration.acknowledge();
         Ok(())
     }
 
@@ -324,10 +324,10 @@ impl Actor {
                 "pool_join"
             }
         };
-        self.registration.is_asked(Some(then));
+        self.registration.request(Some(then));
         let reply = ask(wire, json!({"action": action, "pool": pool}))?;
         ok(action, &reply);
-        self.registration.is_told();
+        self.registration.acknowledge();
         Ok(())
     }
 
@@ -339,19 +339,19 @@ impl Actor {
         let Some(known) = self.pools.get_mut(pool) else {
             return Ok(());
         };
-        let message = match known.sure {
+        let message = match known.stored {
             None => {
-                known.is_asked(Some(n));
+                known.request(Some(n));
                 json!({"action": "pool_create", "pool": pool, "durable": true,
                     "properties": {"n": n}})
             }
             Some(_) => {
-                known.is_asked(None);
+                known.request(None);
                 json!({"action": "pool_remove", "pool": pool})
             }
         };
         ok(pool, &ask(wire, message)?);
-        known.is_told();
+        known.acknowledge();
         Ok(())
     }
 
@@ -362,14 +362,14 @@ impl Actor {
             return Ok(());
         };
         let base = |action: &str| json!({"action": action, "pool": "base", "block_id": block});
-        let Some(now) = known.sure.clone() else {
+        let Some(now) = known.stored.clone() else {
             let size = self.random.pick(&[1, 100, 5000, 20_000]);
             let made = Block {
                 generation: 1,
                 version: 0,
                 content: vec![0; size],
             };
-            known.is_asked(Some(made.clone()));
+            known.request(Some(made.clone()));
             let mut message = base("memory_create");
             message["size"] = size.into();
             message["kind"] = "persistent".into();
@@ -377,10 +377,10 @@ impl Actor {
             let reply = ask(wire, message)?;
             // A name that was used before continues from its last generation.
             let generation = ok(block, &reply)["generation"].as_u64().unwrap_or(0);
-            known.is_asked(Some(Block { generation, ..made }));
-            known.is_told();
+            known.request(Some(Block { generation, ..made }));
+            known.acknowledge();
             self.fences.insert(block.clone(), 0);
-            let made = known.sure.clone();
+            let made = known.stored.clone();
             self.since_flush
                 .insert(block.clone(), made.into_iter().collect());
             return Ok(());
@@ -403,7 +403,7 @@ impl Actor {
                 then.content[at..at + bytes.len()].copy_from_slice(&bytes);
                 then.version += 1;
                 let version = then.version;
-                known.is_asked(Some(then));
+                known.request(Some(then));
                 let mut header = base("memory_write");
                 header["id"] = "r".into();
                 header["offset"] = offset.into();
@@ -428,7 +428,7 @@ impl Actor {
                 then.content.resize(size, 0);
                 then.generation += 1;
                 let generation = then.generation;
-                known.is_asked(Some(then));
+                known.request(Some(then));
                 let mut message = base("memory_resize");
                 message["size"] = size.into();
                 let reply = ask(wire, message)?;
@@ -442,23 +442,23 @@ impl Actor {
                 let fence = self.fences.get(block).copied().unwrap_or(0);
                 // If the lock is held at a kill, the block moves.
                 then.generation += 1;
-                known.is_asked(Some(then));
+                known.request(Some(then));
                 let now = lock(wire, block)?;
-                known.perhaps = None;
+                known.requested = None;
                 assert!(now > fence, "fence {now} of {block} after {fence}");
                 self.fences.insert(block.clone(), now);
             }
             _ => {
-                known.is_asked(None);
+                known.request(None);
                 ok(block, &ask(wire, base("memory_remove"))?);
                 self.fences.remove(block);
             }
         }
-        known.is_told();
+        known.acknowledge();
         if matches!(which, 8..=12) {
             since.clear();
         }
-        since.extend(known.sure.clone());
+        since.extend(known.stored.clone());
         Ok(())
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-use latzero_tests::site::{Daemon, Puppet};
+use latzero_tests::site::{ControlledProcess, Daemon};
 use serde_json::{Value, json};
 
 use crate::random::Random;
@@ -70,7 +70,7 @@ impl Calls {
         };
         let life = self.life;
         self.with(n, |call| {
-            assert!(!call.is_refused, "call {n} was refused, and now: {message}");
+            assert!(!call.is_refused, "call {n} was refused, then: {message}");
             let code = message["error"]["code"].as_str();
             if message["status"] == "parked" {
                 assert!(!call.is_acknowledged, "call {n} is parked twice");
@@ -82,7 +82,7 @@ impl Calls {
                 call.is_refused = true;
                 assert!(
                     !call.is_acknowledged,
-                    "call {n} was parked, and now: {message}"
+                    "call {n} was parked, then: {message}"
                 );
             } else {
                 let is_expected = message["status"] == "ok" && message["response"] == n
@@ -118,7 +118,7 @@ impl Calls {
                 book.values_mut().for_each(|call| call.may_be_lost = true);
                 drop(book);
                 match come(round.server, &json!({"app_id": "caller"})) {
-                    Some(puppet) => caller = puppet,
+                    Some(process) => caller = process,
                     None => return,
                 }
             }
@@ -140,7 +140,7 @@ impl Calls {
         self.take_all(&mut caller);
     }
 
-    fn take_all(&self, caller: &mut Puppet) {
+    fn take_all(&self, caller: &mut ControlledProcess) {
         while let Some(line) = caller.line() {
             self.note(&line);
         }
@@ -186,7 +186,7 @@ impl Calls {
                 .as_u64()
                 .unwrap_or_else(|| panic!("{message}"));
             let is_refused = self.with(n, |call| call.is_refused);
-            assert!(!is_refused, "call {n} was refused and is given out");
+            assert!(!is_refused, "call {n} was refused but delivered");
             if message["attempt"] == 1 {
                 assert!(
                     newest.is_none_or(|newest| newest < n),
@@ -280,28 +280,28 @@ impl Calls {
             json!({"app_id": "caller", "pools": ["base"]}),
             json!({"app_id": "handler", "pools": ["base"], "triggers": ["job"]}),
         ] {
-            let mut puppet =
+            let mut process =
                 come(server, &handshake).unwrap_or_else(|| panic!("the server listens"));
-            puppet.send(&json!({"action": "ping", "id": "p"}));
-            let first = puppet.receive();
+            process.send(&json!({"action": "ping", "id": "p"}));
+            let first = process.receive();
             assert_eq!(first["in_reply_to"], "p", "it is left: {first}");
         }
     }
 }
 
 /// Starts an app as a process; `None` if the server is gone.
-fn come(server: &Daemon, handshake: &Value) -> Option<Puppet> {
+fn come(server: &Daemon, handshake: &Value) -> Option<ControlledProcess> {
     let socket = server.socket().to_str().unwrap_or_default();
-    let mut puppet = Puppet::start(CLIENT, &[socket]);
+    let mut process = ControlledProcess::start(CLIENT, &[socket]);
     let mut handshake = handshake.clone();
     handshake["action"] = "handshake".into();
-    puppet.try_send(&handshake);
-    let ack: Value = serde_json::from_str(&puppet.line()?).ok()?;
+    process.try_send(&handshake);
+    let ack: Value = serde_json::from_str(&process.line()?).ok()?;
     assert_eq!(ack["status"], "ok", "{ack}");
-    Some(puppet)
+    Some(process)
 }
 
-fn answer(handler: &mut Puppet, call: &Value) {
+fn answer(handler: &mut ControlledProcess, call: &Value) {
     handler.try_send(
         &json!({"action": "response", "in_reply_to": call["id"], "status": "ok",
         "response": call["data"]}),

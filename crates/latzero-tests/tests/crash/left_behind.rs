@@ -23,7 +23,7 @@ fn writes_of_a_writer_from_before_a_kill_are_never_visible() {
         let fence = line
             .strip_prefix("half ")
             .and_then(|fence| fence.parse::<u64>().ok());
-        let fence = fence.unwrap_or_else(|| panic!("it said: {line}"));
+        let fence = fence.unwrap_or_else(|| panic!("it printed: {line}"));
         server.kill();
         let server = site.start();
         holder.come_back(&server);

@@ -258,7 +258,7 @@ impl World {
             }
         });
         tally.steps += round.steps();
-        if let Some((name, _)) = named.filter(|_| !round.has_struck()) {
+        if let Some((name, _)) = named.filter(|_| !round.was_killed()) {
             *tally.failpoints.entry(name).or_default() += 1;
         }
         let ended = server.wait();

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use latzero_tests::Wire;
-use latzero_tests::site::{Daemon, Puppet};
+use latzero_tests::site::{ControlledProcess, Daemon};
 use serde_json::{Value, json};
 
 use crate::random::Random;
@@ -30,7 +30,7 @@ pub(crate) struct Mapped {
 
 /// A writer, and the newest fence that it was granted.
 struct Writer {
-    puppet: Puppet,
+    process: ControlledProcess,
     app: String,
     fence: u64,
 }
@@ -47,10 +47,10 @@ impl Mapped {
         }
     }
 
-    pub(crate) fn start(&mut self, server: &Daemon, role: &str, app: &str) -> Puppet {
+    pub(crate) fn start(&mut self, server: &Daemon, role: &str, app: &str) -> ControlledProcess {
         self.number += 1;
         let socket = server.socket().to_str().unwrap_or_default();
-        Puppet::start(
+        ControlledProcess::start(
             MAPPER,
             &[role, socket, app, self.kind, &self.number.to_string()],
         )
@@ -59,7 +59,7 @@ impl Mapped {
     fn writer(&mut self, server: &Daemon, n: usize) -> Writer {
         let app = format!("writer{n}");
         Writer {
-            puppet: self.start(server, "writer", &app),
+            process: self.start(server, "writer", &app),
             app,
             fence: 0,
         }
@@ -100,7 +100,7 @@ impl Mapped {
     /// Runs writers and readers until the server is gone.
     pub(crate) fn run(&mut self, round: &Round<'_>, mut random: Random) {
         let mut writers: Vec<Writer> = (0..WRITERS).map(|n| self.writer(round.server, n)).collect();
-        let mut readers: Vec<Puppet> = (0..2)
+        let mut readers: Vec<ControlledProcess> = (0..2)
             .map(|n| self.start(round.server, "reader", &format!("reader{n}")))
             .collect();
         let mut next = 0;
@@ -108,7 +108,7 @@ impl Mapped {
             let n = next % WRITERS;
             next += 1;
             for _ in 0..random.below(20) {
-                let Some(line) = writers[n].puppet.line() else {
+                let Some(line) = writers[n].process.line() else {
                     break 'life;
                 };
                 self.note(&mut writers[n], &line);
@@ -116,8 +116,8 @@ impl Mapped {
             match random.below(6) {
                 0 => {
                     // The writer dies in the middle of whatever it does.
-                    writers[n].puppet.kill();
-                    while let Some(line) = writers[n].puppet.line() {
+                    writers[n].process.kill();
+                    while let Some(line) = writers[n].process.line() {
                         self.note(&mut writers[n], &line);
                     }
                     writers[n] = self.writer(round.server, n);
@@ -132,7 +132,7 @@ impl Mapped {
             }
         }
         for writer in &mut writers {
-            let (status, lines) = writer.puppet.wait();
+            let (status, lines) = writer.process.wait();
             lines.iter().for_each(|line| self.note(writer, line));
             assert!(status.success(), "a writer ended with {status}");
         }
@@ -184,7 +184,7 @@ impl Mapped {
         )?;
         if granted["error"]["code"] == "no_block" {
             // The block did not exist yet.
-            writer.puppet.kill();
+            writer.process.kill();
             return Ok(());
         }
         let lock = ok("lock", &granted);
@@ -208,7 +208,7 @@ impl Mapped {
         let written = reply(&mut wire, &header)?;
         let written = ok("write", &written)["version"].as_u64().unwrap_or(0);
         // The disconnected writer continues to write, and nobody sees it.
-        let (status, lines) = writer.puppet.wait();
+        let (status, lines) = writer.process.wait();
         assert!(status.success(), "{status}: {lines:?}");
         for line in lines {
             self.note(writer, &line);

@@ -18,7 +18,7 @@ pub(crate) struct Round<'a> {
     steps: AtomicU64,
     /// Clients that still perform steps.
     active: AtomicUsize,
-    has_struck: AtomicBool,
+    was_killed: AtomicBool,
 }
 
 impl<'a> Round<'a> {
@@ -28,21 +28,21 @@ impl<'a> Round<'a> {
             strike_at,
             steps: AtomicU64::new(0),
             active: AtomicUsize::new(active),
-            has_struck: AtomicBool::new(false),
+            was_killed: AtomicBool::new(false),
         }
     }
 
     /// Counts a step of a client.
     pub(crate) fn step(&self) {
         if self.steps.fetch_add(1, SeqCst) + 1 == self.strike_at {
-            self.strike();
+            self.send_kill();
         }
     }
 
     /// A client has finished. The last one ends the life.
     pub(crate) fn done(&self) {
         if self.active.fetch_sub(1, SeqCst) == 1 {
-            self.strike();
+            self.send_kill();
         }
     }
 
@@ -51,13 +51,13 @@ impl<'a> Round<'a> {
     }
 
     /// Whether the test killed it; false if it killed itself at a failpoint.
-    pub(crate) fn has_struck(&self) -> bool {
-        self.has_struck.load(SeqCst)
+    pub(crate) fn was_killed(&self) -> bool {
+        self.was_killed.load(SeqCst)
     }
 
-    fn strike(&self) {
-        self.has_struck.store(true, SeqCst);
-        self.server.strike();
+    fn send_kill(&self) {
+        self.was_killed.store(true, SeqCst);
+        self.server.send_kill();
     }
 }
 

@@ -93,7 +93,7 @@ fn read_all(server: &mut Stream, up: &mut Wire) -> (Vec<u8>, usize) {
         }
         assert!(!server.is_drained());
     }
-    unreachable!("it ends before");
+    unreachable!("it ends earlier");
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn a_read_of_new_keys_again_and_again_is_bounded() {
 }
 
 #[test]
-fn a_read_that_nothing_comes_of_is_bounded_and_says_so() {
+fn a_read_without_a_message_is_bounded_and_reported() {
     let (mut client, mut server) = pair();
     let mut hello = Wire::default();
     client.flush(&mut hello).unwrap();
@@ -145,7 +145,7 @@ fn a_read_that_nothing_comes_of_is_bounded_and_says_so() {
 }
 
 #[test]
-fn a_bulk_of_large_records_comes_in_full() {
+fn a_batch_of_large_records_arrives_complete() {
     let (mut client, mut server) = agreed();
     let mut up = Wire::default();
     let sent: Vec<u8> = (0..1_000_000u32).map(|i| (i % 251) as u8).collect();
@@ -158,7 +158,7 @@ fn a_bulk_of_large_records_comes_in_full() {
 }
 
 #[test]
-fn what_came_before_a_failure_is_passed_on_first() {
+fn messages_before_a_failure_are_delivered_first() {
     let (mut client, mut server) = agreed();
     let mut up = Wire::default();
     client.write(&mut up, b"last words").unwrap();
@@ -192,7 +192,7 @@ fn what_came_before_a_failure_is_passed_on_first() {
 }
 
 #[test]
-fn a_piece_of_which_some_has_left_counts_as_written() {
+fn a_partly_sent_piece_counts_as_written() {
     let piece = [7; PLAIN_BYTES_MAX];
     // Nothing has left, the first of its two records has, and half of the second.
     for (room, written) in [(0, None), (17_000, Some(())), (30_000, Some(()))] {
@@ -217,7 +217,7 @@ fn a_piece_of_which_some_has_left_counts_as_written() {
 }
 
 #[test]
-fn the_byte_that_is_kept_back_is_owed_until_it_is_reported() {
+fn the_withheld_byte_stays_pending_until_it_is_reported() {
     let (mut client, mut server) = agreed();
     let mut up = Wire {
         room: Some(10),

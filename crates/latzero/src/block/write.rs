@@ -46,10 +46,7 @@ impl Draft {
     }
 
     fn block(&self) -> &Block {
-        self.lock
-            .as_ref()
-            .expect("it is taken by the end alone")
-            .block()
+        self.lock.as_ref().expect("only the end takes it").block()
     }
 
     /// Writes bytes from `offset` on.
@@ -61,7 +58,7 @@ impl Draft {
         match &mut self.bytes {
             Bytes::InPlace(writing) => writing
                 .as_mut()
-                .expect("it is taken by the end alone")
+                .expect("only the end takes it")
                 .write(offset, bytes)
                 .map_err(|e| write_error(block.id(), e)),
             Bytes::Waiting(waiting) => {
@@ -85,7 +82,7 @@ impl Draft {
         match &self.bytes {
             Bytes::InPlace(writing) => writing
                 .as_ref()
-                .expect("it is taken by the end alone")
+                .expect("only the end takes it")
                 .read_into(offset, to)
                 .map_err(|e| read_error(block.id(), e)),
             Bytes::Waiting(waiting) => {
@@ -134,12 +131,12 @@ impl Draft {
     /// # Errors
     /// `lock_lost` if the lock was lost in the meantime: the version is not published.
     pub async fn commit(mut self) -> Result<u64, Error> {
-        let held = self.lock.take().expect("it is taken by the end alone");
+        let held = self.lock.take().expect("only the end takes it");
         held.check()?;
         let block = held.block().clone();
         let version = match std::mem::replace(&mut self.bytes, Bytes::Waiting(Vec::new())) {
             Bytes::InPlace(writing) => {
-                let writing = writing.expect("it is taken by the end alone");
+                let writing = writing.expect("only the end takes it");
                 let version = writing.publish().map_err(|e| write_error(block.id(), e))?;
                 notify(&block, version);
                 version

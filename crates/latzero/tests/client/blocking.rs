@@ -162,7 +162,7 @@ fn one_thread_is_enough_for_handlers_that_call() {
 }
 
 #[test]
-fn a_stuck_handler_holds_up_nobody() {
+fn a_stuck_handler_delays_no_other_call() {
     both(|fake| {
         let server = app(fake, "server");
         let (release, wait) = mpsc::channel::<()>();

@@ -163,7 +163,7 @@ impl BlockServer {
         while self.count(action) < count {
             assert!(
                 Instant::now() < end,
-                "{count} {action} are wanted: {:?}",
+                "expected {count} {action}: {:?}",
                 self.heard
             );
             std::thread::yield_now();
@@ -424,7 +424,7 @@ fn handles_of_a_block_share_one_subscription() {
 }
 
 #[test]
-fn readers_alone_are_named_without_letting_everybody_write() {
+fn listing_readers_does_not_let_everybody_write() {
     let (fake, server) = BlockServer::start(true, 10, as_it_is());
     let app = connect(&fake);
     app.block("b")
@@ -457,7 +457,7 @@ fn readers_alone_are_named_without_letting_everybody_write() {
 }
 
 #[test]
-fn a_block_that_never_holds_still_is_contended() {
+fn a_block_under_constant_writes_is_contended() {
     // Large enough for two reads, of which the second never has the first one's version; or never
     // the size that was told.
     for code in ["version_conflict", "out_of_range"] {
@@ -477,7 +477,7 @@ fn a_block_that_never_holds_still_is_contended() {
 }
 
 #[test]
-fn a_draft_that_a_panic_drops_nobody_sees() {
+fn a_draft_dropped_by_a_panic_is_never_visible() {
     let (fake, server) = BlockServer::start(true, 10, as_it_is());
     let app = connect(&fake);
     let block = app.block("b").create(10).send().unwrap();
@@ -499,7 +499,7 @@ fn a_draft_that_a_panic_drops_nobody_sees() {
 }
 
 #[test]
-fn times_beyond_counting_are_as_good_as_for_ever() {
+fn times_beyond_the_range_mean_forever() {
     let (fake, server) = BlockServer::start(true, 10, as_it_is());
     let app = connect(&fake);
     let block = app.block("b").create(10).send().unwrap();
@@ -516,7 +516,7 @@ fn times_beyond_counting_are_as_good_as_for_ever() {
 }
 
 #[test]
-fn a_wait_goes_on_with_the_block_that_took_its_place() {
+fn a_wait_continues_on_the_replacement_block() {
     let (fake, server) = BlockServer::start(true, 10, as_it_is());
     let app = connect(&fake);
     let block = app.block("b").attach().unwrap();
@@ -538,7 +538,7 @@ fn a_wait_goes_on_with_the_block_that_took_its_place() {
 }
 
 #[test]
-fn a_draft_shows_its_writer_what_it_will_be() {
+fn a_draft_shows_its_writer_the_next_version() {
     for is_mapped in [true, false] {
         let (fake, _keeper) = BlockServer::start(is_mapped, 10, as_it_is());
         let app = connect(&fake);
@@ -577,7 +577,7 @@ fn poll<F: Future>(future: Pin<&mut F>) -> Poll<F::Output> {
 }
 
 #[test]
-fn a_lock_that_is_granted_to_nobody_is_given_back() {
+fn a_lock_granted_to_a_gone_client_is_released() {
     // The grant crosses the cancellation on its way.
     let asked = Mutex::new(None);
     let special =
@@ -780,7 +780,7 @@ fn bulk(n: u64) -> Value {
 }
 
 #[test]
-fn memory_goes_back_to_a_server_that_was_started_anew() {
+fn held_blocks_are_returned_to_a_restarted_server() {
     let (asked, was_asked) = mpsc::channel();
     let (go_on, may_go_on) = mpsc::channel();
     let (fake, server) = forgetful(asked, may_go_on, json!(["attachments", "fd_passing"]));
@@ -806,7 +806,7 @@ fn memory_goes_back_to_a_server_that_was_started_anew() {
 }
 
 #[test]
-fn memory_goes_back_on_a_runtime_too() {
+fn descriptors_are_returned_in_an_async_runtime_too() {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -835,7 +835,7 @@ fn memory_goes_back_on_a_runtime_too() {
 }
 
 #[test]
-fn memory_is_not_offered_where_no_descriptors_travel() {
+fn mapped_memory_is_not_offered_without_descriptor_passing() {
     let (asked, was_asked) = mpsc::channel();
     let (go_on, may_go_on) = mpsc::channel();
     let (fake, server) = forgetful(asked, may_go_on, json!(["attachments"]));

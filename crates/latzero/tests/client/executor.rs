@@ -48,12 +48,12 @@ async fn all<F: Future + Unpin>(mut futures: Vec<F>) -> Vec<F::Output> {
     })
     .await;
     done.into_iter()
-        .map(|value| value.expect("all are done"))
+        .map(|value| value.expect("every call is done"))
         .collect()
 }
 
 #[test]
-fn any_executor_will_do() {
+fn any_executor_works() {
     for over in [Over::Unix, Over::Tcp] {
         let fake = Fake::broker(over);
         block_on(async {

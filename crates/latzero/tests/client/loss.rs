@@ -19,7 +19,7 @@ fn quick() -> Reconnect {
 }
 
 #[test]
-fn an_app_comes_back_with_all_it_had() {
+fn an_app_is_rehydrated_completely() {
     for over in [Over::Unix, Over::Tcp] {
         let fake = Fake::broker(over);
         let server =
@@ -65,7 +65,7 @@ fn an_app_comes_back_with_all_it_had() {
 }
 
 #[test]
-fn the_async_face_comes_back_too() {
+fn the_async_api_reconnects_too() {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -118,7 +118,7 @@ fn a_call_in_flight_at_a_loss_may_have_run() {
 }
 
 #[test]
-fn a_call_that_never_left_certainly_did_not_run() {
+fn a_call_that_was_never_sent_did_not_run() {
     let (hold, held) = mpsc::channel::<()>();
     let held = std::sync::Mutex::new(held);
     let fake = Fake::scripted(Over::Unix, move |_, mut peer| {
@@ -174,7 +174,7 @@ fn without_a_server_errors_say_what_to_do() {
 }
 
 #[test]
-fn calls_wait_for_a_connection_no_longer_than_their_time() {
+fn calls_wait_for_a_connection_no_longer_than_their_timeout() {
     let fake = Fake::broker(Over::Unix);
     let app = App::connect_with(
         latzero::App::builder(&fake.url("a"))
@@ -204,7 +204,7 @@ fn calls_wait_for_a_connection_no_longer_than_their_time() {
 #[test]
 fn a_displaced_app_stays_away() {
     let fake = Fake::scripted(Over::Unix, |n, mut peer| {
-        assert_eq!(n, 0, "it came back");
+        assert_eq!(n, 0, "it is back");
         peer.welcome();
         peer.read();
         peer.send(&json!({"action":"event","event":"displaced"}));
@@ -234,7 +234,7 @@ fn a_refused_handshake_says_why() {
 }
 
 #[test]
-fn without_reconnecting_a_loss_is_the_end() {
+fn without_reconnecting_a_lost_connection_is_final() {
     let fake = Fake::broker(Over::Unix);
     let reconnect = Reconnect {
         enabled: false,
@@ -250,7 +250,7 @@ fn without_reconnecting_a_loss_is_the_end() {
 }
 
 #[test]
-fn a_clean_close_waits_for_handlers() {
+fn a_close_waits_for_handlers() {
     let fake = Fake::broker(Over::Tcp);
     let server = App::connect(&fake.url("server")).unwrap();
     let (started, start) = mpsc::channel();

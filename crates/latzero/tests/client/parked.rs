@@ -87,7 +87,7 @@ fn forgetful(over: Over) -> Fake {
 }
 
 #[test]
-fn a_loss_fails_what_is_not_parked_and_nothing_else() {
+fn a_lost_connection_fails_only_calls_that_are_not_parked() {
     for over in [Over::Unix, Over::Tcp] {
         let fake = forgetful(over);
         let app = App::connect_with(builder(&fake)).unwrap();
@@ -103,7 +103,7 @@ fn a_loss_fails_what_is_not_parked_and_nothing_else() {
 }
 
 #[test]
-fn a_loss_fails_what_is_not_parked_on_the_async_face() {
+fn a_lost_connection_fails_calls_that_are_not_parked_in_the_async_api() {
     let fake = forgetful(Over::Unix);
     tokio_runtime().block_on(async {
         let app = builder(&fake).connect().await.unwrap();
@@ -167,7 +167,7 @@ fn two_lives() -> Fake {
 }
 
 #[test]
-fn answers_of_an_earlier_life_are_told_by_their_ids() {
+fn answers_to_earlier_instances_are_identified_by_id() {
     let fake = two_lives();
     let first = App::connect_with(builder(&fake)).unwrap();
     let by_itself = first.call("x", "one").send_parked().unwrap();
@@ -179,7 +179,7 @@ fn answers_of_an_earlier_life_are_told_by_their_ids() {
     let second = App::connect_with(builder(&fake)).unwrap();
     // A call of this life has the place of the first one of the earlier life, and its own id.
     let call = second.call("x", "two").park().send::<String>();
-    assert_eq!(call.unwrap(), "of this life");
+    assert_eq!(call.unwrap(), "of this instance");
     let mut answers = second.answers();
     let answer = answers.recv().unwrap();
     assert_eq!((answer.id(), answer.pool()), (&*own, Some("alpha")));
@@ -195,7 +195,7 @@ fn answers_of_an_earlier_life_are_told_by_their_ids() {
 }
 
 #[test]
-fn answers_of_an_earlier_life_on_the_async_face() {
+fn answers_to_earlier_instances_in_the_async_api() {
     let fake = two_lives();
     let own = tokio_runtime().block_on(async {
         let first = builder(&fake).connect().await.unwrap();
@@ -214,14 +214,14 @@ fn answers_of_an_earlier_life_on_the_async_face() {
         assert_eq!(answer.into::<String>().unwrap(), "one");
         // There is one taker.
         assert!(former.next().await.is_none());
-        assert_eq!(second.call("x", "two").await.unwrap(), "of this life");
+        assert_eq!(second.call("x", "two").await.unwrap(), "of this instance");
         second.close().await.unwrap();
         assert!(answers.next().await.is_none());
     });
 }
 
 #[test]
-fn what_is_answered_at_once_is_not_parked() {
+fn a_call_answered_at_once_is_not_parked() {
     let fake = Fake::scripted(Over::Unix, |_, mut peer| {
         peer.welcome();
         while let Some(call) = request(&mut peer) {
@@ -254,7 +254,7 @@ fn what_is_answered_at_once_is_not_parked() {
 }
 
 #[test]
-fn a_handle_that_is_dropped_lets_its_call_go_on() {
+fn a_dropped_handle_does_not_cancel_its_call() {
     let fake = Fake::scripted(Over::Unix, |_, mut peer| {
         peer.welcome();
         let call = request(&mut peer).unwrap();
@@ -268,7 +268,7 @@ fn a_handle_that_is_dropped_lets_its_call_go_on() {
     });
     let check = |answer: latzero::Answer| {
         assert_eq!(answer.id(), "a \"b\"");
-        assert_eq!(answer.into::<String>().unwrap(), "at last");
+        assert_eq!(answer.into::<String>().unwrap(), "finally");
     };
     let app = App::connect_with(builder(&fake)).unwrap();
     drop(app.call("x", &()).id("a \"b\"").send_parked().unwrap());
@@ -329,7 +329,7 @@ fn a_parked_call_is_cancelled() {
 }
 
 #[test]
-fn a_cancel_without_a_connection_is_said_at_the_next() {
+fn a_cancel_while_disconnected_is_sent_after_the_reconnect() {
     let (tx, rx) = mpsc::channel::<()>();
     let rx = Mutex::new(rx);
     let fake = Fake::scripted(Over::Unix, move |n, mut peer| {
@@ -365,7 +365,7 @@ fn a_cancel_without_a_connection_is_said_at_the_next() {
 }
 
 #[test]
-fn a_call_without_a_word_of_parking_is_lost_with_its_connection() {
+fn a_call_without_park_is_lost_with_its_connection() {
     let fake = Fake::scripted(Over::Unix, |n, mut peer| {
         if n == 0 {
             peer.welcome();
@@ -454,7 +454,7 @@ fn parked_calls_count_as_calls_in_flight() {
 }
 
 #[test]
-fn ids_are_one_calls_at_a_time() {
+fn an_id_belongs_to_one_call_at_a_time() {
     let (release, wait) = mpsc::channel::<()>();
     let wait = Mutex::new(wait);
     let fake = Fake::scripted(Over::Unix, move |_, mut peer| {
@@ -560,7 +560,7 @@ fn handlers_read_which_attempt_it_is() {
 }
 
 #[test]
-fn what_is_asked_of_lasting_calls_reaches_the_wire() {
+fn options_of_parked_calls_reach_the_wire() {
     let (tx, rx) = mpsc::channel();
     let tell = Mutex::new(tx);
     let fake = Fake::scripted(Over::Unix, move |n, mut peer| {

@@ -67,7 +67,7 @@ fn a_reply_may_be_split_anywhere() {
 }
 
 #[test]
-fn what_comes_with_the_acknowledgement_is_not_lost() {
+fn messages_behind_the_acknowledgement_are_not_lost() {
     let fake = Fake::scripted(Over::Unix, |_, mut peer| {
         let (hello, _) = peer.read().unwrap();
         let mut bytes = frame(&ack(&hello, 1, &json!({})), None);
@@ -88,7 +88,7 @@ fn what_comes_with_the_acknowledgement_is_not_lost() {
         peer.read();
     });
     let app = App::connect(&fake.url("a")).unwrap();
-    assert_eq!(app.call("x", &1).send::<String>().unwrap(), "both came");
+    assert_eq!(app.call("x", &1).send::<String>().unwrap(), "both arrived");
     tokio_runtime().block_on(async {
         let app = latzero::App::connect(&fake.url("a")).await.unwrap();
         assert_eq!(app.call("x", &1).await.unwrap(), json!("both came"));
@@ -194,7 +194,7 @@ fn a_silent_server_does_not_hold_a_call_for_ever() {
 }
 
 #[test]
-fn nonsense_costs_the_connection_and_no_more() {
+fn invalid_input_closes_only_its_connection() {
     for nonsense in [
         &[0, 0, 0, 0][..],
         &[0, 0, 0, 2, b'[', b']'],
@@ -222,7 +222,7 @@ fn nonsense_costs_the_connection_and_no_more() {
 }
 
 #[test]
-fn what_a_newer_server_says_is_passed_over() {
+fn unknown_fields_of_a_newer_server_are_ignored() {
     let fake = Fake::scripted(Over::Unix, |_, mut peer| {
         peer.welcome();
         while let Some((call, _)) = peer.read() {
@@ -351,7 +351,7 @@ fn headers_and_fields_reach_the_wire() {
 }
 
 #[test]
-fn a_server_that_reads_late_gets_everything() {
+fn a_slow_server_receives_everything() {
     const N: u64 = 300;
     for over in [Over::Unix, Over::Tcp] {
         let (release, wait) = mpsc::channel::<()>();
@@ -409,7 +409,7 @@ fn a_server_that_reads_late_gets_everything() {
 }
 
 #[test]
-fn a_cancel_right_behind_its_call_is_heard() {
+fn a_cancel_right_behind_its_call_takes_effect() {
     for over in [Over::Unix, Over::Tcp] {
         let (tx, rx) = mpsc::channel();
         let tx = std::sync::Mutex::new(tx);

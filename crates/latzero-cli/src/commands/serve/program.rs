@@ -593,7 +593,7 @@ mod tests {
     }
 
     #[test]
-    fn items_are_told_apart() {
+    fn stream_items_are_delimited() {
         let items = |bytes: &[u8], framing| {
             let mut received = bytes.to_vec();
             let items: Vec<Vec<u8>> =

@@ -113,7 +113,7 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Value {
         let version = self.version_of(key, turn);
-        let block = self.blocks.at(key).expect("its caller found it");
+        let block = self.blocks.at(key).expect("its caller looked it up");
         let mut description = block.description(self.name.as_str(), version);
         if let Some((access, is_mapped)) = mode {
             description["mode"] = access.as_str().into();
@@ -146,7 +146,11 @@ impl<D: Driver> Pool<D> {
         let (Some(to), Some(id)) = (self.members.at(member), id) else {
             return;
         };
-        let storage = self.blocks.at(key).expect("its caller found it").storage;
+        let storage = self
+            .blocks
+            .at(key)
+            .expect("its caller looked it up")
+            .storage;
         // If there is no descriptor, now or ever, the block is read and written by copies.
         let descriptor = access
             .filter(|_| to.takes_descriptors && self.check_descriptors(member).is_ok())

@@ -25,7 +25,7 @@ impl<D: Driver> Pool<D> {
         let phase = std::mem::replace(&mut block.phase, Phase::Live);
         let waiting = std::mem::take(&mut block.waiting);
         match (phase, made) {
-            (Phase::Live, _) => unreachable!("storage is made for who waits for it"),
+            (Phase::Live, _) => unreachable!("storage is created for a waiting request"),
             (Phase::New, Ok(_)) => {
                 let json = self.block_event_json("block_created", key, "");
                 self.notify(Event::BlockCreated, &json, None, turn);
@@ -185,7 +185,7 @@ impl<D: Driver> Pool<D> {
                 self.limits.memory_bytes_per_pool_max,
             ),
         )?;
-        let block = self.blocks.at_mut(key).expect("its caller found it");
+        let block = self.blocks.at_mut(key).expect("its caller looked it up");
         let room = Room::new(&block.account, block.kind, total)?;
         let to = turn.with_numbers(Numbers::next_storage);
         block.lock.begin_server();

@@ -422,7 +422,7 @@ impl<D: Driver> Pool<D> {
         };
         if let DeliveryState::Yes(member) = delivery {
             let kept = self.parked.answers.answers.get_mut(&number);
-            let kept = kept.expect("it is kept until it has left");
+            let kept = kept.expect("it is kept until it is sent");
             kept.held.bytes.force(kept.answer.bytes() as u64);
             return self.send_on_way(number, member, turn);
         }

@@ -198,7 +198,7 @@ impl<D: Driver> Pool<D> {
         }
         parked.deadline = now.after_ms(ttl_ms);
         parked.expires_ms = steady_ms.saturating_add(ttl_ms);
-        let lasting = parked.dequeue().expect("it paused until now");
+        let lasting = parked.dequeue().expect("it was paused");
         let row = crate::rows::CallRow {
             death: Some(Death {
                 at: steady_ms,
@@ -246,7 +246,7 @@ impl<D: Driver> Pool<D> {
         let Some(mut parked) = self.parked.remove(number) else {
             return false;
         };
-        let mut lasting = parked.dequeue().expect("it was dead");
+        let mut lasting = parked.dequeue().expect("it was stopped");
         parked.deadline = turn.time().after_ms(ttl_ms);
         parked.parked_ms = turn.steady_ms();
         parked.expires_ms = parked.parked_ms.saturating_add(ttl_ms);
@@ -277,7 +277,7 @@ impl<D: Driver> Pool<D> {
                 continue;
             }
             let process = self.parked.change(number, |parked| {
-                parked.state = State::Waiting(parked.dequeue().expect("it paused"));
+                parked.state = State::Waiting(parked.dequeue().expect("the program paused"));
                 parked.process.clone()
             });
             if let Some(process) = process {

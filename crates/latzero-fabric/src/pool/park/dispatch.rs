@@ -133,10 +133,14 @@ impl<D: Driver> Pool<D> {
             self.parked_too_late(number, turn);
             return Next::Passed;
         }
-        let lasting = parked.dequeue().expect("calls in a line wait");
+        let lasting = parked.dequeue().expect("queued calls wait");
         let (lasting, error) = match self.dispatch(None, lasting, turn) {
             Ok((key, lasting)) => {
-                let lines = self.parked.lines.get_mut(process).expect("it was in one");
+                let lines = self
+                    .parked
+                    .lines
+                    .get_mut(process)
+                    .expect("it was in a pool");
                 lines.note_turn(app, &waiting);
                 // Removed from the queue first, because the queue finds it by its state.
                 let parked = self.parked.calls.get_mut(&number).expect("just found");

@@ -137,7 +137,7 @@ fn message(trigger: &Trigger<'_>) -> String {
         out.extend_from_slice(b",\"park\":true");
     }
     out.push(b'}');
-    String::from_utf8(out).expect("it was made of texts")
+    String::from_utf8(out).expect("it was created from text")
 }
 
 /// The parts of a row's envelope: the caller's instance, and the call.

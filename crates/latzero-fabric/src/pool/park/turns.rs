@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_passed_over_comes_again_in_the_next_round() {
+    fn skipped_parked_calls_return_in_the_next_round() {
         let mut lines = Lines::default();
         lines.begin_round();
         for number in 1..=3 {

@@ -92,7 +92,7 @@ fn bytes(generation: u64) -> String {
 }
 
 #[test]
-fn the_record_names_whole_bytes_wherever_a_server_ends() {
+fn the_record_covers_whole_versions_wherever_a_server_ends() {
     // What is there when the server ends before the record holds, and after it.
     for (named, expected) in [(1, 1), (2, 2)] {
         let memory = Memory::new();
@@ -115,14 +115,14 @@ fn the_record_names_whole_bytes_wherever_a_server_ends() {
     assert_eq!(
         memory.files.record(&names).unwrap().unwrap(),
         record(1),
-        "the bytes have their name before the record holds"
+        "the data file has its name before the record is valid"
     );
     memory.files.commit(&names).unwrap();
     assert_eq!(memory.scan().0.unwrap(), 2);
 }
 
 #[test]
-fn a_generation_goes_only_where_its_successor_opens() {
+fn a_generation_is_deleted_only_if_its_successor_opens() {
     for spoil in [
         |path: &Path| std::fs::remove_file(path).unwrap(),
         |path: &Path| std::fs::write(path, b"LZBLOCK1, more or less").unwrap(),
@@ -139,7 +139,7 @@ fn a_generation_goes_only_where_its_successor_opens() {
         spoil(&memory.path(&bytes(10)));
         let was_there = memory.path(&bytes(10)).exists();
         let (generation, record) = memory.scan();
-        assert_eq!(generation.unwrap(), 9, "the newest that opens is taken");
+        assert_eq!(generation.unwrap(), 9, "the newest that opens is used");
         assert_eq!(
             record,
             json!({"generation": 9, "size": 19, "slots": 2, "owner": "a"})
@@ -166,7 +166,7 @@ fn a_file_is_the_block_that_its_name_says() {
 }
 
 #[test]
-fn what_was_left_half_made_is_in_nobodys_way() {
+fn leftovers_of_a_failed_creation_do_not_interfere() {
     let memory = Memory::new();
     std::fs::write(memory.path(&format!("{}.new", bytes(1))), b"half").unwrap();
     std::fs::write(memory.path(&format!("{ID}.json.new")), b"{").unwrap();
@@ -180,7 +180,7 @@ fn what_was_left_half_made_is_in_nobodys_way() {
 }
 
 #[test]
-fn nothing_that_was_set_aside_is_written_over() {
+fn files_moved_aside_are_never_overwritten() {
     let memory = Memory::new();
     for content in ["a", "bc", "def"] {
         std::fs::write(memory.path(&bytes(1)), content).unwrap();
