@@ -2,13 +2,15 @@
 //!
 //! One thread, one `epoll` set. A turn: wait; read each ready connection until its socket is empty
 //! or its budget is spent, running the messages as they come; end what is due; then write what was
-//! appended, each connection once. A message is never handed to another thread on its way. Measured
-//! against a runtime's tasks this saves a wakeup per hop: sockets are watched for reading alone,
-//! and for writing only while the kernel takes nothing, because a Unix socket otherwise reports
-//! "writable" each time its peer reads. Those with TLS are always watched for both: TLS writes by
-//! itself too, and TCP reports "writable" only if it was full.
+//! appended, each connection once. A long turn puts off what is left to read, and there users take
+//! turns.
+//!
+//! A message is never handed to another thread on its way. Measured against a runtime's tasks this
+//! saves a wakeup per hop: sockets are watched for reading alone, and for writing only while the
+//! kernel takes nothing, because a Unix socket otherwise reports "writable" each time its peer
+//! reads. Those with TLS are always watched for both: TLS writes by itself too, and TCP reports
+//! "writable" only if it was full.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
@@ -34,6 +36,7 @@ use crate::socket::Socket;
 use crate::startup::descriptors::{AcceptBackoff, SpareDescriptor};
 use crate::startup::systemd::Notifier;
 use crate::steps::Watch;
+use crate::turns::Turns;
 
 const WAKER: Token = Token(0);
 const FIRST_LISTENER: usize = 1;
@@ -48,6 +51,10 @@ const READ_BYTES: usize = 256 * 1024;
 /// How many connections are accepted in one turn, so that a burst does not delay established ones;
 /// and few enough that their handshakes are read before the limit is reached.
 const ACCEPTS_PER_TURN: usize = 16;
+
+/// How long a turn reads connections, in milliseconds; those that are left wait for the next turn,
+/// after those that become ready. The server's own user is not put off.
+const TURN_MS: u64 = 2;
 
 /// How much time of one turn is spent on TLS handshakes; the rest of them wait for the next turn,
 /// after the connections that are ready then.
@@ -86,9 +93,14 @@ pub(crate) struct EventLoop {
     connections: Vec<Option<Box<Connection>>>,
     free: Vec<usize>,
     live: usize,
-    /// Connections that have more data, or may be read again.
-    ready: VecDeque<usize>,
+    /// Connections that have more data, or may be read again, and whether they had completed no
+    /// handshake.
+    ready: Turns<(usize, bool)>,
+    /// How many of them had completed none.
+    ready_at_door: usize,
     scratch: Vec<u8>,
+    /// When this turn puts off what is left to read.
+    late_at: Time,
     /// How much time of this turn was spent on TLS handshakes.
     handshaking: Duration,
     sweep_at: Option<Time>,
@@ -133,8 +145,10 @@ impl EventLoop {
             connections: Vec::new(),
             free: Vec::new(),
             live: 0,
-            ready: VecDeque::new(),
+            ready: Turns::default(),
+            ready_at_door: 0,
             scratch: vec![0; READ_BYTES],
+            late_at: Time::default(),
             handshaking: Duration::ZERO,
             sweep_at: None,
             crowded: Vec::new(),
@@ -190,10 +204,19 @@ impl EventLoop {
             }
             let now = self.host.now.monotonic;
             self.handshaking = Duration::ZERO;
-            for event in &events {
-                self.handle_event(now, event);
+            self.late_at = now.after_ms(TURN_MS);
+            for (at, event) in events.iter().enumerate() {
+                self.handle_event(now, event, at == 0);
             }
-            for slot in std::mem::take(&mut self.ready) {
+            for at in 0..self.ready.len() {
+                // At least one of them is read.
+                if at > 0 && self.is_late() {
+                    break;
+                }
+                let Some((_, (slot, is_at_door))) = self.ready.pop() else {
+                    break;
+                };
+                self.ready_at_door -= usize::from(is_at_door);
                 if let Some(Some(connection)) = self.connections.get_mut(slot) {
                     connection.is_queued = false;
                 }
@@ -233,7 +256,13 @@ impl EventLoop {
         Some(next.since(now) + Duration::from_micros(u64::from(next > now) * 500))
     }
 
-    fn handle_event(&mut self, now: Time, event: &Event) {
+    /// Whether this turn has taken so long that what is left to read waits for the next.
+    fn is_late(&self) -> bool {
+        self.host.shared.clock.now() >= self.late_at
+    }
+
+    /// Handles an event; the first one of a turn is never put off.
+    fn handle_event(&mut self, now: Time, event: &Event, is_first: bool) {
         let Token(token) = event.token();
         if event.token() == WAKER {
             for command in self.host.shared.mailboxes[self.index].take() {
@@ -259,10 +288,18 @@ impl EventLoop {
                 }
             }
             if event.is_readable() || event.is_read_closed() || event.is_error() {
-                if let Some(Some(connection)) = self.connections.get_mut(slot) {
-                    connection.is_ending |= event.is_read_closed() || event.is_error();
+                let Some(Some(connection)) = self.connections.get_mut(slot) else {
+                    return;
+                };
+                connection.is_ending |= event.is_read_closed() || event.is_error();
+                let (is_queued, user) = (connection.is_queued, connection.user);
+                if is_queued {
+                    // Its turn comes.
+                } else if is_first || !self.is_late() || user.is_trusted() {
+                    self.read(now, slot);
+                } else {
+                    self.read_later(slot);
                 }
-                self.read(now, slot);
             }
         }
     }
@@ -393,7 +430,8 @@ impl EventLoop {
 
     fn accept(&mut self, now: Time, index: usize) {
         let shared = Arc::clone(&self.host.shared);
-        for _ in 0..ACCEPTS_PER_TURN {
+        // Those before them complete their handshakes first, or they would count as silent.
+        for _ in self.ready_at_door..ACCEPTS_PER_TURN {
             let Some(front) = &mut self.front else { return };
             let Some(listener) = front.listeners.get(index) else {
                 return;
@@ -477,7 +515,9 @@ impl EventLoop {
         if let Some(Some(connection)) = self.connections.get_mut(slot)
             && !std::mem::replace(&mut connection.is_queued, true)
         {
-            self.ready.push_back(slot);
+            let is_at_door = connection.is_at_door;
+            self.ready.push(connection.user, (slot, is_at_door));
+            self.ready_at_door += usize::from(is_at_door);
         }
     }
 

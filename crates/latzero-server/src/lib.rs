@@ -35,6 +35,7 @@ mod stats;
 mod steps;
 mod timers;
 mod tls;
+mod turns;
 mod utc;
 mod watch;
 

@@ -3,7 +3,6 @@
 //! Users take turns, one proof at a time: a crowd of one user's proofs delays another user's by one
 //! proof. Whoever had too many refused while theirs waited gets `overloaded`, unlooked at.
 
-use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{Builder, available_parallelism};
@@ -14,6 +13,7 @@ use latzero_protocol::{Code, Refusal};
 use crate::peer::Peer;
 use crate::shared::{Command, ServerState};
 use crate::socket::{Socket, User};
+use crate::turns::Turns;
 
 /// Proofs of one user that wait. A connection has one at a time.
 const OF_USER_MAX: usize = 1024;
@@ -47,77 +47,72 @@ impl Job {
     }
 }
 
-/// What waits, by user; the users in the order of their turns.
-struct Turns<T> {
-    users: VecDeque<(User, VecDeque<T>)>,
+/// What waits, within its bounds.
+struct Waiting<T> {
+    turns: Turns<T>,
     /// Those that do not belong to the server's own user.
     of_others: usize,
     is_closed: bool,
 }
 
-impl<T> Default for Turns<T> {
+impl<T> Default for Waiting<T> {
     fn default() -> Self {
-        Turns {
-            users: VecDeque::new(),
+        Waiting {
+            turns: Turns::default(),
             of_others: 0,
             is_closed: false,
         }
     }
 }
 
-impl<T> Turns<T> {
+impl<T> Waiting<T> {
     /// Queues something of a user; false if there is no room.
     fn push(&mut self, user: User, what: T) -> bool {
         let is_other = !user.is_trusted();
-        if is_other && self.of_others >= OF_ALL_MAX {
+        let is_full = is_other && self.of_others >= OF_ALL_MAX;
+        if is_full || self.turns.len_of(user) >= OF_USER_MAX {
             return false;
         }
-        match self.users.iter_mut().find(|(known, _)| *known == user) {
-            Some((_, waiting)) if waiting.len() >= OF_USER_MAX => return false,
-            Some((_, waiting)) => waiting.push_back(what),
-            None => self.users.push_back((user, VecDeque::from([what]))),
-        }
+        self.turns.push(user, what);
         self.of_others += usize::from(is_other);
         true
     }
 
     /// The next one of the user whose turn it is.
     fn pop(&mut self) -> Option<T> {
-        let (user, mut waiting) = self.users.pop_front()?;
-        let next = waiting.pop_front();
+        let (user, next) = self.turns.pop()?;
         self.of_others -= usize::from(!user.is_trusted());
-        if !waiting.is_empty() {
-            self.users.push_back((user, waiting));
-        }
-        next
+        Some(next)
     }
 }
 
 #[derive(Default)]
 struct Queue {
-    turns: Mutex<Turns<Job>>,
+    waiting: Mutex<Waiting<Job>>,
     changed: Condvar,
 }
 
 impl Queue {
-    fn turns(&self) -> MutexGuard<'_, Turns<Job>> {
-        self.turns.lock().expect("nothing panics under this lock")
+    fn waiting(&self) -> MutexGuard<'_, Waiting<Job>> {
+        self.waiting
+            .lock()
+            .expect("no thread panics while holding this lock")
     }
 
     /// The next proof; `None` once the queue is closed.
     fn next(&self) -> Option<Job> {
-        let mut turns = self.turns();
+        let mut waiting = self.waiting();
         loop {
-            if turns.is_closed {
+            if waiting.is_closed {
                 return None;
             }
-            if let Some(job) = turns.pop() {
+            if let Some(job) = waiting.pop() {
                 return Some(job);
             }
-            turns = self
+            waiting = self
                 .changed
-                .wait(turns)
-                .expect("nothing panics under this lock");
+                .wait(waiting)
+                .expect("no thread panics while holding this lock");
         }
     }
 }
@@ -165,7 +160,7 @@ impl Verifier {
             user,
             check,
         };
-        if !self.queue.turns().push(user, job) {
+        if !self.queue.waiting().push(user, job) {
             let message = "too many proofs wait to be checked; try again";
             return Err(Refusal::new(Code::Overloaded, message));
         }
@@ -176,7 +171,7 @@ impl Verifier {
 
 impl Drop for Verifier {
     fn drop(&mut self) {
-        self.queue.turns().is_closed = true;
+        self.queue.waiting().is_closed = true;
         self.queue.changed.notify_all();
     }
 }
@@ -192,36 +187,21 @@ mod tests {
     }
 
     #[test]
-    fn a_crowd_delays_another_user_by_one_proof() {
-        let mut turns = Turns::default();
-        for n in 0..500 {
-            assert!(turns.push(other(0), ("crowd", n)));
-        }
-        assert!(turns.push(other(1), ("single", 0)));
-        let order: Vec<_> = (0..3).map_while(|_| turns.pop()).collect();
-        assert_eq!(order, [("crowd", 0), ("single", 0), ("crowd", 1)]);
-        // Nobody is forgotten, and each user's keep their order.
-        let rest: Vec<_> = std::iter::from_fn(|| turns.pop()).collect();
-        let expected: Vec<_> = (2..500).map(|n| ("crowd", n)).collect();
-        assert_eq!((rest, turns.of_others), (expected, 0));
-    }
-
-    #[test]
-    fn what_waits_is_bounded_and_leaves_room_for_the_own_user() {
-        let mut turns = Turns::default();
+    fn waiting_proofs_are_bounded_and_leave_room_for_the_own_user() {
+        let mut waiting = Waiting::default();
         for n in 0..OF_USER_MAX {
-            assert!(turns.push(other(0), n));
+            assert!(waiting.push(other(0), n));
         }
-        assert!(!turns.push(other(0), 0), "of one user");
+        assert!(!waiting.push(other(0), 0), "of one user");
         for user in 1..4 {
             for n in 0..OF_USER_MAX {
-                assert!(turns.push(other(user), n));
+                assert!(waiting.push(other(user), n));
             }
         }
-        assert!(!turns.push(other(4), 0), "of all");
+        assert!(!waiting.push(other(4), 0), "of all");
         let own = User::Uid(rustix::process::geteuid().as_raw());
-        assert!(turns.push(own, 0));
-        turns.pop();
-        assert!(turns.push(other(4), 0), "there is room again");
+        assert!(waiting.push(own, 0));
+        waiting.pop();
+        assert!(waiting.push(other(4), 0), "there is room again");
     }
 }

@@ -44,7 +44,7 @@ fn a_slow_reader_loses_emits_and_is_notified() {
             assert_eq!(
                 well.receive()["data"][0],
                 sent,
-                "{via:?}: who reads misses nothing"
+                "{via:?}: a client that reads misses nothing"
             );
             delivered_to_slow += delivered - 1;
             lost += 2 - delivered;
@@ -241,7 +241,10 @@ fn connections_are_bounded() {
     let _one = caller(&server, Via::Tcp, "one");
     let mut two = caller(&server, Via::Unix, "two");
     let mut three = server.connect(Via::Tcp);
-    let (refusal, _) = three.try_receive().unwrap().expect("a word before the end");
+    let (refusal, _) = three
+        .try_receive()
+        .unwrap()
+        .expect("a message before the end");
     assert_eq!(code(&refusal), "overloaded");
     assert!(
         refusal["error"]["message"]
@@ -259,13 +262,48 @@ fn unauthenticated_connections_are_bounded() {
     let server = Server::with(&["limits.connections_unauthenticated_per_user_max=2"]);
     let mut waiting = [server.connect(Via::Unix), server.connect(Via::Unix)];
     let mut third = server.connect(Via::Unix);
-    let (refusal, _) = third.try_receive().unwrap().expect("a word before the end");
+    let (refusal, _) = third
+        .try_receive()
+        .unwrap()
+        .expect("a message before the end");
     assert_eq!(code(&refusal), "overloaded");
     // Another user (here: another address) has a limit of its own, and a handshake frees a slot.
     let _over_tcp = caller(&server, Via::Tcp, "tcp");
     waiting[0].send(&json!({"action": "handshake", "app_id": "in"}));
     assert_eq!(waiting[0].receive()["status"], "ok");
     let _room = caller(&server, Via::Unix, "next");
+}
+
+#[test]
+fn silent_connections_keep_out_neither_the_own_user_nor_administrators() {
+    let server = Server::with(&[
+        "limits.connections_max=16",
+        "limits.connections_unauthenticated_max=8",
+        "limits.connections_unauthenticated_per_user_max=8",
+        "handshake_timeout=10m",
+    ]);
+    // All that loopback TCP may have, and more.
+    let silent: Vec<_> = (0..16).map(|_| server.connect(Via::Tcp)).collect();
+    let mut refused = server.connect(Via::Tcp);
+    assert_eq!(code(&refused.receive()), "overloaded");
+    let mut own = caller(&server, Via::Unix, "own");
+    assert_eq!(own.request(json!({"action": "stats"}))["status"], "ok");
+    // Nor do connections that completed their handshake.
+    drop(silent);
+    let mut crowd = Vec::new();
+    loop {
+        let mut wire = server.connect(Via::Tcp);
+        wire.send(&json!({"action": "handshake", "app_id": format!("app-{}", crowd.len())}));
+        match wire.receive() {
+            reply if reply["status"] == "ok" => crowd.push(wire),
+            refusal if code(&refusal) == "overloaded" && crowd.len() > 8 => break,
+            // The server has not noticed the end of the silent ones yet.
+            refusal => assert_eq!(code(&refusal), "overloaded"),
+        }
+        assert!(crowd.len() < 16, "no place is reserved");
+    }
+    let mut own = caller(&server, Via::Unix, "own-too");
+    assert_eq!(own.request(json!({"action": "stats"}))["status"], "ok");
 }
 
 #[test]
@@ -353,7 +391,7 @@ fn attachments_reach_clients_without_the_feature_as_base64() {
 }
 
 #[test]
-fn nonsense_disturbs_nobody() {
+fn invalid_input_affects_nobody_else() {
     let server = Server::start();
     let mut well = server.app(Via::Tcp, json!({"app_id": "well", "pools": ["system"]}));
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
@@ -393,7 +431,7 @@ fn the_server_survives_running_out_of_descriptors() {
 }
 
 #[test]
-fn admin_requests_need_the_right() {
+fn admin_requests_need_permission() {
     let server = Server::start();
     let mut over_tcp = caller(&server, Via::Tcp, "over-tcp");
     for action in ["shutdown", "reload"] {
