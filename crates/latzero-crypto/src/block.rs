@@ -715,7 +715,7 @@ impl Next<'_> {
             .as_slice()
             .try_into()
             .expect("a manifest has 256 bytes");
-        let manifest = Manifest::parse(bytes).expect("what is written can be read");
+        let manifest = Manifest::parse(bytes).expect("a written value can be read");
         Ok(Verified { manifest, table })
     }
 }

@@ -43,7 +43,7 @@ impl Bytes {
 
     /// The length as four bytes, then the bytes.
     pub(crate) fn prefixed(self, bytes: &[u8]) -> Self {
-        let length = u32::try_from(bytes.len()).expect("nothing in a message has 4 GiB");
+        let length = u32::try_from(bytes.len()).expect("no part of a message has 4 GiB");
         self.u32(length).raw(bytes)
     }
 

@@ -255,8 +255,11 @@ impl Descriptor {
             .verify(&self.message(), &self.signature(128))
     }
 
-    fn is_signed_by_previous(&self, owner: &PublicKey) -> bool {
-        owner.verify(&self.message(), &self.signature(64))
+    /// Whether it is signed by the owner that it names and by the owner of `previous`.
+    #[must_use]
+    pub fn is_signed_after(&self, previous: &Descriptor) -> bool {
+        let owner = &previous.keys.owner;
+        self.is_signed() && owner.verify(&self.message(), &self.signature(64))
     }
 
     fn message(&self) -> Vec<u8> {
@@ -266,9 +269,7 @@ impl Descriptor {
     /// Whether this descriptor succeeds `previous`, signatures included.
     #[must_use]
     pub fn succeeds(&self, previous: &Descriptor) -> bool {
-        self.follows(previous)
-            && self.is_signed()
-            && self.is_signed_by_previous(&previous.keys.owner)
+        self.follows(previous) && self.is_signed_after(previous)
     }
 
     /// As above, without checking signatures.
@@ -722,7 +723,7 @@ impl Draft<'_> {
         let message = signed_message(body.as_slice());
         let sig_prev = previous.map_or([0; 64], |previous| previous.sign(&message));
         let bytes = body.raw(&owner.sign(&message)).raw(&sig_prev);
-        Ok(Descriptor::parse(bytes.as_slice()).expect("what is written can be read"))
+        Ok(Descriptor::parse(bytes.as_slice()).expect("a written value can be read"))
     }
 }
 
@@ -738,16 +739,14 @@ pub enum StoreError {
     /// `stale_epoch`.
     #[error("the pool is in epoch {0}; get its current descriptor and rotate from there")]
     StaleEpoch(u32),
-    /// `unauthenticated`.
-    #[error("the proof was not accepted")]
-    Signature,
 }
 
-/// The server's check of a new pool. The caller checks that name and id are not in use.
+/// Reads the descriptor of a new pool. The caller checks that name and id are not in use, and
+/// [`Descriptor::is_signed`].
 ///
 /// # Errors
 /// If it is not the descriptor of a new pool with this name.
-pub fn check_creation(bytes: &[u8], name: &str) -> Result<Descriptor, StoreError> {
+pub fn read_creation(bytes: &[u8], name: &str) -> Result<Descriptor, StoreError> {
     let descriptor = Descriptor::parse(bytes).map_err(StoreError::Layout)?;
     if descriptor.epoch() != 1 {
         return Err(StoreError::Unfit("of a new pool has epoch 1"));
@@ -755,19 +754,15 @@ pub fn check_creation(bytes: &[u8], name: &str) -> Result<Descriptor, StoreError
     if descriptor.name != name {
         return Err(StoreError::Unfit("has another name than the request"));
     }
-    if !descriptor.is_signed() {
-        return Err(StoreError::Unfit(
-            "is not signed by the owner that it names",
-        ));
-    }
     Ok(descriptor)
 }
 
-/// The server's check of a rotation. The caller has checked who asks for it.
+/// Reads the descriptor that follows `current`. The caller checks who asks for it, and
+/// [`Descriptor::is_signed_after`].
 ///
 /// # Errors
 /// If the descriptor does not succeed `current`.
-pub fn check_rotation(bytes: &[u8], current: &Descriptor) -> Result<Descriptor, StoreError> {
+pub fn read_rotation(bytes: &[u8], current: &Descriptor) -> Result<Descriptor, StoreError> {
     let next = Descriptor::parse(bytes).map_err(StoreError::Layout)?;
     if current.epoch().checked_add(1) != Some(next.epoch()) || next.prev_hash != current.hash() {
         return Err(StoreError::StaleEpoch(current.epoch()));
@@ -776,9 +771,6 @@ pub fn check_rotation(bytes: &[u8], current: &Descriptor) -> Result<Descriptor, 
         return Err(StoreError::Unfit(
             "changes the pool's id, name or suite, or lowers min_content_epoch",
         ));
-    }
-    if !next.is_signed() || !next.is_signed_by_previous(&current.keys.owner) {
-        return Err(StoreError::Signature);
     }
     Ok(next)
 }

@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_agrees_or_not() {
+    fn a_frame_matches_its_header_or_is_refused() {
         let lent = |mode: &str| LentBlock {
             block_id: "frame".into(),
             mode: mode.into(),
@@ -256,7 +256,7 @@ mod tests {
         assert!(CallMeta::default().agrees(&CallFrame::default()));
         assert_eq!(CallMeta::default().to_text(), None);
         assert_eq!(
-            CallMeta::parse(Some(&meta.to_text().expect("it says something"))),
+            CallMeta::parse(Some(&meta.to_text().expect("it prints something"))),
             Some(meta)
         );
     }

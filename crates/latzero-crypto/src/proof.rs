@@ -469,7 +469,7 @@ fn admin_hmac(token: &[u8; 32], side: Side, exchange: &Exchange) -> Hmac<Sha256>
 }
 
 fn hmac(key: &[u8; 32], message: &[u8]) -> Hmac<Sha256> {
-    let mut mac = Hmac::<Sha256>::new_from_slice(key).expect("a key of any length will do");
+    let mut mac = Hmac::<Sha256>::new_from_slice(key).expect("HMAC accepts keys of any length");
     mac.update(message);
     mac
 }
@@ -503,12 +503,12 @@ mod tests {
     }
 
     #[test]
-    fn a_challenge_is_good_once_and_for_30_seconds() {
+    fn a_challenge_is_valid_once_and_for_30_seconds() {
         let mut challenges = Challenges::default();
         challenges.put("vault", challenge(1), 1000);
         assert_eq!(challenges.take("other", 1000), None);
         assert_eq!(challenges.take("vault", 31_000), Some(challenge(1)));
-        assert_eq!(challenges.take("vault", 31_000), None, "it is spent");
+        assert_eq!(challenges.take("vault", 31_000), None, "it is used up");
         challenges.put("vault", challenge(2), 1000);
         assert_eq!(challenges.take("vault", 31_001), None, "it is too old");
         assert_eq!(challenges.take("vault", 1000), None, "and spent");
@@ -579,7 +579,7 @@ mod tests {
     }
 
     #[test]
-    fn a_proof_reads_as_it_was_written() {
+    fn a_proof_round_trips() {
         let signatures = Signatures::Write([1; 64], [2; 64], [3; 64]);
         let proof = JoinProof {
             client_nonce: [9; 32],

@@ -190,7 +190,7 @@ fn make_slot(keys: &KeySet, epochs: &Epochs, pool_id: [u8; 16]) -> (Value, Vec<u
     let geometry = Geometry::of(size).expect("a small block");
     let (epoch, seal) = (
         epochs.current().descriptor().epoch(),
-        keys.seal_key().expect("it is here"),
+        keys.seal_key().expect("it is present"),
     );
     let chunk_key = epochs.chunk_key(&id, epoch).expect("the epoch is known");
     let mut plain: Vec<u8> = (0..3 * CHUNK_BYTES + 77)
@@ -236,7 +236,7 @@ fn make_slot(keys: &KeySet, epochs: &Epochs, pool_id: [u8; 16]) -> (Value, Vec<u
 }
 
 fn make_messages(keys: &KeySet, epochs: &Epochs, seed: u32) -> (Vec<String>, Vec<&'static str>) {
-    let seal = keys.seal_key().expect("it is here");
+    let seal = keys.seal_key().expect("it is present");
     let (mut caller, mut handler) = (
         Sender::new("anrufer", random(seed)),
         Sender::new("b", random(seed + 1)),
@@ -324,7 +324,7 @@ fn the_checker_opens_what_this_crate_creates() {
         );
     }
     let kinds: std::collections::BTreeSet<_> = bodies.iter().map(|e| e["kind"].as_u64()).collect();
-    assert_eq!(kinds.len(), 7, "every kind is there: {kinds:?}");
+    assert_eq!(kinds.len(), 7, "every kind is present: {kinds:?}");
 }
 
 /// The checker can refuse: each part with one bit changed.
@@ -346,7 +346,7 @@ fn changed_parts_are_refused() {
         ("/envelopes/7", 420),
     ] {
         let mut changed = made.json.clone();
-        let place = changed.pointer_mut(pointer).expect("it is there");
+        let place = changed.pointer_mut(pointer).expect("it exists");
         *place = flip(place, at);
         let Some(output) = checker(&["open"], &changed.to_string()) else {
             return;

@@ -5,7 +5,7 @@ mod common;
 use common::*;
 use latzero_crypto::app_key::AppKey;
 use latzero_crypto::block::{CHUNK_BYTES, ChunkKey, Geometry, Next, Seen, Verified};
-use latzero_crypto::descriptor::{Descriptor, check_creation, check_rotation};
+use latzero_crypto::descriptor::{Descriptor, read_creation, read_rotation};
 use latzero_crypto::envelope::{self, Body, Envelope, Header};
 use latzero_crypto::keys::{KeySet, Kind, Roles, Secret};
 use latzero_crypto::proof::{self, ChannelBinding, Side};
@@ -172,26 +172,27 @@ fn descriptors() {
             std::slice::from_ref(&one),
             Some(&one),
         );
-        let opened = opened.expect("it is good").expect("readers get a key");
+        let opened = opened.expect("it is valid").expect("readers have a key");
         assert!(opened.is(&key2));
-        let older = two.open_previous(&opened, &one).expect("it is good");
+        let older = two.open_previous(&opened, &one).expect("it is valid");
         assert!(older.expect("the history was kept").is(&key));
         assert!(
             two.accept(&joiner, &expected(&two), &[], None)
-                .expect("it is good")
+                .expect("it is valid")
                 .is_none()
         );
         assert!(
             three
                 .accept(&keys3, &expected(&three), &[], None)
-                .expect("it is good")
+                .expect("it is valid")
                 .is_some()
         );
 
         // The server's checks.
-        assert_eq!(check_creation(one.as_bytes(), "alpha").as_ref(), Ok(&one));
-        assert_eq!(check_rotation(two.as_bytes(), &one).as_ref(), Ok(&two));
-        assert_eq!(check_rotation(three.as_bytes(), &two).as_ref(), Ok(&three));
+        assert_eq!(read_creation(one.as_bytes(), "alpha").as_ref(), Ok(&one));
+        assert_eq!(read_rotation(two.as_bytes(), &one).as_ref(), Ok(&two));
+        assert_eq!(read_rotation(three.as_bytes(), &two).as_ref(), Ok(&three));
+        assert!(one.is_signed() && two.is_signed_after(&one) && three.is_signed_after(&two));
     });
 }
 
@@ -331,7 +332,7 @@ fn blocks() {
         };
         let public = descriptor1().keys().seal;
         let verified = Verified::new(&head, version, &checks, None, |_| Some(public));
-        let verified = verified.expect("it is good");
+        let verified = verified.expect("it is valid");
         let mut read = Vec::new();
         for i in 0..verified.manifest().chunks() {
             let at = geometry
@@ -341,7 +342,7 @@ fn blocks() {
                 usize::try_from(at.start).expect("small")..usize::try_from(at.end).expect("small");
             read.extend(
                 key.open(&verified, i, slot[range].to_vec())
-                    .expect("it is good"),
+                    .expect("it is valid"),
             );
         }
         assert_eq!(read, plain);
@@ -423,7 +424,7 @@ fn events() {
             assert!(latzero_crypto::text::encode(&sealed).starts_with(envelope::TEXT_START));
             let opened = envelope
                 .open(&key, &descriptor.keys().seal)
-                .expect("it is good");
+                .expect("it is valid");
             assert_eq!((opened.meta(), opened.body()), (meta, body));
         }
     });

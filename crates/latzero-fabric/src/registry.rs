@@ -40,10 +40,11 @@ pub use identity::Who;
 pub use listing::{Counts, View};
 pub(crate) use listing::{PAGE_BYTES_MAX, PageText, append};
 use offline::Offline;
+pub use pools::NewPool;
 use pools::forget_pool;
 use sealed::Sealed;
 pub(crate) use sealed::rotated_event;
-pub use sealed::{Proved, Rotated};
+pub use sealed::{Proved, Rotated, Successor};
 
 struct App<D: Driver> {
     registration: Remembered,
@@ -794,7 +795,7 @@ impl<D: Driver> Registry<D> {
         assert_eq!(offline, listed);
         assert_eq!(offline.len(), self.offline.len());
         for (id, app) in &self.apps {
-            assert_eq!(app.held.amount(), app.bytes(), "what app '{id}' takes");
+            assert_eq!(app.held.amount(), app.bytes(), "memory of app '{id}'");
         }
         // Pools of an earlier run are all restored.
         let durable = self.pools.values().filter(|entry| entry.durable).count();
@@ -812,7 +813,7 @@ impl<D: Driver> Registry<D> {
             assert_eq!(members, entry.members, "members of pool '{name}'");
             assert!(
                 entry.kept || entry.members > 0 || entry.held > 0,
-                "pool '{name}' should have gone"
+                "pool '{name}' still exists"
             );
         }
     }

@@ -266,13 +266,7 @@ impl<D: Driver> Session<D> {
             Ok(request) if id.is_none() && request.is_question() => Flow::Continue,
             Ok(request) => {
                 match self.request(id, request, turn) {
-                    Ok(Reply::Now(reply)) => self.reply(id, &reply, turn),
-                    Ok(Reply::Later) => {}
-                    Ok(Reply::Kept(reply, promise)) => self.awaited.push_back(Awaited::Reply {
-                        id: id.map(Into::into),
-                        reply: reply.into(),
-                        promise,
-                    }),
+                    Ok(reply) => self.answer(id, reply, turn),
                     Err(refusal) => self.refuse(id, &refusal, turn),
                 }
                 Flow::Continue
@@ -527,7 +521,7 @@ impl<D: Driver> Session<D> {
         let reply = match request {
             Request::TriggerRegister(specs) => return self.register(&specs, turn),
             Request::TriggerUnregister(specs) => return self.unregister(&specs, turn),
-            Request::PoolCreate(create) => return self.pool_create(create, turn),
+            Request::PoolCreate(create) => return self.pool_create(id, create, turn),
             Request::PoolJoin(name) => return self.pool_join(&name, turn),
             Request::PoolLeave(name) => return self.pool_leave(&name, turn),
             Request::PoolRemove(name, force) => return self.pool_remove(&name, force, turn),
@@ -543,7 +537,7 @@ impl<D: Driver> Session<D> {
             Request::PoolChallenge(name) => self.pool_challenge(&name, turn),
             Request::PoolChain(asked) => self.pool_chain(&asked, turn)?,
             Request::PoolRotate(name, descriptor) => {
-                return self.pool_rotate(&name, &descriptor, turn);
+                return self.pool_rotate(id, &name, &descriptor, turn);
             }
             Request::PoolInfo(name) => pool_info(&name, &self.view(), turn)?,
             Request::AppList(pool, page) => {
@@ -566,7 +560,7 @@ impl<D: Driver> Session<D> {
             | Request::Response(_)
             | Request::Cancel(_)
             | Request::Ack(..) => {
-                unreachable!("these are handled where the frame came in")
+                unreachable!("these are handled on arrival")
             }
         };
         Ok(Reply::Now(reply))
@@ -574,7 +568,7 @@ impl<D: Driver> Session<D> {
 
     /// What this connection may see.
     pub(super) fn view(&self) -> View<'_> {
-        let ready = self.ready.as_ref().expect("only a ready session looks");
+        let ready = self.ready.as_ref().expect("only a ready session lists");
         View {
             app: &ready.app,
             is_admin: self.terms.is_admin,

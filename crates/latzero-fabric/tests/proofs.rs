@@ -35,11 +35,7 @@ fn vault() -> (Net, Descriptor, Peer) {
     let mut net = Net::new();
     let descriptor = first(&keys(1));
     let app = net.app("owner", "");
-    let create = format!(
-        r#"{{"action":"pool_create","pool":"vault","encrypted":true,"descriptor":"{}","id":"c"}}"#,
-        text::encode(descriptor.as_bytes())
-    );
-    let seen = net.ask(app, &create);
+    let seen = net.ask(app, &creation(descriptor.as_bytes(), "c"));
     assert!(seen.starts_with("c ok"), "{seen}");
     let proof = proof(&mut net, app, "owner", &keys(1));
     let seen = net.ask(app, &proof);
@@ -107,7 +103,7 @@ fn waiting_proofs_delay_only_their_senders() {
     let late = net.app("late", "");
     let good = proof(&mut net, late, "late", &keys(1));
     assert_eq!(net.ask(late, &good), "p failed: overloaded ran=no");
-    assert!(net.ask(late, PING).starts_with("later ok"), "it goes on");
+    assert!(net.ask(late, PING).starts_with("later ok"), "it continues");
     assert!(net.world.check_proof());
     let good = proof(&mut net, late, "late", &keys(1));
     assert_eq!(net.ask(late, &good), "");
@@ -132,7 +128,6 @@ fn a_rotation_before_the_result_refuses_the_proof() {
     let late = net.app("late", "");
     let proof = proof(&mut net, late, "late", &keys(1));
     net.world.hold_proofs(true);
-    assert_eq!(net.ask(late, &proof), "");
     let to = NewEpoch {
         salt: [8; 32],
         created_ms: 2,
@@ -147,10 +142,71 @@ fn a_rotation_before_the_result_refuses_the_proof() {
         r#"{{"action":"pool_rotate","pool":"vault","descriptor":"{}","id":"r"}}"#,
         text::encode(next.as_bytes())
     );
-    let seen = net.ask(owner, &rotate);
+    assert_eq!(net.ask(owner, &rotate), "");
+    assert_eq!(net.ask(late, &proof), "");
+    assert!(net.world.check_proof());
+    let seen = net.sees(owner);
     assert!(seen.contains("r ok"), "{seen}");
     assert!(net.world.check_proof());
     assert_eq!(net.sees(late), "p failed: unauthenticated ran=no");
+}
+
+/// The request that creates the pool `vault`.
+fn creation(descriptor: &[u8], id: &str) -> String {
+    format!(
+        r#"{{"action":"pool_create","pool":"vault","encrypted":true,"descriptor":"{}","id":"{id}"}}"#,
+        text::encode(descriptor)
+    )
+}
+
+#[test]
+fn a_pool_is_created_once_its_signature_is_checked() {
+    let mut net = Net::new();
+    let (first_app, second) = (net.app("first", ""), net.app("second", ""));
+    net.world.hold_proofs(true);
+    let descriptor = first(&keys(1));
+    let mut forged = descriptor.as_bytes().to_vec();
+    // A byte of the wrapped key.
+    forged[296] ^= 1;
+    assert_eq!(net.ask(first_app, &creation(&forged, "f")), "");
+    assert!(net.world.check_proof());
+    assert_eq!(net.sees(first_app), "f failed: bad_message ran=no");
+    // Both may be checked, and one of them creates the pool.
+    let create = creation(descriptor.as_bytes(), "c");
+    assert_eq!(net.ask(first_app, &create), "");
+    assert_eq!(net.ask(second, &create), "");
+    assert!(net.world.check_proof() && net.world.check_proof());
+    assert!(net.sees(first_app).starts_with("c ok"));
+    assert_eq!(net.sees(second), "c failed: unauthenticated ran=no");
+}
+
+#[test]
+fn a_rotation_with_another_signature_is_refused() {
+    let (mut net, current, owner) = vault();
+    net.world.hold_proofs(true);
+    let to = NewEpoch {
+        salt: [8; 32],
+        created_ms: 2,
+        wrap_nonce: [9; 24],
+        history: History::Cut,
+        content: OldContent::AsBefore,
+    };
+    let next = current.rotate(&keys(1), &keys(1), &to).expect("all keys");
+    let mut forged = next.as_bytes().to_vec();
+    // The last byte of the owner's signature.
+    *forged.last_mut().expect("it has bytes") ^= 1;
+    let rotate = |bytes: &[u8]| {
+        format!(
+            r#"{{"action":"pool_rotate","pool":"vault","descriptor":"{}","id":"r"}}"#,
+            text::encode(bytes)
+        )
+    };
+    assert_eq!(net.ask(owner, &rotate(&forged)), "");
+    assert!(net.world.check_proof());
+    assert_eq!(net.sees(owner), "r failed: unauthenticated ran=no");
+    assert_eq!(net.ask(owner, &rotate(next.as_bytes())), "");
+    assert!(net.world.check_proof());
+    assert!(net.sees(owner).contains("r ok"));
 }
 
 #[test]
@@ -162,12 +218,12 @@ fn a_client_that_leaves_before_the_result_does_not_join() {
     net.say(late, &proof);
     net.hang_up(late);
     assert!(net.world.check_proof());
-    let members = net.world.pool_stats("vault").expect("it is there").members;
-    assert_eq!(members, 1, "the owner alone");
+    let members = net.world.pool_stats("vault").expect("it exists").members;
+    assert_eq!(members, 1, "only the owner");
 }
 
 #[test]
-fn whoever_a_rotation_removed_is_a_stranger_at_once() {
+fn a_member_removed_by_a_rotation_loses_access_at_once() {
     let (mut net, current, owner) = vault();
     let to = NewEpoch {
         salt: [8; 32],

@@ -36,7 +36,7 @@ pub fn backup(data: &[u8]) {
     });
     assert!(
         checked.is_ok() || !is_whole,
-        "what was not changed is not good: {checked:?}"
+        "an unchanged part is damaged: {checked:?}"
     );
     let data_dir = dir.path().join("data");
     std::fs::create_dir(&data_dir).expect("there is room for a directory");
@@ -57,7 +57,7 @@ pub fn backup(data: &[u8]) {
 fn check(data_dir: &Path) {
     let opened = latzero_store::open(data_dir, Options::default());
     opened
-        .expect("what was restored opens")
+        .expect("a restored database opens")
         .store
         .close()
         .expect("and closes");
@@ -76,7 +76,7 @@ fn good() -> &'static [u8] {
         opened.store.commit(vec![change]).expect("there is room");
         let made = opened.store.backup(None).expect("there is room");
         let bytes = std::fs::read(made.path()).expect("it was just made");
-        opened.store.close().expect("nothing is in the way");
+        opened.store.close().expect("nothing conflicts");
         bytes
     })
 }

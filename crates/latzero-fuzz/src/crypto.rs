@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use latzero_crypto::Suite;
 use latzero_crypto::app_key::AppKey;
 use latzero_crypto::block::{BlockId, Checks, Geometry, MANIFEST_BYTES, Manifest, Verified};
-use latzero_crypto::descriptor::{Descriptor, Expected, NewPool, check_creation, check_rotation};
+use latzero_crypto::descriptor::{Descriptor, Expected, NewPool, read_creation, read_rotation};
 use latzero_crypto::envelope::{self, Body, Envelope};
 use latzero_crypto::epochs::Epochs;
 use latzero_crypto::events::{Action, Incoming, IncomingAnswer, PendingCall, Receiver};
@@ -87,8 +87,8 @@ pub fn descriptor(data: &[u8]) {
 fn descriptor_verifies(data: &[u8]) -> bool {
     let first = &*FIRST;
     let parsed = Descriptor::parse(data);
-    let creation = check_creation(data, "alpha");
-    let rotation = check_rotation(data, first);
+    let creation = read_creation(data, "alpha");
+    let rotation = read_rotation(data, first);
     let Ok(descriptor) = parsed else {
         assert!(creation.is_err() && rotation.is_err());
         return false;
@@ -110,7 +110,8 @@ fn descriptor_verifies(data: &[u8]) -> bool {
             descriptor == *first || next,
             "a stranger's descriptor was accepted"
         );
-        assert_eq!(rotation.is_ok(), next);
+        let is_signed = rotation.is_ok_and(|next| next.is_signed_after(first));
+        assert_eq!(is_signed, next);
     }
     accepted
 }
@@ -151,7 +152,7 @@ fn manifest_verifies(data: &[u8]) -> bool {
             assert!(data.starts_with(&verified.head()));
             assert!(written.is_err() || written == Ok(verified.seen()));
         }
-        Err(_) => assert!(written.is_err(), "the server took what readers refuse"),
+        Err(_) => assert!(written.is_err(), "the server accepted what readers refuse"),
     }
     verifies
 }
@@ -221,14 +222,14 @@ fn envelope_verifies(data: &[u8]) -> bool {
         event_key,
         seal.as_ref(),
     );
-    let again = again.expect("what was read is within the limits");
-    let again = Envelope::parse(&again).expect("what was written can be read");
+    let again = again.expect("the values read are within the limits");
+    let again = Envelope::parse(&again).expect("written data can be read");
     assert_eq!(again.header, envelope.header);
     assert_eq!(again.header_bytes()[30..], envelope.header_bytes()[30..]);
     let opened = envelope.open(event_key, &FIRST.keys().seal).is_ok();
     assert!(
         opened || !(received || answered),
-        "taken, although it does not open"
+        "taken although it does not open"
     );
     received || answered
 }

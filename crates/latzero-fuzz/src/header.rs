@@ -93,6 +93,6 @@ pub fn header(data: &[u8]) {
     assert_eq!(after.last(), Some(&7));
     if before.is_ok() {
         let kept = content.len() - 1;
-        assert_eq!(after[..kept], content[..kept], "what was not written stays");
+        assert_eq!(after[..kept], content[..kept], "unwritten data stays");
     }
 }

@@ -99,14 +99,14 @@ pub fn message(data: &[u8]) {
         Ok(value) if depth(&value) <= latzero_protocol::limits::JSON_DEPTH_MAX => {
             assert!(is_json, "the scanner refuses JSON: {:?}", scan::value(text));
         }
-        Ok(_) => assert!(!is_json, "the scanner takes JSON that is nested too deep"),
+        Ok(_) => assert!(!is_json, "the scanner accepts JSON that is nested too deep"),
         // Numbers are forwarded as text, even if they would overflow, and so is half a surrogate
         // pair.
         Err(error)
             if ["number out of range", "surrogate", "end of hex escape"]
                 .iter()
                 .any(|known| error.to_string().contains(known)) => {}
-        Err(error) => assert!(!is_json, "the scanner takes what is not JSON: {error}"),
+        Err(error) => assert!(!is_json, "the scanner accepts invalid JSON: {error}"),
     }
 }
 

@@ -100,7 +100,7 @@ impl Scene {
         assert!(
             self.may_displace
                 || (self.world.is_open(self.handler) && self.world.is_open(self.caller)),
-            "the stranger disturbed somebody"
+            "the attacker disturbed another client"
         );
         for message in self.world.messages(self.handler) {
             if let Some(call) = message.json["id"]
@@ -145,7 +145,7 @@ impl Scene {
         self.world.hang_up(self.stranger);
         self.world.advance(latzero_protocol::limits::TTL_MAX_MS);
         self.world.check();
-        assert_eq!(self.world.calls_in_flight(), 0, "calls outlive every ttl");
+        assert_eq!(self.world.calls_in_flight(), 0, "calls outlive their ttl");
         for peer in [self.handler, self.caller] {
             self.world.hang_up(peer);
         }

@@ -6,8 +6,11 @@
     reason = "a test that can't go on says where by panicking"
 )]
 
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use latzero::blocking::App;
@@ -33,7 +36,7 @@ fn private_file(dir: &Path, name: &str, content: &str) -> PathBuf {
         .mode(0o600)
         .open(&path)
         .unwrap();
-    std::io::Write::write_all(&mut file, content.as_bytes()).unwrap();
+    file.write_all(content.as_bytes()).unwrap();
     path
 }
 
@@ -88,8 +91,69 @@ fn an_app_id_with_a_key_belongs_to_its_holder() {
     );
 }
 
+/// Listens in place of the server, and passes one connection on to it. Returns the address, and a
+/// thread that ends with the connection and returns what the client sent.
+fn relay(server: &Server) -> (std::net::SocketAddr, JoinHandle<Vec<u8>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let upstream = server.0.tcp().to_owned();
+    let thread = std::thread::spawn(move || {
+        let (mut client, _) = listener.accept().unwrap();
+        let mut server = TcpStream::connect(upstream).unwrap();
+        let (mut from, mut to) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+        std::thread::spawn(move || {
+            // Either side may be gone already.
+            let _ = std::io::copy(&mut from, &mut to);
+            let _ = to.shutdown(Shutdown::Both);
+        });
+        let (mut sent, mut piece) = (Vec::new(), [0; 4096]);
+        while let Ok(read @ 1..) = client.read(&mut piece) {
+            sent.extend_from_slice(&piece[..read]);
+            if server.write_all(&piece[..read]).is_err() {
+                break;
+            }
+        }
+        let _ = server.shutdown(Shutdown::Both);
+        sent
+    });
+    (address, thread)
+}
+
+/// A process that listens on the port of a stopped server could forward a proof to the real one.
 #[test]
-fn a_proof_is_valid_once_and_for_one_server_and_connection() {
+fn a_relay_on_the_port_gets_no_proof() {
+    let (server, set) = vault();
+    let proofs = |builder: &dyn Fn(&str) -> Builder| {
+        let (address, relayed) = relay(&server);
+        let refused = App::connect_with(builder(&format!("latzero://shop@{address}")));
+        let kind = refused.map(|_| ()).unwrap_err().kind();
+        let sent = String::from_utf8_lossy(&relayed.join().unwrap()).into_owned();
+        (
+            kind,
+            sent.contains("app_proof") || sent.contains("pool_prove"),
+        )
+    };
+    let line = app_key::AppKey::new(Secret::new([1; 32])).to_text();
+    let file = private_file(server.0.data_dir(), "shop", line.as_str());
+    let key = AppKey::from_file(&file).unwrap();
+    let with_app_key = |url: &str| latzero::App::builder(url).app_key(key.clone());
+    assert_eq!(proofs(&with_app_key), (Code::Downgrade, false));
+    let state = server.0.data_dir().join("of-clients");
+    let with_pool_keys = |url: &str| {
+        let builder = latzero::App::builder(url).keys("vault", keys(&set, WRITE));
+        builder.state_dir(state.clone())
+    };
+    assert_eq!(proofs(&with_pool_keys), (Code::Downgrade, false));
+    // With the permission it is sent: the test sees what it looks for.
+    let permitted = |url: &str| with_app_key(url).unbound(true);
+    let (address, relayed) = relay(&server);
+    drop(App::connect_with(permitted(&format!("latzero://shop@{address}"))).unwrap());
+    let sent = String::from_utf8_lossy(&relayed.join().unwrap()).into_owned();
+    assert!(sent.contains("app_proof"), "{sent}");
+}
+
+#[test]
+fn a_proof_is_valid_once_for_one_server_and_connection() {
     let server = Server::start();
     let key = app_key::AppKey::new(Secret::new([1; 32])).signing_key();
     let public = key.public().to_bytes();
@@ -154,7 +218,7 @@ fn a_proof_is_valid_once_and_for_one_server_and_connection() {
 }
 
 #[test]
-fn guessing_over_tcp_is_slowed_down() {
+fn guessing_over_tcp_is_rate_limited() {
     let server = Server::start();
     let mut codes = Vec::new();
     while codes.last().is_none_or(|code| code != "overloaded") && codes.len() < 30 {
@@ -686,7 +750,7 @@ fn a_crowd_of_wrong_proofs_is_bounded_and_delays_no_other_user() {
 }
 
 #[test]
-fn noise_does_not_push_refused_proofs_out_of_the_log() {
+fn other_events_do_not_push_refused_proofs_out_of_the_log() {
     let server = Server::with(&["log_file_bytes_max=4KiB", "log_files_max=2"]);
     let logs = server.0.data_dir().join("logs");
     let mut wire = server.app(Via::Tcp, json!({"app_id": "guesser", "pools": []}));
@@ -702,7 +766,7 @@ fn noise_does_not_push_refused_proofs_out_of_the_log() {
     };
     let mut came = 0;
     while came < 100 || audited().contains("guesser") || !audited().contains("noise-") {
-        assert!(came < 3000, "the noise never pushed the first line out");
+        assert!(came < 3000, "the first line is still in the log");
         drop(server.app(
             Via::Tcp,
             json!({"app_id": format!("noise-{came}"), "transient": true}),

@@ -375,7 +375,7 @@ fn n16_an_edited_table_is_refused_and_never_signed_again() {
     integrity(read(&head, 1, &checks(), None));
     let mut head = version.verified.head();
     head[MANIFEST_BYTES + 8] ^= 1;
-    let changed = read(&head, 1, &checks(), None).expect("the root is over the leaves");
+    let changed = read(&head, 1, &checks(), None).expect("the root covers the leaves");
     integrity(chunk_key().open(&changed, 0, version.chunks[0].clone()));
 }
 

@@ -554,7 +554,7 @@ fn n17_a_deferred_call_runs_once_also_after_a_restart() {
     let envelope = sealed(&pair.epochs, &deferred(NOW, NOW + 1000), None, None);
     let received = pair
         .receive(&frame(), &envelope, NOW)
-        .expect("it is good")
+        .expect("it is valid")
         .reply_to;
     assert_eq!(
         pair.receive(&frame(), &envelope, NOW).err(),
@@ -565,7 +565,7 @@ fn n17_a_deferred_call_runs_once_also_after_a_restart() {
     pair.handler.abandon(&received);
     let received = pair
         .receive(&frame(), &envelope, NOW)
-        .expect("it is good")
+        .expect("it is valid")
         .reply_to;
     let kept = pair.handler.finish(&received);
     assert_eq!(kept, Some(([2; 16], NOW + 1000)));

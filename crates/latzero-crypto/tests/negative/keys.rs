@@ -167,11 +167,11 @@ fn no_error_quotes_a_key() {
     for error in [
         Token::parse(&format!("lzs1_{secret}"))
             .err()
-            .expect("it is cut off"),
+            .expect("it is truncated"),
         Token::parse(secret).err().expect("it has no prefix"),
         AppKey::parse(&format!("lza1_{secret}"))
             .err()
-            .expect("it is cut off"),
+            .expect("it is truncated"),
     ] {
         let shown = format!("{error} {error:?}");
         assert!(!shown.contains(secret), "{shown}");

@@ -118,10 +118,10 @@ fn n10_a_signature_for_one_role_is_invalid_for_another() {
     };
     let Signatures::Write(join, read, write) = prove(&joining(unix()), Roles::Write).signatures
     else {
-        panic!("it was made for all roles");
+        panic!("it was created for all roles");
     };
     let Signatures::Join(join_alone) = prove(&joining(unix()), Roles::Join).signatures else {
-        panic!("it was made for one role");
+        panic!("it was created for one role");
     };
     assert_eq!(
         decide(Signatures::Write(join, read, write)),

@@ -1,12 +1,15 @@
 //! The pools: created explicitly or by use, and kept while anything needs them.
 
+use std::sync::Arc;
+
+use latzero_crypto::descriptor::Descriptor;
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
 use latzero_protocol::memory::Apps;
 use latzero_protocol::message::{Policy, PoolCreate};
 use latzero_protocol::{AppId, Code, PoolName, Raw, Refusal};
 use serde_json::Value;
 
-use super::{Entrance, PoolEntry, Registry, Sealed, View, not_open};
+use super::{Entrance, PoolEntry, Registry, Sealed, View, not_open, sealed};
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Reservation, Resource};
 use crate::now::Time;
@@ -18,6 +21,26 @@ use crate::turn::Turn;
 
 /// How long the name of a non-durable pool with a policy is reserved for its owner after a restart.
 const GRACE_MS: u64 = 30_000;
+
+/// A pool to create, read from its message.
+#[derive(Debug)]
+pub struct NewPool {
+    /// Its name.
+    pub name: PoolName,
+    properties: Option<Value>,
+    durable: bool,
+    policy: Policy,
+    /// The descriptor of an encrypted pool, whose signature is not checked.
+    pub descriptor: Option<Arc<Descriptor>>,
+}
+
+impl NewPool {
+    /// About how many bytes of memory it takes. A value takes some times the bytes of its text.
+    pub fn bytes(&self) -> usize {
+        let properties = self.properties.as_ref().map_or(0, |p| p.to_string().len());
+        1024 + 4 * (properties + self.policy.to_json().len())
+    }
+}
 
 impl<D: Driver> Registry<D> {
     /// Whether a name is reserved for another app: the owner of a pool with a policy from before
@@ -95,7 +118,7 @@ impl<D: Driver> Registry<D> {
         entry.held = entry
             .held
             .checked_add_signed(change as isize)
-            .expect("what ends began, and ends once");
+            .expect("a call ends once, after it began");
         self.drop_if_unused(name);
         true
     }
@@ -132,18 +155,18 @@ impl<D: Driver> Registry<D> {
     pub fn create_pool(
         &mut self,
         owner: &AppId,
-        create: PoolCreate<'_>,
+        pool: NewPool,
         promise: &D::Peer,
         turn: &mut Turn<'_, D>,
     ) -> Result<bool, Refusal> {
         let unix_ms = turn.unix_ms();
-        let PoolCreate {
-            pool: name,
+        let NewPool {
+            name,
             properties,
             durable,
             policy,
-            sealed,
-        } = create;
+            descriptor,
+        } = pool;
         if let Some(entry) = self.pools.get(&name) {
             if entry.sealed.is_some() {
                 return Err(Refusal::unproved());
@@ -161,10 +184,9 @@ impl<D: Driver> Registry<D> {
         if awaited.is_some_and(|of| of != *owner) || self.is_reserved(owner, &name, turn.time()) {
             return Err(not_open(owner, &name));
         }
-        let sealed = sealed.map(|asked| Sealed::new(&asked, &name)).transpose()?;
-        if sealed
+        if descriptor
             .as_ref()
-            .is_some_and(|s| self.has_pool_id(s.descriptor.pool_id()))
+            .is_some_and(|d| self.has_pool_id(d.pool_id()))
         {
             let message = "the pool id of the descriptor is in use here; make a new descriptor";
             return Err(Refusal::new(Code::BadMessage, message));
@@ -172,9 +194,6 @@ impl<D: Driver> Registry<D> {
         self.check_room_for_pools(1)?;
         let place = promise.link().account().reserve(Resource::Pools, 1);
         let place = place.map_err(Refusal::from)?;
-        let properties = properties
-            .map(|raw| self.free_json("properties", raw.text()))
-            .transpose()?;
         let has_rules = policy != Policy::default();
         if durable || has_rules {
             let row = PoolRow {
@@ -184,7 +203,7 @@ impl<D: Driver> Registry<D> {
                 properties: properties.as_ref().map(Value::to_string),
                 created: unix_ms,
                 is_durable: durable,
-                descriptor: sealed.as_ref().map(|s| s.descriptor.as_bytes().to_vec()),
+                descriptor: descriptor.as_ref().map(|d| d.as_bytes().to_vec()),
             };
             turn.store(StoreChange::Pool(Box::new(row)), durable.then_some(promise));
         }
@@ -195,8 +214,28 @@ impl<D: Driver> Registry<D> {
         entry.durable = durable;
         entry.policy = policy;
         entry.properties = properties;
-        entry.sealed = sealed;
+        entry.sealed = descriptor.map(Sealed::new);
         Ok(durable)
+    }
+
+    /// Reads a pool to create. The signatures of its descriptor are not checked.
+    ///
+    /// # Errors
+    /// `bad_message`, `too_large`.
+    pub fn read_new_pool(&self, create: PoolCreate<'_>) -> Result<NewPool, Refusal> {
+        let properties = create.properties;
+        let descriptor = create
+            .sealed
+            .map(|asked| sealed::read(&asked, &create.pool));
+        Ok(NewPool {
+            name: create.pool,
+            properties: properties
+                .map(|raw| self.free_json("properties", raw.text()))
+                .transpose()?,
+            durable: create.durable,
+            policy: create.policy,
+            descriptor: descriptor.transpose()?,
+        })
     }
 
     /// A durable pool could not be stored: it is removed with its last member. Its handle is
@@ -293,7 +332,7 @@ impl<D: Driver> Registry<D> {
         let entry = self
             .pools
             .get_mut(&name)
-            .expect("made above where it was missing");
+            .expect("created above if it was missing");
         entry.members += 1;
         Entrance {
             number: entry.number,

@@ -49,6 +49,21 @@ pub struct Proved<D: Driver> {
     pub restored_ms: Option<u64>,
 }
 
+/// A descriptor that may replace the current one.
+#[derive(Debug, Clone)]
+pub struct Successor {
+    current: Arc<Descriptor>,
+    next: Arc<Descriptor>,
+}
+
+impl Successor {
+    /// Whether the owners of both epochs signed it.
+    #[must_use]
+    pub fn is_signed(&self) -> bool {
+        self.next.is_signed_after(&self.current)
+    }
+}
+
 /// The result of a rotation.
 pub struct Rotated<D: Driver> {
     /// The new descriptor.
@@ -65,33 +80,32 @@ pub struct Rotated<D: Driver> {
     pub dropped: Vec<(D::Peer, Membership<D>)>,
 }
 
+/// Reads the descriptor of a new pool. Its signature is not checked.
+///
+/// # Errors
+/// `bad_message`.
+pub(super) fn read(asked: &Asked<'_>, name: &PoolName) -> Result<Arc<Descriptor>, Refusal> {
+    let bytes = bytes_of(&asked.descriptor)?;
+    let descriptor = descriptor::read_creation(&bytes, name.as_str()).map_err(refusal)?;
+    if asked.is_gated != (descriptor.suite() == Suite::Gated) {
+        let message = "field 'memory' does not fit the suite of the descriptor";
+        return Err(Refusal::new(Code::BadMessage, message));
+    }
+    Ok(Arc::new(descriptor))
+}
+
 impl Sealed {
-    /// Reads the descriptor of a new pool.
-    ///
-    /// # Errors
-    /// `bad_message`.
-    pub(super) fn new(asked: &Asked<'_>, name: &PoolName) -> Result<Sealed, Refusal> {
-        let bytes = bytes_of(&asked.descriptor)?;
-        let descriptor = descriptor::check_creation(&bytes, name.as_str()).map_err(refusal)?;
-        if asked.is_gated != (descriptor.suite() == Suite::Gated) {
-            let message = "field 'memory' does not fit the suite of the descriptor";
-            return Err(Refusal::new(Code::BadMessage, message));
-        }
-        Ok(Sealed {
-            descriptor: Arc::new(descriptor),
+    pub(super) fn new(descriptor: Arc<Descriptor>) -> Sealed {
+        Sealed {
+            descriptor,
             older: Vec::new(),
             restored_ms: None,
-        })
+        }
     }
 
     /// Restores the descriptor of an earlier run.
     pub(super) fn restore(bytes: &[u8]) -> Option<Sealed> {
-        let descriptor = Descriptor::parse(bytes).ok()?;
-        Some(Sealed {
-            descriptor: Arc::new(descriptor),
-            older: Vec::new(),
-            restored_ms: None,
-        })
+        Some(Sealed::new(Arc::new(Descriptor::parse(bytes).ok()?)))
     }
 
     /// What members see of it in a description.
@@ -247,26 +261,36 @@ impl<D: Driver> Registry<D> {
         (sealed.older[start..end].to_vec(), start > 0)
     }
 
-    /// Moves an encrypted pool to its next epoch. Members whose keys are the same stay; the others
-    /// are returned, and must leave.
+    /// Reads the next descriptor of an encrypted pool. Its signatures are not checked.
     ///
     /// # Errors
     /// `bad_message`, `stale_epoch`, `unauthenticated`.
+    pub fn next_descriptor(&self, name: &PoolName, said: &str) -> Result<Successor, Refusal> {
+        let current = self.descriptor(name).ok_or_else(Refusal::unproved)?;
+        let next = descriptor::read_rotation(&bytes_of(said)?, &current).map_err(refusal)?;
+        let next = Arc::new(next);
+        Ok(Successor { current, next })
+    }
+
+    /// Moves an encrypted pool to its next epoch, whose descriptor is signed. Members whose keys
+    /// are the same stay; the others are returned, and must leave.
+    ///
+    /// # Errors
+    /// `stale_epoch`, `unauthenticated`.
     pub fn rotate(
         &mut self,
         name: &PoolName,
-        said: &str,
+        Successor { current, next }: Successor,
         promise: &D::Peer,
         turn: &mut Turn<'_, D>,
     ) -> Result<Rotated<D>, Refusal> {
-        let bytes = bytes_of(said)?;
         let entry = self.pools.get_mut(name);
         let entry = entry.filter(|entry| entry.sealed.is_some());
         let entry = entry.ok_or_else(Refusal::unproved)?;
-        let sealed = entry.sealed.as_mut().expect("looked at just now");
-        let current = Arc::clone(&sealed.descriptor);
-        let next = descriptor::check_rotation(&bytes, &current).map_err(refusal)?;
-        let next = Arc::new(next);
+        let sealed = entry.sealed.as_mut().expect("just checked");
+        if !Arc::ptr_eq(&sealed.descriptor, &current) {
+            return Err(refusal(StoreError::StaleEpoch(sealed.descriptor.epoch())));
+        }
         let changes = next.changes(&current);
         sealed.older.push(current.as_bytes().into());
         sealed.descriptor = Arc::clone(&next);
@@ -333,7 +357,6 @@ fn bytes_of(said: &str) -> Result<Vec<u8>, Refusal> {
 fn refusal(error: StoreError) -> Refusal {
     match error {
         StoreError::StaleEpoch(_) => Refusal::new(Code::StaleEpoch, error.to_string()),
-        StoreError::Signature => Refusal::unproved(),
         StoreError::Layout(_) | StoreError::Unfit(_) => {
             Refusal::new(Code::BadMessage, error.to_string())
         }

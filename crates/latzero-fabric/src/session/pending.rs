@@ -61,6 +61,19 @@ impl Reply {
 }
 
 impl<D: Driver> Session<D> {
+    /// Sends a reply, now or when its change is on disk.
+    pub(super) fn answer(&mut self, id: Option<&str>, reply: Reply, turn: &mut Turn<'_, D>) {
+        match reply {
+            Reply::Now(reply) => self.reply(id, &reply, turn),
+            Reply::Later => {}
+            Reply::Kept(reply, promise) => self.awaited.push_back(Awaited::Reply {
+                id: id.map(Into::into),
+                reply: reply.into(),
+                promise,
+            }),
+        }
+    }
+
     /// The first pending change of this connection is stored, or cannot be stored.
     pub fn handle_stored(&mut self, result: Result<(), Refusal>, turn: &mut Turn<'_, D>) -> Flow {
         match self.awaited.pop_front() {

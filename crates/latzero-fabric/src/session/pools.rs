@@ -12,7 +12,7 @@ use super::pending::{PendingReply, Reply};
 use super::{Session, leave};
 use crate::driver::{Driver, Transport};
 use crate::effects::Audit;
-use crate::registry::{View, dedup_triggers, remove_triggers};
+use crate::registry::{NewPool, View, dedup_triggers, remove_triggers};
 use crate::turn::Turn;
 
 impl<D: Driver> Session<D> {
@@ -105,7 +105,21 @@ impl<D: Driver> Session<D> {
 
     pub(super) fn pool_create(
         &mut self,
+        id: Option<&str>,
         create: PoolCreate<'_>,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Reply, Refusal> {
+        let pool = turn.with_registry(|registry, _| registry.read_new_pool(create))?;
+        match pool.descriptor.clone() {
+            Some(descriptor) => self.prove_creation(id, pool, descriptor, turn),
+            None => self.create(pool, turn),
+        }
+    }
+
+    /// Creates a pool whose descriptor, if it has one, is signed.
+    pub(super) fn create(
+        &mut self,
+        pool: NewPool,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
         let app = self
@@ -114,10 +128,10 @@ impl<D: Driver> Session<D> {
             .expect("only a ready session gets here")
             .app
             .clone();
-        let name = create.pool.clone();
+        let name = pool.name.clone();
         let peer = self.peer.clone();
         let is_promised =
-            turn.with_registry(|registry, turn| registry.create_pool(&app, create, &peer, turn))?;
+            turn.with_registry(|registry, turn| registry.create_pool(&app, pool, &peer, turn))?;
         // It may be removed now; the reply is sent anyway.
         let made = turn.with_registry(|registry, _| registry.describe_new_pool(&name));
         let reply = made.map_or_else(

@@ -20,11 +20,12 @@ use serde_json::json;
 
 use super::pending::{PendingReply, Reply};
 use super::{Flow, Session, leave};
-use crate::driver::{Check, Driver};
+use crate::driver::{Check, Driver, Peer as _};
 use crate::effects::Audit;
+use crate::ledger::{Reservation, Resource};
 use crate::now::Time;
 use crate::outbox::Class;
-use crate::registry::{Proved, Rotated, rotated_event};
+use crate::registry::{NewPool, Proved, Rotated, Successor, rotated_event};
 use crate::turn::Turn;
 
 /// Refused proofs after which a connection is closed.
@@ -48,6 +49,10 @@ enum Proof {
     App(AppId, [u8; 32]),
     /// Roles in a pool, by the descriptor of that moment.
     Pool(PoolName, Option<Arc<Descriptor>>, Roles),
+    /// The descriptor of a new pool, and the memory that it takes.
+    Creation(Box<NewPool>, Reservation),
+    /// A pool's next descriptor.
+    Rotation(PoolName, Successor),
 }
 
 impl<D: Driver> Session<D> {
@@ -65,14 +70,14 @@ impl<D: Driver> Session<D> {
             return self.reject(&Refusal::new(Code::FrameTooLarge, message), turn);
         }
         let result = match request {
-            Request::Challenge => Ok(Some(self.challenge(turn))),
+            Request::Challenge => Ok(Reply::Now(self.challenge(turn))),
             Request::AppProof(_) if self.ready.is_some() => Err(Refusal::new(
                 Code::AlreadyReady,
                 "an app is proved before the handshake; open another connection",
             )),
             Request::AppProof(said) => self.app_proof(id, said, turn),
-            Request::AdminProof(said) => self.admin_proof(said, turn).map(Some),
-            _ => unreachable!("nothing else comes here"),
+            Request::AdminProof(said) => self.admin_proof(said, turn).map(Reply::Now),
+            _ => unreachable!("no other message arrives here"),
         };
         self.answer_proof(id, result, turn)
     }
@@ -90,12 +95,12 @@ impl<D: Driver> Session<D> {
         proof: Proof,
         check: Check,
         turn: &mut Turn<'_, D>,
-    ) -> Result<Option<String>, Refusal> {
+    ) -> Result<Reply, Refusal> {
         match turn.driver.verify(&self.peer, check)? {
             Some(is_good) => self.decide(id, proof, is_good, turn),
             None => {
                 self.proofs.pending = Some((id.map(Into::into), proof));
-                Ok(None)
+                Ok(Reply::Later)
             }
         }
     }
@@ -120,18 +125,45 @@ impl<D: Driver> Session<D> {
         proof: Proof,
         is_good: bool,
         turn: &mut Turn<'_, D>,
-    ) -> Result<Option<String>, Refusal> {
-        if !is_good {
-            return Err(Refusal::unproved());
-        }
+    ) -> Result<Reply, Refusal> {
         match proof {
-            Proof::App(app, key) => self.seat_app(app, key, turn).map(Some),
+            Proof::Creation(..) if !is_good => {
+                let message = "the descriptor is not signed by the owner that it names";
+                Err(Refusal::new(Code::BadMessage, message))
+            }
+            _ if !is_good => Err(Refusal::unproved()),
+            Proof::App(app, key) => self.seat_app(app, key, turn).map(Reply::Now),
             Proof::Pool(pool, descriptor, roles) => {
                 let descriptor = descriptor.ok_or_else(Refusal::unproved)?;
                 self.seat_member(id, &pool, &descriptor, roles, turn)?;
-                Ok(None)
+                Ok(Reply::Later)
             }
+            Proof::Creation(pool, memory) => {
+                // The pool counts by itself.
+                drop(memory);
+                self.create(*pool, turn)
+            }
+            Proof::Rotation(pool, next) => self.rotate(&pool, next, turn),
         }
+    }
+
+    /// Has the signature of a new pool's descriptor checked.
+    pub(super) fn prove_creation(
+        &mut self,
+        id: Option<&str>,
+        pool: NewPool,
+        descriptor: Arc<Descriptor>,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Reply, Refusal> {
+        self.check_attempts(turn)?;
+        let bytes = pool.bytes() as u64;
+        let memory = self
+            .peer
+            .link()
+            .account()
+            .reserve(Resource::Registrations, bytes)?;
+        let proof = Proof::Creation(Box::new(pool), memory);
+        self.verify(id, proof, Box::new(move || descriptor.is_signed()), turn)
     }
 
     /// The refusal of a proof whose signatures are not looked at, or not what is wrong with it.
@@ -157,7 +189,7 @@ impl<D: Driver> Session<D> {
         id: Option<&str>,
         said: &AppProof<'_>,
         turn: &mut Turn<'_, D>,
-    ) -> Result<Option<String>, Refusal> {
+    ) -> Result<Reply, Refusal> {
         let app_key: [u8; 32] = binary("app_key", &said.app_key)?;
         let client_nonce = binary("client_nonce", &said.client_nonce)?;
         let sig = binary("sig", &said.sig)?;
@@ -254,7 +286,7 @@ impl<D: Driver> Session<D> {
         pool: &PoolName,
         said: &str,
         turn: &mut Turn<'_, D>,
-    ) -> Result<Option<String>, Refusal> {
+    ) -> Result<Reply, Refusal> {
         let said = JoinProof::from_json(said)
             .map_err(|error| Refusal::new(Code::BadMessage, error.to_string()))?;
         self.check_attempts(turn)?;
@@ -441,15 +473,14 @@ impl<D: Driver> Session<D> {
     pub(super) fn answer_proof(
         &mut self,
         id: Option<&str>,
-        result: Result<Option<String>, Refusal>,
+        result: Result<Reply, Refusal>,
         turn: &mut Turn<'_, D>,
     ) -> Flow {
         match result {
-            Ok(Some(reply)) => {
-                self.reply(id, &reply, turn);
+            Ok(reply) => {
+                self.answer(id, reply, turn);
                 Flow::Continue
             }
-            Ok(None) => Flow::Continue,
             Err(refusal) => {
                 self.refuse(id, &refusal, turn);
                 self.count_refused(&refusal, turn)
@@ -457,14 +488,31 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// Moves a pool to its next epoch, and notifies its members. Those whose keys changed must
-    /// leave.
+    /// Has the signatures of a pool's next descriptor checked.
     pub(super) fn pool_rotate(
         &mut self,
+        id: Option<&str>,
         pool: &PoolName,
         said: &str,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
+        self.lasting_membership(Some(pool.as_str()), turn)?
+            .check_roles(Roles::Write)?;
+        let next = turn.with_registry(|registry, _| registry.next_descriptor(pool, said))?;
+        self.check_attempts(turn)?;
+        let proof = Proof::Rotation(pool.clone(), next.clone());
+        self.verify(id, proof, Box::new(move || next.is_signed()), turn)
+    }
+
+    /// Moves a pool to its next epoch, and notifies its members. Those whose keys changed must
+    /// leave.
+    fn rotate(
+        &mut self,
+        pool: &PoolName,
+        next: Successor,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Reply, Refusal> {
+        // Its roles may have changed while the signatures were checked.
         self.lasting_membership(Some(pool.as_str()), turn)?
             .check_roles(Roles::Write)?;
         let peer = self.peer.clone();
@@ -475,7 +523,7 @@ impl<D: Driver> Session<D> {
             moves,
             kept,
             dropped,
-        } = turn.with_registry(|registry, turn| registry.rotate(pool, said, &peer, turn))?;
+        } = turn.with_registry(|registry, turn| registry.rotate(pool, next, &peer, turn))?;
         let tell = |peer: &D::Peer, is_member, turn: &mut Turn<'_, D>| {
             let json = rotated_event(pool, &descriptor, is_member).to_string();
             turn.send(peer, Class::Control, json.len(), |out| {
