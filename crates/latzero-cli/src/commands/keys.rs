@@ -372,9 +372,12 @@ fn show(args: &FileArgs, output: &Output) -> CommandResult {
 
 fn check(args: &FileArgs, output: &Output) -> CommandResult {
     let path = args.path()?;
-    let keys = read_keys(&path).map_err(|failure| Failure {
-        exit: Exit::Unhealthy,
-        ..failure
+    let keys = read_keys(&path).map_err(|failure| match path.exists() {
+        true => Failure {
+            exit: Exit::Unhealthy,
+            ..failure
+        },
+        false => failure,
     })?;
     args.report(&path, &keys, output)
 }

@@ -4,6 +4,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use latzero_server::settings::{Environment, load};
 use serde_json::json;
 
 use crate::args::{ServiceArgs, ServiceCommand, SettingsArgs};
@@ -36,6 +37,12 @@ fn path() -> PathBuf {
 }
 
 fn unit(settings: &SettingsArgs) -> Result<String, Failure> {
+    // What `start` refuses would fail at the next login, where nobody sees it.
+    load(
+        &Environment::of_process(),
+        &settings.overrides(),
+        settings.config.as_deref(),
+    )?;
     let program = std::env::current_exe()
         .map_err(|error| Failure::new(Exit::Failure, format!("the program's path: {error}")))?;
     let mut words = vec![program.to_string_lossy().into_owned(), "start".to_owned()];
@@ -146,13 +153,20 @@ fn install(settings: &SettingsArgs, output: &Output) -> CommandResult {
         )
     };
     let dir = path.parent().expect("its name was joined to one");
+    let is_new = !path.exists();
     std::fs::create_dir_all(dir).map_err(failed)?;
     let mut file = tempfile::NamedTempFile::new_in(dir).map_err(failed)?;
     file.write_all(unit.as_bytes()).map_err(failed)?;
     file.persist(&path).map_err(|error| failed(error.error))?;
     let mut steps = Steps::new(output);
     steps.add(format!("wrote {}", path.display()))?;
-    steps.systemctl(&["daemon-reload"])?;
+    steps.systemctl(&["daemon-reload"]).map_err(|mut failure| {
+        // Without systemd the file would be left over.
+        if is_new && std::fs::remove_file(&path).is_ok() {
+            failure.details.push(format!("removed {}", path.display()));
+        }
+        failure
+    })?;
     steps.systemctl(&["enable", UNIT])?;
     // Restarted, so that a running service gets the new settings.
     steps.systemctl(&["restart", UNIT])?;

@@ -8,7 +8,7 @@ use crate::program::{Server, latzero, run, run_with};
 
 fn mode(path: &Path) -> u32 {
     std::fs::symlink_metadata(path)
-        .expect("it is there")
+        .expect("it exists")
         .permissions()
         .mode()
         & 0o7777
@@ -165,7 +165,10 @@ fn a_key_file_accessible_to_others_is_refused() {
     check(&link, "is a link");
     check(home.path(), "is not a regular file");
     check(Path::new("/dev/null"), "is not a regular file");
-    check(&home.path().join("none"), "cannot be opened");
+    let none = home.path().join("none");
+    let args = ["keys", "check", "vault", "--file", none.to_str().unwrap()];
+    let missing = run(&mut latzero(home.path(), &args)).ended_with(2);
+    missing.said("cannot be opened");
     let pipe = home.path().join("pipe");
     let kind = rustix::fs::FileType::Fifo;
     rustix::fs::mknodat(rustix::fs::CWD, &pipe, kind, rustix::fs::Mode::RUSR, 0).unwrap();

@@ -11,5 +11,6 @@ mod parked;
 mod program;
 mod serve;
 mod server;
+mod service;
 mod storage;
 mod table;

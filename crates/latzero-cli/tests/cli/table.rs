@@ -97,6 +97,7 @@ const NOT_WHEN_UP: &[(&str, &[&str])] = &[
     // The server does one at a time, and `backup` is one as well.
     ("db_check", &["db", "check"]),
     ("db_query", &["db", "query", "select 1"]),
+    ("db_dump", &["db", "dump"]),
     ("pools", &["pools"]),
     ("block_info", &["block", "info", "lab/f"]),
     ("bench", &["bench", "call", "--calls", "1"]),
@@ -119,11 +120,15 @@ const LOCAL: &[(&str, &[&str])] = &[
         "keys_accept_restore_none",
         &["keys", "accept-restore", "nopool"],
     ),
+    (
+        "keys_from_passphrase_bad_name",
+        &["keys", "from-passphrase", "a b"],
+    ),
     ("app_key_new_bad_name", &["app", "key", "new", "a b"]),
     ("keys_show_none", &["keys", "show", "nopool"]),
     (
         "keys_export_none",
-        &["keys", "export", "nopool", "--role", "read"],
+        &["keys", "export", "nopool", "--role", "read", "--to", "x"],
     ),
     ("app_key_show_none", &["app", "key", "show", "nobody"]),
     ("doctor_usage", &["doctor", "--set", "nosuch=1"]),
@@ -131,6 +136,13 @@ const LOCAL: &[(&str, &[&str])] = &[
     ("serve_nothing", &["serve", "x", "--", "no-such-program"]),
     ("start_bare_host", &["start", "-h"]),
     ("start_wrong", &["start", "--port", "x"]),
+    ("service_show", &["service", "show", "--port", "1234"]),
+    ("service_uninstall_none", &["service", "uninstall"]),
+    // It would start a server; service.rs runs it.
+    (
+        "service_install_wrong",
+        &["service", "install", "--port", "x"],
+    ),
 ];
 
 fn run(home: &Path, args: &[&str], reader: Reader, homes: &[&Path]) -> String {
@@ -180,7 +192,7 @@ fn run(home: &Path, args: &[&str], reader: Reader, homes: &[&Path]) -> String {
 
 /// A line without what differs from run to run.
 fn normal(line: &str, homes: &[&Path]) -> String {
-    let mut line = line.to_owned();
+    let mut line = line.replace(env!("CARGO_BIN_EXE_latzero"), "/usr/bin/latzero");
     for home in homes {
         line = line.replace(home.canonicalize().unwrap().to_str().unwrap(), "/home/me");
     }
@@ -232,6 +244,48 @@ fn without_instances(line: &str) -> String {
         rest = after;
     }
     out + rest
+}
+
+/// The commands below `path` that have no subcommands, from the help.
+fn commands(path: &[String]) -> Vec<Vec<String>> {
+    let home = Path::new("/nonexistent");
+    let args: Vec<&str> = path.iter().map(String::as_str).chain(["--help"]).collect();
+    let help = crate::program::run(&mut latzero(home, &args))
+        .ended_with(0)
+        .out;
+    if !help
+        .lines()
+        .any(|line| line.starts_with("Usage:") && line.contains("<COMMAND>"))
+    {
+        return vec![path.to_vec()];
+    }
+    let is_name = |word: &str| word.chars().all(|c| c.is_ascii_lowercase() || c == '-');
+    help.lines()
+        .take_while(|line| *line != "Options:")
+        .filter_map(|line| line.strip_prefix("  ")?.split_once("  "))
+        .map(|(name, _)| name)
+        .filter(|name| !name.is_empty() && is_name(name) && *name != "help")
+        .flat_map(|name| commands(&[path, &[name.to_owned()]].concat()))
+        .collect()
+}
+
+#[test]
+fn the_table_has_every_command() {
+    let commands = commands(&[]);
+    assert!(commands.len() > 50, "{commands:?}");
+    let rows: Vec<&[&str]> = [COMMANDS, NOT_WHEN_UP, LOCAL]
+        .concat()
+        .iter()
+        .map(|(_, args)| *args)
+        .collect();
+    for command in commands {
+        let is_listed = rows.iter().any(|args| args.starts_with(&words(&command)));
+        assert!(is_listed, "no row for `latzero {}`", command.join(" "));
+    }
+}
+
+fn words(command: &[String]) -> Vec<&str> {
+    command.iter().map(String::as_str).collect()
 }
 
 #[test]
