@@ -26,8 +26,9 @@ use latzero_protocol::message::Event;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 use serde_json::{Value, json};
 
+use super::Pool;
 use super::lock::{Claim, Claimed, Expired, Grant, Holder, Lock};
-use super::{Member, MemberKey, Pool, not_member};
+use super::members::{Member, MemberKey};
 use crate::driver::{Driver, Peer as _};
 use crate::ledger::{Account, Reservation, Resource};
 use crate::memory::{Geometry, HEADER_BYTES, Job, Making, Numbers, StorageId, check_room};
@@ -208,7 +209,7 @@ struct Block {
     phase: Phase,
     attachments: Vec<Attachment>,
     subscribers: BTreeMap<MemberKey, Reservation>,
-    /// Members that refer to it ([`Member::blocks`]).
+    /// Members that refer to it ([`Blocks::uses`]).
     involved: BTreeSet<MemberKey>,
     lock: Lock,
     /// No lease and no wait ends before this.
@@ -301,6 +302,8 @@ pub(super) struct Blocks {
     tickets: u64,
     /// The deadlines of blocks, indexed because the pool is asked after every message.
     deadlines: BTreeSet<(Time, BlockKey)>,
+    /// The blocks to check when a member leaves.
+    uses: BTreeSet<(MemberKey, BlockKey)>,
     /// Waits for locks that can be cancelled: the member, its request id, the block, and the place
     /// in the queue.
     waits: BTreeSet<(MemberKey, Box<str>, BlockKey, u64)>,
@@ -339,6 +342,25 @@ impl Blocks {
             before.map(|at| self.deadlines.remove(&(at, key)));
             due.map(|at| self.deadlines.insert((at, key)));
         }
+    }
+
+    /// Records that a member uses a block, so that its end finds it.
+    fn involve(&mut self, member: MemberKey, key: BlockKey) {
+        if let Some(block) = self.blocks.at_mut(stored(key)) {
+            block.involved.insert(member);
+            self.uses.insert((member, key));
+        }
+    }
+
+    /// A member leaves: forgets which blocks it uses, and returns them.
+    fn take_uses(&mut self, member: MemberKey) -> Vec<BlockKey> {
+        let own = self.uses.range((member, BlockKey::new(0, 0))..);
+        let own = own.take_while(|(user, _)| *user == member);
+        let keys: Vec<BlockKey> = own.map(|(_, key)| *key).collect();
+        for &key in &keys {
+            self.uses.remove(&(member, key));
+        }
+        keys
     }
 
     /// A claim of a block's lock starts to wait.
@@ -399,9 +421,7 @@ impl<D: Driver> Pool<D> {
     }
 
     fn asker(&self, member: MemberKey) -> Result<&Member<D>, Refusal> {
-        self.members
-            .at(member)
-            .ok_or_else(|| not_member(&self.name))
+        self.members.asker(member, &self.info.name)
     }
 
     /// A block of an earlier run is not restored, for the reason `why`. Its name and pool are kept
@@ -413,7 +433,7 @@ impl<D: Driver> Pool<D> {
             .insert(id.clone(), why.into())
             .is_none()
         {
-            turn.count_held(&self.name, self.number, 1);
+            turn.count_held(&self.info.name, self.info.number, 1);
         }
     }
 
@@ -424,7 +444,7 @@ impl<D: Driver> Pool<D> {
         let message = format!(
             "block '{id}' of pool '{}' was not loaded when the server started, because of a \
              limit: {why}; restart the server with a higher limit",
-            self.name
+            self.info.name
         );
         Err(Refusal::new(Code::Quota, message))
     }
@@ -440,7 +460,7 @@ impl<D: Driver> Pool<D> {
             Some((key, block)) if !matches!(block.phase, Phase::New) => Ok((key, block)),
             _ => {
                 self.check_left_out(id)?;
-                Err(no_block(id, self.name.as_str()))
+                Err(no_block(id, self.info.name.as_str()))
             }
         }
     }
@@ -480,7 +500,7 @@ impl<D: Driver> Pool<D> {
             "app '{app}' may not {} block '{}' of pool '{}'; its owner is '{}'",
             access.as_str(),
             block.id,
-            self.name,
+            self.info.name,
             block.owner
         );
         Refusal::new(Code::Forbidden, message)
@@ -505,7 +525,7 @@ impl<D: Driver> Pool<D> {
                 let message = format!(
                     "block '{}' exists in pool '{}'; attach it, or create it with \
                     \"if_exists\":\"attach\"",
-                    create.block, self.name
+                    create.block, self.info.name
                 );
                 return Err(Refusal::new(Code::BlockExists, message));
             }
@@ -521,8 +541,11 @@ impl<D: Driver> Pool<D> {
                 return Err(Refusal::new(Code::BlockExists, message));
             }
             if matches!(block.phase, Phase::New) {
-                if block.waiting.len() >= self.limits.block_waiters_max {
-                    return Err(too_many_wait(&create.block, self.limits.block_waiters_max));
+                if block.waiting.len() >= self.info.limits.block_waiters_max {
+                    return Err(too_many_wait(
+                        &create.block,
+                        self.info.limits.block_waiters_max,
+                    ));
                 }
                 let seat = self.seat(asking)?;
                 let block = self.blocks.at_mut(key).expect("its name leads to it");
@@ -532,7 +555,7 @@ impl<D: Driver> Pool<D> {
                     attach: create.attach,
                     _seat: seat,
                 });
-                self.involve(asking.member, key);
+                self.blocks.involve(asking.member, key);
                 return Ok(None);
             }
             let Some(access) = create.attach else {
@@ -541,12 +564,14 @@ impl<D: Driver> Pool<D> {
             return self.attach_block(asking, &create.block, access, create.layout.as_ref(), turn);
         }
         self.check_left_out(&create.block)?;
-        let owner = turn.driver.awaited_owner(&self.name, Some(&create.block));
+        let owner = turn
+            .driver
+            .awaited_owner(&self.info.name, Some(&create.block));
         if owner.is_some_and(|owner| owner != app) {
             let message = format!(
                 "the name of block '{}' in pool '{}' is kept for its owner, who had it before the \
                  server's start",
-                create.block, self.name
+                create.block, self.info.name
             );
             return Err(Refusal::new(Code::Forbidden, message));
         }
@@ -556,7 +581,7 @@ impl<D: Driver> Pool<D> {
             return Err(Refusal::new(Code::BadMessage, message));
         }
         if create.kind == Kind::Persistent {
-            self.check_outlives("a persistent block")?;
+            self.info.check_outlives("a persistent block")?;
         }
         let sealed = match uid {
             None => None,
@@ -566,12 +591,12 @@ impl<D: Driver> Pool<D> {
         let geometry = Geometry::new(create.kind, size, create.slots);
         let total = self.check_size(geometry)?;
         check_room(
-            &format!("blocks of pool '{}'", self.name),
+            &format!("blocks of pool '{}'", self.info.name),
             "memory_bytes_per_pool_max",
             (
                 self.blocks.bytes,
                 total,
-                self.limits.memory_bytes_per_pool_max,
+                self.info.limits.memory_bytes_per_pool_max,
             ),
         )?;
         let seat = self.seat(asking)?;
@@ -585,10 +610,10 @@ impl<D: Driver> Pool<D> {
         let place = account.reserve(Resource::BlockCount, 1)?;
         let room = Room::new(&account, create.kind, total)?;
         let (storage, generation) = turn.with_numbers(|numbers| {
-            let generation = numbers.first_generation(&self.name, &create.block);
+            let generation = numbers.first_generation(&self.info.name, &create.block);
             (numbers.next_storage(), generation)
         });
-        turn.count_held(&self.name, self.number, 1);
+        turn.count_held(&self.info.name, self.info.number, 1);
         self.blocks.bytes += total;
         let block = Block {
             id: create.block.clone(),
@@ -623,17 +648,17 @@ impl<D: Driver> Pool<D> {
         };
         let making = Making {
             storage,
-            pool: self.name.clone(),
+            pool: self.info.name.clone(),
             block: block.id.clone(),
             kind: block.kind,
             geometry,
             generation,
             from: None,
-            record: record(&self.name, &block, self.outlives).to_string(),
+            record: record(&self.info.name, &block, self.info.outlives).to_string(),
         };
         let key = shown(self.blocks.blocks.insert(block));
         self.blocks.by_id.insert(create.block.clone(), key);
-        self.involve(asking.member, key);
+        self.blocks.involve(asking.member, key);
         turn.block_job(Job::Make {
             key,
             making,
@@ -667,14 +692,17 @@ impl<D: Driver> Pool<D> {
     ) -> Result<StorageId, Refusal> {
         let mut block = found.read(account)?;
         if self.blocks.by_id.contains_key(&block.id) {
-            let message = format!("block '{}' occurs twice in pool '{}'", block.id, self.name);
+            let message = format!(
+                "block '{}' occurs twice in pool '{}'",
+                block.id, self.info.name
+            );
             return Err(Refusal::new(Code::BlockExists, message));
         }
         let total = self.check_size(block.geometry)?;
         block._place = account.reserve(Resource::BlockCount, 1)?;
         block.room = Room::new(account, block.kind, total)?;
         block.storage = turn.with_numbers(Numbers::next_storage);
-        turn.count_held(&self.name, self.number, 1);
+        turn.count_held(&self.info.name, self.info.number, 1);
         self.blocks.bytes += total;
         let (id, storage) = (block.id.clone(), block.storage);
         let key = self.blocks.blocks.insert(block);
@@ -685,12 +713,12 @@ impl<D: Driver> Pool<D> {
     fn check_size(&self, geometry: Geometry) -> Result<u64, Refusal> {
         let total = geometry.total();
         match total {
-            Some(total) if geometry.size <= self.limits.block_bytes_max => Ok(total),
+            Some(total) if geometry.size <= self.info.limits.block_bytes_max => Ok(total),
             _ => Err(Refusal::new(
                 Code::TooLarge,
                 format!(
                     "a block may have at most {} bytes (limits.block_bytes_max); {} were requested",
-                    self.limits.block_bytes_max, geometry.size
+                    self.info.limits.block_bytes_max, geometry.size
                 ),
             )),
         }
@@ -714,8 +742,8 @@ impl<D: Driver> Pool<D> {
         {
             // A request right after its creation waits until it is ready.
             check_layout(block, layout)?;
-            if block.waiting.len() >= self.limits.block_waiters_max {
-                return Err(too_many_wait(id, self.limits.block_waiters_max));
+            if block.waiting.len() >= self.info.limits.block_waiters_max {
+                return Err(too_many_wait(id, self.info.limits.block_waiters_max));
             }
             let seat = self.seat(asking)?;
             let block = self.blocks.at_mut(key).expect("just found");
@@ -725,7 +753,7 @@ impl<D: Driver> Pool<D> {
                 attach: Some(access),
                 _seat: seat,
             });
-            self.involve(asking.member, key);
+            self.blocks.involve(asking.member, key);
             return Ok(None);
         }
         let (key, block) = self.allowed(asking.member, id, access)?;
@@ -760,7 +788,7 @@ impl<D: Driver> Pool<D> {
                 writing_calls: 0,
             }),
         }
-        self.involve(asking.member, key);
+        self.blocks.involve(asking.member, key);
         self.answer_description(key, asking.member, asking.id, Some(access), turn);
         Ok(None)
     }
@@ -835,8 +863,8 @@ impl<D: Driver> Pool<D> {
         let left_out = std::mem::take(&mut self.blocks.left_out).len();
         if left_out > 0 {
             turn.count_held(
-                &self.name,
-                self.number,
+                &self.info.name,
+                self.info.number,
                 -i32::try_from(left_out).unwrap_or(i32::MAX),
             );
         }
@@ -846,7 +874,7 @@ impl<D: Driver> Pool<D> {
     fn end_block(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
         let json = self.block_event_json("block_removed", key, "");
         self.notify_attached(key, &json, turn);
-        self.notify(Event::BlockRemoved, &json, None, turn);
+        self.members.notify(Event::BlockRemoved, &json, None, turn);
         let Some(block) = self.blocks.at_mut(key) else {
             return;
         };
@@ -861,7 +889,7 @@ impl<D: Driver> Pool<D> {
                 .map(|f| (f.member, f.id)),
         );
         let claims = block.lock.end_all();
-        let refusal = no_block(&block.id, self.name.as_str());
+        let refusal = no_block(&block.id, self.info.name.as_str());
         let is_new = matches!(block.phase, Phase::New);
         for claim in claims {
             self.blocks.wait_over(key, &claim);
@@ -892,14 +920,12 @@ impl<D: Driver> Pool<D> {
         }
         block.due.map(|at| self.blocks.deadlines.remove(&(at, key)));
         turn.with_numbers(|numbers| {
-            numbers.forget_process(&self.name, &block.id, block.generation)
+            numbers.forget_process(&self.info.name, &block.id, block.generation)
         });
         for member in block.involved {
-            if let Some(member) = self.members.at_mut(member) {
-                member.blocks.remove(&key);
-            }
+            self.blocks.uses.remove(&(member, key));
         }
-        turn.count_held(&self.name, self.number, -1);
+        turn.count_held(&self.info.name, self.info.number, -1);
     }
 
     /// Counts the blocks' entries in the ledger; for the simulator.
@@ -935,11 +961,10 @@ impl<D: Driver> Pool<D> {
                 .chain(block.subscribers.keys().copied())
                 .chain(block.lock.holders().iter().map(|h| h.member));
             for member in involved {
-                let member = self
-                    .members
-                    .at(member)
-                    .expect("nobody has a block who is not in the pool");
-                assert!(member.blocks.contains(&shown(key)), "its end would miss it");
+                let is_member = self.members.at(member).is_some();
+                assert!(is_member, "nobody has a block who is not in the pool");
+                let is_found = self.blocks.uses.contains(&(member, shown(key)));
+                assert!(is_found, "its end would miss it");
             }
             let due = block.due;
             assert!(due.is_none_or(|at| self.blocks.deadlines.contains(&(at, shown(key)))));

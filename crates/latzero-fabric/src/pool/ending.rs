@@ -51,9 +51,7 @@ impl<D: Driver> Pool<D> {
         response: &Response<'_>,
         turn: &mut Turn<'_, D>,
     ) -> Result<(), Refusal> {
-        let key = Key::new(id.slot, id.generation);
-        let call = self.calls.at_mut(key).filter(|_| id.epoch == self.epoch);
-        let Some(call) = call else {
+        let Some((key, call)) = self.calls.by_id(id) else {
             turn.count(Count::LateResponse);
             return Ok(());
         };
@@ -128,7 +126,7 @@ impl<D: Driver> Pool<D> {
             + raw_length(response.error)
             + raw_length(response.headers);
         if caller.attachments == Attachments::NotTaken
-            && too_large(response.body, self.limits.max_frame)
+            && too_large(response.body, self.info.limits.max_frame)
         {
             let message = "the raw bytes of the answer are too large for a caller without the \
                 feature 'attachments'";
@@ -196,7 +194,7 @@ impl<D: Driver> Pool<D> {
         let Some(key) = self.calls.find(caller, id) else {
             return false;
         };
-        let call_id = self.call_id(key);
+        let call_id = self.calls.id(key);
         let call = self.calls.at_mut(key).expect("just found");
         let Some(credit) = &mut call.credit else {
             return true;
@@ -219,14 +217,14 @@ impl<D: Driver> Pool<D> {
         let Some(mut call) = self.calls.remove(key) else {
             return;
         };
-        if let Some(handler) = self.handlers.at_mut(call.handler) {
+        if let Some(handler) = self.triggers.handler_mut(call.handler) {
             handler.in_flight -= 1;
             self.parked.note_room(&handler.process);
         }
         if let Some(uses) = &call.blocks {
             self.revoke(call.member, uses, turn);
         }
-        let call_id = self.call_id(key);
+        let call_id = self.calls.id(key);
         if let Some(handler) = self.members.at_mut(call.member) {
             handler.serving -= 1;
             let reason = match how {
@@ -347,7 +345,7 @@ impl<D: Driver> Pool<D> {
     pub(super) fn end_calls_of(&mut self, key: MemberKey, turn: &mut Turn<'_, D>) {
         let mut slot = 0;
         // Stops as soon as the member has no calls left: most have few, and many leave with none.
-        while let Some(member) = self.member(key)
+        while let Some(member) = self.members.at(key)
             && member.calling + member.serving > 0
         {
             let Some((call_key, call)) = self.calls.from(slot) else {

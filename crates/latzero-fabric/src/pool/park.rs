@@ -415,7 +415,7 @@ impl<D: Driver> Pool<D> {
         let now = turn.time();
         let steady_ms = turn.steady_ms();
         let process = TriggerName::new(&trigger.process).map_err(Refusal::from)?;
-        self.check_outlives("a parked call")?;
+        self.info.check_outlives("a parked call")?;
         let named = trigger.destination.as_ref();
         if named.is_some_and(|destination| destination.instance.is_some()) {
             let message = "a parked call waits for an app, not for an instance, because \
@@ -461,10 +461,10 @@ impl<D: Driver> Pool<D> {
             parked_ms: steady_ms,
             expires_ms: steady_ms.saturating_add(trigger.ttl_ms),
         };
-        let row = parked.row(number, &self.name, &lasting);
+        let row = parked.row(number, &self.info.name, &lasting);
         parked.state = State::Waiting(lasting);
         turn.store(StoreChange::Call(Box::new(row)), promise);
-        turn.count_held(&self.name, self.number, 1);
+        turn.count_held(&self.info.name, self.info.number, 1);
         self.parked.insert(number, parked);
         Ok(number)
     }
@@ -591,7 +591,7 @@ impl<D: Driver> Pool<D> {
         (lasting.redeliver, lasting.attempts) = (redeliver, attempts);
         let is_last = row.attempt >= attempts;
         let held = HeldCall::restored(account, lasting.bytes());
-        turn.count_held(&self.name, self.number, 1);
+        turn.count_held(&self.info.name, self.info.number, 1);
         let idempotency_key = row
             .idempotency_key
             .as_deref()
@@ -646,7 +646,7 @@ impl<D: Driver> Pool<D> {
 
     fn forget_parked(&mut self, number: u64, turn: &mut Turn<'_, D>) -> Option<Parked> {
         let parked = self.parked.remove(number)?;
-        turn.count_held(&self.name, self.number, -1);
+        turn.count_held(&self.info.name, self.info.number, -1);
         Some(parked)
     }
 

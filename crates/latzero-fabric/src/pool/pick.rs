@@ -5,10 +5,10 @@ use std::cmp::Reverse;
 
 use latzero_protocol::message::Strategy;
 
-use super::{Handler, HandlerKey, Member, MemberTag, Served};
+use super::members::{Member, Members};
+use super::triggers::{Handler, HandlerKey, Served, Triggers};
 use crate::driver::Driver;
 use crate::prng::{Prng, mix};
-use crate::slab::Slab;
 
 /// A handler's answer to the offer of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,8 +44,8 @@ pub(super) fn start(served: &Served, prng: &mut Prng) -> usize {
 /// its position and key.
 pub(super) fn each<D: Driver>(
     served: &Served,
-    handlers: &Slab<Handler>,
-    members: &Slab<Member<D>, MemberTag>,
+    triggers: &Triggers,
+    members: &Members<D>,
     start: usize,
     sticky: impl FnOnce() -> u64,
     mut offer: impl FnMut(&Handler, &Member<D>) -> Offer,
@@ -56,7 +56,7 @@ pub(super) fn each<D: Driver>(
     let in_turn = || {
         (start..n).chain(0..start).map(|position| {
             let key = served.handlers[position];
-            let handler = handlers.at(key).expect("a trigger's handlers exist");
+            let handler = triggers.handler(key).expect("a trigger's handlers exist");
             let member = members
                 .at(handler.member)
                 .expect("a handler's member lives");

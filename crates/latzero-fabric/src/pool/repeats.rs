@@ -337,7 +337,7 @@ impl<D: Driver> Pool<D> {
         match self.repeats.known.get_mut(&known) {
             Some(Repeat::Running { .. }) if let Some(number) = itself => Ok(Seen::Itself(number)),
             None => {
-                let limits = &self.limits;
+                let limits = &self.info.limits;
                 while self.repeats.known.len() >= limits.repeats_max {
                     if !self.repeats.forget_oldest() {
                         let message = format!(
@@ -360,10 +360,10 @@ impl<D: Driver> Pool<D> {
                 if self.calls.find(caller, id).is_some() {
                     return Err(id_in_use(id));
                 }
-                if self.repeats.waits.len() >= self.limits.repeats_max {
+                if self.repeats.waits.len() >= self.info.limits.repeats_max {
                     let message = format!(
                         "{} repeats of calls wait for their answers (limits.repeats_max)",
-                        self.limits.repeats_max
+                        self.info.limits.repeats_max
                     );
                     return Err(Refusal::new(Code::Overloaded, message));
                 }
@@ -421,10 +421,10 @@ impl<D: Driver> Pool<D> {
             self.finish_parked(number, (answer.clone(), true), turn);
         }
         let bytes = answer.bytes();
-        if bytes > self.limits.repeats_bytes_max {
+        if bytes > self.info.limits.repeats_bytes_max {
             return;
         }
-        while self.repeats.bytes + bytes > self.limits.repeats_bytes_max {
+        while self.repeats.bytes + bytes > self.info.limits.repeats_bytes_max {
             self.repeats.forget_oldest();
         }
         let mut held = account.hold(Resource::Repeats);
@@ -437,7 +437,7 @@ impl<D: Driver> Pool<D> {
                 return;
             }
         }
-        let expires = now.after_ms(self.limits.repeats_ttl_ms);
+        let expires = now.after_ms(self.info.limits.repeats_ttl_ms);
         self.repeats.bytes += bytes;
         self.repeats.expires.insert((expires, known.clone()));
         let answer = answer.clone();

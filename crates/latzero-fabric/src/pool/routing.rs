@@ -56,7 +56,7 @@ impl<D: Driver> Pool<D> {
     ) -> Result<Routed, CallError> {
         let now = turn.time();
         let Some(member) = self.members.at(caller) else {
-            return Err(not_member(&self.name).into());
+            return Err(not_member(&self.info.name).into());
         };
         if let Some(id) = &trigger.id
             && self.repeats.awaits(caller, id)
@@ -162,9 +162,8 @@ impl<D: Driver> Pool<D> {
                 }
                 let peer = self.members.at(caller).expect("found above").peer.clone();
                 let number = self.park(caller, trigger, Some(&peer), turn)?;
-                if must_wait && let Some((name, _)) = self.triggers.get_key_value(&*trigger.process)
-                {
-                    self.parked.note_room(name);
+                if must_wait && let Some(served) = self.triggers.get(&trigger.process) {
+                    self.parked.note_room(&served.name);
                 }
                 Ok(Routed::Parked(number))
             }
@@ -180,7 +179,7 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<Key<Call>, CallError> {
         let now = turn.time();
-        let Some(served) = self.triggers.get(&*trigger.process) else {
+        let Some(served) = self.triggers.get(&trigger.process) else {
             return Err(self.no_handler(trigger));
         };
         if let (Some(id), Some(caller)) = (&trigger.id, from.member())
@@ -189,16 +188,16 @@ impl<D: Driver> Pool<D> {
             return Err(id_in_use(id).into());
         }
         let member = from.member().and_then(|m| self.members.at(m));
-        self.check_room(member)?;
+        self.calls.check_room(member, &self.info)?;
         let (app, instance) = match (from, member) {
             (Caller::Absent(app, instance), _) => (app, instance),
             (Caller::Member(_), Some(member)) => (&member.app, member.instance),
-            (Caller::Member(_), None) => return Err(not_member(&self.name).into()),
+            (Caller::Member(_), None) => return Err(not_member(&self.info.name).into()),
         };
-        if member.is_some_and(|m| m.peer.in_flight().count() >= self.limits.in_flight_max) {
+        if member.is_some_and(|m| m.peer.in_flight().count() >= self.info.limits.in_flight_max) {
             let message = format!(
                 "{} calls of this connection are in flight (limits.in_flight_max)",
-                self.limits.in_flight_max
+                self.info.limits.in_flight_max
             );
             return Err(Refusal::new(Code::Overloaded, message).into());
         }
@@ -210,9 +209,9 @@ impl<D: Driver> Pool<D> {
         let start = pick::start(served, &mut self.prng);
         let key = self.calls.next_key();
         let delivery = encode::Delivery {
-            call: self.call_id(key),
+            call: self.calls.id(key),
             process: served.name.as_str(),
-            pool: self.name.as_str(),
+            pool: self.info.name.as_str(),
             origin: Origin {
                 app_id: app.as_str(),
                 instance,
@@ -235,12 +234,12 @@ impl<D: Driver> Pool<D> {
             + raw_length(delivery.destination)
             + raw_length(trigger.headers);
         let mut seen = pick::Seen::default();
-        let (calls, per_handler_max) = (&self.calls, self.limits.in_flight_per_handler_max);
+        let (calls, per_handler_max) = (&self.calls, self.info.limits.in_flight_per_handler_max);
         let caller_key = from.member().unwrap_or(NOBODY);
         let is_busy_caller = member.is_some_and(|m| m.calling >= per_handler_max);
         let chosen = pick::each(
             served,
-            &self.handlers,
+            &self.triggers,
             &self.members,
             start,
             || sticky(self.hash_seed, trigger.key.as_deref(), instance),
@@ -253,7 +252,7 @@ impl<D: Driver> Pool<D> {
                     return Offer::NotMeant;
                 }
                 seen.matching = true;
-                if handler.in_flight >= handler.concurrency {
+                if !handler.has_room() {
                     return Offer::Busy;
                 }
                 // Looked up only if needed: most callers have few calls in flight.
@@ -262,14 +261,14 @@ impl<D: Driver> Pool<D> {
                     return Offer::Busy;
                 }
                 if to.attachments == Attachments::NotTaken
-                    && too_large(trigger.body, self.limits.max_frame)
+                    && too_large(trigger.body, self.info.limits.max_frame)
                 {
                     seen.too_large = true;
                     return Offer::Busy;
                 }
                 let length = around + forwarded_length(trigger.body, to.attachments);
                 if !uses.is_empty() {
-                    let max = self.limits.descriptors_unread_max;
+                    let max = self.info.limits.descriptors_unread_max;
                     if to.takes_descriptors && to.peer.link().outbox.descriptors() >= max {
                         return Offer::Busy;
                     }
@@ -303,10 +302,8 @@ impl<D: Driver> Pool<D> {
             return Err(self.none_taken(trigger, seen));
         };
         served.turn.set(position + 1);
-        let handler = self
-            .handlers
-            .at_mut(handler_key)
-            .expect("it was just picked");
+        let handler = self.triggers.handler_mut(handler_key);
+        let handler = handler.expect("it was just picked");
         handler.in_flight += 1;
         let serving = handler.member;
         let call = Call {
@@ -334,7 +331,6 @@ impl<D: Driver> Pool<D> {
         if !uses.is_empty() {
             self.lend(serving, &uses);
         }
-        self.calls_total += 1;
         let to = self
             .members
             .at_mut(serving)
@@ -349,26 +345,6 @@ impl<D: Driver> Pool<D> {
         Ok(key)
     }
 
-    /// Whether the pool accepts one more call. The calls of one untrusted user leave half of the
-    /// pool to others, and those of all untrusted users leave an eighth.
-    fn check_room(&self, caller: Option<&Member<D>>) -> Result<(), Refusal> {
-        let (max, all) = (self.limits.pending_max, self.calls.len());
-        let stranger = caller.filter(|m| m.is_stranger);
-        let own = stranger.map_or(0, |m| self.calls.of_user(m.user));
-        let (most, whose) = match stranger {
-            Some(_) if own >= max.div_ceil(2) => (own, "of your user"),
-            Some(_) if all >= max - max / 8 => (all, "of all users"),
-            _ if all >= max => (all, "of all users"),
-            _ => return Ok(()),
-        };
-        let message = format!(
-            "pool '{}' has {most} calls {whose} in flight (limits.pending_max is {max}); try \
-             again later",
-            self.name
-        );
-        Err(Refusal::new(Code::Overloaded, message))
-    }
-
     /// Sends an emit to the trigger's handlers; returns how many it was appended for.
     ///
     /// # Errors
@@ -380,17 +356,17 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<usize, Refusal> {
         let Some(sender) = self.members.at(from) else {
-            return Err(not_member(&self.name));
+            return Err(not_member(&self.info.name));
         };
         turn.count(Count::Emit);
         self.emits_total += 1;
-        let Some(served) = self.triggers.get(&*emit.process) else {
+        let Some(served) = self.triggers.get(&emit.process) else {
             TriggerName::check(&emit.process)?;
             return Ok(0);
         };
         let notice = encode::Notice {
             process: served.name.as_str(),
-            pool: self.name.as_str(),
+            pool: self.info.name.as_str(),
             origin: sender.origin(),
             destination: emit.destination.as_ref().map(|d| d.raw),
             headers: emit.headers,
@@ -404,7 +380,7 @@ impl<D: Driver> Pool<D> {
         let mut refused = None;
         let scratch = &mut self.scratch;
         scratch.clear();
-        let max_frame = self.limits.max_frame;
+        let max_frame = self.info.limits.max_frame;
         let mut deliver = |to: &Member<D>| {
             if !matches(emit.destination.as_ref(), to)
                 || (to.attachments == Attachments::NotTaken && too_large(emit.body, max_frame))
@@ -447,7 +423,7 @@ impl<D: Driver> Pool<D> {
             let start = pick::start(served, &mut self.prng);
             let chosen = pick::each(
                 served,
-                &self.handlers,
+                &self.triggers,
                 &self.members,
                 start,
                 || sticky(self.hash_seed, emit.key.as_deref(), sender.instance),
@@ -457,16 +433,9 @@ impl<D: Driver> Pool<D> {
                 served.turn.set(position + 1);
             }
         } else {
-            for &handler in &served.handlers {
-                let handler = self
-                    .handlers
-                    .at(handler)
-                    .expect("a trigger's handlers exist");
-                deliver(
-                    self.members
-                        .at(handler.member)
-                        .expect("a handler's member lives"),
-                );
+            for handler in self.triggers.handlers_of(served) {
+                let member = self.members.at(handler.member);
+                deliver(member.expect("a handler's member lives"));
             }
         }
         for _ in 0..delivered {
@@ -495,13 +464,13 @@ impl<D: Driver> Pool<D> {
             }
             let message = format!(
                 "app '{}' does not serve trigger '{}' in pool '{}'",
-                destination.app_id, trigger.process, self.name
+                destination.app_id, trigger.process, self.info.name
             );
             return Refusal::new(Code::NoHandler, message).into();
         }
         let message = format!(
             "no app serves trigger '{}' in pool '{}'",
-            trigger.process, self.name
+            trigger.process, self.info.name
         );
         Refusal::new(Code::NoHandler, message).into()
     }
@@ -520,14 +489,14 @@ impl<D: Driver> Pool<D> {
             let message = format!(
                 "{} of your calls wait for a handler of trigger '{}' \
                 (limits.in_flight_per_handler_max)",
-                self.limits.in_flight_per_handler_max, trigger.process
+                self.info.limits.in_flight_per_handler_max, trigger.process
             );
             return Refusal::new(Code::Overloaded, message).into();
         }
         let message = format!(
             "every handler of trigger '{}' in pool '{}' is at its concurrency or has a full \
              outbox; try again later, or add handlers",
-            trigger.process, self.name
+            trigger.process, self.info.name
         );
         Refusal::new(Code::Overloaded, message).into()
     }

@@ -124,7 +124,7 @@ impl<D: Driver> Pool<D> {
             let held = self.count_for_app(member, Resource::Subscriptions)?;
             let block = self.blocks.at_mut(key).expect("just found");
             block.subscribers.insert(member, held);
-            self.involve(member, key);
+            self.blocks.involve(member, key);
         }
         let version = self.version_of(key, turn);
         let generation = self.blocks.at(key).map_or(0, |b| b.generation);
@@ -195,11 +195,11 @@ impl<D: Driver> Pool<D> {
         if matches!(block.phase, Phase::Moving { .. }) {
             return Err(moving(id));
         }
-        if block.flushing.len() >= self.limits.block_waiters_max {
-            return Err(too_many_wait(id, self.limits.block_waiters_max));
+        if block.flushing.len() >= self.info.limits.block_waiters_max {
+            return Err(too_many_wait(id, self.info.limits.block_waiters_max));
         }
         let seat = self.seat(asking)?;
-        self.involve(asking.member, key);
+        self.blocks.involve(asking.member, key);
         self.blocks.tickets += 1;
         let ticket = self.blocks.tickets;
         let block = self.blocks.at_mut(key).expect("just found");

@@ -2,7 +2,7 @@
 
 use latzero_protocol::encode;
 use latzero_protocol::memory::Access;
-use latzero_protocol::message::{Event, Page};
+use latzero_protocol::message::Page;
 use latzero_protocol::{BlockId, Code, Refusal};
 use serde_json::{Value, json};
 
@@ -37,7 +37,7 @@ impl<D: Driver> Pool<D> {
         for block in found {
             let write = |out: &mut String| {
                 let version = turn.block_version(block.storage);
-                let mut description = block.description(self.name.as_str(), version);
+                let mut description = block.description(self.info.name.as_str(), version);
                 description["attachments"] = block.attachments.len().into();
                 description["bytes"] = block.total().into();
                 description["locked"] = (!block.lock.holders().is_empty()).into();
@@ -63,7 +63,7 @@ impl<D: Driver> Pool<D> {
         self.asker(member)?;
         let (_, block) = self.block(id)?;
         let version = turn.block_version(block.storage);
-        let mut description = block.description(self.name.as_str(), version);
+        let mut description = block.description(self.info.name.as_str(), version);
         let who = |member: MemberKey| {
             let member = self.members.at(member);
             member.map(|m| json!({"app_id": m.app, "instance": m.instance}))
@@ -114,7 +114,7 @@ impl<D: Driver> Pool<D> {
     ) -> Value {
         let version = self.version_of(key, turn);
         let block = self.blocks.at(key).expect("its caller found it");
-        let mut description = block.description(self.name.as_str(), version);
+        let mut description = block.description(self.info.name.as_str(), version);
         if let Some((access, is_mapped)) = mode {
             description["mode"] = access.as_str().into();
             description["access"] = if is_mapped { "mapped" } else { "copied" }.into();
@@ -124,7 +124,7 @@ impl<D: Driver> Pool<D> {
 
     /// Whether a member has room for one more descriptor that it has not read.
     pub(in crate::pool) fn check_descriptors(&self, member: MemberKey) -> Result<(), Refusal> {
-        let (asker, max) = (self.asker(member)?, self.limits.descriptors_unread_max);
+        let (asker, max) = (self.asker(member)?, self.info.limits.descriptors_unread_max);
         if !asker.takes_descriptors || asker.peer.link().outbox.descriptors() < max {
             return Ok(());
         }
@@ -233,8 +233,8 @@ impl<D: Driver> Pool<D> {
         block.announced = news;
         let block = self.blocks.at(key).expect("just found");
         let change = VersionNotice {
-            topic: (self.number, key.slot),
-            pool: &self.name,
+            topic: (self.info.number, key.slot),
+            pool: &self.info.name,
             block: &block.id,
             version,
             generation: block.generation,
@@ -244,12 +244,8 @@ impl<D: Driver> Pool<D> {
                 turn.block_changed(&member.peer, &change);
             }
         }
-        if self.change_watchers == 0 {
-            return;
-        }
-        for (key, member) in self.members.iter() {
-            let watches = member.watch.is_some_and(|set| set.has(Event::BlockChanged));
-            if watches && !block.subscribers.contains_key(&key) {
+        for (key, member) in self.members.change_watchers() {
+            if !block.subscribers.contains_key(&key) {
                 turn.block_changed(&member.peer, &change);
             }
         }
@@ -267,7 +263,7 @@ impl<D: Driver> Pool<D> {
         format!(
             "{{\"action\":\"event\",\"event\":\"{event}\",\"pool\":\"{}\",\"block_id\":\"{}\",\
             \"generation\":{}{more}}}",
-            self.name, block.id, block.generation
+            self.info.name, block.id, block.generation
         )
     }
 }

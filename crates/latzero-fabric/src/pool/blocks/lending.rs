@@ -30,7 +30,7 @@ impl<D: Driver> Pool<D> {
         for &(key, access) in uses {
             let block = self.blocks.at(key).expect("checked for this call");
             let version = turn.block_version(block.storage);
-            let mut description = block.description(self.name.as_str(), version);
+            let mut description = block.description(self.info.name.as_str(), version);
             description["mode"] = access.as_str().into();
             let descriptor = match is_mapped {
                 true => turn.driver.descriptor(block.storage, access),
@@ -67,7 +67,7 @@ impl<D: Driver> Pool<D> {
                     block.attachments.push(attachment);
                 }
             }
-            self.involve(handler, key);
+            self.blocks.involve(handler, key);
         }
     }
 
@@ -137,11 +137,11 @@ impl<D: Driver> Pool<D> {
 
     /// A member leaves: releases its attachments, locks and waits.
     pub(in crate::pool) fn leave_blocks(&mut self, member: MemberKey, turn: &mut Turn<'_, D>) {
-        let Some(leaver) = self.members.at_mut(member) else {
+        let Some(leaver) = self.members.at(member) else {
             return;
         };
         let (peer, is_mapping) = (leaver.peer.clone(), leaver.takes_descriptors);
-        for key in std::mem::take(&mut leaver.blocks) {
+        for key in self.blocks.take_uses(member) {
             let wrote = is_mapping && self.blocks.at(key).is_some_and(|b| b.could_write(member));
             if wrote {
                 // It may have left between writing a version and announcing it.
@@ -180,16 +180,6 @@ impl<D: Driver> Pool<D> {
             }
             self.grant_waiting(key, turn);
             self.end_if_unused(key, turn);
-        }
-    }
-
-    /// Records that a member uses a block, so that its end finds it.
-    pub(in crate::pool) fn involve(&mut self, member: MemberKey, key: BlockKey) {
-        if let Some(block) = self.blocks.at_mut(key)
-            && let Some(involved) = self.members.at_mut(member)
-        {
-            involved.blocks.insert(key);
-            block.involved.insert(member);
         }
     }
 

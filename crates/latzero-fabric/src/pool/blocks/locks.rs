@@ -16,18 +16,18 @@ impl<D: Driver> Pool<D> {
     ) -> Result<Replied, Refusal> {
         let now = turn.time();
         let (key, block) = self.allowed(asking.member, id, access_for(want.mode))?;
-        if block.lock.holders().len() >= self.limits.block_waiters_max {
+        if block.lock.holders().len() >= self.info.limits.block_waiters_max {
             return Err(Refusal::new(
                 Code::Overloaded,
                 format!(
                     "{} instances already hold the lock of block '{id}' (limits.block_waiters_max)",
-                    self.limits.block_waiters_max
+                    self.info.limits.block_waiters_max
                 ),
             ));
         }
         let until = (want.wait_ms > 0).then(|| now.after_ms(want.wait_ms));
-        if until.is_some() && block.lock.waiting() >= self.limits.block_waiters_max {
-            return Err(too_many_wait(id, self.limits.block_waiters_max));
+        if until.is_some() && block.lock.waiting() >= self.info.limits.block_waiters_max {
+            return Err(too_many_wait(id, self.info.limits.block_waiters_max));
         }
         let seat = until.map(|_| self.seat(asking)).transpose()?;
         let claim = Claim {
@@ -43,13 +43,13 @@ impl<D: Driver> Pool<D> {
         self.blocks.note_deadline(key);
         match claimed {
             Claimed::Waits(place) => {
-                self.involve(asking.member, key);
+                self.blocks.involve(asking.member, key);
                 let by = (asking.member, asking.id());
                 self.blocks.wait_begun(key, by, place);
                 Ok(None)
             }
             Claimed::Granted(grant) => {
-                self.involve(asking.member, key);
+                self.blocks.involve(asking.member, key);
                 self.granted(key, &grant, turn);
                 Ok(Some(grant_json(&grant)))
             }

@@ -28,7 +28,7 @@ impl<D: Driver> Pool<D> {
             (Phase::Live, _) => unreachable!("storage is made for who waits for it"),
             (Phase::New, Ok(_)) => {
                 let json = self.block_event_json("block_created", key, "");
-                self.notify(Event::BlockCreated, &json, None, turn);
+                self.members.notify(Event::BlockCreated, &json, None, turn);
                 for one in waiting {
                     let result = match one.attach {
                         None => Ok(Some(self.describe(key, None, turn).to_string())),
@@ -155,7 +155,7 @@ impl<D: Driver> Pool<D> {
         let geometry = Geometry::new(block.kind, size, block.geometry.slots);
         let seat = self.seat(asking)?;
         self.begin_move(key, geometry, "resized", None, turn)?;
-        self.involve(asking.member, key);
+        self.blocks.involve(asking.member, key);
         let block = self.blocks.at_mut(key).expect("just found");
         block.waiting.push(BlockWaiter {
             member: asking.member,
@@ -177,12 +177,12 @@ impl<D: Driver> Pool<D> {
         let total = self.check_size(geometry)?;
         // Both generations exist until the new one has the content of the old one.
         check_room(
-            &format!("blocks of pool '{}'", self.name),
+            &format!("blocks of pool '{}'", self.info.name),
             "memory_bytes_per_pool_max",
             (
                 self.blocks.bytes,
                 total,
-                self.limits.memory_bytes_per_pool_max,
+                self.info.limits.memory_bytes_per_pool_max,
             ),
         )?;
         let block = self.blocks.at_mut(key).expect("its caller found it");
@@ -196,7 +196,7 @@ impl<D: Driver> Pool<D> {
             room,
         };
         // The record of the new generation.
-        let mut record = record(&self.name, block, self.outlives);
+        let mut record = record(&self.info.name, block, self.info.outlives);
         record["size"] = geometry.size.into();
         if geometry.spares > 0 {
             record["spares"] = geometry.spares.into();
@@ -204,7 +204,7 @@ impl<D: Driver> Pool<D> {
         record["generation"] = (block.generation + 1).into();
         let making = Making {
             storage: to,
-            pool: self.name.clone(),
+            pool: self.info.name.clone(),
             block: block.id.clone(),
             kind: block.kind,
             geometry,

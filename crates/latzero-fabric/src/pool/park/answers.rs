@@ -272,8 +272,8 @@ impl<D: Driver> Pool<D> {
         };
         // Never longer than promised, even if the clock has changed.
         let left = row.expires.saturating_sub(steady_ms);
-        let expires = now.after_ms(left.min(self.limits.answer_ttl_ms));
-        turn.count_held(&self.name, self.number, 1);
+        let expires = now.after_ms(left.min(self.info.limits.answer_ttl_ms));
+        turn.count_held(&self.info.name, self.info.number, 1);
         let kept = StoredAnswer {
             whom: AnswerReceiver {
                 process: row.process.as_str().into(),
@@ -291,7 +291,7 @@ impl<D: Driver> Pool<D> {
         if let Some(key) = &kept.key
             && self
                 .repeats
-                .restore_answered(&kept.whom.caller, key, account, &self.limits)
+                .restore_answered(&kept.whom.caller, key, account, &self.info.limits)
         {
             self.repeats_answered(&kept.whom.caller, key, &kept.answer, turn);
         }
@@ -337,7 +337,7 @@ impl<D: Driver> Pool<D> {
             if let Some(key) = &key {
                 self.repeats_answered(&parked.caller, key, &answer, turn);
             }
-            turn.count_held(&self.name, self.number, -1);
+            turn.count_held(&self.info.name, self.info.number, -1);
             turn.store(StoreChange::EndCall(number), None);
             return;
         }
@@ -371,7 +371,7 @@ impl<D: Driver> Pool<D> {
             key,
             held,
             answer,
-            expires: turn.time().after_ms(self.limits.answer_ttl_ms),
+            expires: turn.time().after_ms(self.info.limits.answer_ttl_ms),
             row: AnswerRowState::Absent,
             on_way: None,
         };
@@ -479,7 +479,7 @@ impl<D: Driver> Pool<D> {
         let left = u64::try_from(left).unwrap_or(u64::MAX);
         Some(Box::new(AnswerRow {
             number,
-            pool: self.name.clone(),
+            pool: self.info.name.clone(),
             process: kept.whom.process.to_string(),
             caller: kept.whom.caller.clone(),
             id: kept.whom.id.to_string(),
@@ -563,7 +563,7 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Option<Sent> {
         if to.attachments == encode::Attachments::NotTaken
-            && too_large(answer.body(), self.limits.max_frame)
+            && too_large(answer.body(), self.info.limits.max_frame)
         {
             return None;
         }
@@ -629,7 +629,7 @@ impl<D: Driver> Pool<D> {
 
     pub(in crate::pool) fn drop_answer(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         if let Some(kept) = self.parked.answers.remove(number) {
-            turn.count_held(&self.name, self.number, -1);
+            turn.count_held(&self.info.name, self.info.number, -1);
             if kept.row != AnswerRowState::Stored {
                 turn.store(StoreChange::EndCall(number), None);
             }

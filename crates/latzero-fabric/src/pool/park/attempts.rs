@@ -188,7 +188,7 @@ impl<D: Driver> Pool<D> {
     /// The last attempt of a parked call failed: notifies its caller, and keeps the dead call.
     fn die(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         let (now, steady_ms) = (turn.time(), turn.steady_ms());
-        let ttl_ms = self.limits.dead_ttl_ms;
+        let ttl_ms = self.info.limits.dead_ttl_ms;
         let Some(mut parked) = self.parked.remove(number) else {
             return;
         };
@@ -204,7 +204,7 @@ impl<D: Driver> Pool<D> {
                 at: steady_ms,
                 cause: parked.cause.as_deref().unwrap_or_default().into(),
             }),
-            ..parked.row(number, &self.name, &lasting)
+            ..parked.row(number, &self.info.name, &lasting)
         };
         parked.state = State::Dead(lasting);
         turn.store(StoreChange::Call(Box::new(row)), None);
@@ -217,13 +217,13 @@ impl<D: Driver> Pool<D> {
         let held = parked.held.small();
         self.parked.insert(number, parked);
         if !whom.id.is_empty() {
-            turn.count_held(&self.name, self.number, 1);
+            turn.count_held(&self.info.name, self.info.number, 1);
             let answer = super::Answered::refused(&refusal);
             let number = turn.next_number();
             self.keep_answer(number, whom, None, (answer, held), turn);
             self.write_awaited(number, turn);
         }
-        while self.parked.dead.len() > self.limits.dead_max {
+        while self.parked.dead.len() > self.info.limits.dead_max {
             let (_, oldest) = *self.parked.dead.first().expect("there are too many");
             self.bury(oldest, turn);
         }
@@ -253,7 +253,7 @@ impl<D: Driver> Pool<D> {
         (parked.attempt, parked.cause, parked.id) = (0, None, "".into());
         (lasting.attempt, lasting.deadline) = (0, parked.deadline);
         parked.rank = self.parked.newest.saturating_add(1);
-        let row = parked.row(number, &self.name, &lasting);
+        let row = parked.row(number, &self.info.name, &lasting);
         turn.store(StoreChange::Call(Box::new(row)), None);
         parked.state = State::Waiting(lasting);
         let process = parked.process.clone();

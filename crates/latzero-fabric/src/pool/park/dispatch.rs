@@ -90,28 +90,12 @@ impl<D: Driver> Pool<D> {
             takers.insert(None);
         }
         if lines.has_named() {
-            let handlers = served.handlers.iter().filter_map(|&h| self.handlers.at(h));
+            let handlers = self.triggers.handlers_of(served);
             let apps = handlers.filter_map(|h| Some(&self.members.at(h.member)?.app));
             let awaited = apps.filter(|app| lines.has(Some(app.as_str())));
             takers.extend(awaited.map(|app| Some(app.clone())));
         }
         takers.into_iter().collect()
-    }
-
-    /// Whether a handler of the trigger may take a call, by its concurrency.
-    fn has_room(&self, process: &str, app: Option<&AppId>) -> bool {
-        let handlers = self.triggers.get(process).map(|served| &served.handlers);
-        let mut handlers = handlers.into_iter().flatten();
-        handlers.any(|&handler| {
-            self.handlers.at(handler).is_some_and(|handler| {
-                handler.in_flight < handler.concurrency
-                    && app.is_none_or(|app| {
-                        self.members
-                            .at(handler.member)
-                            .is_some_and(|m| m.app == *app)
-                    })
-            })
-        })
     }
 
     fn dispatch_next(
@@ -124,7 +108,7 @@ impl<D: Driver> Pool<D> {
         let Some(waiting) = lines.and_then(|lines| lines.next(app)) else {
             return Next::None;
         };
-        if !self.has_room(process, app) {
+        if !self.triggers.has_room(process, app, &self.members) {
             return Next::None;
         }
         let number = waiting.place.1;

@@ -126,7 +126,7 @@ impl<D: Driver> Pool<D> {
     pub(crate) fn describe_parked(&self, number: u64, is_whole: bool, now: &Now) -> Option<String> {
         let Some(parked) = self.parked.calls.get(&number) else {
             let mut shown = self.parked.answers.describe(number)?;
-            shown["pool"] = self.name.as_str().into();
+            shown["pool"] = self.info.name.as_str().into();
             return Some(shown.to_string());
         };
         let given = match parked.state {
@@ -137,7 +137,7 @@ impl<D: Driver> Pool<D> {
         let lasting = parked.lasting().or(lasting);
         let handler = given.and_then(|call| self.members.at(call.member));
         let mut shown = json!({
-            "number": number, "pool": self.name, "state": parked.shown_state().as_str(),
+            "number": number, "pool": self.info.name, "state": parked.shown_state().as_str(),
             "process": parked.process, "app_id": parked.caller, "id": parked.id,
             "attempt": parked.attempt, "attempts": parked.attempts,
             "parked": now.unix_ms_of(parked.parked_ms),
