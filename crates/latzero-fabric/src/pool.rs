@@ -33,8 +33,8 @@ use crate::prng::Prng;
 use crate::turn::Turn;
 use blocks::Blocks;
 pub use blocks::{
-    Asking, BlockCounts, BlockKey, BlockTag, Found, LockRequest, ReadPlan, Replied, SealedContent,
-    WritePlan,
+    Asking, BlockCounts, BlockKey, BlockTag, Found, LockRequest, PoolBlocks, ReadPlan, Replied,
+    SealedContent, WritePlan,
 };
 use calls::Calls;
 use ending::EndReason;
@@ -181,6 +181,21 @@ impl<D: Driver> Pool<D> {
         }
     }
 
+    /// Its blocks.
+    pub fn blocks(&mut self) -> PoolBlocks<'_, D> {
+        PoolBlocks {
+            blocks: &mut self.blocks,
+            members: &self.members,
+            info: &self.info,
+        }
+    }
+
+    /// What the ledger counts for its blocks; for the simulator.
+    #[must_use]
+    pub fn block_counts(&self) -> BlockCounts {
+        self.blocks.counts()
+    }
+
     /// Whether `member` is still a member.
     #[must_use]
     pub fn has_member(&self, member: MemberKey) -> bool {
@@ -263,7 +278,7 @@ impl<D: Driver> Pool<D> {
         }
         self.end_calls_of(key, turn);
         self.repeats.leave(key);
-        self.leave_blocks(key, turn);
+        self.blocks().leave(key, turn);
         let member = self.members.at_mut(key).expect("checked above");
         for name in std::mem::take(&mut member.triggers) {
             self.drop_handler(key, &name, turn);
@@ -342,7 +357,7 @@ impl<D: Driver> Pool<D> {
         while let Some(key) = self.calls.pop_due(now) {
             self.end(key, EndReason::TimedOut, turn);
         }
-        self.handle_block_timeout(turn);
+        self.blocks().handle_timeout(turn);
         self.handle_parked_timeout(turn);
         self.handle_repeats_timeout(turn);
     }
@@ -357,7 +372,7 @@ impl<D: Driver> Pool<D> {
         }
         self.drop_orphans(turn);
         self.close_parked(turn);
-        self.close_blocks(turn);
+        self.blocks().close(turn);
         self.triggers = Triggers::default();
         let json = format!(
             "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{}\"}}",
@@ -378,6 +393,12 @@ impl<D: Driver> Pool<D> {
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.closed
+    }
+
+    /// Releases the reservations of a removed pool.
+    pub fn close_held(&mut self, turn: &mut Turn<'_, D>) {
+        self.close_parked(turn);
+        self.blocks().close(turn);
     }
 
     /// The pool's triggers as JSON: names, strategies and who serves them, in the order of their
@@ -425,6 +446,6 @@ impl<D: Driver> Pool<D> {
         self.calls.check();
         self.parked.check();
         self.repeats.check();
-        self.check_blocks();
+        self.blocks.check(&self.members);
     }
 }

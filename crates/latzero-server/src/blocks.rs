@@ -984,7 +984,7 @@ fn adopt(
         && is_limit(refusal)
     {
         let why = refusal.message.as_ref();
-        host.with_pool(&pool, |pool, fx| pool.reserve_name(&block, why, fx));
+        host.with_pool(&pool, |pool, fx| pool.blocks().reserve_name(&block, why, fx));
     }
     if taken.is_err() {
         // The pool is removed again if it was created only for this block.
@@ -1025,7 +1025,7 @@ fn take(
     let found = Found { record, fence };
     let owner = found.owner()?;
     let account = host.with_registry(|registry, turn| registry.kept_account(&owner, turn));
-    let storage = host.with_pool(pool, |pool, fx| pool.adopt_block(&found, &account, fx))?;
+    let storage = host.with_pool(pool, |pool, fx| pool.blocks().adopt(&found, &account, fx))?;
     let stored = StoredBlock::new(custodian, pool_name, block.clone(), version, names);
     if let Err(error) = stored.custodian.set_lease(fence, has_writer) {
         tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "cannot reset the \
@@ -1035,9 +1035,9 @@ fn take(
     host.shared.blocks.insert(storage, stored);
     host.with_pool(pool, |pool, fx| {
         if has_writer {
-            pool.abandon_writer(&block, fx);
+            pool.blocks().abandon_writer(&block, fx);
         }
-        pool.add_spares(&block, fx);
+        pool.blocks().add_spares(&block, fx);
     });
     Ok(())
 }

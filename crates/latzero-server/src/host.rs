@@ -129,8 +129,8 @@ impl IoHost {
     /// Reports a finished block job to its pool.
     pub(crate) fn handle_done(&mut self, done: JobResult) {
         self.with_pool(&done.pool, |pool, turn| match done.what {
-            Finished::Made(key, made) => pool.storage_made(key, made, turn),
-            Finished::Flushed(key, ticket, version) => pool.flushed(key, ticket, version, turn),
+            Finished::Made(key, made) => pool.blocks().storage_made(key, made, turn),
+            Finished::Flushed(key, ticket, version) => pool.blocks().flushed(key, ticket, version, turn),
         });
     }
 

@@ -806,7 +806,7 @@ impl World {
                         made.map(|()| Some(making.storage))
                     };
                     self.turn()
-                        .with_pool(&pool, |pool, turn| pool.storage_made(key, made, turn));
+                        .with_pool(&pool, |pool, turn| pool.blocks().storage_made(key, made, turn));
                 }
                 Job::Drop { storage, .. } => self.storages.drop_storage(storage),
                 Job::Flush {
@@ -816,7 +816,7 @@ impl World {
                 } => {
                     let version = self.block_version(storage, None);
                     self.turn().with_pool(&pool, |pool, turn| {
-                        pool.flushed(key, ticket, Ok(version), turn);
+                        pool.blocks().flushed(key, ticket, Ok(version), turn);
                     });
                 }
             }

@@ -183,7 +183,7 @@ impl<D: Driver> Pool<D> {
         let Some(key) = self.calls.find(caller, id) else {
             return self.cancel_repeat(caller, id, turn)
                 || self.cancel_parked(caller, id, turn)
-                || self.cancel_lock(caller, id, turn);
+                || self.blocks().cancel_lock(caller, id, turn);
         };
         self.end(key, EndReason::Cancelled, turn);
         true
@@ -222,7 +222,7 @@ impl<D: Driver> Pool<D> {
             self.parked.note_room(&handler.process);
         }
         if let Some(uses) = &call.blocks {
-            self.revoke(call.member, uses, turn);
+            self.blocks().revoke(call.member, uses, turn);
         }
         let call_id = self.calls.id(key);
         if let Some(handler) = self.members.at_mut(call.member) {

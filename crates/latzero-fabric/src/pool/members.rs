@@ -2,10 +2,12 @@
 
 use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Event, EventSet};
-use latzero_protocol::{AppId, InstanceId, PoolName, Refusal, TriggerName};
+use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal, TriggerName};
 
+use super::PoolInfo;
 use super::routing::not_member;
 use crate::driver::{Driver, Peer};
+use crate::ledger::{Reservation, Resource};
 use crate::outbox::Class;
 use crate::slab::{Key, Slab};
 use crate::turn::Turn;
@@ -63,6 +65,22 @@ impl<D: Driver> Member<D> {
 
     fn watches(&self, event: Event) -> bool {
         self.watch.is_some_and(|set| set.has(event))
+    }
+
+    /// Counts something of its app.
+    pub(super) fn reserve(&self, what: Resource) -> Result<Reservation, Refusal> {
+        Ok(self.peer.link().account().app().reserve(what, 1)?)
+    }
+
+    /// Whether it has room for one more descriptor that it has not read.
+    pub(super) fn check_descriptors(&self, pool: &PoolInfo) -> Result<(), Refusal> {
+        let max = pool.limits.descriptors_unread_max;
+        if !self.takes_descriptors || self.peer.link().outbox.descriptors() < max {
+            return Ok(());
+        }
+        let message =
+            format!("{max} descriptors wait for you to read them (limits.descriptors_unread_max)");
+        Err(Refusal::new(Code::Overloaded, message))
     }
 
     /// Refuses a request that it sent.
@@ -156,6 +174,31 @@ impl<D: Driver> Members<D> {
         let any = (self.change_watchers > 0).then(|| self.iter());
         let any = any.into_iter().flatten();
         any.filter(|(_, member)| member.watches(Event::BlockChanged))
+    }
+
+    /// Answers a deferred request.
+    pub(super) fn answer(
+        &self,
+        member: MemberKey,
+        id: Option<&str>,
+        result: Result<Option<String>, Refusal>,
+        turn: &mut Turn<'_, D>,
+    ) {
+        if let Err(refusal) = &result {
+            turn.refused(refusal.code);
+        }
+        let (Some(to), Some(id)) = (self.at(member), id) else {
+            return;
+        };
+        match result {
+            Ok(None) => {}
+            Ok(Some(reply)) => {
+                turn.send(&to.peer, Class::Control, reply.len() + 256, |out| {
+                    encode::reply(out, id, &reply);
+                });
+            }
+            Err(refusal) => to.refuse(id, &refusal, turn),
+        }
     }
 
     /// Notifies the watchers, except the member that the event is about.

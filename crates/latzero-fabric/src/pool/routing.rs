@@ -203,7 +203,7 @@ impl<D: Driver> Pool<D> {
         }
         let uses = match (&trigger.blocks[..], from.member()) {
             ([], _) | (_, None) => Vec::new(),
-            (named, Some(caller)) => self.check_uses(caller, named)?,
+            (named, Some(_)) => self.blocks.check_uses(app, named, &self.info)?,
         };
         let user = member.filter(|m| m.is_stranger).map(|m| m.user);
         let start = pick::start(served, &mut self.prng);
@@ -273,7 +273,8 @@ impl<D: Driver> Pool<D> {
                         return Offer::Busy;
                     }
                     let (blocks, descriptors) =
-                        self.describe_uses(&uses, to.takes_descriptors, turn);
+                        self.blocks
+                            .describe_uses(&uses, to.takes_descriptors, &self.info, turn);
                     let delivery = encode::Delivery {
                         blocks: Some((&blocks, descriptors.len())),
                         ..delivery
@@ -329,7 +330,7 @@ impl<D: Driver> Pool<D> {
         };
         self.calls.insert(key, call);
         if !uses.is_empty() {
-            self.lend(serving, &uses);
+            self.blocks.lend(serving, &uses);
         }
         let to = self
             .members

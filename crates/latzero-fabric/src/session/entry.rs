@@ -191,7 +191,7 @@ impl<D: Driver> Session<D> {
                 for (_, block) in blocks {
                     // A removed block does not change any more.
                     let _ = turn.with_pool(&m.pool, |pool, turn| {
-                        pool.subscribe_block(m.member, block, turn)
+                        pool.blocks().subscribe(m.member, block, turn)
                     });
                 }
             }

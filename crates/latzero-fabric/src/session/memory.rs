@@ -43,7 +43,7 @@ impl<D: Driver> Session<D> {
                     check(&pool, member, &create.block, turn)?;
                 }
                 turn.with_pool(&pool, |pool, turn| {
-                    pool.create_block(asking, create, uid, turn)
+                    pool.blocks().create(asking, create, uid, turn)
                 })
             }
             Action::Attach {
@@ -53,19 +53,20 @@ impl<D: Driver> Session<D> {
             } => {
                 check(&pool, member, block, turn)?;
                 turn.with_pool(&pool, |pool, turn| {
-                    pool.attach_block(asking, block, *mode, layout.as_ref(), turn)
+                    pool.blocks()
+                        .attach(asking, block, *mode, layout.as_ref(), turn)
                 })
             }
-            Action::Detach(block) => {
-                turn.with_pool(&pool, |pool, turn| pool.detach_block(member, block, turn))
-            }
+            Action::Detach(block) => turn.with_pool(&pool, |pool, turn| {
+                pool.blocks().detach(member, block, turn)
+            }),
             Action::Read {
                 block,
                 offset,
                 length,
                 if_version,
             } => {
-                let plan = turn.with_pool(&pool, |pool, _| pool.read_block(member, block))?;
+                let plan = turn.with_pool(&pool, |pool, _| pool.blocks().read(member, block))?;
                 let range = range(block, plan, *offset, *length)?;
                 self.check_fits(range.end - range.start, turn)?;
                 let (bytes, version) = turn.driver.read_block(plan.storage, range, *if_version)?;
@@ -92,7 +93,7 @@ impl<D: Driver> Session<D> {
             }
             Action::Write(write) => {
                 let plan = turn.with_pool(&pool, |pool, _| {
-                    pool.begin_write(member, &write.block, write.lock)
+                    pool.blocks().begin_write(member, &write.block, write.lock)
                 })?;
                 let if_version = match &sealed_pool {
                     None => Ok(write.if_version),
@@ -110,7 +111,9 @@ impl<D: Driver> Session<D> {
                     )
                 });
                 let version = written.as_ref().ok().and_then(Written::version);
-                turn.with_pool(&pool, |pool, turn| pool.end_write(plan, version, turn));
+                turn.with_pool(&pool, |pool, turn| {
+                    pool.blocks().end_write(plan, version, turn)
+                });
                 let (Written::Version(version) | Written::Differs(version, _)) = written?;
                 Ok(Some(format!("{{\"version\":{version}}}")))
             }
@@ -121,8 +124,9 @@ impl<D: Driver> Session<D> {
                 data,
                 lock,
             } => {
-                let plan =
-                    turn.with_pool(&pool, |pool, _| pool.begin_write(member, block, *lock))?;
+                let plan = turn.with_pool(&pool, |pool, _| {
+                    pool.blocks().begin_write(member, block, *lock)
+                })?;
                 let swapped = turn.driver.write_block(
                     plan.storage,
                     &BlockWrite {
@@ -133,7 +137,9 @@ impl<D: Driver> Session<D> {
                     },
                 );
                 let version = swapped.as_ref().ok().and_then(Written::version);
-                turn.with_pool(&pool, |pool, turn| pool.end_write(plan, version, turn));
+                turn.with_pool(&pool, |pool, turn| {
+                    pool.blocks().end_write(plan, version, turn)
+                });
                 Ok(Some(match swapped? {
                     Written::Version(version) => {
                         format!("{{\"swapped\":true,\"version\":{version}}}")
@@ -160,23 +166,24 @@ impl<D: Driver> Session<D> {
                     lease_ms: *lease_ms,
                 };
                 turn.with_pool(&pool, |pool, turn| {
-                    pool.lock_block(asking, block, want, turn)
+                    pool.blocks().lock(asking, block, want, turn)
                 })
             }
             Action::Unlock(block, fence) => turn.with_pool(&pool, |pool, turn| {
-                pool.unlock_block(member, block, *fence, turn)
+                pool.blocks().unlock(member, block, *fence, turn)
             }),
             Action::Renew {
                 block,
                 lock,
                 lease_ms,
             } => turn.with_pool(&pool, |pool, _| {
-                pool.renew_lock(now, member, block, *lock, *lease_ms)
+                pool.blocks()
+                    .renew_lock(now, member, block, *lock, *lease_ms)
             }),
             Action::Subscribe(block) => {
                 let name = m.name.clone();
                 let reply = turn.with_pool(&pool, |pool, turn| {
-                    pool.subscribe_block(member, block, turn)
+                    pool.blocks().subscribe(member, block, turn)
                 })?;
                 self.remember_subscription(&name, block, true, turn);
                 Ok(reply)
@@ -184,12 +191,12 @@ impl<D: Driver> Session<D> {
             Action::Unsubscribe(block) => {
                 let name = m.name.clone();
                 let reply =
-                    turn.with_pool(&pool, |pool, _| pool.unsubscribe_block(member, block))?;
+                    turn.with_pool(&pool, |pool, _| pool.blocks().unsubscribe(member, block))?;
                 self.remember_subscription(&name, block, false, turn);
                 Ok(reply)
             }
             Action::Notify(block, version) => turn.with_pool(&pool, |pool, turn| {
-                pool.notify_block(member, block, *version, turn)
+                pool.blocks().notify(member, block, *version, turn)
             }),
             Action::Reoffer(block) => {
                 let name = m.name.clone();
@@ -197,24 +204,24 @@ impl<D: Driver> Session<D> {
                 Ok(Some("{}".into()))
             }
             Action::Resize(block, size) => turn.with_pool(&pool, |pool, turn| {
-                pool.resize_block(asking, block, *size, turn)
+                pool.blocks().resize(asking, block, *size, turn)
             }),
             Action::Flush(block) => {
-                turn.with_pool(&pool, |pool, turn| pool.flush_block(asking, block, turn))
+                turn.with_pool(&pool, |pool, turn| pool.blocks().flush(asking, block, turn))
             }
             Action::Remove(block) => {
                 let is_admin = self.terms.is_admin;
                 turn.with_pool(&pool, |pool, turn| {
-                    pool.remove_block(member, is_admin, block, turn)
+                    pool.blocks().remove(member, is_admin, block, turn)
                 })
             }
             Action::List(page) => {
-                let blocks = turn.with_pool(&pool, |pool, turn| pool.blocks_json(page, turn));
+                let blocks = turn.with_pool(&pool, |pool, turn| pool.blocks().list(page, turn));
                 Ok(Some(blocks))
             }
             Action::Info(block) => {
                 let all =
-                    turn.with_pool(&pool, |pool, turn| pool.block_json(member, block, turn))?;
+                    turn.with_pool(&pool, |pool, turn| pool.blocks().info(member, block, turn))?;
                 Ok(Some(all.to_string()))
             }
         }
@@ -358,7 +365,7 @@ fn check<D: Driver>(
     block: &BlockId,
     turn: &mut Turn<'_, D>,
 ) -> Result<(), Refusal> {
-    match turn.with_pool(pool, |pool, _| pool.read_block(member, block)) {
+    match turn.with_pool(pool, |pool, _| pool.blocks().read(member, block)) {
         Ok(plan) => turn.driver.read_block(plan.storage, 0..0, None).map(|_| ()),
         Err(_) => Ok(()),
     }

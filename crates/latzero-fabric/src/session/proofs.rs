@@ -336,7 +336,7 @@ impl<D: Driver> Session<D> {
             for block in &subscriptions {
                 // A removed block does not change any more.
                 let _ = turn.with_pool(&m.pool, |pool, turn| {
-                    pool.subscribe_block(m.member, block, turn)
+                    pool.blocks().subscribe(m.member, block, turn)
                 });
             }
         }
@@ -491,7 +491,7 @@ impl<D: Driver> Session<D> {
         }
         let purged = turn.with_pool(&handle, |pool, turn| {
             if moves {
-                pool.renew_blocks(turn);
+                pool.blocks().renew_all(turn);
             }
             let purged = purges.then(|| pool.purge(turn));
             purged.unwrap_or_default()

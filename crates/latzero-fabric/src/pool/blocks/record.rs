@@ -122,9 +122,9 @@ fn senseless() -> Refusal {
 }
 
 /// The record of a block, and whether it is kept beyond this run.
-pub(super) fn record(pool: &PoolName, block: &Block, outlives: bool) -> Value {
+pub(super) fn record(pool: &PoolInfo, block: &Block) -> Value {
     let mut record = json!({
-        "pool": pool, "block_id": block.id, "kind": block.kind.as_str(),
+        "pool": pool.name, "block_id": block.id, "kind": block.kind.as_str(),
         "size": block.geometry.size,
         "slots": block.geometry.slots, "owner": block.owner, "generation": block.generation,
         "created": block.created,
@@ -138,7 +138,7 @@ pub(super) fn record(pool: &PoolName, block: &Block, outlives: bool) -> Value {
     if let Some(sealed) = &block.sealed {
         record["sealed"] = json!({"block_uid": text::encode(&sealed.uid), "size": sealed.size});
     }
-    if !outlives {
+    if !pool.outlives {
         record["outlives"] = false.into();
     }
     if let Some(layout) = &block.layout {
