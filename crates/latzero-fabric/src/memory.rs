@@ -116,7 +116,7 @@ pub struct Making {
 /// order in which they were requested.
 #[derive(Debug, Clone)]
 pub enum Job<P> {
-    /// Creates storage; the result is passed to [`crate::Pool::storage_made`].
+    /// Creates storage; the result is passed to [`crate::PoolBlocks::storage_made`].
     Make {
         /// For this block.
         key: BlockKey,
@@ -133,7 +133,8 @@ pub enum Job<P> {
         /// Whether a newer generation replaces it.
         is_superseded: bool,
     },
-    /// Flushes everything written so far to disk; the result is passed to [`crate::Pool::flushed`].
+    /// Flushes everything written so far to disk; the result is passed to
+    /// [`crate::PoolBlocks::flushed`].
     Flush {
         /// For this block.
         key: BlockKey,

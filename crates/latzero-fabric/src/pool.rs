@@ -12,12 +12,12 @@ mod answer;
 mod blocks;
 mod calls;
 mod ending;
+mod lasting;
 mod lock;
 mod members;
 mod park;
 mod pick;
 mod repeats;
-mod rotation;
 mod routing;
 mod triggers;
 
@@ -38,12 +38,12 @@ pub use blocks::{
 };
 use calls::Calls;
 use ending::EndReason;
+pub use lasting::{Lasting, Purged};
 pub use members::{Joining, MemberKey, MemberTag};
 use members::{Member, Members, NOBODY};
 use park::ParkedCalls;
 pub use park::ParkedCounts;
 use repeats::Repeats;
-pub use rotation::Purged;
 pub use routing::Routed;
 pub(crate) use routing::id_in_use;
 use triggers::Triggers;
@@ -190,10 +190,15 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// What the ledger counts for its blocks; for the simulator.
-    #[must_use]
-    pub fn block_counts(&self) -> BlockCounts {
-        self.blocks.counts()
+    /// What outlives a connection.
+    pub fn lasting(&mut self) -> Lasting<'_, D> {
+        Lasting {
+            parked: &mut self.parked,
+            repeats: &mut self.repeats,
+            members: &self.members,
+            calls: &self.calls,
+            info: &self.info,
+        }
     }
 
     /// Whether `member` is still a member.
@@ -214,15 +219,6 @@ impl<D: Driver> Pool<D> {
         self.info.outlives = outlives;
     }
 
-    /// When the oldest answer stored for repeats expires.
-    pub(crate) fn oldest_repeat(&self) -> Option<Time> {
-        self.repeats.oldest()
-    }
-
-    pub(crate) fn forget_oldest_repeat(&mut self) {
-        self.repeats.forget_oldest();
-    }
-
     /// The pool's number.
     #[must_use]
     pub fn number(&self) -> u32 {
@@ -233,12 +229,6 @@ impl<D: Driver> Pool<D> {
     #[must_use]
     pub fn name(&self) -> &PoolName {
         &self.info.name
-    }
-
-    /// Counters of its parked calls and answers.
-    #[must_use]
-    pub fn parked_counts(&self) -> ParkedCounts {
-        self.parked.counts()
     }
 
     /// Counters of the pool.
@@ -255,7 +245,7 @@ impl<D: Driver> Pool<D> {
             parked: self.parked.counts(),
             parked_bytes: self.parked.bytes(),
             repeats_bytes: self.repeats.bytes(),
-            redelivery_bytes: self.redelivery_bytes(),
+            redelivery_bytes: self.calls.redelivery_bytes(),
         }
     }
 
@@ -286,7 +276,7 @@ impl<D: Driver> Pool<D> {
         self.members
             .notify_presence(Event::AppOffline, &self.info.name, key, None, turn);
         let member = self.members.remove(key).expect("checked above");
-        self.take_answers_back((key, &member.app), turn);
+        self.lasting().take_answers_back((key, &member.app), turn);
         self.place_orphans(turn);
         true
     }
@@ -359,7 +349,7 @@ impl<D: Driver> Pool<D> {
         }
         self.blocks().handle_timeout(turn);
         self.handle_parked_timeout(turn);
-        self.handle_repeats_timeout(turn);
+        self.lasting().handle_repeats_timeout(turn);
     }
 
     /// Removes the pool: ends its calls and notifies each member. Nobody can join again. Returns
@@ -370,9 +360,8 @@ impl<D: Driver> Pool<D> {
         for &key in &keys {
             self.end_calls_of(key, turn);
         }
-        self.drop_orphans(turn);
-        self.close_parked(turn);
-        self.blocks().close(turn);
+        self.lasting().drop_orphans(turn);
+        self.close_held(turn);
         self.triggers = Triggers::default();
         let json = format!(
             "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{}\"}}",
@@ -389,16 +378,16 @@ impl<D: Driver> Pool<D> {
         instances
     }
 
+    /// Releases the reservations of a removed pool.
+    pub fn close_held(&mut self, turn: &mut Turn<'_, D>) {
+        self.lasting().close(turn);
+        self.blocks().close(turn);
+    }
+
     /// Whether the pool was removed.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.closed
-    }
-
-    /// Releases the reservations of a removed pool.
-    pub fn close_held(&mut self, turn: &mut Turn<'_, D>) {
-        self.close_parked(turn);
-        self.blocks().close(turn);
     }
 
     /// The pool's triggers as JSON: names, strategies and who serves them, in the order of their

@@ -984,7 +984,9 @@ fn adopt(
         && is_limit(refusal)
     {
         let why = refusal.message.as_ref();
-        host.with_pool(&pool, |pool, fx| pool.blocks().reserve_name(&block, why, fx));
+        host.with_pool(&pool, |pool, fx| {
+            pool.blocks().reserve_name(&block, why, fx)
+        });
     }
     if taken.is_err() {
         // The pool is removed again if it was created only for this block.

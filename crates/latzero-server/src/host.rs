@@ -130,7 +130,9 @@ impl IoHost {
     pub(crate) fn handle_done(&mut self, done: JobResult) {
         self.with_pool(&done.pool, |pool, turn| match done.what {
             Finished::Made(key, made) => pool.blocks().storage_made(key, made, turn),
-            Finished::Flushed(key, ticket, version) => pool.blocks().flushed(key, ticket, version, turn),
+            Finished::Flushed(key, ticket, version) => {
+                pool.blocks().flushed(key, ticket, version, turn)
+            }
         });
     }
 
@@ -147,7 +149,7 @@ impl IoHost {
         });
         let mut parked = ParkedCounts::default();
         for pool in &pools {
-            parked.add(&self.with_pool(pool, |pool, _| pool.parked_counts()));
+            parked.add(&self.with_pool(pool, |pool, _| pool.lasting().counts()));
         }
         parked.oldest = parked.oldest.map(|ms| self.now.unix_ms_of(ms));
         parked
@@ -501,7 +503,7 @@ impl IoHost {
             .with_registry(|registry, _| registry.pool(name).cloned());
         if let Some(pool) = pool {
             self.with_pool(&pool, |pool, turn| {
-                pool.answer_stored(number, is_on_disk, turn);
+                pool.lasting().answer_stored(number, is_on_disk, turn);
             });
         }
     }
@@ -520,7 +522,7 @@ impl IoHost {
                 self.with_pool(&pool, |pool, turn| {
                     numbers
                         .iter()
-                        .for_each(|&number| pool.answer_delivered(number, turn));
+                        .for_each(|&number| pool.lasting().answer_delivered(number, turn));
                 });
             }
         }

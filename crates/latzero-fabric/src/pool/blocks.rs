@@ -230,7 +230,7 @@ impl Blocks {
         turn.count_held(&pool.name, pool.number, -1);
     }
 
-    pub(super) fn counts(&self) -> BlockCounts {
+    fn counts(&self) -> BlockCounts {
         let mut counts = BlockCounts::default();
         for (_, block) in self.blocks.iter() {
             let waits = block.lock.waiting() + block.waiting.len() + block.flushing.len();
@@ -320,6 +320,12 @@ impl<D: Driver> PoolBlocks<'_, D> {
 
     fn asker(&self, member: MemberKey) -> Result<&Member<D>, Refusal> {
         self.members.asker(member, &self.info.name)
+    }
+
+    /// Counts the blocks' entries in the ledger; for the simulator.
+    #[must_use]
+    pub fn counts(&self) -> BlockCounts {
+        self.blocks.counts()
     }
 
     /// A block of an earlier run is not restored, for the reason `why`. Its name and pool are kept

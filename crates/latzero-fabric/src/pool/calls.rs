@@ -240,6 +240,13 @@ impl Calls {
         self.calls.from(slot)
     }
 
+    /// Bytes of the calls that may be given to another handler.
+    pub(super) fn redelivery_bytes(&self) -> u64 {
+        let lasting = self.iter().filter_map(|(_, call)| call.lasting.as_ref());
+        let held = lasting.filter_map(|lasting| lasting.held.as_ref());
+        held.map(crate::ledger::Reservation::amount).sum()
+    }
+
     pub(super) fn next_deadline(&self) -> Option<Time> {
         self.deadlines
             .peek()

@@ -66,7 +66,7 @@ impl<D: Driver> Pool<D> {
             // Its caller may have left: such a call gets only its answer, no items or progress.
             if response.status.is_final() {
                 let failed = response.status == Status::Error;
-                self.parked_answered(number, response, turn);
+                self.lasting().parked_answered(number, response, turn);
                 self.end(key, EndReason::Answered { failed }, turn);
             }
             return Ok(());
@@ -76,7 +76,8 @@ impl<D: Driver> Pool<D> {
         {
             let (app, repeated) = *repeat;
             let is_detached = call.caller == NOBODY;
-            self.repeats_answered(&app, &repeated, &Answered::of(response), turn);
+            self.lasting()
+                .repeats_answered(&app, &repeated, &Answered::of(response), turn);
             if is_detached {
                 let failed = response.status == Status::Error;
                 self.end(key, EndReason::Answered { failed }, turn);
@@ -181,7 +182,7 @@ impl<D: Driver> Pool<D> {
     /// Cancels a call for its caller; false if the caller has no such call here.
     pub fn cancel(&mut self, caller: MemberKey, id: &str, turn: &mut Turn<'_, D>) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
-            return self.cancel_repeat(caller, id, turn)
+            return self.lasting().cancel_repeat(caller, id, turn)
                 || self.cancel_parked(caller, id, turn)
                 || self.blocks().cancel_lock(caller, id, turn);
         };
@@ -284,7 +285,7 @@ impl<D: Driver> Pool<D> {
             let Some(lasting) = call.lasting.take() else {
                 // Its caller left; a repeat may still ask for the answer.
                 if let Some(repeat) = call.repeat {
-                    self.repeats_dropped(&repeat.0, &repeat.1, turn);
+                    self.lasting().repeats_dropped(&repeat.0, &repeat.1, turn);
                 }
                 return;
             };
@@ -294,16 +295,18 @@ impl<D: Driver> Pool<D> {
                     if matches!(how, EndReason::HandlerGone)
                         && turn.driver.context().is_draining() =>
                 {
-                    self.interrupted(number, lasting, turn);
+                    self.lasting().interrupted(number, lasting, turn);
                 }
                 (Some(_), Some(_)) if is_orphan => {
-                    self.orphan((NOBODY, None), lasting, call.member)
+                    self.lasting().orphan((NOBODY, None), lasting, call.member)
                 }
                 (Some(number), Some(_)) if matches!(how, EndReason::TimedOut) => {
-                    self.parked_too_late(number, turn);
+                    self.lasting().parked_too_late(number, turn);
                 }
-                (Some(number), Some(refusal)) => self.parked_refused(number, refusal, turn),
-                (None, Some(_)) => self.drop_repeats_of(&lasting, turn),
+                (Some(number), Some(refusal)) => {
+                    self.lasting().parked_refused(number, refusal, turn)
+                }
+                (None, Some(_)) => self.lasting().drop_repeats_of(&lasting, turn),
                 _ => {}
             }
             return;
@@ -314,7 +317,7 @@ impl<D: Driver> Pool<D> {
             .expect("a call's caller leaves after its calls ended");
         caller.calling -= 1;
         if let Some(repeat) = call.repeat.take().filter(|_| !is_orphan) {
-            self.repeats_dropped(&repeat.0, &repeat.1, turn);
+            self.lasting().repeats_dropped(&repeat.0, &repeat.1, turn);
         }
         let caller = self.members.at_mut(call.caller).expect("found above");
         if is_orphan {
@@ -324,7 +327,8 @@ impl<D: Driver> Pool<D> {
             let peer = caller.peer.clone();
             turn.call_ended(Some(&peer), end);
             let id = call.id.as_deref().map(Into::into);
-            self.orphan((call.caller, id), lasting, call.member);
+            self.lasting()
+                .orphan((call.caller, id), lasting, call.member);
             return;
         }
         if let (Some(refusal), Some(id)) = (&refusal, &call.id) {

@@ -27,9 +27,11 @@ use latzero_protocol::{AppId, Code, Ran, Refusal, TriggerName};
 use super::answer::Answered;
 use super::calls::Call;
 use super::ending::EndReason;
+use super::lasting::Lasting;
+use super::members::{MemberKey, NOBODY};
 use super::repeats::{scoped, scoped_key};
 use super::routing::id_in_use;
-use super::{CallError, MemberKey, NOBODY, Pool};
+use super::{CallError, Pool, PoolInfo};
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Account, Full, Reservation, Resource};
 use crate::now::{Time, earliest};
@@ -319,6 +321,17 @@ impl ParkedCalls {
         Some(parked)
     }
 
+    fn forget<D: Driver>(
+        &mut self,
+        number: u64,
+        pool: &PoolInfo,
+        turn: &mut Turn<'_, D>,
+    ) -> Option<Parked> {
+        let parked = self.remove(number)?;
+        turn.count_held(&pool.name, pool.number, -1);
+        Some(parked)
+    }
+
     fn free_id(&mut self, parked: &Parked) {
         if !parked.id.is_empty() && !parked.is_dead() {
             self.by_id
@@ -403,7 +416,7 @@ impl ParkedCalls {
     }
 }
 
-impl<D: Driver> Pool<D> {
+impl<D: Driver> Lasting<'_, D> {
     /// Parks a call durably; returns its number.
     pub(super) fn park(
         &mut self,
@@ -512,7 +525,7 @@ impl<D: Driver> Pool<D> {
         if parked.is_none_or(|parked| parked.attempt > 0) {
             return false;
         }
-        if let Some(parked) = self.forget_parked(number, turn) {
+        if let Some(parked) = self.parked.forget(number, self.info, turn) {
             self.drop_key(number, &parked, turn);
         }
         true
@@ -644,12 +657,39 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    fn forget_parked(&mut self, number: u64, turn: &mut Turn<'_, D>) -> Option<Parked> {
-        let parked = self.parked.remove(number)?;
-        turn.count_held(&self.info.name, self.info.number, -1);
-        Some(parked)
+    /// A parked call has expired.
+    pub(super) fn parked_too_late(&mut self, number: u64, turn: &mut Turn<'_, D>) {
+        if let Some(refusal) = self.parked.calls.get(&number).map(Parked::too_late) {
+            self.parked_refused(number, &refusal, turn);
+        }
     }
 
+    /// Ends the parked calls of a removed pool; notifies callers that are connected.
+    pub(super) fn close(&mut self, turn: &mut Turn<'_, D>) {
+        let refusal = Refusal::new(Code::NoPool, "the pool was removed while the call waited");
+        let mut calls: Vec<_> = self.parked.calls.iter().collect();
+        // Repeats first, so that they hear of the pool's removal and not of the first call's
+        // end.
+        calls.sort_by_key(|(_, parked)| !parked.is_following());
+        let numbers: Vec<u64> = calls.into_iter().map(|(number, _)| *number).collect();
+        for number in numbers {
+            if let Some(parked) = self.parked.forget(number, self.info, turn) {
+                if !parked.is_dead() {
+                    let answer = Answered::refused(&refusal.clone().with_ran(parked.ran()));
+                    let whom = (&parked.caller, parked.from);
+                    self.deliver_answer(whom, &parked.id, &answer, turn);
+                }
+                self.drop_key(number, &parked, turn);
+                turn.store(StoreChange::EndCall(number), None);
+            }
+        }
+        for number in self.parked.answers.numbers() {
+            self.drop_answer(number, turn);
+        }
+    }
+}
+
+impl<D: Driver> Pool<D> {
     /// Cancels a parked call for its caller; false if there is none with that id.
     pub(super) fn cancel_parked(
         &mut self,
@@ -674,19 +714,12 @@ impl<D: Driver> Pool<D> {
         };
         match parked.state {
             State::Given(key) => self.end(key, EndReason::Cancelled, turn),
-            State::Dead(_) => self.bury(number, turn),
+            State::Dead(_) => self.lasting().bury(number, turn),
             State::Waiting(_) | State::Following(_) | State::Paused(..) => {
                 let refusal = Refusal::new(Code::Cancelled, "the call was cancelled");
                 let refusal = refusal.with_ran(parked.ran());
-                self.parked_refused(number, &refusal, turn);
+                self.lasting().parked_refused(number, &refusal, turn);
             }
-        }
-    }
-
-    /// A parked call has expired.
-    pub(super) fn parked_too_late(&mut self, number: u64, turn: &mut Turn<'_, D>) {
-        if let Some(refusal) = self.parked.calls.get(&number).map(Parked::too_late) {
-            self.parked_refused(number, &refusal, turn);
         }
     }
 
@@ -703,39 +736,15 @@ impl<D: Driver> Pool<D> {
             };
             match parked.state {
                 State::Given(key) => self.end(key, EndReason::TimedOut, turn),
-                State::Dead(_) => self.bury(number, turn),
+                State::Dead(_) => self.lasting().bury(number, turn),
                 State::Waiting(_) | State::Following(_) | State::Paused(..) => {
-                    self.parked_too_late(number, turn);
+                    self.lasting().parked_too_late(number, turn);
                 }
             }
         }
-        self.end_pauses(turn);
-        self.handle_answers_timeout(turn);
+        self.lasting().end_pauses(turn);
+        self.lasting().handle_answers_timeout(turn);
         self.go_on_giving(turn);
-    }
-
-    /// Ends the parked calls of a removed pool; notifies callers that are connected.
-    pub(super) fn close_parked(&mut self, turn: &mut Turn<'_, D>) {
-        let refusal = Refusal::new(Code::NoPool, "the pool was removed while the call waited");
-        let mut calls: Vec<_> = self.parked.calls.iter().collect();
-        // Repeats first, so that they hear of the pool's removal and not of the first call's
-        // end.
-        calls.sort_by_key(|(_, parked)| !parked.is_following());
-        let numbers: Vec<u64> = calls.into_iter().map(|(number, _)| *number).collect();
-        for number in numbers {
-            if let Some(parked) = self.forget_parked(number, turn) {
-                if !parked.is_dead() {
-                    let answer = Answered::refused(&refusal.clone().with_ran(parked.ran()));
-                    let whom = (&parked.caller, parked.from);
-                    self.deliver_answer(whom, &parked.id, &answer, turn);
-                }
-                self.drop_key(number, &parked, turn);
-                turn.store(StoreChange::EndCall(number), None);
-            }
-        }
-        for number in self.parked.answers.numbers() {
-            self.drop_answer(number, turn);
-        }
     }
 }
 

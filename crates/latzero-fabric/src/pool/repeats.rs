@@ -11,18 +11,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use hashbrown::HashMap;
-use latzero_protocol::encode;
 use latzero_protocol::message::Trigger;
 use latzero_protocol::{AppId, Code, Refusal};
 
 use super::answer::Answered;
+use super::lasting::Lasting;
+use super::members::MemberKey;
 use super::routing::id_in_use;
-use super::{MemberKey, Pool};
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Account, Reservation, Resource};
 use crate::limits::Limits;
 use crate::now::{Time, earliest};
-use crate::outbox::{Class, Sent};
+use crate::outbox::Sent;
 use crate::turn::Turn;
 
 /// Repeats that wait for the answer of one call.
@@ -311,7 +311,7 @@ impl Repeats {
     }
 }
 
-impl<D: Driver> Pool<D> {
+impl<D: Driver> Lasting<'_, D> {
     /// Looks a call with a key up; a repeat is answered, or waits for the first one's answer.
     pub(super) fn find_repeat(
         &mut self,
@@ -376,8 +376,8 @@ impl<D: Driver> Pool<D> {
                     unreachable!("just seen");
                 };
                 if let Some(id) = id
-                    && self
-                        .send_answer(member, id, answer, turn)
+                    && member
+                        .send_answer(id, answer, self.info, turn)
                         .is_none_or(|sent| sent == Sent::Full)
                 {
                     let message = "the answer did not fit in the connection's outbox \
@@ -405,16 +405,14 @@ impl<D: Driver> Pool<D> {
         };
         for (member, id) in waiting {
             if let Some(to) = self.members.at(member)
-                && self
-                    .send_answer(to, &id, answer, turn)
+                && to
+                    .send_answer(&id, answer, self.info, turn)
                     .is_none_or(|sent| sent == Sent::Full)
             {
                 let message = "the answer did not fit in the connection's outbox \
                     (limits.outbox_bytes_max): read faster, and repeat the call";
                 let refusal = Refusal::new(Code::HandlerGone, message);
-                turn.send(&to.peer, Class::Control, 256, |out| {
-                    encode::refusal(out, Some(&id), &refusal);
-                });
+                to.refuse(&id, &refusal, turn);
             }
         }
         for number in followers {
@@ -463,9 +461,7 @@ impl<D: Driver> Pool<D> {
         let refusal = Refusal::new(Code::HandlerGone, message);
         for (member, id) in waiting {
             if let Some(to) = self.members.at(member) {
-                turn.send(&to.peer, Class::Control, 256, |out| {
-                    encode::refusal(out, Some(&id), &refusal);
-                });
+                to.refuse(&id, &refusal, turn);
             }
         }
         for number in followers {
@@ -484,9 +480,7 @@ impl<D: Driver> Pool<D> {
         if let Some(to) = self.members.at(caller).filter(|_| gave_up) {
             let message = "the caller cancelled the repeat; the original call goes on";
             let refusal = Refusal::new(Code::Cancelled, message);
-            turn.send(&to.peer, Class::Control, 256, |out| {
-                encode::refusal(out, Some(id), &refusal);
-            });
+            to.refuse(id, &refusal, turn);
         }
         gave_up
     }
@@ -511,9 +505,7 @@ impl<D: Driver> Pool<D> {
             };
             let message = "no answer within the repeat's ttl; the original call goes on";
             let refusal = Refusal::new(Code::Timeout, message);
-            turn.send(&to.peer, Class::Control, 256, |out| {
-                encode::refusal(out, Some(&id), &refusal);
-            });
+            to.refuse(&id, &refusal, turn);
         }
     }
 }

@@ -76,21 +76,25 @@ impl<D: Driver> Pool<D> {
         {
             room?;
             return self
+                .lasting()
                 .park_repeat(caller, trigger, key, turn)
                 .map(Routed::Parked);
         }
-        match self.find_repeat(caller, (id, deadline), key, turn)? {
+        match self
+            .lasting()
+            .find_repeat(caller, (id, deadline), key, turn)?
+        {
             Seen::First => {}
             Seen::Repeat => return Ok(Routed::Begun),
             Seen::Itself(number) if trigger.park.is_allowed() => {
-                self.promise_parked(number, &peer, turn);
+                self.lasting().promise_parked(number, &peer, turn);
                 return Ok(Routed::ParkedBefore(number));
             }
             Seen::Itself(_) => return Ok(Routed::Begun),
         }
         let called = self.call_once(caller, trigger, turn);
         if called.is_err() {
-            self.repeats_dropped(&app, key, turn);
+            self.lasting().repeats_dropped(&app, key, turn);
         }
         called
     }
@@ -161,7 +165,7 @@ impl<D: Driver> Pool<D> {
                     return Err(error);
                 }
                 let peer = self.members.at(caller).expect("found above").peer.clone();
-                let number = self.park(caller, trigger, Some(&peer), turn)?;
+                let number = self.lasting().park(caller, trigger, Some(&peer), turn)?;
                 if must_wait && let Some(served) = self.triggers.get(&trigger.process) {
                     self.parked.note_room(&served.name);
                 }

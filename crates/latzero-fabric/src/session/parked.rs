@@ -33,7 +33,8 @@ impl<D: Driver> Session<D> {
                 let found = self.find(&parked.filter, is_admin, (0, 1), turn);
                 let shown = found.first().and_then(|found| {
                     turn.with_pool(&found.pool, |pool, turn| {
-                        pool.describe_parked(found.number, true, &turn.now)
+                        pool.lasting()
+                            .describe_parked(found.number, true, &turn.now)
                     })
                 });
                 shown
@@ -108,7 +109,7 @@ impl<D: Driver> Session<D> {
         for (pool, is_own) in pools {
             let viewer = (!is_admin && !is_own).then_some(view.app);
             let numbers = turn.with_pool(&pool, |pool, _| {
-                pool.find_parked(filter, viewer, (after, limit))
+                pool.lasting().find_parked(filter, viewer, (after, limit))
             });
             found.extend(numbers.into_iter().map(|number| Found {
                 number,
@@ -127,7 +128,8 @@ fn page<D: Driver>(found: &[Found<D>], limit: usize, turn: &mut Turn<'_, D>) -> 
     let mut is_more = found.len() == limit;
     for found in found {
         let shown = turn.with_pool(&found.pool, |pool, turn| {
-            pool.describe_parked(found.number, false, &turn.now)
+            pool.lasting()
+                .describe_parked(found.number, false, &turn.now)
         });
         if let Some(shown) = shown {
             bytes += shown.len() + 1;

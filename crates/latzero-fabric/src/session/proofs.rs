@@ -493,7 +493,7 @@ impl<D: Driver> Session<D> {
             if moves {
                 pool.blocks().renew_all(turn);
             }
-            let purged = purges.then(|| pool.purge(turn));
+            let purged = purges.then(|| pool.lasting().purge(turn));
             purged.unwrap_or_default()
         });
         let reply = json!({

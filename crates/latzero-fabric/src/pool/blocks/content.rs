@@ -14,8 +14,8 @@ pub struct ReadPlan {
     pub generation: u64,
 }
 
-/// Where to write a block's bytes, as [`PoolBlocks::begin_write`] allows it. [`PoolBlocks::end_write`] must
-/// follow.
+/// Where to write a block's bytes, as [`PoolBlocks::begin_write`] allows it.
+/// [`PoolBlocks::end_write`] must follow.
 #[derive(Debug, Clone, Copy)]
 #[must_use]
 pub struct WritePlan {
@@ -41,8 +41,8 @@ impl<D: Driver> PoolBlocks<'_, D> {
         })
     }
 
-    /// Allows a member to write a block through the server. Until [`PoolBlocks::end_write`] nobody else
-    /// gets its lock.
+    /// Allows a member to write a block through the server. Until [`PoolBlocks::end_write`] nobody
+    /// else gets its lock.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `locked`, `lock_lost`.

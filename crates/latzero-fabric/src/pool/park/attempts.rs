@@ -10,7 +10,9 @@
 use latzero_protocol::message::Trigger;
 use latzero_protocol::{Code, Refusal, encode};
 
-use super::super::{MemberKey, Pool};
+use super::super::Pool;
+use super::super::lasting::Lasting;
+use super::super::members::MemberKey;
 use super::answers::AnswerReceiver;
 use super::durable::DurableCall;
 use super::{Death, Parked, State, StoreChange};
@@ -40,7 +42,7 @@ pub(super) struct Orphan {
     cause: String,
 }
 
-impl<D: Driver> Pool<D> {
+impl<D: Driver> Lasting<'_, D> {
     /// The handler of a durable call died; [`Pool::place_orphans`] follows once the handler has
     /// left.
     pub(in crate::pool) fn orphan(
@@ -57,61 +59,6 @@ impl<D: Driver> Pool<D> {
             lasting,
             cause,
         });
-    }
-
-    /// Decides about calls whose handler died, now that it has left.
-    pub(in crate::pool) fn place_orphans(&mut self, turn: &mut Turn<'_, D>) {
-        for orphan in std::mem::take(&mut self.parked.orphans) {
-            match orphan.lasting.number {
-                Some(number) => self.attempt_failed(number, orphan.lasting, &orphan.cause, turn),
-                None => self.redeliver(orphan, turn),
-            }
-        }
-    }
-
-    /// Redelivers a call to another handler; else parks it if it may wait, or notifies its caller.
-    fn redeliver(&mut self, orphan: Orphan, turn: &mut Turn<'_, D>) {
-        let Orphan {
-            caller,
-            id,
-            lasting,
-            cause,
-        } = orphan;
-        let Some(member) = self.members.at(caller) else {
-            self.drop_repeats_of(&lasting, turn);
-            return;
-        };
-        let peer = member.peer.clone();
-        let is_last = lasting.attempt >= lasting.attempts;
-        let mut lasting = lasting;
-        if !is_last {
-            match self.dispatch(Some(caller), lasting, turn) {
-                Ok((key, lasting)) => {
-                    self.calls.at_mut(key).expect("just begun").lasting = Some(lasting);
-                    return;
-                }
-                Err((back, _)) => lasting = back,
-            }
-        }
-        let parked = lasting
-            .may_park
-            .then(|| lasting.read(|trigger| self.park_orphan(caller, trigger, &lasting, turn)));
-        if let Some(Some(Ok(number))) = parked {
-            self.attempt_failed(number, lasting, &cause, turn);
-            return;
-        }
-        self.drop_repeats_of(&lasting, turn);
-        let refusal = if is_last {
-            exhausted(lasting.attempt, &cause)
-        } else {
-            let message = format!("{cause}, and no other handler took the call");
-            Refusal::new(Code::HandlerGone, message)
-        };
-        if let Some(id) = &id {
-            turn.send(&peer, Class::Control, 512, |out| {
-                encode::refusal(out, Some(id), &refusal);
-            });
-        }
     }
 
     fn park_orphan(
@@ -220,8 +167,12 @@ impl<D: Driver> Pool<D> {
             turn.count_held(&self.info.name, self.info.number, 1);
             let answer = super::Answered::refused(&refusal);
             let number = turn.next_number();
-            self.keep_answer(number, whom, None, (answer, held), turn);
-            self.write_awaited(number, turn);
+            self.parked
+                .answers
+                .keep(number, whom, None, (answer, held), self.info, turn);
+            self.parked
+                .answers
+                .write_awaited(number, &self.info.name, turn);
         }
         while self.parked.dead.len() > self.info.limits.dead_max {
             let (_, oldest) = *self.parked.dead.first().expect("there are too many");
@@ -231,7 +182,7 @@ impl<D: Driver> Pool<D> {
 
     /// Forgets a dead call.
     pub(super) fn bury(&mut self, number: u64, turn: &mut Turn<'_, D>) {
-        if self.forget_parked(number, turn).is_some() {
+        if self.parked.forget(number, self.info, turn).is_some() {
             turn.store(StoreChange::EndCall(number), None);
         }
     }
@@ -286,16 +237,6 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Bytes of the calls that may be given to another handler.
-    pub(in crate::pool) fn redelivery_bytes(&self) -> u64 {
-        let lasting = self
-            .calls
-            .iter()
-            .filter_map(|(_, call)| call.lasting.as_ref());
-        let held = lasting.filter_map(|lasting| lasting.held.as_ref());
-        held.map(crate::ledger::Reservation::amount).sum()
-    }
-
     /// A durable call ended without an answer: ends its repeats too.
     pub(in crate::pool) fn drop_repeats_of(
         &mut self,
@@ -321,8 +262,66 @@ impl<D: Driver> Pool<D> {
                 continue;
             };
             let refusal = Refusal::new(Code::HandlerGone, "the pool was removed");
-            turn.send(&member.peer, Class::Control, 256, |out| {
-                encode::refusal(out, Some(&id), &refusal);
+            member.refuse(&id, &refusal, turn);
+        }
+    }
+}
+
+impl<D: Driver> Pool<D> {
+    /// Decides about calls whose handler died, now that it has left.
+    pub(in crate::pool) fn place_orphans(&mut self, turn: &mut Turn<'_, D>) {
+        for orphan in std::mem::take(&mut self.parked.orphans) {
+            match orphan.lasting.number {
+                Some(number) => {
+                    self.lasting()
+                        .attempt_failed(number, orphan.lasting, &orphan.cause, turn)
+                }
+                None => self.redeliver(orphan, turn),
+            }
+        }
+    }
+
+    /// Redelivers a call to another handler; else parks it if it may wait, or notifies its caller.
+    fn redeliver(&mut self, orphan: Orphan, turn: &mut Turn<'_, D>) {
+        let Orphan {
+            caller,
+            id,
+            lasting,
+            cause,
+        } = orphan;
+        let Some(member) = self.members.at(caller) else {
+            self.lasting().drop_repeats_of(&lasting, turn);
+            return;
+        };
+        let peer = member.peer.clone();
+        let is_last = lasting.attempt >= lasting.attempts;
+        let mut lasting = lasting;
+        if !is_last {
+            match self.dispatch(Some(caller), lasting, turn) {
+                Ok((key, lasting)) => {
+                    self.calls.at_mut(key).expect("just begun").lasting = Some(lasting);
+                    return;
+                }
+                Err((back, _)) => lasting = back,
+            }
+        }
+        let parked = lasting.may_park.then(|| {
+            lasting.read(|trigger| self.lasting().park_orphan(caller, trigger, &lasting, turn))
+        });
+        if let Some(Some(Ok(number))) = parked {
+            self.lasting().attempt_failed(number, lasting, &cause, turn);
+            return;
+        }
+        self.lasting().drop_repeats_of(&lasting, turn);
+        let refusal = if is_last {
+            exhausted(lasting.attempt, &cause)
+        } else {
+            let message = format!("{cause}, and no other handler took the call");
+            Refusal::new(Code::HandlerGone, message)
+        };
+        if let Some(id) = &id {
+            turn.send(&peer, Class::Control, 512, |out| {
+                encode::refusal(out, Some(id), &refusal);
             });
         }
     }
