@@ -18,6 +18,7 @@ pub mod now;
 pub mod outbox;
 pub mod pool;
 mod prng;
+mod refusals;
 mod registration;
 pub mod registry;
 pub mod rows;

@@ -23,13 +23,14 @@ mod triggers;
 
 use latzero_protocol::encode;
 use latzero_protocol::message::{Event, EventSet, TriggerSpec};
-use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal, TriggerName};
+use latzero_protocol::{AppId, InstanceId, PoolName, Refusal, TriggerName};
 
 use crate::driver::Driver;
 use crate::limits::Limits;
 use crate::now::{Time, earliest};
 use crate::outbox::Class;
 use crate::prng::Prng;
+use crate::refusals;
 use crate::turn::Turn;
 use blocks::Blocks;
 pub use blocks::{
@@ -45,7 +46,7 @@ use park::ParkedCalls;
 pub use park::ParkedCounts;
 use repeats::Repeats;
 pub use routing::Routed;
-pub(crate) use routing::id_in_use;
+
 use triggers::Triggers;
 
 /// Who calls.
@@ -123,11 +124,7 @@ impl PoolInfo {
         if self.outlives {
             return Ok(());
         }
-        let message = format!(
-            "{what} would outlive the policy of pool '{}': create the pool with \"durable\":true",
-            self.name
-        );
-        Err(Refusal::new(Code::BadMessage, message))
+        Err(refusals::would_outlive(what, &self.name))
     }
 }
 

@@ -21,7 +21,7 @@ use latzero_crypto::keys::Roles;
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
 use latzero_protocol::message::{EventSet, Policy, TriggerSpec, too_many};
 use latzero_protocol::proof::is_sealed;
-use latzero_protocol::{AppId, BlockId, Body, Code, InstanceId, PoolName, Refusal};
+use latzero_protocol::{AppId, BlockId, Body, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
 use crate::driver::{Driver, Peer, Transport};
@@ -30,6 +30,7 @@ use crate::limits::Limits;
 use crate::now::Time;
 use crate::pool::MemberKey;
 use crate::prng::Prng;
+use crate::refusals;
 use crate::registration::{Registration, Remembered};
 use crate::rows::{AppRow, StoreChange};
 use crate::turn::Turn;
@@ -161,12 +162,7 @@ impl<D: Driver> Membership<D> {
                     Roles::Read => "read",
                     Roles::Write => "write",
                 };
-                let message = format!(
-                    "this needs the role '{needed}' in pool '{}'; prove it with the keys that \
-                    have it",
-                    self.name
-                );
-                Err(Refusal::new(Code::Forbidden, message))
+                Err(refusals::role_not_proved(needed, &self.name))
             }
             _ => Ok(()),
         }
@@ -186,8 +182,7 @@ impl<D: Driver> Membership<D> {
         if self.grant.is_none() || is_sealed(body) {
             return Ok(());
         }
-        let message = format!("payloads in pool '{}' are sealed envelopes", self.name);
-        Err(Refusal::new(Code::BadMessage, message))
+        Err(refusals::payload_not_sealed(&self.name))
     }
 }
 
@@ -416,17 +411,8 @@ impl<D: Driver> Registry<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<(), Refusal> {
         match self.apps.get(app_id) {
-            None => Err(Refusal::new(
-                Code::NoApp,
-                format!("there is no app '{app_id}'"),
-            )),
-            Some(app) if !app.instances.is_empty() => Err(Refusal::new(
-                Code::AppInUse,
-                format!(
-                    "app '{app_id}' is connected; stop it first, or use `latzero kick \
-                    {app_id}`"
-                ),
-            )),
+            None => Err(refusals::no_app(app_id)),
+            Some(app) if !app.instances.is_empty() => Err(refusals::app_is_connected(app_id)),
             Some(app) => {
                 self.offline.remove(app.user, app.last_seen, app_id);
                 self.apps.remove(app_id);
@@ -538,14 +524,14 @@ impl<D: Driver> Registry<D> {
             .get(name)
             .is_some_and(|entry| !entry.admits(app_id))
         {
-            return Err(not_open(app_id, name));
+            return Err(refusals::pool_not_open(app_id, name));
         }
         if !pools.contains(name) && pools.len() >= self.limits.pools_per_app_max {
             return Err(too_many("pools", self.limits.pools_per_app_max));
         }
         drop(registered);
         if self.is_reserved(app_id, name, turn.time()) {
-            return Err(not_open(app_id, name));
+            return Err(refusals::pool_not_open(app_id, name));
         }
         let place = if self.pools.contains_key(name) {
             None
@@ -824,14 +810,4 @@ impl<D: Driver> Registry<D> {
             .iter_mut()
             .find(|i| i.id == instance)
     }
-}
-
-/// The refusal for a pool that is closed to an app; it reveals nothing else.
-fn not_open(app_id: &AppId, name: &PoolName) -> Refusal {
-    let message = format!("pool '{name}' is not open to app '{app_id}'");
-    Refusal::new(Code::Forbidden, message)
-}
-
-fn no_pool(name: &PoolName) -> Refusal {
-    Refusal::new(Code::NoPool, format!("there is no pool '{name}'"))
 }

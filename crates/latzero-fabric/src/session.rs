@@ -34,6 +34,7 @@ use crate::limits::Limits;
 use crate::now::Time;
 use crate::outbox::Class;
 use crate::pool::{CallError, Routed};
+use crate::refusals;
 use crate::registry::{Instance, Membership, View, Whereabouts, Who};
 use crate::turn::Turn;
 use deferred::DeferredFrames;
@@ -344,9 +345,7 @@ impl<D: Driver> Session<D> {
     }
 
     fn not_ready(&self, id: Option<&str>, turn: &mut Turn<'_, D>) -> Flow {
-        let message =
-            "the first message must be a handshake: {\"action\":\"handshake\",\"app_id\":\"…\"}";
-        self.refuse(id, &Refusal::new(Code::NotReady, message), turn);
+        self.refuse(id, &refusals::not_ready(), turn);
         Flow::Continue
     }
 
@@ -437,18 +436,13 @@ impl<D: Driver> Session<D> {
             return Ok(membership);
         }
         PoolName::check(name)?;
-        let message =
-            format!("this app is not in pool '{name}'; name it in the handshake or send pool_join");
-        Err(Refusal::new(Code::NotMember, message))
+        Err(refusals::not_member(name))
     }
 
     #[inline]
     fn call(&mut self, trigger: &Trigger<'_>, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
         if turn.driver.context().is_draining() {
-            return Err(Refusal::new(
-                Code::Draining,
-                "the server is shutting down and accepts no new calls",
-            ));
+            return Err(refusals::draining_calls());
         }
         let m = self.current_membership(trigger.pool.as_deref(), turn)?;
         m.check_roles(Roles::Read)?;
@@ -475,21 +469,12 @@ impl<D: Driver> Session<D> {
                 let whereabouts =
                     turn.with_registry(|registry, _| registry.whereabouts(app, &m.name));
                 let refusal = match whereabouts {
-                    Whereabouts::Unknown => {
-                        Refusal::new(Code::NoApp, format!("there is no app '{app}'"))
+                    Whereabouts::Unknown => refusals::no_app(app),
+                    Whereabouts::Elsewhere if instance.is_some() => {
+                        refusals::no_instance(app, &m.name)
                     }
-                    Whereabouts::Elsewhere if instance.is_some() => Refusal::new(
-                        Code::Offline,
-                        format!("app '{app}' has no such instance in pool '{}'", m.name),
-                    ),
-                    Whereabouts::Elsewhere => Refusal::new(
-                        Code::NotMember,
-                        format!("app '{app}' is not in pool '{}'", m.name),
-                    ),
-                    Whereabouts::Offline => Refusal::new(
-                        Code::Offline,
-                        format!("app '{app}' is known, but not connected"),
-                    ),
+                    Whereabouts::Elsewhere => refusals::app_not_in_pool(app, &m.name),
+                    Whereabouts::Offline => refusals::app_is_offline(app),
                 };
                 Err(refusal)
             }
@@ -613,9 +598,7 @@ impl<D: Driver> Session<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
         if !self.terms.is_admin {
-            let message = "only an administrator may do this: the server's user over the Unix \
-                           socket, or anyone who proves the admin token";
-            return Err(Refusal::new(Code::Forbidden, message));
+            return Err(refusals::not_admin());
         }
         let is_for_own = match &admin.action {
             AdminAction::HandOver { .. } => true,
@@ -623,8 +606,7 @@ impl<D: Driver> Session<D> {
             _ => false,
         };
         if is_for_own && !self.terms.is_own {
-            let message = "only the server's user may do this, over the Unix socket";
-            return Err(Refusal::new(Code::Forbidden, message));
+            return Err(refusals::not_servers_user());
         }
         if let Some(ready) = &self.ready {
             let what = match &admin.action {
@@ -662,9 +644,7 @@ impl<D: Driver> Session<D> {
                 Ok(Reply::Kept("{}".into(), PendingReply::Removal))
             }
             AdminAction::HandOver { .. } if !self.features.fd_passing => {
-                let message = "a hand-over needs the Unix socket, with the features \
-                    'attachments' and 'fd_passing'";
-                Err(Refusal::new(Code::BadMessage, message))
+                Err(refusals::cannot_hand_over())
             }
             action => {
                 let reply = turn.driver.admin(action, &self.peer, id)?;
@@ -743,8 +723,7 @@ fn wait_less(request: &mut Request<'_>, waited: std::time::Duration) -> Result<(
 }
 
 fn expired_here() -> Refusal {
-    let message = "the call's ttl ended while it waited for other calls of its connection";
-    Refusal::new(Code::Timeout, message).with_ran(Ran::No)
+    refusals::expired_before_its_turn().with_ran(Ran::No)
 }
 
 /// Ends a membership in its pool, then in the registry. A membership that has already ended is

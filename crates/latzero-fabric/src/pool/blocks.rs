@@ -24,7 +24,7 @@ use latzero_protocol::memory::{
     Access, BlockUse, Create, Kind, Layout, Lifetime, LockMode, Permissions,
 };
 use latzero_protocol::message::Event;
-use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
+use latzero_protocol::{AppId, BlockId, PoolName, Refusal};
 use serde_json::{Value, json};
 
 use super::PoolInfo;
@@ -33,9 +33,10 @@ use super::members::{Member, MemberKey, Members};
 use crate::driver::{Driver, Peer as _};
 use crate::ledger::{Account, Resource};
 use crate::limits::Limits;
-use crate::memory::{Geometry, Job, Making, Numbers, StorageId, check_room};
+use crate::memory::{Geometry, Job, Making, Numbers, StorageId};
 use crate::now::Time;
 use crate::outbox::Class;
+use crate::refusals;
 use crate::slab::{Key, Slab};
 use crate::turn::Turn;
 
@@ -157,21 +158,16 @@ impl Blocks {
             Some((key, block)) if !matches!(block.phase, Phase::New) => Ok((key, block)),
             _ => {
                 self.check_left_out(id, pool)?;
-                Err(no_block(id, pool.name.as_str()))
+                Err(refusals::no_block(id, &pool.name))
             }
         }
     }
 
     fn check_left_out(&self, id: &BlockId, pool: &PoolInfo) -> Result<(), Refusal> {
-        let Some(why) = self.left_out.get(id) else {
-            return Ok(());
-        };
-        let message = format!(
-            "block '{id}' of pool '{}' was not loaded when the server started, because of a \
-             limit: {why}; restart the server with a higher limit",
-            pool.name
-        );
-        Err(Refusal::new(Code::Quota, message))
+        match self.left_out.get(id) {
+            None => Ok(()),
+            Some(why) => Err(refusals::block_left_out(id, &pool.name, why)),
+        }
     }
 
     /// A block that an app has this access to at any time, not only during a call.
@@ -186,20 +182,26 @@ impl Blocks {
         if block.allows_app(app) >= Some(access) {
             return Ok((key, block));
         }
-        Err(forbidden(app, block, access, &pool.name))
+        Err(block.forbidden(app, access, &pool.name))
     }
 
     fn sealed_content(&self, uid: [u8; 16], create: &Create) -> Result<SealedContent, Refusal> {
         let mut known = self.blocks.iter();
         let is_same = |block: &Block| block.sealed.is_some_and(|sealed| sealed.uid == uid);
         if known.any(|(_, block)| is_same(block)) {
-            let message = "another block has this 'block_uid'; draw a new one for each block";
-            return Err(Refusal::new(Code::BlockExists, message));
+            return Err(refusals::block_uid_in_use());
         }
-        SealedContent::new(uid, create.size).ok_or_else(|| {
-            let message = format!("{} bytes are too many to be sealed", create.size);
-            Refusal::new(Code::TooLarge, message)
-        })
+        SealedContent::new(uid, create.size).ok_or_else(|| refusals::too_large_to_seal(create.size))
+    }
+
+    /// Whether the pool's blocks may take so many bytes more.
+    fn check_room(&self, more: u64, pool: &PoolInfo) -> Result<(), Refusal> {
+        let max = pool.limits.memory_bytes_per_pool_max;
+        let free = max.saturating_sub(self.bytes);
+        if more <= free {
+            return Ok(());
+        }
+        Err(refusals::no_room_for_block(more, free, max, &pool.name))
     }
 
     fn insert(&mut self, block: Block) -> BlockKey {
@@ -349,7 +351,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
         if block.allows(&asker.app, member) >= Some(access) {
             return Ok((key, block));
         }
-        Err(forbidden(&asker.app, block, access, &self.info.name))
+        Err(block.forbidden(&asker.app, access, &self.info.name))
     }
 
     /// A block that `member`'s app has this access to at any time, not only during a call.
@@ -391,54 +393,13 @@ fn grant_json(grant: &Grant) -> String {
     format!("{{\"lock\":\"{0}\",\"fence\":{0}}}", grant.fence)
 }
 
-fn no_block(id: &BlockId, pool: &str) -> Refusal {
-    Refusal::new(
-        Code::NoBlock,
-        format!("there is no block '{id}' in pool '{pool}'; memory_list lists the blocks"),
-    )
-}
-
-fn moving(id: &BlockId) -> Refusal {
-    Refusal::new(
-        Code::Locked,
-        format!("block '{id}' is moving to a new generation; try again"),
-    )
-}
-
-fn lock_lost(id: &BlockId, fence: u64) -> Refusal {
-    Refusal::new(
-        Code::LockLost,
-        format!("you do not hold lock '{fence}' of block '{id}'"),
-    )
-}
-
-fn too_many_wait(id: &BlockId, max: usize) -> Refusal {
-    Refusal::new(
-        Code::Overloaded,
-        format!("{max} requests are already waiting for block '{id}' (limits.block_waiters_max)"),
-    )
-}
-
-fn forbidden(app: &AppId, block: &Block, access: Access, pool: &PoolName) -> Refusal {
-    let message = format!(
-        "app '{app}' may not {} block '{}' of pool '{pool}'; its owner is '{}'",
-        access.as_str(),
-        block.id,
-        block.owner
-    );
-    Refusal::new(Code::Forbidden, message)
-}
-
 fn check_size(geometry: Geometry, limits: &Limits) -> Result<u64, Refusal> {
     let total = geometry.total();
     match total {
         Some(total) if geometry.size <= limits.block_bytes_max => Ok(total),
-        _ => Err(Refusal::new(
-            Code::TooLarge,
-            format!(
-                "a block may have at most {} bytes (limits.block_bytes_max); {} were requested",
-                limits.block_bytes_max, geometry.size
-            ),
+        _ => Err(refusals::block_too_large(
+            limits.block_bytes_max,
+            geometry.size,
         )),
     }
 }

@@ -7,7 +7,7 @@ use compact_str::CompactString;
 use hashbrown::{HashMap, HashTable};
 
 use latzero_protocol::memory::Access;
-use latzero_protocol::{AppId, CallId, Code, Refusal};
+use latzero_protocol::{AppId, CallId, Refusal};
 
 use super::members::{Member, MemberKey, NOBODY};
 use super::park::DurableCall;
@@ -16,6 +16,7 @@ use super::{BlockKey, PoolInfo};
 use crate::driver::Driver;
 use crate::now::Time;
 use crate::prng::Prng;
+use crate::refusals;
 use crate::slab::{Key, Slab};
 
 /// One call in progress.
@@ -100,12 +101,7 @@ impl Calls {
             _ if all >= max => (all, "of all users"),
             _ => return Ok(()),
         };
-        let message = format!(
-            "pool '{}' has {most} calls {whose} in flight (limits.pending_max is {max}); try \
-             again later",
-            pool.name
-        );
-        Err(Refusal::new(Code::Overloaded, message))
+        Err(refusals::too_many_in_pool(&pool.name, most, whose, max))
     }
 
     fn count_in(&mut self, call: &Call) {

@@ -14,6 +14,7 @@ use super::{MemberKey, NOBODY, Pool};
 use crate::driver::Driver;
 use crate::effects::{CallEnd, Count};
 use crate::outbox::{Class, Sent};
+use crate::refusals;
 use crate::slab::Key;
 use crate::turn::Turn;
 
@@ -57,10 +58,7 @@ impl<D: Driver> Pool<D> {
         };
         if call.member != from {
             turn.count(Count::ForeignResponse);
-            return Err(Refusal::new(
-                Code::Forbidden,
-                "this call was sent to another instance; only that one may answer it",
-            ));
+            return Err(refusals::call_of_other_handler());
         }
         if let Some(number) = call.lasting.as_ref().and_then(|lasting| lasting.number) {
             // Its caller may have left: such a call gets only its answer, no items or progress.
@@ -88,12 +86,7 @@ impl<D: Driver> Pool<D> {
         if response.status == Status::Partial {
             match &mut call.credit {
                 Some(0) => {
-                    let message = "the handler sent more items than the stream's window allows";
-                    self.end(
-                        key,
-                        EndReason::Refused(&Refusal::new(Code::HandlerError, message)),
-                        turn,
-                    );
+                    self.end(key, EndReason::Refused(&refusals::window_exceeded()), turn);
                     return Ok(());
                 }
                 Some(left) => *left -= 1,
@@ -129,12 +122,10 @@ impl<D: Driver> Pool<D> {
         if caller.attachments == Attachments::NotTaken
             && too_large(response.body, self.info.limits.max_frame)
         {
-            let message = "the raw bytes of the answer are too large for a caller without the \
-                feature 'attachments'";
             self.end(
                 key,
                 EndReason::Unfit {
-                    refusal: &Refusal::new(Code::TooLarge, message),
+                    refusal: &refusals::answer_too_large_as_base64(),
                     is_final: response.status.is_final(),
                 },
                 turn,
@@ -157,12 +148,10 @@ impl<D: Driver> Pool<D> {
             (Sent::Queued, false) => turn.count(Count::Partial),
             (Sent::Full, is_final) => {
                 // Never dropped silently: a short error replaces an answer that does not fit.
-                let message = "the answer did not fit in the caller's outbox \
-                    (limits.outbox_bytes_max): read faster";
                 self.end(
                     key,
                     EndReason::Unfit {
-                        refusal: &Refusal::new(Code::Overloaded, message),
+                        refusal: &refusals::answer_did_not_fit(),
                         is_final,
                     },
                     turn,
@@ -249,22 +238,12 @@ impl<D: Driver> Pool<D> {
         let refusal = match how {
             EndReason::Answered { .. } => None,
             // A caller that left the pool but not the server still waits.
-            EndReason::CallerGone => Some(Refusal::new(
-                Code::Cancelled,
-                "the caller is no longer in the call's pool",
-            )),
-            EndReason::HandlerGone => {
-                let message = "the handler disconnected before it answered; repeat the call if \
-                    it is safe to run twice";
-                Some(Refusal::new(Code::HandlerGone, message))
-            }
-            EndReason::Cancelled => Some(Refusal::new(Code::Cancelled, "the call was cancelled")),
+            EndReason::CallerGone => Some(refusals::caller_left()),
+            EndReason::HandlerGone => Some(refusals::handler_gone()),
+            EndReason::Cancelled => Some(refusals::call_cancelled()),
             EndReason::TimedOut => {
                 let ms = call.deadline.since(call.started).as_millis();
-                Some(Refusal::new(
-                    Code::Timeout,
-                    format!("no answer within the call's ttl of {ms} ms"),
-                ))
+                Some(refusals::no_answer_in_time(ms))
             }
             EndReason::Refused(refusal) | EndReason::Unfit { refusal, .. } => Some(refusal.clone()),
         };

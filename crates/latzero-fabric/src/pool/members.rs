@@ -2,13 +2,14 @@
 
 use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Event, EventSet};
-use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal, TriggerName};
+use latzero_protocol::{AppId, InstanceId, PoolName, Refusal, TriggerName};
 
 use super::PoolInfo;
-use super::routing::not_member;
+
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Reservation, Resource};
 use crate::outbox::Class;
+use crate::refusals;
 use crate::slab::{Key, Slab};
 use crate::turn::Turn;
 
@@ -78,9 +79,7 @@ impl<D: Driver> Member<D> {
         if !self.takes_descriptors || self.peer.link().outbox.descriptors() < max {
             return Ok(());
         }
-        let message =
-            format!("{max} descriptors wait for you to read them (limits.descriptors_unread_max)");
-        Err(Refusal::new(Code::Overloaded, message))
+        Err(refusals::too_many_descriptors(max))
     }
 
     /// Refuses a request that it sent.
@@ -129,7 +128,7 @@ impl<D: Driver> Members<D> {
 
     /// The sender of a request.
     pub(super) fn asker(&self, key: MemberKey, pool: &PoolName) -> Result<&Member<D>, Refusal> {
-        self.at(key).ok_or_else(|| not_member(pool))
+        self.at(key).ok_or_else(|| refusals::not_member(pool))
     }
 
     pub(super) fn insert(&mut self, joining: Joining<D>) -> MemberKey {

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use hashbrown::HashMap;
 use latzero_protocol::message::Trigger;
-use latzero_protocol::{AppId, Code, Ran, Refusal, TriggerName};
+use latzero_protocol::{AppId, Ran, Refusal, TriggerName};
 
 use super::answer::Answered;
 use super::calls::Call;
@@ -30,11 +30,12 @@ use super::ending::EndReason;
 use super::lasting::Lasting;
 use super::members::{MemberKey, NOBODY};
 use super::repeats::{scoped, scoped_key};
-use super::routing::id_in_use;
+
 use super::{CallError, Pool, PoolInfo};
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Account, Full, Reservation, Resource};
 use crate::now::{Time, earliest};
+use crate::refusals;
 use crate::rows::{CallRow, Death, StoreChange};
 use crate::slab::Key;
 use crate::turn::Turn;
@@ -194,14 +195,12 @@ impl Parked {
 
     /// It expired before it had an answer.
     fn too_late(&self) -> Refusal {
-        let message = match (self.attempt, &self.cause) {
-            (0, _) => "no handler took the call within its ttl".to_owned(),
-            (n, Some(cause)) => {
-                format!("no answer within the call's ttl; attempt {n} failed: {cause}")
-            }
-            (_, None) => "no answer within the call's ttl".to_owned(),
+        let refusal = match (self.attempt, &self.cause) {
+            (0, _) => refusals::never_taken(),
+            (n, Some(cause)) => refusals::no_answer_after(n, cause),
+            (_, None) => refusals::no_answer(),
         };
-        Refusal::new(Code::Timeout, message).with_ran(self.ran())
+        refusal.with_ran(self.ran())
     }
 
     fn row(
@@ -431,20 +430,17 @@ impl<D: Driver> Lasting<'_, D> {
         self.info.check_outlives("a parked call")?;
         let named = trigger.destination.as_ref();
         if named.is_some_and(|destination| destination.instance.is_some()) {
-            let message = "a parked call waits for an app, not for an instance, because \
-                instances do not come back";
-            return Err(Refusal::new(Code::BadMessage, message).into());
+            return Err(refusals::parked_for_instance().into());
         }
         if trigger.window.is_some() {
-            let message = "a parked call has only one answer: remove 'window'";
-            return Err(Refusal::new(Code::BadMessage, message).into());
+            return Err(refusals::parked_with_window().into());
         }
         let member = self.members.at(caller).expect("its caller found it");
         let (app, instance) = (&member.app, member.instance);
         if let Some(id) = &trigger.id
             && (self.parked.uses(app, id) || self.calls.find(caller, id).is_some())
         {
-            return Err(id_in_use(id).into());
+            return Err(refusals::id_in_use(id.escape_debug()).into());
         }
         let deadline = now.after_ms(trigger.ttl_ms);
         let account = Arc::clone(member.peer.link().account());
@@ -666,7 +662,7 @@ impl<D: Driver> Lasting<'_, D> {
 
     /// Ends the parked calls of a removed pool; notifies callers that are connected.
     pub(super) fn close(&mut self, turn: &mut Turn<'_, D>) {
-        let refusal = Refusal::new(Code::NoPool, "the pool was removed while the call waited");
+        let refusal = refusals::pool_removed_while_parked();
         let mut calls: Vec<_> = self.parked.calls.iter().collect();
         // Repeats first, so that they hear of the pool's removal and not of the first call's
         // end.
@@ -716,8 +712,7 @@ impl<D: Driver> Pool<D> {
             State::Given(key) => self.end(key, EndReason::Cancelled, turn),
             State::Dead(_) => self.lasting().bury(number, turn),
             State::Waiting(_) | State::Following(_) | State::Paused(..) => {
-                let refusal = Refusal::new(Code::Cancelled, "the call was cancelled");
-                let refusal = refusal.with_ran(parked.ran());
+                let refusal = refusals::call_cancelled().with_ran(parked.ran());
                 self.lasting().parked_refused(number, &refusal, turn);
             }
         }

@@ -12,17 +12,18 @@ use std::sync::Arc;
 
 use hashbrown::HashMap;
 use latzero_protocol::message::Trigger;
-use latzero_protocol::{AppId, Code, Refusal};
+use latzero_protocol::{AppId, Refusal};
 
 use super::answer::Answered;
 use super::lasting::Lasting;
 use super::members::MemberKey;
-use super::routing::id_in_use;
+
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Account, Reservation, Resource};
 use crate::limits::Limits;
 use crate::now::{Time, earliest};
 use crate::outbox::Sent;
+use crate::refusals;
 use crate::turn::Turn;
 
 /// Repeats that wait for the answer of one call.
@@ -54,8 +55,7 @@ fn check_waiting(count: usize) -> Result<(), Refusal> {
     if count < WAITING_MAX {
         return Ok(());
     }
-    let message = format!("{WAITING_MAX} repeats of this call wait for its answer");
-    Err(Refusal::new(Code::Overloaded, message))
+    Err(refusals::too_many_repeats_of_call(WAITING_MAX))
 }
 
 /// A member's place in an order, and the id of its repeat.
@@ -340,11 +340,7 @@ impl<D: Driver> Lasting<'_, D> {
                 let limits = &self.info.limits;
                 while self.repeats.known.len() >= limits.repeats_max {
                     if !self.repeats.forget_oldest() {
-                        let message = format!(
-                            "{} calls with an idempotency key are in progress (limits.repeats_max)",
-                            limits.repeats_max
-                        );
-                        return Err(Refusal::new(Code::Overloaded, message));
+                        return Err(refusals::too_many_keyed_calls(limits.repeats_max));
                     }
                 }
                 self.repeats.begin(known, &account);
@@ -358,14 +354,10 @@ impl<D: Driver> Lasting<'_, D> {
                     return Ok(Seen::Repeat);
                 };
                 if self.calls.find(caller, id).is_some() {
-                    return Err(id_in_use(id));
+                    return Err(refusals::id_in_use(id.escape_debug()));
                 }
                 if self.repeats.waits.len() >= self.info.limits.repeats_max {
-                    let message = format!(
-                        "{} repeats of calls wait for their answers (limits.repeats_max)",
-                        self.info.limits.repeats_max
-                    );
-                    return Err(Refusal::new(Code::Overloaded, message));
+                    return Err(refusals::too_many_repeats(self.info.limits.repeats_max));
                 }
                 waiting.push((caller, id.into()));
                 self.repeats.wait(known, (caller, id), deadline);
@@ -380,9 +372,7 @@ impl<D: Driver> Lasting<'_, D> {
                         .send_answer(id, answer, self.info, turn)
                         .is_none_or(|sent| sent == Sent::Full)
                 {
-                    let message = "the answer did not fit in the connection's outbox \
-                        (limits.outbox_bytes_max): read faster";
-                    return Err(Refusal::new(Code::Overloaded, message));
+                    return Err(refusals::answer_did_not_fit());
                 }
                 Ok(Seen::Repeat)
             }
@@ -409,10 +399,7 @@ impl<D: Driver> Lasting<'_, D> {
                     .send_answer(&id, answer, self.info, turn)
                     .is_none_or(|sent| sent == Sent::Full)
             {
-                let message = "the answer did not fit in the connection's outbox \
-                    (limits.outbox_bytes_max): read faster, and repeat the call";
-                let refusal = Refusal::new(Code::HandlerGone, message);
-                to.refuse(&id, &refusal, turn);
+                to.refuse(&id, &refusals::repeats_answer_did_not_fit(), turn);
             }
         }
         for number in followers {
@@ -456,9 +443,7 @@ impl<D: Driver> Lasting<'_, D> {
         let Some((waiting, followers, _)) = self.repeats.take_running(&known) else {
             return;
         };
-        let message =
-            "the original call ended without an answer; repeat it if it is safe to run twice";
-        let refusal = Refusal::new(Code::HandlerGone, message);
+        let refusal = refusals::original_not_answered();
         for (member, id) in waiting {
             if let Some(to) = self.members.at(member) {
                 to.refuse(&id, &refusal, turn);
@@ -478,9 +463,7 @@ impl<D: Driver> Lasting<'_, D> {
     ) -> bool {
         let gave_up = self.repeats.cancel(&waiter(caller, id));
         if let Some(to) = self.members.at(caller).filter(|_| gave_up) {
-            let message = "the caller cancelled the repeat; the original call goes on";
-            let refusal = Refusal::new(Code::Cancelled, message);
-            to.refuse(id, &refusal, turn);
+            to.refuse(id, &refusals::repeat_cancelled(), turn);
         }
         gave_up
     }
@@ -503,9 +486,7 @@ impl<D: Driver> Lasting<'_, D> {
             let Some(to) = self.members.at(MemberKey::new(slot, generation)) else {
                 continue;
             };
-            let message = "no answer within the repeat's ttl; the original call goes on";
-            let refusal = Refusal::new(Code::Timeout, message);
-            to.refuse(&id, &refusal, turn);
+            to.refuse(&id, &refusals::repeat_expired(), turn);
         }
     }
 }

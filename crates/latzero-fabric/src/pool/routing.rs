@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Emit, Park, Trigger};
-use latzero_protocol::{Body, Code, InstanceId, PoolName, Refusal, TriggerName};
+use latzero_protocol::{Body, Code, InstanceId, Refusal, TriggerName};
 
 use super::calls::Call;
 use super::park::DurableCall;
@@ -19,6 +19,7 @@ use crate::effects::Count;
 use crate::ledger::{Full, Resource};
 use crate::now::Time;
 use crate::outbox::{Class, SHARE_BYTES, Sent, SharedBody};
+use crate::refusals;
 use crate::slab::Key;
 use crate::turn::Turn;
 
@@ -56,12 +57,12 @@ impl<D: Driver> Pool<D> {
     ) -> Result<Routed, CallError> {
         let now = turn.time();
         let Some(member) = self.members.at(caller) else {
-            return Err(not_member(&self.info.name).into());
+            return Err(refusals::not_member(&self.info.name).into());
         };
         if let Some(id) = &trigger.id
             && self.repeats.awaits(caller, id)
         {
-            return Err(id_in_use(id).into());
+            return Err(refusals::id_in_use(id.escape_debug()).into());
         }
         let Some(key) = &scoped_key(trigger) else {
             return self.call_once(caller, trigger, turn);
@@ -109,7 +110,7 @@ impl<D: Driver> Pool<D> {
         if let (Some(id), Some(member)) = (&trigger.id, self.members.at(caller))
             && self.parked.uses(&member.app, id)
         {
-            return Err(id_in_use(id).into());
+            return Err(refusals::id_in_use(id.escape_debug()).into());
         }
         let deadline = now.after_ms(trigger.ttl_ms);
         let from = Caller::Member(caller);
@@ -120,8 +121,7 @@ impl<D: Driver> Pool<D> {
         let member = self.members.at(caller).expect("its caller found it");
         let (app, instance) = (&member.app.clone(), member.instance);
         if !trigger.blocks.is_empty() {
-            let message = "a call with \"park\" or \"redeliver\" cannot name blocks";
-            return Err(Refusal::new(Code::BadMessage, message).into());
+            return Err(refusals::lasting_call_with_blocks().into());
         }
         // Calls that already wait come first.
         let app_named = trigger.destination.as_ref().map(|d| &*d.app_id);
@@ -189,21 +189,17 @@ impl<D: Driver> Pool<D> {
         if let (Some(id), Some(caller)) = (&trigger.id, from.member())
             && self.calls.find(caller, id).is_some()
         {
-            return Err(id_in_use(id).into());
+            return Err(refusals::id_in_use(id.escape_debug()).into());
         }
         let member = from.member().and_then(|m| self.members.at(m));
         self.calls.check_room(member, &self.info)?;
         let (app, instance) = match (from, member) {
             (Caller::Absent(app, instance), _) => (app, instance),
             (Caller::Member(_), Some(member)) => (&member.app, member.instance),
-            (Caller::Member(_), None) => return Err(not_member(&self.info.name).into()),
+            (Caller::Member(_), None) => return Err(refusals::not_member(&self.info.name).into()),
         };
         if member.is_some_and(|m| m.peer.in_flight().count() >= self.info.limits.in_flight_max) {
-            let message = format!(
-                "{} calls of this connection are in flight (limits.in_flight_max)",
-                self.info.limits.in_flight_max
-            );
-            return Err(Refusal::new(Code::Overloaded, message).into());
+            return Err(refusals::too_many_in_flight(self.info.limits.in_flight_max).into());
         }
         let uses = match (&trigger.blocks[..], from.member()) {
             ([], _) | (_, None) => Vec::new(),
@@ -361,7 +357,7 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<usize, Refusal> {
         let Some(sender) = self.members.at(from) else {
-            return Err(not_member(&self.info.name));
+            return Err(refusals::not_member(&self.info.name));
         };
         turn.count(Count::Emit);
         self.emits_total += 1;
@@ -467,43 +463,25 @@ impl<D: Driver> Pool<D> {
             if !present {
                 return CallError::UnknownDestination;
             }
-            let message = format!(
-                "app '{}' does not serve trigger '{}' in pool '{}'",
-                destination.app_id, trigger.process, self.info.name
-            );
-            return Refusal::new(Code::NoHandler, message).into();
+            let app = &destination.app_id;
+            return refusals::not_served_by(app, &trigger.process, &self.info.name).into();
         }
-        let message = format!(
-            "no app serves trigger '{}' in pool '{}'",
-            trigger.process, self.info.name
-        );
-        Refusal::new(Code::NoHandler, message).into()
+        refusals::no_handler(&trigger.process, &self.info.name).into()
     }
 
     /// Why none of a trigger's handlers took a call.
     pub(super) fn none_taken(&self, trigger: &Trigger<'_>, seen: pick::Seen) -> CallError {
         if seen.too_large {
-            let message = "the payload is too large as base64 for a handler without the feature \
-            'attachments'";
-            return Refusal::new(Code::TooLarge, message).into();
+            return refusals::call_too_large_as_base64().into();
         }
         if !seen.matching {
             return self.no_handler(trigger);
         }
         if seen.silent {
-            let message = format!(
-                "{} of your calls wait for a handler of trigger '{}' \
-                (limits.in_flight_per_handler_max)",
-                self.info.limits.in_flight_per_handler_max, trigger.process
-            );
-            return Refusal::new(Code::Overloaded, message).into();
+            let max = self.info.limits.in_flight_per_handler_max;
+            return refusals::handler_is_silent(max, &trigger.process).into();
         }
-        let message = format!(
-            "every handler of trigger '{}' in pool '{}' is at its concurrency or has a full \
-             outbox; try again later, or add handlers",
-            trigger.process, self.info.name
-        );
-        Refusal::new(Code::Overloaded, message).into()
+        refusals::handlers_are_busy(&trigger.process, &self.info.name).into()
     }
 }
 
@@ -516,15 +494,6 @@ pub(super) fn sticky(seed: u64, key: Option<&str>, from: InstanceId) -> u64 {
     }
 }
 
-pub(crate) fn id_in_use(id: &str) -> Refusal {
-    let message = format!(
-        "id '{}' is in use by another call of this app, in flight or parked, or by an answer \
-         that the app has not fetched",
-        id.escape_debug()
-    );
-    Refusal::new(Code::BadMessage, message)
-}
-
 pub(super) fn matches<D: Driver>(
     destination: Option<&latzero_protocol::message::Destination<'_>>,
     member: &Member<D>,
@@ -534,13 +503,6 @@ pub(super) fn matches<D: Driver>(
             && d.instance
                 .is_none_or(|instance| instance == member.instance)
     })
-}
-
-pub(super) fn not_member(pool: &PoolName) -> Refusal {
-    Refusal::new(
-        Code::NotMember,
-        format!("this app is not in pool '{pool}'; name it in the handshake or send pool_join"),
-    )
 }
 
 /// Approximate size of a forwarded message in bytes: the body in the form that its receiver

@@ -12,6 +12,7 @@ use super::Session;
 use crate::driver::{BlockWrite, Driver, Written};
 use crate::outbox::{Class, Sent};
 use crate::pool::{Asking, LockRequest, MemberKey, ReadPlan, Replied, WritePlan};
+use crate::refusals;
 use crate::registry::Membership;
 use crate::turn::Turn;
 
@@ -33,10 +34,7 @@ impl<D: Driver> Session<D> {
         }
         let asking = Asking { member, id };
         match &memory.action {
-            Action::Create(_) if is_system => Err(Refusal::new(
-                Code::Forbidden,
-                "pool 'system' belongs to the server; create blocks in another pool",
-            )),
+            Action::Create(_) if is_system => Err(refusals::blocks_in_system_pool()),
             Action::Create(create) => {
                 let uid = uid(create, sealed_pool.is_some())?;
                 if create.or_attach {
@@ -83,11 +81,7 @@ impl<D: Driver> Session<D> {
                 });
                 turn.driver.effects().buffers.recycle(bytes);
                 match sent {
-                    Sent::Full => Err(Refusal::new(
-                        Code::Overloaded,
-                        "the data did not fit in the connection's outbox \
-                         (limits.outbox_bytes_max): read faster",
-                    )),
+                    Sent::Full => Err(refusals::data_did_not_fit()),
                     Sent::Queued | Sent::Gone => Ok(None),
                 }
             }
@@ -252,11 +246,7 @@ impl<D: Driver> Session<D> {
         if length <= max {
             return Ok(());
         }
-        let message = format!(
-            "{length} bytes do not fit in one reply; read at most {max} at a time, with \
-             \"if_version\" to get parts of the same version"
-        );
-        Err(Refusal::new(Code::TooLarge, message))
+        Err(refusals::too_large_to_read(length, max))
     }
 }
 
@@ -285,20 +275,18 @@ fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(),
         _ => Roles::Write,
     };
     m.check_roles(needed)?;
-    let refuse = |message| Err(Refusal::new(Code::BadMessage, message));
     match (grant.suite, action) {
         (Suite::Gated, Action::Create(create)) if create.kind == Kind::Persistent => {
-            refuse("a pool whose memory is gated has no persistent blocks: their bytes are plain")
+            Err(refusals::gated_block_is_persistent())
         }
         (Suite::Sealed, Action::Create(create)) if create.slots == 1 => {
-            refuse("a sealed block has snapshots; \"consistency\":\"raw\" has none")
+            Err(refusals::sealed_block_is_raw())
         }
-        (Suite::Sealed, Action::Cas { .. } | Action::Resize(..)) => refuse(
-            "the content of a sealed block is changed by clients alone: take its lock, and write \
-             a whole version",
-        ),
+        (Suite::Sealed, Action::Cas { .. } | Action::Resize(..)) => {
+            Err(refusals::sealed_block_changed_by_server())
+        }
         (Suite::Sealed, Action::Write(write)) if write.offset != 0 || write.lock.is_none() => {
-            refuse("a sealed block is written as a whole slot, at offset 0 and under its 'lock'")
+            Err(refusals::sealed_block_written_in_part())
         }
         _ => Ok(()),
     }
@@ -307,13 +295,12 @@ fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(),
 /// The identity that the content of a new block is bound to.
 fn uid(create: &Create, is_sealed: bool) -> Result<Option<[u8; 16]>, Refusal> {
     let uid = create.block_uid.as_deref().map(text::decode);
-    let message = match (is_sealed, uid) {
-        (true, Some(Some(uid))) => return Ok(Some(uid)),
-        (false, None) => return Ok(None),
-        (true, _) => "a block in a sealed pool needs a 'block_uid': 16 random bytes in base64url",
-        (false, _) => "field 'block_uid' is for blocks in sealed pools",
-    };
-    Err(Refusal::new(Code::BadMessage, message))
+    match (is_sealed, uid) {
+        (true, Some(Some(uid))) => Ok(Some(uid)),
+        (false, None) => Ok(None),
+        (true, _) => Err(refusals::block_uid_missing()),
+        (false, _) => Err(refusals::block_uid_unexpected()),
+    }
 }
 
 /// Checks a slot of a sealed block, with only the public keys of the pool. Returns the version
@@ -326,8 +313,7 @@ fn check_written<D: Driver>(
 ) -> Result<u64, Refusal> {
     let descriptor = turn.with_registry(|registry, _| registry.descriptor(name));
     let (Some(descriptor), Some(sealed)) = (descriptor, plan.sealed) else {
-        let message = format!("pool '{name}' was just removed");
-        return Err(Refusal::new(Code::NoPool, message));
+        return Err(refusals::pool_just_removed(name));
     };
     // From the block itself: the last writer may not have announced its version.
     let version = turn.version_noted(plan.storage, u64::MAX);
@@ -350,10 +336,7 @@ fn check_written<D: Driver>(
     };
     seen.map_err(|error| Refusal::new(code(error), error.to_string()))?;
     match write.if_version {
-        Some(wanted) if wanted != version => {
-            let message = format!("block '{}' has version {version}", write.block);
-            Err(Refusal::new(Code::VersionConflict, message))
-        }
+        Some(wanted) if wanted != version => Err(refusals::other_version(&write.block, version)),
         _ => Ok(version),
     }
 }
@@ -386,11 +369,7 @@ fn range(
         Some(end) if offset <= end && end <= plan.size => Ok(offset..end),
         _ => {
             let asked = length.map_or("to the end".into(), |length| format!("{length} bytes"));
-            let message = format!(
-                "{asked} from offset {offset} is outside block '{block}', which has {} bytes",
-                plan.size
-            );
-            Err(Refusal::new(Code::OutOfRange, message))
+            Err(refusals::outside_block(asked, offset, block, plan.size))
         }
     }
 }

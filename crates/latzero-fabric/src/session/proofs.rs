@@ -24,6 +24,7 @@ use crate::driver::{Check, Driver};
 use crate::effects::Audit;
 use crate::now::Time;
 use crate::outbox::Class;
+use crate::refusals;
 use crate::registry::{Proved, Rotated, rotated_event};
 use crate::turn::Turn;
 
@@ -60,16 +61,11 @@ impl<D: Driver> Session<D> {
         turn: &mut Turn<'_, D>,
     ) -> Flow {
         if self.ready.is_none() && length > PROOF_BYTES_MAX {
-            let message =
-                format!("a proof before the handshake has at most {PROOF_BYTES_MAX} bytes");
-            return self.reject(&Refusal::new(Code::FrameTooLarge, message), turn);
+            return self.reject(&refusals::proof_too_large(PROOF_BYTES_MAX), turn);
         }
         let result = match request {
             Request::Challenge => Ok(Some(self.challenge(turn))),
-            Request::AppProof(_) if self.ready.is_some() => Err(Refusal::new(
-                Code::AlreadyReady,
-                "an app is proved before the handshake; open another connection",
-            )),
+            Request::AppProof(_) if self.ready.is_some() => Err(refusals::too_late_to_prove()),
             Request::AppProof(said) => self.app_proof(id, said, turn),
             Request::AdminProof(said) => self.admin_proof(said, turn).map(Some),
             _ => unreachable!("nothing else comes here"),
@@ -202,9 +198,7 @@ impl<D: Driver> Session<D> {
         let mac: [u8; 32] = binary("mac", &said.mac)?;
         let is_bound = self.terms.binding != ChannelBinding::None;
         if !is_bound && !turn.driver.context().admin_over_plain_tcp {
-            let message = "nobody administers over plain TCP; use the Unix socket or TLS \
-                           (admin_over_plain_tcp)";
-            return Err(Refusal::new(Code::Forbidden, message));
+            return Err(refusals::no_admin_over_plain_tcp());
         }
         self.check_attempts(turn)?;
         let exchange = self.exchange(client_nonce, &said.cb_type, turn);
@@ -509,8 +503,5 @@ impl<D: Driver> Session<D> {
 
 /// A binary field of exactly `N` bytes.
 fn binary<const N: usize>(field: &str, said: &str) -> Result<[u8; N], Refusal> {
-    text::decode(said).ok_or_else(|| {
-        let message = format!("field '{field}' must be {N} bytes in base64url without padding");
-        Refusal::new(Code::BadMessage, message)
-    })
+    text::decode(said).ok_or_else(|| refusals::not_binary(field, N))
 }

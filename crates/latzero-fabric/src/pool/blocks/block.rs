@@ -6,7 +6,7 @@ use std::sync::Arc;
 use latzero_crypto::block::Geometry as SealedGeometry;
 use latzero_crypto::text;
 use latzero_protocol::memory::{Access, Kind, Layout, Lifetime, Permissions};
-use latzero_protocol::{AppId, BlockId, Code, Refusal};
+use latzero_protocol::{AppId, BlockId, PoolName, Refusal};
 use serde_json::{Value, json};
 
 use crate::ledger::{Account, Reservation, Resource};
@@ -14,6 +14,7 @@ use crate::memory::{Geometry, HEADER_BYTES, StorageId};
 use crate::now::Time;
 use crate::pool::lock::Lock;
 use crate::pool::members::MemberKey;
+use crate::refusals;
 
 /// One instance that is attached to a block.
 #[derive(Debug)]
@@ -208,6 +209,11 @@ impl Block {
         }
     }
 
+    /// The refusal for an app that lacks an access.
+    pub(super) fn forbidden(&self, app: &AppId, access: Access, pool: &PoolName) -> Refusal {
+        refusals::block_forbidden(app, access.as_str(), &self.id, pool, &self.owner)
+    }
+
     /// What a member may do now, by its own rights or those of a call.
     pub(super) fn allows(&self, app: &AppId, member: MemberKey) -> Option<Access> {
         let lent = self.attachment(member).map(Attachment::access);
@@ -266,14 +272,7 @@ pub(super) fn check_layout(block: &Block, wanted: Option<&Layout>) -> Result<(),
         (Some(wanted), Some(layout)) if wanted == layout => Ok(()),
         (Some(wanted), layout) => {
             let has = layout.as_ref().map_or("none".into(), Layout::to_json);
-            Err(Refusal::new(
-                Code::LayoutMismatch,
-                format!(
-                    "block '{}' has layout {has}, not {}",
-                    block.id,
-                    wanted.to_json()
-                ),
-            ))
+            Err(refusals::other_layout(&block.id, has, wanted.to_json()))
         }
     }
 }

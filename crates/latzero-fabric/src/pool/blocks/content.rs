@@ -57,7 +57,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
         if let Some(fence) = lock
             && exclusive.is_none_or(|held| held.fence != fence)
         {
-            return Err(lock_lost(id, fence));
+            return Err(refusals::lock_lost(fence, id));
         }
         // Holders of a shared lock also rely on this. The fence is a token: the holder may pass it
         // to the programs that it starts, and they write under its lock.
@@ -67,7 +67,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
             return Err(self.locked(id, held));
         }
         if matches!(block.phase, Phase::Moving { .. }) {
-            return Err(moving(id));
+            return Err(refusals::block_is_moving(id));
         }
         let (storage, sealed) = (block.storage, block.sealed);
         self.blocks
@@ -174,15 +174,14 @@ impl<D: Driver> PoolBlocks<'_, D> {
     ) -> Result<Replied, Refusal> {
         let (key, block) = self.allowed(asking.member, id, Access::Write)?;
         if block.kind != Kind::Persistent {
-            let message =
-                format!("block '{id}' is in memory; only persistent blocks can be flushed");
-            return Err(Refusal::new(Code::BadMessage, message));
+            return Err(refusals::block_has_no_file(id));
         }
         if matches!(block.phase, Phase::Moving { .. }) {
-            return Err(moving(id));
+            return Err(refusals::block_is_moving(id));
         }
-        if block.flushing.len() >= self.info.limits.block_waiters_max {
-            return Err(too_many_wait(id, self.info.limits.block_waiters_max));
+        let max = self.info.limits.block_waiters_max;
+        if block.flushing.len() >= max {
+            return Err(refusals::too_many_wait_for_block(max, id));
         }
         let seat = self.seat(asking)?;
         self.blocks.involve(asking.member, key);

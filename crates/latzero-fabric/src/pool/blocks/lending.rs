@@ -126,9 +126,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
         }
         for claim in waited {
             self.blocks.wait_over(key, &claim);
-            let message =
-                "the call that lent you the block has ended, so the wait for its lock has too";
-            let refusal = Refusal::new(Code::Cancelled, message);
+            let refusal = refusals::lender_call_ended();
             self.members
                 .answer(member, claim.id.as_deref(), Err(refusal), turn);
         }
@@ -168,7 +166,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
             }
             for id in waited {
                 // It may have left only the pool, and still read its connection.
-                let refusal = Refusal::new(Code::Cancelled, "you left the pool while you waited");
+                let refusal = refusals::left_while_waiting();
                 self.members
                     .answer(member, id.as_deref(), Err(refusal), turn);
             }

@@ -40,18 +40,13 @@ impl<D: Driver> PoolBlocks<'_, D> {
     ) -> Result<Replied, Refusal> {
         let now = turn.time();
         let (key, block) = self.allowed(asking.member, id, access_for(want.mode))?;
-        if block.lock.holders().len() >= self.info.limits.block_waiters_max {
-            return Err(Refusal::new(
-                Code::Overloaded,
-                format!(
-                    "{} instances already hold the lock of block '{id}' (limits.block_waiters_max)",
-                    self.info.limits.block_waiters_max
-                ),
-            ));
+        let max = self.info.limits.block_waiters_max;
+        if block.lock.holders().len() >= max {
+            return Err(refusals::too_many_hold_lock(max, id));
         }
         let until = (want.wait_ms > 0).then(|| now.after_ms(want.wait_ms));
-        if until.is_some() && block.lock.waiting() >= self.info.limits.block_waiters_max {
-            return Err(too_many_wait(id, self.info.limits.block_waiters_max));
+        if until.is_some() && block.lock.waiting() >= max {
+            return Err(refusals::too_many_wait_for_block(max, id));
         }
         let seat = until.map(|_| self.seat(asking)).transpose()?;
         let claim = Claim {
@@ -81,10 +76,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
                 let block = self.blocks.at(key).expect("just found");
                 Err(match block.lock.holders().first() {
                     Some(held) => self.locked(id, held),
-                    None => Refusal::new(
-                        Code::Locked,
-                        format!("block '{id}' is being written or moved; wait for its lock"),
-                    ),
+                    None => refusals::block_is_busy_now(id),
                 })
             }
         }
@@ -104,7 +96,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
         let (key, _) = self.blocks.find(id, self.info)?;
         let block = self.blocks.at_mut(key).expect("just found");
         let Some(held) = block.lock.release(member, fence) else {
-            return Err(lock_lost(id, fence));
+            return Err(refusals::lock_lost(fence, id));
         };
         self.blocks.note_fence(key, held.mode, turn);
         self.grant_waiting(key, turn);
@@ -129,7 +121,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
             self.blocks.note_deadline(key);
             Ok(Some("{}".into()))
         } else {
-            Err(lock_lost(id, fence))
+            Err(refusals::lock_lost(fence, id))
         }
     }
 
@@ -147,7 +139,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
                 continue;
             };
             self.blocks.wait_over(key, &claim);
-            let refusal = Refusal::new(Code::Cancelled, "the wait for the lock was cancelled");
+            let refusal = refusals::lock_wait_cancelled();
             self.members.answer(member, Some(id), Err(refusal), turn);
             self.grant_waiting(key, turn);
         }
@@ -172,10 +164,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
                         let block = self.blocks.at(key).expect("just found");
                         let refusal = match block.lock.holders().first() {
                             Some(held) => self.locked(&block.id, held),
-                            None => Refusal::new(
-                                Code::Locked,
-                                format!("block '{}' is being written or moved", block.id),
-                            ),
+                            None => refusals::block_is_busy(&block.id),
                         };
                         self.members
                             .answer(claim.member, claim.id.as_deref(), Err(refusal), turn);
@@ -256,10 +245,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
             .members
             .at(held.member)
             .map_or("somebody", |m| m.app.as_str());
-        Refusal::new(
-            Code::Locked,
-            format!("block '{id}' is locked by app '{holder}'; wait for its lock with \"wait\""),
-        )
+        refusals::block_locked(id, holder)
     }
 }
 

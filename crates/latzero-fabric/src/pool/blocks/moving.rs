@@ -15,11 +15,7 @@ impl Blocks {
     ) -> Result<(), Refusal> {
         let total = check_size(geometry, &pool.limits)?;
         // Both generations exist until the new one has the content of the old one.
-        check_room(
-            &format!("blocks of pool '{}'", pool.name),
-            "memory_bytes_per_pool_max",
-            (self.bytes, total, pool.limits.memory_bytes_per_pool_max),
-        )?;
+        self.check_room(total, pool)?;
         let block = self.at_mut(key).expect("its caller found it");
         let room = Room::new(&block.account, block.kind, total)?;
         let to = turn.with_numbers(Numbers::next_storage);
@@ -194,9 +190,9 @@ impl<D: Driver> PoolBlocks<'_, D> {
                     other => {
                         self.blocks.bytes -= will;
                         drop(room);
-                        let refusal = other.err().unwrap_or_else(|| {
-                            Refusal::new(Code::Storage, "no new generation was needed after all")
-                        });
+                        let refusal = other
+                            .err()
+                            .unwrap_or_else(|| refusals::no_generation_needed());
                         for one in waiting {
                             self.members.answer(
                                 one.member,
@@ -234,18 +230,12 @@ impl<D: Driver> PoolBlocks<'_, D> {
             return Err(self.locked(id, held));
         }
         if matches!(block.phase, Phase::Moving { .. }) || block.lock.is_held_by_server() {
-            return Err(Refusal::new(
-                Code::Locked,
-                format!("block '{id}' is being written or moved; try again"),
-            ));
+            return Err(refusals::block_is_busy(id));
         }
         if let Some(needed) = block.layout.as_ref().and_then(Layout::bytes)
             && needed > size
         {
-            return Err(Refusal::new(
-                Code::LayoutMismatch,
-                format!("the block's layout needs {needed} bytes, more than {size}"),
-            ));
+            return Err(refusals::layout_needs_more(needed, size));
         }
         let geometry = Geometry::new(block.kind, size, block.geometry.slots);
         let seat = self.seat(asking)?;

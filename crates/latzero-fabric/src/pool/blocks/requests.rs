@@ -19,41 +19,16 @@ impl<D: Driver> PoolBlocks<'_, D> {
         let app = self.asker(asking.member)?.app.clone();
         if let Some(&key) = self.blocks.by_id.get(&create.block) {
             if !create.or_attach {
-                let message = format!(
-                    "block '{}' exists in pool '{}'; attach it, or create it with \
-                    \"if_exists\":\"attach\"",
-                    create.block, self.info.name
-                );
-                return Err(Refusal::new(Code::BlockExists, message));
+                return Err(refusals::block_exists(&create.block, &self.info.name));
             }
             let block = self.blocks.at_mut(key).expect("its name leads to it");
             check_layout(block, create.layout.as_ref())?;
             if block.size() < create.size {
-                let message = format!(
-                    "block '{}' exists with {} bytes, fewer than the {} requested; resize it",
-                    create.block,
-                    block.size(),
-                    create.size
-                );
-                return Err(Refusal::new(Code::BlockExists, message));
+                let (has, wanted) = (block.size(), create.size);
+                return Err(refusals::block_is_smaller(&create.block, has, wanted));
             }
             if matches!(block.phase, Phase::New) {
-                if block.waiting.len() >= self.info.limits.block_waiters_max {
-                    return Err(too_many_wait(
-                        &create.block,
-                        self.info.limits.block_waiters_max,
-                    ));
-                }
-                let seat = self.seat(asking)?;
-                let block = self.blocks.at_mut(key).expect("its name leads to it");
-                block.waiting.push(BlockWaiter {
-                    member: asking.member,
-                    id: asking.id(),
-                    attach: create.attach,
-                    _seat: seat,
-                });
-                self.blocks.involve(asking.member, key);
-                return Ok(None);
+                return self.wait_until_ready(asking, key, create.attach);
             }
             let Some(access) = create.attach else {
                 return Ok(Some(
@@ -67,17 +42,10 @@ impl<D: Driver> PoolBlocks<'_, D> {
             .driver
             .awaited_owner(&self.info.name, Some(&create.block));
         if owner.is_some_and(|owner| owner != app) {
-            let message = format!(
-                "the name of block '{}' in pool '{}' is kept for its owner, who had it before the \
-                 server's start",
-                create.block, self.info.name
-            );
-            return Err(Refusal::new(Code::Forbidden, message));
+            return Err(refusals::block_name_is_kept(&create.block, &self.info.name));
         }
         if create.lifetime == Lifetime::Attached && create.attach.is_none() {
-            let message = "a block with \"lifetime\":\"attached\" would be removed at once; \
-            attach it when creating it";
-            return Err(Refusal::new(Code::BadMessage, message));
+            return Err(refusals::block_ends_at_once());
         }
         if create.kind == Kind::Persistent {
             self.info.check_outlives("a persistent block")?;
@@ -89,15 +57,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
         let size = sealed.map_or(create.size, |sealed| sealed.geometry.capacity());
         let geometry = Geometry::new(create.kind, size, create.slots);
         let total = check_size(geometry, &self.info.limits)?;
-        check_room(
-            &format!("blocks of pool '{}'", self.info.name),
-            "memory_bytes_per_pool_max",
-            (
-                self.blocks.bytes,
-                total,
-                self.info.limits.memory_bytes_per_pool_max,
-            ),
-        )?;
+        self.blocks.check_room(total, self.info)?;
         let seat = self.seat(asking)?;
         let account = self
             .asker(asking.member)?
@@ -164,6 +124,30 @@ impl<D: Driver> PoolBlocks<'_, D> {
         Ok(None)
     }
 
+    /// Answers a request once a new block is ready.
+    fn wait_until_ready(
+        &mut self,
+        asking: Asking<'_>,
+        key: BlockKey,
+        attach: Option<Access>,
+    ) -> Result<Replied, Refusal> {
+        let max = self.info.limits.block_waiters_max;
+        let block = self.blocks.at(key).expect("its name leads to it");
+        if block.waiting.len() >= max {
+            return Err(refusals::too_many_wait_for_block(max, &block.id));
+        }
+        let seat = self.seat(asking)?;
+        let block = self.blocks.at_mut(key).expect("just found");
+        block.waiting.push(BlockWaiter {
+            member: asking.member,
+            id: asking.id(),
+            attach,
+            _seat: seat,
+        });
+        self.blocks.involve(asking.member, key);
+        Ok(None)
+    }
+
     /// Restores a block of an earlier run, for the account of the app that created it.
     ///
     /// # Errors
@@ -176,11 +160,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
     ) -> Result<StorageId, Refusal> {
         let mut block = found.read(account)?;
         if self.blocks.by_id.contains_key(&block.id) {
-            let message = format!(
-                "block '{}' occurs twice in pool '{}'",
-                block.id, self.info.name
-            );
-            return Err(Refusal::new(Code::BlockExists, message));
+            return Err(refusals::block_occurs_twice(&block.id, &self.info.name));
         }
         let total = check_size(block.geometry, &self.info.limits)?;
         block._place = account.reserve(Resource::BlockCount, 1)?;
@@ -210,19 +190,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
         {
             // A request right after its creation waits until it is ready.
             check_layout(block, layout)?;
-            if block.waiting.len() >= self.info.limits.block_waiters_max {
-                return Err(too_many_wait(id, self.info.limits.block_waiters_max));
-            }
-            let seat = self.seat(asking)?;
-            let block = self.blocks.at_mut(key).expect("just found");
-            block.waiting.push(BlockWaiter {
-                member: asking.member,
-                id: asking.id(),
-                attach: Some(access),
-                _seat: seat,
-            });
-            self.blocks.involve(asking.member, key);
-            return Ok(None);
+            return self.wait_until_ready(asking, key, Some(access));
         }
         let (key, block) = self.allowed(asking.member, id, access)?;
         check_layout(block, layout)?;
@@ -343,7 +311,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
                 .map(|f| (f.member, f.id)),
         );
         let claims = block.lock.end_all();
-        let refusal = no_block(&block.id, self.info.name.as_str());
+        let refusal = refusals::no_block(&block.id, &self.info.name);
         let is_new = matches!(block.phase, Phase::New);
         for claim in claims {
             self.blocks.wait_over(key, &claim);

@@ -16,7 +16,7 @@ use hashbrown::HashMap;
 
 use latzero_protocol::encode;
 use latzero_protocol::message::Response;
-use latzero_protocol::{AppId, Code, PoolName, Refusal};
+use latzero_protocol::{AppId, PoolName, Refusal};
 
 use super::super::PoolInfo;
 use super::super::answer::{Answered, checked};
@@ -29,6 +29,7 @@ use crate::driver::Driver;
 use crate::ledger::Account;
 use crate::now::{Time, earliest};
 use crate::outbox::{Class, Sent};
+use crate::refusals;
 use crate::rows::{AnswerRow, StoreChange};
 use crate::turn::Turn;
 
@@ -265,8 +266,7 @@ impl KeptAnswers {
         };
         if let Err(full) = kept.held.bytes.resize(kept.answer.bytes() as u64) {
             let why = Refusal::from(full).message;
-            let message = format!("the answer could not be kept: {why}");
-            kept.answer = Answered::refused(&Refusal::new(Code::HandlerGone, message));
+            kept.answer = Answered::refused(&refusals::answer_not_kept(why));
             kept.held.bytes.force(kept.answer.bytes() as u64);
         }
     }

@@ -8,7 +8,7 @@
 //! run it again.
 
 use latzero_protocol::message::Trigger;
-use latzero_protocol::{Code, Refusal, encode};
+use latzero_protocol::{Refusal, encode};
 
 use super::super::Pool;
 use super::super::lasting::Lasting;
@@ -18,6 +18,7 @@ use super::durable::DurableCall;
 use super::{Death, Parked, State, StoreChange};
 use crate::driver::Driver;
 use crate::outbox::Class;
+use crate::refusals;
 use crate::turn::Turn;
 
 /// How long a call pauses after its first failed attempt, in milliseconds.
@@ -261,8 +262,7 @@ impl<D: Driver> Lasting<'_, D> {
             let Some((member, id)) = self.members.at(orphan.caller).zip(orphan.id) else {
                 continue;
             };
-            let refusal = Refusal::new(Code::HandlerGone, "the pool was removed");
-            member.refuse(&id, &refusal, turn);
+            member.refuse(&id, &refusals::pool_removed(), turn);
         }
     }
 }
@@ -316,8 +316,7 @@ impl<D: Driver> Pool<D> {
         let refusal = if is_last {
             exhausted(lasting.attempt, &cause)
         } else {
-            let message = format!("{cause}, and no other handler took the call");
-            Refusal::new(Code::HandlerGone, message)
+            refusals::no_other_handler(&cause)
         };
         if let Some(id) = &id {
             turn.send(&peer, Class::Control, 512, |out| {
@@ -329,8 +328,7 @@ impl<D: Driver> Pool<D> {
 
 fn exhausted(attempts: u32, cause: &str) -> Refusal {
     let times = if attempts == 1 { "attempt" } else { "attempts" };
-    let message = format!("{attempts} {times} failed; the last: {cause}");
-    Refusal::new(Code::AttemptsExhausted, message)
+    refusals::attempts_exhausted(format_args!("{attempts} {times}"), cause)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use latzero_protocol::message::Strategy;
-use latzero_protocol::{AppId, Code, Refusal};
+use latzero_protocol::{AppId, Code};
 
 use super::super::calls::Call;
 use super::super::members::{MemberKey, Members};
@@ -13,6 +13,7 @@ use super::durable::DurableCall;
 use super::{GIVEN_AT_ONCE_MAX, ParkedCalls, State, soon};
 use crate::driver::Driver;
 use crate::now::Time;
+use crate::refusals;
 use crate::rows::StoreChange;
 use crate::slab::Key;
 use crate::turn::Turn;
@@ -219,10 +220,7 @@ impl<D: Driver> Pool<D> {
                 lasting.attempt -= 1;
                 Err((lasting, error))
             }
-            None => {
-                let refusal = Refusal::new(Code::Storage, "the stored call is invalid");
-                Err((lasting, refusal.into()))
-            }
+            None => Err((lasting, refusals::stored_call_is_invalid().into())),
         }
     }
 }
