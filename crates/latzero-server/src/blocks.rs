@@ -338,7 +338,7 @@ impl Blocks {
         let bytes = match &job {
             Job::Make { making, .. } => making.geometry.total().unwrap_or(u64::MAX),
             Job::Flush { storage, .. } | Job::Drop { storage, .. } => {
-                let stored = shared.blocks.at(*storage);
+                let stored = shared.storage.blocks.at(*storage);
                 stored.map_or(0, |stored| stored.custodian.description().geometry.total())
             }
         };
@@ -353,10 +353,10 @@ impl Blocks {
         };
         if takes_long {
             let work = Work::Job(Arc::clone(shared), Arc::clone(pool), job);
-            shared.blocks.work.send(bytes, work);
+            shared.storage.blocks.work.send(bytes, work);
             return None;
         }
-        let what = shared.blocks.run(job)?;
+        let what = shared.storage.blocks.run(job)?;
         Some(JobResult {
             pool: Arc::clone(pool),
             what,
@@ -821,7 +821,7 @@ fn has_rights(making: &Making) -> bool {
 /// shared ones. After a power loss, the checksums decide which content of a file is valid.
 pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bool) {
     let shared = Arc::clone(&host.shared);
-    shared.blocks.with_numbers(|numbers| {
+    shared.storage.blocks.with_numbers(|numbers| {
         for row in &rows {
             let name = (PoolName::new(&row.pool), BlockId::new(&row.block_id));
             if let (Ok(pool), Ok(block)) = name {
@@ -830,13 +830,14 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         }
     });
     let mut missing: HashMap<(String, String), BlockRow> = shared
+        .storage
         .blocks
         .rows
         .expect_blocks(rows)
         .into_iter()
         .map(|row| ((row.pool.clone(), row.block_id.clone()), row))
         .collect();
-    let losses = Arc::clone(shared.persistence.losses());
+    let losses = Arc::clone(shared.storage.persistence.losses());
     let records = missing.values().filter_map(|row| {
         let file = row.file.clone()?;
         Some((file, rows::record(row)))
@@ -847,11 +848,11 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     let mut lost = |affected: String, happened: String| {
         losses.note(Loss::new(Part::Memory, affected, happened, remedy));
     };
-    let (kept, removed) = shared.blocks.files.scan_with(&records, &mut lost);
+    let (kept, removed) = shared.storage.blocks.files.scan_with(&records, &mut lost);
     for mut kept in kept {
         let mut may_have_writer = false;
         if let Ok(custodian) = &kept.open {
-            match resume(custodian, shared.blocks.rows.boot(), is_same_boot) {
+            match resume(custodian, shared.storage.blocks.rows.boot(), is_same_boot) {
                 Ok(is_same_boot) => may_have_writer = is_same_boot,
                 Err(error) => kept.open = Err(error.to_string()),
             }
@@ -859,7 +860,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         let (names, record) = (&kept.names, &kept.record);
         match adopt(host, kept.open, names, record, may_have_writer) {
             Ok((pool, block)) => {
-                let losses = shared.persistence.losses();
+                let losses = shared.storage.persistence.losses();
                 losses.settle(Part::Memory, &room_for(&pool, &block));
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
@@ -877,14 +878,14 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
                     format!("it was not loaded, because of a limit: {}", refusal.message);
                 let remedy = "raise the limit and restart the server; the block's file and name \
                     are kept until then";
-                let losses = shared.persistence.losses();
+                let losses = shared.storage.persistence.losses();
                 losses.note(Loss::new(Part::Memory, affected, happened, remedy));
             }
             Err(refusal) => {
                 let affected = match (Found { record, fence: 0 }).name() {
                     Ok((pool, block)) => {
                         missing.remove(&(pool.as_str().into(), block.as_str().into()));
-                        shared.blocks.rows.forget(&pool, &block);
+                        shared.storage.blocks.rows.forget(&pool, &block);
                         format!("block '{block}' of pool '{pool}'")
                     }
                     Err(_) => format!("memory/{names}"),
@@ -894,7 +895,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
                     refusal.message
                 );
                 lost(affected, happened);
-                shared.blocks.files.set_aside(names);
+                shared.storage.blocks.files.set_aside(names);
             }
         }
     }
@@ -909,16 +910,18 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
             lost(affected, "its file is missing, so the block is lost".into());
         }
         if let Ok((pool, block)) = left.name() {
-            shared.blocks.rows.forget(&pool, &block);
+            shared.storage.blocks.rows.forget(&pool, &block);
         }
     }
     // As at the end of a block: its mark goes after its row.
-    let store = shared.persistence.store();
+    let store = shared.storage.persistence.store();
     if !removed.is_empty() && store.commit(Vec::new()).is_ok() {
-        removed.iter().for_each(|id| shared.blocks.files.forget(id));
+        removed
+            .iter()
+            .for_each(|id| shared.storage.blocks.files.forget(id));
     }
-    shared.persistence.store_losses();
-    let (files, bytes) = shared.blocks.files.orphans();
+    shared.storage.persistence.store_losses();
+    let (files, bytes) = shared.storage.blocks.files.orphans();
     if files > 0 {
         tracing::warn!(
             files,
@@ -1033,8 +1036,8 @@ fn take(
         tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "cannot reset the \
             lock of a block");
     }
-    host.shared.blocks.rows.note(&stored, record);
-    host.shared.blocks.insert(storage, stored);
+    host.shared.storage.blocks.rows.note(&stored, record);
+    host.shared.storage.blocks.insert(storage, stored);
     host.with_pool(pool, |pool, fx| {
         if has_writer {
             pool.blocks().abandon_writer(&block, fx);
@@ -1075,7 +1078,7 @@ pub(crate) fn reoffer(
     }
     // Its header says that it was removed: the server died before that was stored.
     if custodian.state().is_ok_and(|state| state != State::Live) {
-        host.shared.blocks.rows.forget(pool_name, block);
+        host.shared.storage.blocks.rows.forget(pool_name, block);
         let message = format!("block '{block}' of pool '{pool_name}' was removed");
         return Err(Refusal::new(Code::NoBlock, message));
     }
@@ -1092,7 +1095,7 @@ pub(crate) fn take_over(host: &mut IoHost, blocks: Vec<(PoolName, BlockId, Owned
         let taken = host
             .with_registry(|registry, _| registry.pool_for_kept(unix_ms, &pool_name))
             .and_then(|(number, pool)| {
-                let row = host.shared.blocks.awaited_row(&pool_name, &block);
+                let row = host.shared.storage.blocks.awaited_row(&pool_name, &block);
                 let taken =
                     row.and_then(|row| reoffer(host, &pool, (&pool_name, &block), &row, &offered));
                 if taken.is_err() {
@@ -1109,7 +1112,11 @@ pub(crate) fn take_over(host: &mut IoHost, blocks: Vec<(PoolName, BlockId, Owned
 
 /// Drops the blocks of an earlier run that nobody offered in time.
 pub(crate) fn end_grace(shared: &ServerState, now: Time) {
-    let gone = shared.blocks.rows.end_grace(shared.started, now);
+    let gone = shared
+        .storage
+        .blocks
+        .rows
+        .end_grace(shared.books.started, now);
     if gone > 0 {
         tracing::info!(
             blocks = gone,
@@ -1138,25 +1145,25 @@ fn run(queue: &Receiver<Work>, files: &Files) {
                     Work::Job(_, _, Job::Flush { storage: also, .. }) => *also == storage,
                     _ => false,
                 });
-                let version = shared.blocks.flush(storage);
+                let version = shared.storage.blocks.flush(storage);
                 let others = same.into_iter().filter_map(|work| match work {
                     Work::Job(_, pool, Job::Flush { key, ticket, .. }) => Some((pool, key, ticket)),
                     _ => None,
                 });
                 for (pool, key, ticket) in std::iter::once((pool, key, ticket)).chain(others) {
                     let what = Finished::Flushed(key, ticket, version.clone());
-                    shared.mailboxes[0].send(Command::BlockDone(JobResult { pool, what }));
+                    shared.loops.mailboxes[0].send(Command::BlockDone(JobResult { pool, what }));
                 }
             }
             Work::Job(shared, pool, job) => {
                 let keeps_name = matches!(&job, Job::Make { making, .. } if has_rights(making));
-                if let Some(what) = shared.blocks.run(job) {
+                if let Some(what) = shared.storage.blocks.run(job) {
                     if keeps_name {
                         // After a kill right behind the reply, the server must still know the owner
                         // of the name.
-                        shared.blocks.rows.settle_on_disk();
+                        shared.storage.blocks.rows.settle_on_disk();
                     }
-                    shared.mailboxes[0].send(Command::BlockDone(JobResult { pool, what }));
+                    shared.loops.mailboxes[0].send(Command::BlockDone(JobResult { pool, what }));
                 }
             }
             Work::Free(stored, store) => {

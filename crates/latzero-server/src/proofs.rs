@@ -43,7 +43,7 @@ impl Job {
         if verdict == Ok(false) {
             shared.attempts().note(user, now);
         }
-        shared.mailboxes[peer.home].send(Command::Verified(peer, verdict));
+        shared.loops.mailboxes[peer.home].send(Command::Verified(peer, verdict));
     }
 }
 
