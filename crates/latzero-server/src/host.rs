@@ -23,8 +23,9 @@ use serde_json::json;
 
 use crate::blocks::{Blocks, Finished, JobResult};
 use crate::handover::{self, Step};
+use crate::mailbox::Command;
 use crate::peer::Peer;
-use crate::shared::{Command, ServerState};
+use crate::shared::ServerState;
 use crate::socket::Socket;
 use crate::stats::{Traffic, resources};
 use crate::timers::PoolCell;

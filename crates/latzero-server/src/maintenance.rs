@@ -19,8 +19,9 @@ use latzero_protocol::{Code, Refusal};
 use latzero_store::{Answer, Policy, QueryLimits, Value as Cell};
 use serde_json::{Value, json};
 
+use crate::mailbox::Command;
 use crate::peer::Peer;
-use crate::shared::{Command, ServerState};
+use crate::shared::ServerState;
 use crate::socket::User;
 
 /// How often to store the heartbeat and to check whether a backup is due, in milliseconds.

@@ -11,8 +11,9 @@ use std::thread::{Builder, available_parallelism};
 use latzero_fabric::driver::Check;
 use latzero_protocol::{Code, Refusal};
 
+use crate::mailbox::Command;
 use crate::peer::Peer;
-use crate::shared::{Command, ServerState};
+use crate::shared::ServerState;
 use crate::socket::{Socket, User};
 
 /// Proofs of one user that wait. A connection has one at a time.

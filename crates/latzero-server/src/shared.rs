@@ -1,27 +1,26 @@
-//! State shared by the loops: the registry, the deadlines of pools, the statistics, and mailboxes.
+//! State shared by the loops, in groups.
 //!
 //! Lock order: built-in app, registry, pool, outbox. The timers, the statistics, the hand-over, and
 //! the table and ledger of blocks are leaves. No lock here is held during IO.
 
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use latzero_fabric::driver::Context;
 use latzero_fabric::ledger::{Account, Ledger};
 use latzero_fabric::outbox::Bounds;
-use latzero_fabric::{Now, Registry, Time};
-use latzero_protocol::{PoolName, Refusal};
-use mio::Waker;
+use latzero_fabric::{Registry, Time};
 
 use crate::attempts::Attempts;
 use crate::audit::AuditLog;
-use crate::blocks::{Blocks, JobResult};
+use crate::blocks::Blocks;
 use crate::builtin::BuiltIn;
-use crate::handover::{Handover, Step};
+use crate::clock::Clock;
+use crate::handover::Handover;
 use crate::host::IoHost;
-use crate::listener::{Origin, Unauthenticated};
+use crate::listener::Unauthenticated;
 use crate::machine_limits::{Derived, InForce, MachineLimits};
+use crate::mailbox::{Command, Mailbox};
 use crate::peer::Peer;
 use crate::persistence::Persistence;
 use crate::proofs::Verifier;
@@ -31,142 +30,6 @@ use crate::startup::token::AdminToken;
 use crate::stats::Stats;
 use crate::timers::Timers;
 use crate::tls::Tls;
-
-/// A command for a loop.
-pub(crate) enum Command {
-    /// Take a connection, which belongs to this loop from now on.
-    Adopt(Arc<Peer>, Origin),
-    /// Read a connection again.
-    Resume(Arc<Peer>),
-    /// Close a connection once its outbox is written.
-    Close(Arc<Peer>),
-    /// Watch a connection whose socket accepted less than it was offered.
-    AwaitWritable(Arc<Peer>),
-    /// Check what has changed: draining, deadlines.
-    Look,
-    /// Check every connection's timeouts and limits, which changed or were reached.
-    Judge,
-    /// Hand the sockets and blocks over to a client, as the reply with this id, and stop.
-    HandOver(Arc<Peer>, Option<Box<str>>, Step),
-    /// Send the reply to a slow request.
-    Reply(Arc<Peer>, Box<str>, Result<String, Refusal>),
-    /// A connection's change is on disk, or cannot be stored.
-    StoreReply(Arc<Peer>, Result<(), Refusal>),
-    /// The result of checking a connection's proof, or why it was not checked.
-    Verified(Arc<Peer>, Result<bool, Refusal>),
-    /// The awaited row of a pool's answer is on disk (true), or cannot be stored.
-    AnswerStored(PoolName, u64, bool),
-    /// A job for a block is finished.
-    BlockDone(JobResult),
-    /// Notify the service manager that the loop is alive (sd_notify(3), `WATCHDOG=1`).
-    Watchdog,
-}
-
-/// How other threads reach a loop.
-pub(crate) struct Mailbox {
-    commands: Mutex<Vec<Command>>,
-    waker: OnceLock<Waker>,
-}
-
-impl Mailbox {
-    fn new() -> Self {
-        Mailbox {
-            commands: Mutex::new(Vec::new()),
-            waker: OnceLock::new(),
-        }
-    }
-
-    pub(crate) fn attach(&self, waker: Waker) {
-        assert!(self.waker.set(waker).is_ok(), "a loop attaches once");
-    }
-
-    pub(crate) fn send(&self, command: Command) {
-        self.commands
-            .lock()
-            .expect("no panic happens under the mailbox lock")
-            .push(command);
-        if let Some(waker) = self.waker.get()
-            && let Err(error) = waker.wake()
-        {
-            tracing::error!(%error, "cannot wake an event loop");
-        }
-    }
-
-    /// Sends several commands, and wakes the loop once.
-    pub(crate) fn send_all(&self, mut several: Vec<Command>) {
-        let Some(last) = several.pop() else {
-            return;
-        };
-        let mut commands = self
-            .commands
-            .lock()
-            .expect("no panic happens under the mailbox lock");
-        commands.append(&mut several);
-        drop(commands);
-        self.send(last);
-    }
-
-    pub(crate) fn take(&self) -> Vec<Command> {
-        std::mem::take(
-            &mut *self
-                .commands
-                .lock()
-                .expect("no panic happens under the mailbox lock"),
-        )
-    }
-}
-
-/// The server's clock: monotonic microseconds, and the wall clock.
-pub(crate) struct Clock {
-    start: Instant,
-    /// By how much the wall clock is ahead of the steady one, in milliseconds: the sum of its
-    /// jumps.
-    ahead_ms: AtomicI64,
-}
-
-impl Clock {
-    fn new() -> Self {
-        // A second in, so that times before the start can be expressed.
-        let start = Instant::now();
-        Clock {
-            start: start.checked_sub(Duration::from_secs(1)).unwrap_or(start),
-            ahead_ms: AtomicI64::new(0),
-        }
-    }
-
-    pub(crate) fn now(&self) -> Time {
-        Time(self.start.elapsed().as_micros() as u64)
-    }
-
-    /// The present, on all clocks.
-    pub(crate) fn read(&self) -> Now {
-        let unix_ms = wall_ms();
-        Now {
-            monotonic: self.now(),
-            unix_ms,
-            steady_ms: unix_ms.saturating_add_signed(-self.ahead_ms.load(Relaxed)),
-        }
-    }
-
-    /// By how much the wall clock is ahead of the steady one.
-    pub(crate) fn ahead_ms(&self) -> i64 {
-        self.ahead_ms.load(Relaxed)
-    }
-
-    /// Sets the sum of all jumps of the wall clock.
-    pub(crate) fn set_ahead_ms(&self, ms: i64) {
-        self.ahead_ms.store(ms, Relaxed);
-    }
-
-    pub(crate) fn unix_ms(&self, then: Time) -> u64 {
-        wall_ms().saturating_sub(self.now().since(then).as_millis() as u64)
-    }
-}
-
-fn wall_ms() -> u64 {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
-    since_epoch.map_or(0, |since| since.as_millis() as u64)
-}
 
 /// The server's addresses and identity, for `status` and the logs.
 #[derive(Debug, Clone, Default)]

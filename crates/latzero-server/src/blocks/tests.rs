@@ -133,7 +133,7 @@ fn the_record_from_before_holds_again_where_the_new_one_may_not_last() {
 #[test]
 fn who_waits_for_the_same_is_taken_out_of_the_row() {
     let mut row: VecDeque<(u32, &str)> = [(1, "a"), (2, "b"), (1, "c"), (3, "d"), (1, "e")].into();
-    let taken = take_where(&mut row, |(block, _)| *block == 1);
+    let taken = workers::take_where(&mut row, |(block, _)| *block == 1);
     assert_eq!(taken, [(1, "a"), (1, "c"), (1, "e")]);
     assert_eq!(row, [(2, "b"), (3, "d")]);
 }

@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use latzero_protocol::{Code, PoolName, Refusal};
 use latzero_store::{StoreError, Ticket};
 
+use crate::mailbox::Command;
 use crate::peer::Peer;
-use crate::shared::{Command, ServerState};
+use crate::shared::ServerState;
 
 /// A change that the store has not answered yet.
 enum PendingReply {
