@@ -5,8 +5,9 @@
 //! [`Effects`] what to send. Messages are appended while the pool is locked, so each client sees
 //! them in the order of the pool's decisions.
 //!
-//! This module has the members; `routing` passes calls to handlers, `ending` passes answers back,
-//! `park` stores calls that outlive a connection, `blocks` is the shared memory.
+//! A pool is made of parts, which own their state: `members`, `triggers`, `calls`, `blocks`, and in
+//! `lasting` what outlives a connection. This module composes them; `routing` passes calls to
+//! handlers, `ending` passes answers back.
 
 mod answer;
 mod blocks;
