@@ -12,6 +12,7 @@
 mod answer;
 mod blocks;
 mod calls;
+mod emits;
 mod ending;
 mod lasting;
 mod lock;

@@ -1,4 +1,4 @@
-//! Calls and emits on their way to handlers.
+//! Calls on their way to handlers.
 //!
 //! A call goes to one handler, which [`super::pick`] chooses; without one it may be parked. What a
 //! receiver does not accept is refused at once, and nothing is sent.
@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use latzero_protocol::encode::{self, Attachments, Origin};
-use latzero_protocol::message::{Emit, Park, Trigger};
+use latzero_protocol::message::{Park, Trigger};
 use latzero_protocol::{Body, Code, InstanceId, Refusal, TriggerName};
 
 use super::calls::Call;
@@ -15,10 +15,9 @@ use super::pick::{self, Offer};
 use super::repeats::{Seen, scoped_key};
 use super::{CallError, Caller, Member, MemberKey, NOBODY, Pool};
 use crate::driver::{Driver, Peer};
-use crate::effects::Count;
-use crate::ledger::{Full, Resource};
+use crate::ledger::Resource;
 use crate::now::Time;
-use crate::outbox::{Class, SHARE_BYTES, Sent, SharedBody};
+use crate::outbox::{Class, Sent};
 use crate::refusals;
 use crate::slab::Key;
 use crate::turn::Turn;
@@ -33,15 +32,6 @@ pub enum Routed {
     /// It was already parked under this number when its caller reconnected; the caller's reply
     /// waits for the disk.
     ParkedBefore(u64),
-}
-
-/// An emit, encoded for all receivers of the same form.
-enum Encoded {
-    /// In the pool's scratch buffer.
-    Here(std::ops::Range<usize>),
-    Shared(SharedBody),
-    /// There is no memory for it.
-    Refused(Full),
 }
 
 impl<D: Driver> Pool<D> {
@@ -344,111 +334,6 @@ impl<D: Driver> Pool<D> {
         });
         turn.call_started(caller);
         Ok(key)
-    }
-
-    /// Sends an emit to the trigger's handlers; returns how many it was appended for.
-    ///
-    /// # Errors
-    /// If the sender is not a member, or the name is invalid.
-    pub fn emit(
-        &mut self,
-        from: MemberKey,
-        emit: &Emit<'_>,
-        turn: &mut Turn<'_, D>,
-    ) -> Result<usize, Refusal> {
-        let Some(sender) = self.members.at(from) else {
-            return Err(refusals::not_member(&self.info.name));
-        };
-        turn.count(Count::Emit);
-        self.emits_total += 1;
-        let Some(served) = self.triggers.get(&emit.process) else {
-            TriggerName::check(&emit.process)?;
-            return Ok(0);
-        };
-        let notice = encode::Notice {
-            process: served.name.as_str(),
-            pool: self.info.name.as_str(),
-            origin: sender.origin(),
-            destination: emit.destination.as_ref().map(|d| d.raw),
-            headers: emit.headers,
-            body: emit.body,
-        };
-        let mut delivered = 0;
-        // Encoded once for all receivers of the same form, and shared if it is large.
-        let mut encoded: [Option<Encoded>; 2] = [None, None];
-        let account = Arc::clone(sender.peer.link().account());
-        let is_shared = served.handlers.len() > 1 && emit.body.len() >= SHARE_BYTES;
-        let mut refused = None;
-        let scratch = &mut self.scratch;
-        scratch.clear();
-        let max_frame = self.info.limits.max_frame;
-        let mut deliver = |to: &Member<D>| {
-            if !matches(emit.destination.as_ref(), to)
-                || (to.attachments == Attachments::NotTaken && too_large(emit.body, max_frame))
-            {
-                return Offer::NotMeant;
-            }
-            let form = usize::from(to.attachments == Attachments::Taken);
-            let frame = encoded[form].get_or_insert_with(|| {
-                let start = scratch.len();
-                encode::notice(scratch, &notice, to.attachments);
-                let range = start..scratch.len();
-                if !is_shared {
-                    return Encoded::Here(range);
-                }
-                let shared = SharedBody::new(&scratch[range.clone()], &account);
-                scratch.truncate(start);
-                shared.map_or_else(Encoded::Refused, Encoded::Shared)
-            });
-            let sent = match frame {
-                Encoded::Here(range) => {
-                    let bytes = &scratch[range.clone()];
-                    turn.send(&to.peer, Class::Emit, bytes.len(), |out| {
-                        out.extend_from_slice(bytes)
-                    })
-                }
-                Encoded::Shared(frame) => turn.send_shared(&to.peer, Class::Emit, frame),
-                Encoded::Refused(full) => {
-                    refused = Some(*full);
-                    Sent::Full
-                }
-            };
-            delivered += usize::from(sent == Sent::Queued);
-            if sent == Sent::Queued {
-                Offer::Taken
-            } else {
-                Offer::Busy
-            }
-        };
-        if emit.one {
-            let start = pick::start(served, &mut self.prng);
-            let chosen = pick::each(
-                served,
-                &self.triggers,
-                &self.members,
-                start,
-                || sticky(self.hash_seed, emit.key.as_deref(), sender.instance),
-                |_, to| deliver(to),
-            );
-            if let Some((position, _)) = chosen {
-                served.turn.set(position + 1);
-            }
-        } else {
-            for handler in self.triggers.handlers_of(served) {
-                let member = self.members.at(handler.member);
-                deliver(member.expect("a handler's member lives"));
-            }
-        }
-        for _ in 0..delivered {
-            turn.count(Count::Delivered);
-        }
-        if let Some(full) = refused.filter(|_| delivered == 0) {
-            return Err(full.into());
-        }
-        if self.scratch.capacity() > 64 * 1024 {
-            self.scratch = Vec::new();
-        }
-        Ok(delivered)
     }
 
     pub(super) fn no_handler(&self, trigger: &Trigger<'_>) -> CallError {
