@@ -224,12 +224,6 @@ impl<D: Driver> Pool<D> {
         self.info.number
     }
 
-    /// The pool's name.
-    #[must_use]
-    pub fn name(&self) -> &PoolName {
-        &self.info.name
-    }
-
     /// Counters of the pool.
     #[must_use]
     pub fn stats(&self) -> PoolStats {

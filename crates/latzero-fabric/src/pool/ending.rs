@@ -64,7 +64,8 @@ impl<D: Driver> Pool<D> {
             // Its caller may have left: such a call gets only its answer, no items or progress.
             if response.status.is_final() {
                 let failed = response.status == Status::Error;
-                self.lasting().parked_answered(number, response, turn);
+                let answer = (Answered::of(response), true);
+                self.lasting().finish_parked(number, answer, turn);
                 self.end(key, EndReason::Answered { failed }, turn);
             }
             return Ok(());
@@ -274,7 +275,7 @@ impl<D: Driver> Pool<D> {
                     if matches!(how, EndReason::HandlerGone)
                         && turn.driver.context().is_draining() =>
                 {
-                    self.lasting().interrupted(number, lasting, turn);
+                    self.parked.interrupted(number, lasting, now);
                 }
                 (Some(_), Some(_)) if is_orphan => {
                     self.lasting().orphan((NOBODY, None), lasting, call.member)

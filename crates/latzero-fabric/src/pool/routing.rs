@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Park, Trigger};
-use latzero_protocol::{Body, Code, InstanceId, Refusal, TriggerName};
+use latzero_protocol::{Body, Code, InstanceId, Refusal};
 
 use super::calls::Call;
 use super::park::DurableCall;
@@ -174,7 +174,8 @@ impl<D: Driver> Pool<D> {
     ) -> Result<Key<Call>, CallError> {
         let now = turn.time();
         let Some(served) = self.triggers.get(&trigger.process) else {
-            return Err(self.no_handler(trigger));
+            let seen = pick::Seen::default();
+            return Err(seen.error(trigger, &self.members, &self.info));
         };
         if let (Some(id), Some(caller)) = (&trigger.id, from.member())
             && self.calls.find(caller, id).is_some()
@@ -290,7 +291,7 @@ impl<D: Driver> Pool<D> {
             },
         );
         let Some((position, handler_key)) = chosen else {
-            return Err(self.none_taken(trigger, seen));
+            return Err(seen.error(trigger, &self.members, &self.info));
         };
         served.turn.set(position + 1);
         let handler = self.triggers.handler_mut(handler_key);
@@ -334,39 +335,6 @@ impl<D: Driver> Pool<D> {
         });
         turn.call_started(caller);
         Ok(key)
-    }
-
-    pub(super) fn no_handler(&self, trigger: &Trigger<'_>) -> CallError {
-        if let Err(error) = TriggerName::check(&trigger.process) {
-            return Refusal::from(error).into();
-        }
-        if let Some(destination) = &trigger.destination {
-            let present = self
-                .members
-                .iter()
-                .any(|(_, m)| matches(Some(destination), m));
-            if !present {
-                return CallError::UnknownDestination;
-            }
-            let app = &destination.app_id;
-            return refusals::not_served_by(app, &trigger.process, &self.info.name).into();
-        }
-        refusals::no_handler(&trigger.process, &self.info.name).into()
-    }
-
-    /// Why none of a trigger's handlers took a call.
-    pub(super) fn none_taken(&self, trigger: &Trigger<'_>, seen: pick::Seen) -> CallError {
-        if seen.too_large {
-            return refusals::call_too_large_as_base64().into();
-        }
-        if !seen.matching {
-            return self.no_handler(trigger);
-        }
-        if seen.silent {
-            let max = self.info.limits.in_flight_per_handler_max;
-            return refusals::handler_is_silent(max, &trigger.process).into();
-        }
-        refusals::handlers_are_busy(&trigger.process, &self.info.name).into()
     }
 }
 

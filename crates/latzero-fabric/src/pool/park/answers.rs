@@ -15,7 +15,6 @@ use std::sync::Arc;
 use hashbrown::HashMap;
 
 use latzero_protocol::encode;
-use latzero_protocol::message::Response;
 use latzero_protocol::{AppId, PoolName, Refusal};
 
 use super::super::PoolInfo;
@@ -414,16 +413,6 @@ impl<D: Driver> Lasting<'_, D> {
         }
         self.parked.answers.insert(row.number, kept);
         true
-    }
-
-    /// A handler answered a parked call.
-    pub(in crate::pool) fn parked_answered(
-        &mut self,
-        number: u64,
-        response: &Response<'_>,
-        turn: &mut Turn<'_, D>,
-    ) {
-        self.finish_parked(number, (Answered::of(response), true), turn);
     }
 
     /// A parked call ended without a handler's answer.

@@ -15,8 +15,9 @@ use super::super::lasting::Lasting;
 use super::super::members::MemberKey;
 use super::answers::AnswerReceiver;
 use super::durable::DurableCall;
-use super::{Death, Parked, State, StoreChange};
+use super::{Death, Parked, ParkedCalls, State, StoreChange};
 use crate::driver::Driver;
+use crate::now::Time;
 use crate::outbox::Class;
 use crate::refusals;
 use crate::turn::Turn;
@@ -41,6 +42,23 @@ pub(super) struct Orphan {
     lasting: Box<DurableCall>,
     /// What happened to its handler.
     cause: String,
+}
+
+impl ParkedCalls {
+    /// The server stops while a handler has a parked call: the call stays stored as it is.
+    pub(in crate::pool) fn interrupted(
+        &mut self,
+        number: u64,
+        mut lasting: Box<DurableCall>,
+        now: Time,
+    ) {
+        lasting.number = Some(number);
+        (lasting.window, lasting.held) = (None, None);
+        let until = now.after_ms(PAUSE_MAX_MS);
+        self.change(number, |parked| {
+            parked.state = State::Paused(lasting, until);
+        });
+    }
 }
 
 impl<D: Driver> Lasting<'_, D> {
@@ -116,21 +134,6 @@ impl<D: Driver> Lasting<'_, D> {
         if is_last == Some(true) {
             self.die(number, turn);
         }
-    }
-
-    /// The server stops while a handler has a parked call: the call stays stored as it is.
-    pub(in crate::pool) fn interrupted(
-        &mut self,
-        number: u64,
-        mut lasting: Box<DurableCall>,
-        turn: &mut Turn<'_, D>,
-    ) {
-        lasting.number = Some(number);
-        (lasting.window, lasting.held) = (None, None);
-        let until = turn.time().after_ms(PAUSE_MAX_MS);
-        self.parked.change(number, |parked| {
-            parked.state = State::Paused(lasting, until);
-        });
     }
 
     /// The last attempt of a parked call failed: notifies its caller, and keeps the dead call.
