@@ -112,7 +112,7 @@ pub enum Promise<'a, D: Driver> {
     /// The session of a connection, in the order of its promises
     /// ([`crate::Session::handle_stored`]).
     Session(&'a D::Peer),
-    /// The pool of the answer in the row ([`crate::Pool::answer_stored`]). A row that cannot be
+    /// The pool of the answer in the row ([`crate::Lasting::answer_stored`]). A row that cannot be
     /// stored is dropped, and the pool stores it again.
     Answer,
 }
@@ -238,10 +238,10 @@ pub trait Driver: BlockStorage + Verifier<Peer: Peer<Self>> + Sized {
     fn store(&mut self, change: StoreChange, promise: Option<Promise<'_, Self>>);
 
     /// Takes back the memory of a block of an earlier run, whose descriptor came with the current
-    /// message, and adds the block to `pool` ([`Pool::adopt_block`]).
+    /// message, and adds the block to `pool` ([`crate::PoolBlocks::adopt`]).
     ///
     /// # Errors
-    /// `no_block`, `bad_message`, `block_exists`, and those of [`Pool::adopt_block`].
+    /// `no_block`, `bad_message`, `block_exists`, and those of [`crate::PoolBlocks::adopt`].
     fn reoffer(
         turn: &mut Turn<'_, Self>,
         pool: &Self::Pool,

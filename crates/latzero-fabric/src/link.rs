@@ -7,8 +7,8 @@ use crate::ledger::{Account, Ledger, Reservation, Resource};
 use crate::now::Time;
 use crate::outbox::{Bounds, Class, Outbox, PendingWrite, Sent};
 
-/// A request to report that a message was written: a number for [`crate::Pool::answer_delivered`]
-/// of that pool.
+/// A request to report that a message was written: a number for
+/// [`crate::Lasting::answer_delivered`] of that pool.
 #[derive(Debug, Clone)]
 pub struct Notice<H> {
     /// The pool.

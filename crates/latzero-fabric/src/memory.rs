@@ -3,7 +3,7 @@
 
 use hashbrown::HashMap;
 use latzero_protocol::memory::Kind;
-use latzero_protocol::{BlockId, Code, PoolName, Refusal};
+use latzero_protocol::{BlockId, PoolName};
 
 use crate::pool::BlockKey;
 
@@ -116,7 +116,7 @@ pub struct Making {
 /// order in which they were requested.
 #[derive(Debug, Clone)]
 pub enum Job<P> {
-    /// Creates storage; the result is passed to [`crate::Pool::storage_made`].
+    /// Creates storage; the result is passed to [`crate::PoolBlocks::storage_made`].
     Make {
         /// For this block.
         key: BlockKey,
@@ -133,7 +133,8 @@ pub enum Job<P> {
         /// Whether a newer generation replaces it.
         is_superseded: bool,
     },
-    /// Flushes everything written so far to disk; the result is passed to [`crate::Pool::flushed`].
+    /// Flushes everything written so far to disk; the result is passed to
+    /// [`crate::PoolBlocks::flushed`].
     Flush {
         /// For this block.
         key: BlockKey,
@@ -200,23 +201,6 @@ impl Numbers {
     pub fn set_ended_floor(&mut self, generation: u64) {
         self.ended_floor = self.ended_floor.max(generation);
     }
-}
-
-/// Whether `needed` bytes more stay within a bound.
-pub(crate) fn check_room(
-    whose: &str,
-    limit: &str,
-    (used, needed, max): (u64, u64, u64),
-) -> Result<(), Refusal> {
-    let free = max.saturating_sub(used);
-    if needed <= free {
-        return Ok(());
-    }
-    let message = format!(
-        "this needs {needed} bytes, but only {free} of {max} are free for {whose} \
-         (limits.{limit}); remove blocks that are no longer needed, or raise the limit"
-    );
-    Err(Refusal::new(Code::Quota, message))
 }
 
 #[cfg(test)]

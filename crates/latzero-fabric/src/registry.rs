@@ -11,6 +11,7 @@ mod identity;
 mod listing;
 mod offline;
 mod pools;
+mod registered;
 mod sealed;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,7 +22,7 @@ use latzero_crypto::keys::Roles;
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
 use latzero_protocol::message::{EventSet, Policy, TriggerSpec, too_many};
 use latzero_protocol::proof::is_sealed;
-use latzero_protocol::{AppId, BlockId, Body, Code, InstanceId, PoolName, Refusal};
+use latzero_protocol::{AppId, BlockId, Body, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
 use crate::driver::{Driver, Peer, Transport};
@@ -30,10 +31,10 @@ use crate::limits::Limits;
 use crate::now::Time;
 use crate::pool::MemberKey;
 use crate::prng::Prng;
+use crate::refusals;
 use crate::registration::{Registration, Remembered};
 use crate::rows::{AppRow, StoreChange};
 use crate::turn::Turn;
-use admission::check_reserved;
 pub(crate) use admission::{check_pools, check_triggers, dedup_triggers, remove_triggers};
 use identity::Binding;
 pub use identity::Who;
@@ -41,7 +42,6 @@ pub use listing::{Counts, View};
 pub(crate) use listing::{PAGE_BYTES_MAX, PageText, append};
 use offline::Offline;
 pub use pools::NewPool;
-use pools::forget_pool;
 use sealed::Sealed;
 pub(crate) use sealed::rotated_event;
 pub use sealed::{Proved, Rotated, Successor};
@@ -162,12 +162,7 @@ impl<D: Driver> Membership<D> {
                     Roles::Read => "read",
                     Roles::Write => "write",
                 };
-                let message = format!(
-                    "this needs the role '{needed}' in pool '{}'; prove it with the keys that \
-                    have it",
-                    self.name
-                );
-                Err(Refusal::new(Code::Forbidden, message))
+                Err(refusals::role_not_proved(needed, &self.name))
             }
             _ => Ok(()),
         }
@@ -187,8 +182,7 @@ impl<D: Driver> Membership<D> {
         if self.grant.is_none() || is_sealed(body) {
             return Ok(());
         }
-        let message = format!("payloads in pool '{}' are sealed envelopes", self.name);
-        Err(Refusal::new(Code::BadMessage, message))
+        Err(refusals::payload_not_sealed(&self.name))
     }
 }
 
@@ -417,17 +411,8 @@ impl<D: Driver> Registry<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<(), Refusal> {
         match self.apps.get(app_id) {
-            None => Err(Refusal::new(
-                Code::NoApp,
-                format!("there is no app '{app_id}'"),
-            )),
-            Some(app) if !app.instances.is_empty() => Err(Refusal::new(
-                Code::AppInUse,
-                format!(
-                    "app '{app_id}' is connected; stop it first, or use `latzero kick \
-                    {app_id}`"
-                ),
-            )),
+            None => Err(refusals::no_app(app_id)),
+            Some(app) if !app.instances.is_empty() => Err(refusals::app_is_connected(app_id)),
             Some(app) => {
                 self.offline.remove(app.user, app.last_seen, app_id);
                 self.apps.remove(app_id);
@@ -514,223 +499,6 @@ impl<D: Driver> Registry<D> {
         self.instances -= gone.len();
         self.mark_offline(app_id, turn);
         gone
-    }
-
-    /// Opens a pool for an instance that joins it, and records that its app is in it; returns
-    /// whether the reply waits for the disk.
-    ///
-    /// # Errors
-    /// `quota`, `forbidden`.
-    pub fn open(
-        &mut self,
-        app_id: &AppId,
-        name: &PoolName,
-        promise: &D::Peer,
-        turn: &mut Turn<'_, D>,
-    ) -> Result<(Entrance<D>, bool), Refusal> {
-        let unix_ms = turn.unix_ms();
-        let registered = self.apps.get(app_id).map(|app| app.registration.get());
-        let pools = registered.as_ref().map_or(&[][..], |r| &r.pools);
-        if self.is_sealed(name) {
-            return Err(Refusal::unproved());
-        }
-        if self
-            .pools
-            .get(name)
-            .is_some_and(|entry| !entry.admits(app_id))
-        {
-            return Err(not_open(app_id, name));
-        }
-        if !pools.contains(name) && pools.len() >= self.limits.pools_per_app_max {
-            return Err(too_many("pools", self.limits.pools_per_app_max));
-        }
-        drop(registered);
-        if self.is_reserved(app_id, name, turn.time()) {
-            return Err(not_open(app_id, name));
-        }
-        let place = if self.pools.contains_key(name) {
-            None
-        } else {
-            self.check_room_for_pools(1)?;
-            let place = promise.link().account().reserve(Resource::Pools, 1);
-            Some(place.map_err(Refusal::from)?)
-        };
-        let mut places = Vec::from_iter(place);
-        let entrance = self.enter(unix_ms, app_id, name.clone(), &mut places);
-        let is_promised = self.remember(app_id, Some(promise), turn, |registration| {
-            if !registration.pools.contains(name) {
-                registration.pools.push(name.clone());
-            }
-        });
-        Ok((entrance, is_promised))
-    }
-
-    /// Changes an app's registration; returns whether there is a change to store.
-    fn remember(
-        &mut self,
-        app_id: &AppId,
-        promise: Option<&D::Peer>,
-        turn: &mut Turn<'_, D>,
-        change: impl FnOnce(&mut Registration),
-    ) -> bool {
-        let Some(app) = self.apps.get_mut(app_id) else {
-            return false;
-        };
-        let registration = app.registration.get_mut();
-        let before = registration.clone();
-        change(registration);
-        let is_changed = *registration != before;
-        if is_changed {
-            app.held.force(app.bytes());
-        }
-        is_changed && app.store(app_id, promise, turn)
-    }
-
-    /// Like [`Registry::remember`], for what the app watches and subscribes to: only that part of
-    /// its row is written.
-    fn remember_watches(
-        &mut self,
-        app_id: &AppId,
-        promise: Option<&D::Peer>,
-        turn: &mut Turn<'_, D>,
-        change: impl FnOnce(&mut Registration),
-    ) -> bool {
-        let Some(app) = self.apps.get_mut(app_id) else {
-            return false;
-        };
-        let registration = app.registration.get_mut();
-        let before = registration.watches_json();
-        change(registration);
-        let after = registration.watches_json();
-        if after == before {
-            return false;
-        }
-        app.held.force(app.bytes());
-        if app.is_lasting {
-            turn.store(StoreChange::Watches(app_id.clone(), after), promise);
-        }
-        app.is_lasting
-    }
-
-    /// Removes a pool that an app has left from its registration. Returns whether the reply waits
-    /// for the disk.
-    pub fn forget_pool(
-        &mut self,
-        app_id: &AppId,
-        instance: InstanceId,
-        name: &PoolName,
-        promise: &D::Peer,
-        turn: &mut Turn<'_, D>,
-    ) -> bool {
-        let Some(app) = self.apps.get_mut(app_id) else {
-            return false;
-        };
-        if let Some(instance) = app.instances.iter_mut().find(|i| i.id == instance) {
-            instance.memberships.retain(|m| m.name != *name);
-        }
-        // Another instance may still be in the pool: the registration belongs to the whole app.
-        if app
-            .instances
-            .iter()
-            .any(|i| i.memberships.iter().any(|m| m.name == *name))
-        {
-            return false;
-        }
-        self.remember(app_id, Some(promise), turn, |registration| {
-            forget_pool(registration, name);
-        })
-    }
-
-    /// Records the triggers that an app now serves; returns whether the reply waits for the disk.
-    ///
-    /// # Errors
-    /// `quota`, `forbidden`; nothing was changed.
-    pub fn remember_triggers(
-        &mut self,
-        app_id: &AppId,
-        add: &[TriggerSpec],
-        transport: Transport,
-        promise: &D::Peer,
-        turn: &mut Turn<'_, D>,
-    ) -> Result<bool, Refusal> {
-        if transport != Transport::BuiltIn {
-            check_reserved(add)?;
-        }
-        self.check_service(app_id, add)?;
-        let Some(app) = self.apps.get(app_id) else {
-            return Ok(false);
-        };
-        let mut triggers = app.registration.get().triggers.clone();
-        triggers.extend_from_slice(add);
-        dedup_triggers(&mut triggers);
-        let registration = Registration {
-            triggers,
-            ..Registration::clone(&app.registration.get())
-        };
-        self.check_quota(&registration)?;
-        let (had, instances) = (app.held.amount(), app.instances.len() as u64);
-        let needed =
-            Remembered::Read(registration.clone()).bytes() + registration.live() * instances;
-        let account = promise.link().account().user().clone();
-        let more = account.reserve(Resource::Registrations, needed.saturating_sub(had));
-        drop(more.map_err(Refusal::from)?);
-        Ok(self.remember(app_id, Some(promise), turn, |known| {
-            known.triggers = registration.triggers;
-        }))
-    }
-
-    /// Removes triggers that an app no longer serves; returns whether the reply waits for the disk.
-    pub fn forget_triggers(
-        &mut self,
-        app_id: &AppId,
-        gone: &[TriggerSpec],
-        promise: &D::Peer,
-        turn: &mut Turn<'_, D>,
-    ) -> bool {
-        self.remember(app_id, Some(promise), turn, |registration| {
-            remove_triggers(&mut registration.triggers, gone);
-        })
-    }
-
-    /// Records what an app watches in a pool; `None` removes it. Returns whether the reply waits
-    /// for the disk.
-    pub fn remember_watch(
-        &mut self,
-        app_id: &AppId,
-        pool: &PoolName,
-        events: Option<EventSet>,
-        promise: &D::Peer,
-        turn: &mut Turn<'_, D>,
-    ) -> bool {
-        self.remember_watches(app_id, Some(promise), turn, |registration| {
-            registration.watches.retain(|(name, _)| name != pool);
-            if let Some(events) = events {
-                registration.watches.push((pool.clone(), events));
-            }
-        })
-    }
-
-    /// Records that an app subscribed to a block's changes, or removes that.
-    pub fn remember_subscription(
-        &mut self,
-        app_id: &AppId,
-        pool: &PoolName,
-        block: &BlockId,
-        is_on: bool,
-        turn: &mut Turn<'_, D>,
-    ) {
-        let max = self.limits.subscriptions_per_app_max;
-        self.remember_watches(app_id, None, turn, |registration| {
-            let known = &mut registration.subscriptions;
-            known.retain(|(p, b)| (p, b) != (pool, block));
-            if is_on {
-                if known.len() >= max {
-                    // Probably of removed blocks.
-                    known.remove(0);
-                }
-                known.push((pool.clone(), block.clone()));
-            }
-        });
     }
 
     /// What is known about an app that is not in a pool.
@@ -825,14 +593,4 @@ impl<D: Driver> Registry<D> {
             .iter_mut()
             .find(|i| i.id == instance)
     }
-}
-
-/// The refusal for a pool that is closed to an app; it reveals nothing else.
-fn not_open(app_id: &AppId, name: &PoolName) -> Refusal {
-    let message = format!("pool '{name}' is not open to app '{app_id}'");
-    Refusal::new(Code::Forbidden, message)
-}
-
-fn no_pool(name: &PoolName) -> Refusal {
-    Refusal::new(Code::NoPool, format!("there is no pool '{name}'"))
 }

@@ -4,6 +4,7 @@
 //! The thread that read a message runs the session, one frame at a time. A session has its own
 //! memberships, so a call reaches its pool without the registry.
 
+mod admin;
 mod deferred;
 mod entry;
 mod memory;
@@ -34,6 +35,7 @@ use crate::limits::Limits;
 use crate::now::Time;
 use crate::outbox::Class;
 use crate::pool::{CallError, Routed};
+use crate::refusals;
 use crate::registry::{Instance, Membership, View, Whereabouts, Who};
 use crate::turn::Turn;
 use deferred::DeferredFrames;
@@ -338,9 +340,7 @@ impl<D: Driver> Session<D> {
     }
 
     fn not_ready(&self, id: Option<&str>, turn: &mut Turn<'_, D>) -> Flow {
-        let message =
-            "the first message must be a handshake: {\"action\":\"handshake\",\"app_id\":\"…\"}";
-        self.refuse(id, &Refusal::new(Code::NotReady, message), turn);
+        self.refuse(id, &refusals::not_ready(), turn);
         Flow::Continue
     }
 
@@ -431,18 +431,13 @@ impl<D: Driver> Session<D> {
             return Ok(membership);
         }
         PoolName::check(name)?;
-        let message =
-            format!("this app is not in pool '{name}'; name it in the handshake or send pool_join");
-        Err(Refusal::new(Code::NotMember, message))
+        Err(refusals::not_member(name))
     }
 
     #[inline]
     fn call(&mut self, trigger: &Trigger<'_>, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
         if turn.driver.context().is_draining() {
-            return Err(Refusal::new(
-                Code::Draining,
-                "the server is shutting down and accepts no new calls",
-            ));
+            return Err(refusals::draining_calls());
         }
         let m = self.current_membership(trigger.pool.as_deref(), turn)?;
         m.check_roles(Roles::Read)?;
@@ -469,21 +464,12 @@ impl<D: Driver> Session<D> {
                 let whereabouts =
                     turn.with_registry(|registry, _| registry.whereabouts(app, &m.name));
                 let refusal = match whereabouts {
-                    Whereabouts::Unknown => {
-                        Refusal::new(Code::NoApp, format!("there is no app '{app}'"))
+                    Whereabouts::Unknown => refusals::no_app(app),
+                    Whereabouts::Elsewhere if instance.is_some() => {
+                        refusals::no_instance(app, &m.name)
                     }
-                    Whereabouts::Elsewhere if instance.is_some() => Refusal::new(
-                        Code::Offline,
-                        format!("app '{app}' has no such instance in pool '{}'", m.name),
-                    ),
-                    Whereabouts::Elsewhere => Refusal::new(
-                        Code::NotMember,
-                        format!("app '{app}' is not in pool '{}'", m.name),
-                    ),
-                    Whereabouts::Offline => Refusal::new(
-                        Code::Offline,
-                        format!("app '{app}' is known, but not connected"),
-                    ),
+                    Whereabouts::Elsewhere => refusals::app_not_in_pool(app, &m.name),
+                    Whereabouts::Offline => refusals::app_is_offline(app),
                 };
                 Err(refusal)
             }
@@ -600,73 +586,6 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    fn admin(
-        &mut self,
-        id: Option<&str>,
-        admin: &Admin,
-        turn: &mut Turn<'_, D>,
-    ) -> Result<Reply, Refusal> {
-        if !self.terms.is_admin {
-            let message = "only an administrator may do this: the server's user over the Unix \
-                           socket, or anyone who proves the admin token";
-            return Err(Refusal::new(Code::Forbidden, message));
-        }
-        let is_for_own = match &admin.action {
-            AdminAction::HandOver { .. } => true,
-            AdminAction::Backup { to, .. } => to.is_some(),
-            _ => false,
-        };
-        if is_for_own && !self.terms.is_own {
-            let message = "only the server's user may do this, over the Unix socket";
-            return Err(Refusal::new(Code::Forbidden, message));
-        }
-        if let Some(ready) = &self.ready {
-            let what = match &admin.action {
-                AdminAction::Shutdown => json!({"action": "shutdown"}),
-                AdminAction::Reload => json!({"action": "reload"}),
-                AdminAction::HandOver { taken } => json!({"action": "hand_over", "taken": taken}),
-                AdminAction::Kick(app, instance) => {
-                    json!({"action": "kick", "of": app, "of_instance": instance})
-                }
-                AdminAction::Forget(app) => json!({"action": "app_forget", "of": app}),
-                AdminAction::RemoveKey(app) => json!({"action": "app_key_remove", "of": app}),
-                AdminAction::Backup { to, .. } => json!({"action": "backup", "to": to}),
-                AdminAction::CheckDatabase(full) => json!({"action": "db_check", "full": full}),
-                AdminAction::QueryDatabase(_) => json!({"action": "db_query"}),
-            };
-            self.audit("administered", (&ready.app, ready.instance), what, turn);
-        }
-        match &admin.action {
-            AdminAction::Kick(app, instance) => {
-                let gone =
-                    turn.with_registry(|registry, turn| registry.evict(app, *instance, turn));
-                for instance in &gone {
-                    expel(instance, "kicked", turn);
-                }
-                Ok(Reply::Now(format!("{{\"kicked\":{}}}", gone.len())))
-            }
-            AdminAction::Forget(app) => {
-                let peer = self.peer.clone();
-                turn.with_registry(|registry, turn| registry.forget_app(app, &peer, turn))?;
-                Ok(Reply::Kept("{}".into(), PendingReply::Removal))
-            }
-            AdminAction::RemoveKey(app) => {
-                let peer = self.peer.clone();
-                turn.with_registry(|registry, turn| registry.remove_key(app, &peer, turn))?;
-                Ok(Reply::Kept("{}".into(), PendingReply::Removal))
-            }
-            AdminAction::HandOver { .. } if !self.features.fd_passing => {
-                let message = "a hand-over needs the Unix socket, with the features \
-                    'attachments' and 'fd_passing'";
-                Err(Refusal::new(Code::BadMessage, message))
-            }
-            action => {
-                let reply = turn.driver.admin(action, &self.peer, id)?;
-                Ok(reply.map_or(Reply::Later, Reply::Now))
-            }
-        }
-    }
-
     fn reply(&self, id: Option<&str>, reply: &str, turn: &mut Turn<'_, D>) {
         if let Some(id) = id {
             self.send(Class::Control, reply.len() + 256, turn, |out| {
@@ -737,8 +656,7 @@ fn wait_less(request: &mut Request<'_>, waited: std::time::Duration) -> Result<(
 }
 
 fn expired_here() -> Refusal {
-    let message = "the call's ttl ended while it waited for other calls of its connection";
-    Refusal::new(Code::Timeout, message).with_ran(Ran::No)
+    refusals::expired_before_its_turn().with_ran(Ran::No)
 }
 
 /// Ends a membership in its pool, then in the registry. A membership that has already ended is

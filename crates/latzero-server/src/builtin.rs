@@ -46,7 +46,7 @@ const TRIGGERS: [(&str, &str); 5] = [
 impl BuiltIn {
     /// Connects the app.
     pub(crate) fn start(host: &mut IoHost) -> BuiltIn {
-        let user = host.shared.context.ledger.user(true);
+        let user = host.shared.core.context.ledger.user(true);
         let peer = host.shared.new_peer(None, &user);
         let terms = Terms {
             transport: Transport::BuiltIn,
@@ -199,7 +199,11 @@ fn reply(
     let json = match process {
         "echo" => return Ok(Reply::Echo),
         "time" => {
-            let uptime = host.now.monotonic.since(host.shared.started).as_millis() as u64;
+            let uptime = host
+                .now
+                .monotonic
+                .since(host.shared.books.started)
+                .as_millis() as u64;
             json!({"unix_ms": host.now.unix_ms, "uptime_ms": uptime}).to_string()
         }
         "stats" => IoHost::report(&mut host.turn(), Report::Stats, &view),

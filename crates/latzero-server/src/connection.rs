@@ -398,7 +398,7 @@ impl Connection {
     fn accepts_offers(&self, host: &IoHost) -> bool {
         self.transport == Transport::Unix
             && self.session.is_ready()
-            && host.shared.blocks.is_awaiting()
+            && host.shared.storage.blocks.is_awaiting()
     }
 
     fn read_offers(&mut self, scratch: &mut [u8]) -> io::Result<usize> {

@@ -30,8 +30,9 @@ use crate::connection::{Connection, Liveness, ReadOutcome, Timeouts};
 use crate::handover;
 use crate::host::IoHost;
 use crate::listener::{Accepted, Listener, Origin, accept, count_out};
+use crate::mailbox::Command;
 use crate::peer::Peer;
-use crate::shared::{Command, ServerState};
+use crate::shared::ServerState;
 use crate::socket::Socket;
 use crate::startup::descriptors::{AcceptBackoff, SpareDescriptor};
 use crate::startup::systemd::Notifier;
@@ -137,7 +138,7 @@ impl EventLoop {
         front: Option<Front>,
     ) -> io::Result<EventLoop> {
         let poll = Poll::new()?;
-        shared.mailboxes[index].attach(Waker::new(poll.registry(), WAKER)?);
+        shared.loops.mailboxes[index].attach(Waker::new(poll.registry(), WAKER)?);
         let mut event_loop = EventLoop {
             index,
             host: IoHost::new(shared, index),
@@ -165,7 +166,7 @@ impl EventLoop {
             let (rows, is_same_boot) = crate::persistence::load(&mut event_loop.host);
             crate::blocks::adopt_all(&mut event_loop.host, rows, is_same_boot);
             let builtin = BuiltIn::start(&mut event_loop.host);
-            *shared.builtin.lock().expect("nobody else is here yet") = Some(builtin);
+            *shared.core.builtin.lock().expect("nobody else is here yet") = Some(builtin);
             event_loop.host.flush();
             for (i, listener) in front.listeners.iter().enumerate() {
                 let token = Token(FIRST_LISTENER + i);
@@ -224,7 +225,7 @@ impl EventLoop {
             }
             self.handle_deadlines(now);
             self.finish_turn(now);
-            if shared.is_over.load(Relaxed) || self.drain(now) {
+            if shared.loops.is_over.load(Relaxed) || self.drain(now) {
                 self.finish_turn(now);
                 return Ok(());
             }
@@ -237,7 +238,7 @@ impl EventLoop {
             return Some(Duration::ZERO);
         }
         let timers = (self.index == 0)
-            .then(|| self.host.shared.timers.next())
+            .then(|| self.host.shared.core.timers.next())
             .flatten();
         let drain = self.drain.is_some().then(|| now.after_ms(DRAIN_LOOK_MS));
         let next = [
@@ -265,7 +266,7 @@ impl EventLoop {
     fn handle_event(&mut self, now: Time, event: &Event, is_first: bool) {
         let Token(token) = event.token();
         if event.token() == WAKER {
-            for command in self.host.shared.mailboxes[self.index].take() {
+            for command in self.host.shared.loops.mailboxes[self.index].take() {
                 self.handle_command(now, command);
             }
         } else if token & OF_PROCESS != 0 {
@@ -442,7 +443,7 @@ impl EventLoop {
                     if peer.home == self.index {
                         self.adopt(now, peer, origin);
                     } else {
-                        shared.mailboxes[peer.home].send(Command::Adopt(peer, origin));
+                        shared.loops.mailboxes[peer.home].send(Command::Adopt(peer, origin));
                     }
                 }
                 Accepted::Refused => {}
@@ -583,7 +584,7 @@ impl EventLoop {
     }
 
     fn read_budget(&self) -> usize {
-        self.host.shared.read_budget
+        self.host.shared.config.read_budget
     }
 
     fn remove(&mut self, slot: usize, mut connection: Connection) {
@@ -606,7 +607,12 @@ impl EventLoop {
         }
         let mut link = peer.link();
         if link.outbox.is_blocked() {
-            self.host.shared.stats.slow_readers.fetch_sub(1, Relaxed);
+            self.host
+                .shared
+                .books
+                .stats
+                .slow_readers
+                .fetch_sub(1, Relaxed);
         }
         link.close();
         drop(link);
@@ -622,7 +628,7 @@ impl EventLoop {
 
     fn close_peer(&mut self, now: Time, peer: &Arc<Peer>) {
         if peer.home != self.index {
-            self.host.shared.mailboxes[peer.home].send(Command::Close(Arc::clone(peer)));
+            self.host.shared.loops.mailboxes[peer.home].send(Command::Close(Arc::clone(peer)));
             return;
         }
         let Some(slot) = self.slot_of(peer) else {
@@ -668,7 +674,7 @@ impl EventLoop {
                 if peer.home == self.index {
                     self.resume_connections(now, &peer);
                 } else {
-                    self.host.shared.mailboxes[peer.home].send(Command::Resume(peer));
+                    self.host.shared.loops.mailboxes[peer.home].send(Command::Resume(peer));
                 }
             }
             self.host.flush();
@@ -688,20 +694,20 @@ impl EventLoop {
                     connection.shut_when_written();
                 }
             } else {
-                self.host.shared.mailboxes[peer.home].send(Command::AwaitWritable(peer));
+                self.host.shared.loops.mailboxes[peer.home].send(Command::AwaitWritable(peer));
             }
         }
         for peer in std::mem::take(&mut self.host.crowded) {
             if peer.home != self.index {
                 // Its own loop tries again, as soon as it watches it for writing.
-                self.host.shared.mailboxes[peer.home].send(Command::AwaitWritable(peer));
+                self.host.shared.loops.mailboxes[peer.home].send(Command::AwaitWritable(peer));
             } else if !self.crowded.iter().any(|known| Arc::ptr_eq(known, &peer)) {
                 self.crowded.push(peer);
                 self.crowded_at = Some(now.after_ms(CROWDED_EVERY_MS));
             }
         }
         self.host.count();
-        if self.host.shared.context.ledger.is_over_limit() {
+        if self.host.shared.core.context.ledger.is_over_limit() {
             self.schedule_sweep(now.after_ms(SWEEP_EVERY_MS));
         }
         if self.host.effects.buffers.has_large() {
@@ -712,7 +718,7 @@ impl EventLoop {
     fn handle_deadlines(&mut self, now: Time) {
         if self.index == 0 {
             let shared = Arc::clone(&self.host.shared);
-            while let Some(pool) = shared.timers.pop_due(now) {
+            while let Some(pool) = shared.core.timers.pop_due(now) {
                 self.host.handle_timeout(&pool);
             }
         }
@@ -729,7 +735,7 @@ impl EventLoop {
         if self.watchdog_at.is_some_and(|at| at <= now) {
             let every = self.front.as_ref().and_then(|front| front.watchdog);
             self.watchdog_at = every.map(|every| now.after_ms(every.as_millis() as u64 / 2));
-            self.host.shared.mailboxes[self.index].send(Command::Watchdog);
+            self.host.shared.loops.mailboxes[self.index].send(Command::Watchdog);
         }
         if self.crowded_at.is_some_and(|at| at <= now) {
             self.crowded_at = None;
@@ -800,7 +806,7 @@ impl EventLoop {
     /// again that were not read because of that.
     fn shed_load(&mut self, now: Time) {
         let shared = Arc::clone(&self.host.shared);
-        while shared.context.ledger.is_over_limit() {
+        while shared.core.context.ledger.is_over_limit() {
             let connections = self.connections.iter().enumerate();
             let holdings = connections.filter_map(|(slot, c)| c.as_ref().map(|c| c.holding(slot)));
             let Some(slot) = ledger::victim(now, holdings) else {
@@ -848,7 +854,7 @@ impl EventLoop {
         if connection.is_closing() {
             return;
         }
-        let stats = &self.host.shared.stats;
+        let stats = &self.host.shared.books.stats;
         let counter = if why.contains("ping") {
             &stats.connections_silent
         } else {
@@ -867,7 +873,7 @@ impl EventLoop {
     /// Continues with a drain; true once this loop has nothing left.
     fn drain(&mut self, now: Time) -> bool {
         let shared = Arc::clone(&self.host.shared);
-        if !shared.context.is_draining() {
+        if !shared.core.context.is_draining() {
             return false;
         }
         if self.drain.is_none() {
@@ -911,7 +917,7 @@ impl EventLoop {
             return false;
         };
         if !drain.is_closing
-            && (shared.stats.calls_in_flight.load(Relaxed) == 0 || drain.deadline <= now)
+            && (shared.books.stats.calls_in_flight.load(Relaxed) == 0 || drain.deadline <= now)
         {
             drain.is_closing = true;
             // Spread over time, so that not all clients reconnect at once.
@@ -934,7 +940,7 @@ impl EventLoop {
     /// final report.
     fn close_some(&mut self, now: Time, many: usize) {
         let shared = Arc::clone(&self.host.shared);
-        let taker = shared.handover.taker();
+        let taker = shared.loops.handover.taker();
         let is_taker = |peer: &Arc<Peer>| taker.as_ref().is_some_and(|t| Arc::ptr_eq(t, peer));
         let open = self.connections.iter().flatten();
         let mut open = open
@@ -948,7 +954,7 @@ impl EventLoop {
         let Some(drain) = &mut self.drain else { return };
         if is_quiet && !drain.is_quiet {
             drain.is_quiet = true;
-            shared.handover.note_quiet();
+            shared.loops.handover.note_quiet();
         }
         let Some(taker) = taker.filter(|taker| taker.home == self.index) else {
             return;
@@ -957,7 +963,7 @@ impl EventLoop {
         let taker_is_open = slot
             .and_then(|slot| self.connections[slot].as_ref())
             .is_some_and(|connection| !connection.is_closing());
-        if taker_is_open && shared.handover.is_quiet(shared.mailboxes.len()) {
+        if taker_is_open && shared.loops.handover.is_quiet(shared.loops.mailboxes.len()) {
             handover::send_rest(&mut self.host, &taker);
             self.close_peer(now, &taker);
         }

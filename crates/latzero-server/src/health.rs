@@ -13,30 +13,32 @@ use crate::shared::ServerState;
 /// Checks every component.
 pub(crate) fn report(shared: &ServerState, parked: &ParkedCounts, now: Time) -> Value {
     let settings = shared.settings();
-    let connections = shared.stats.connections.load(Relaxed);
-    let blocked = shared.stats.slow_readers.load(Relaxed);
-    let connections_max = shared.machine.shares(&settings.limits).connections;
+    let connections = shared.books.stats.connections.load(Relaxed);
+    let blocked = shared.books.stats.slow_readers.load(Relaxed);
+    let connections_max = shared.config.machine.shares(&settings.limits).connections;
     let transport = part(
         connections < connections_max,
         &json!({"connections": connections, "connections_max": connections_max,
             "slow_readers": blocked}),
     );
     let counts = shared
+        .core
         .registry
         .lock()
         .expect("a panic under the registry's lock ends the server")
         .counts();
     let apps = part(
-        counts.apps_known < shared.context.limits.apps_max,
+        counts.apps_known < shared.core.context.limits.apps_max,
         &json!({"known": counts.apps_known, "live": counts.apps_live}),
     );
     let pools = part(
-        counts.pools < shared.context.limits.pools_max,
+        counts.pools < shared.core.context.limits.pools_max,
         &json!({"pools": counts.pools}),
     );
-    let in_flight = shared.stats.calls_in_flight.load(Relaxed);
+    let in_flight = shared.books.stats.calls_in_flight.load(Relaxed);
     // If the first deadline is a second late, the first loop is stuck.
     let late = shared
+        .core
         .timers
         .next()
         .map_or(0, |next| now.since(next).as_millis() as u64);
@@ -44,15 +46,15 @@ pub(crate) fn report(shared: &ServerState, parked: &ParkedCounts, now: Time) -> 
         late < 1000,
         &json!({"calls_in_flight": in_flight, "deadlines_late_ms": late, "parked": parked}),
     );
-    let (blocks_ok, blocks) = shared.blocks.health();
-    let losses = shared.persistence.losses();
+    let (blocks_ok, blocks) = shared.storage.blocks.health();
+    let losses = shared.storage.persistence.losses();
     let memory = part(blocks_ok && losses.is_none_of(Part::Memory), &blocks);
-    let (store_ok, store) = shared.persistence.health();
+    let (store_ok, store) = shared.storage.persistence.health();
     let store = part(store_ok && losses.is_none_of(Part::Store), &store);
-    let lost = (shared.log_lines_lost)() + shared.audit_log.lost();
+    let lost = (shared.books.log_lines_lost)() + shared.books.audit_log.lost();
     let logs_ok = lost == 0 && losses.is_none_of(Part::Logs);
     let logs = part(logs_ok, &json!({"lines_lost": lost}));
-    let mut limits: Map<String, Value> = (shared.machine.facts().into_iter())
+    let mut limits: Map<String, Value> = (shared.config.machine.facts().into_iter())
         .map(|(name, text)| (name.to_owned(), text.into()))
         .collect();
     for Derived {
@@ -60,7 +62,7 @@ pub(crate) fn report(shared: &ServerState, parked: &ParkedCounts, now: Time) -> 
         text,
         from,
         ..
-    } in &shared.derived
+    } in &shared.config.derived
     {
         limits.insert((*setting).to_owned(), format!("{text}, from {from}").into());
     }
@@ -70,7 +72,7 @@ pub(crate) fn report(shared: &ServerState, parked: &ParkedCounts, now: Time) -> 
     let all_ok = parts
         .as_object()
         .is_some_and(|parts| parts.values().all(|part| part["status"] == "ok"));
-    let status = match (shared.context.is_draining(), all_ok) {
+    let status = match (shared.core.context.is_draining(), all_ok) {
         (true, _) => "draining",
         (false, true) => "ok",
         (false, false) => "degraded",

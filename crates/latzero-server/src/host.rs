@@ -23,8 +23,9 @@ use serde_json::json;
 
 use crate::blocks::{Blocks, Finished, JobResult};
 use crate::handover::{self, Step};
+use crate::mailbox::Command;
 use crate::peer::Peer;
-use crate::shared::{Command, ServerState};
+use crate::shared::ServerState;
 use crate::socket::Socket;
 use crate::stats::{Traffic, resources};
 use crate::timers::PoolCell;
@@ -89,14 +90,14 @@ impl IoHost {
         if peer.home == self.home {
             self.effects.resumed.push(Arc::clone(peer));
         } else {
-            self.shared.mailboxes[peer.home].send(Command::Resume(Arc::clone(peer)));
+            self.shared.loops.mailboxes[peer.home].send(Command::Resume(Arc::clone(peer)));
         }
     }
 
     /// Adds the counters since the last call to the shared statistics.
     pub(crate) fn count(&mut self) {
         let now = self.now.monotonic;
-        let stats = &self.shared.stats;
+        let stats = &self.shared.books.stats;
         stats.add(now, &mut self.effects.tally, &mut self.traffic);
     }
 
@@ -129,8 +130,10 @@ impl IoHost {
     /// Reports a finished block job to its pool.
     pub(crate) fn handle_done(&mut self, done: JobResult) {
         self.with_pool(&done.pool, |pool, turn| match done.what {
-            Finished::Made(key, made) => pool.storage_made(key, made, turn),
-            Finished::Flushed(key, ticket, version) => pool.flushed(key, ticket, version, turn),
+            Finished::Made(key, made) => pool.blocks().storage_made(key, made, turn),
+            Finished::Flushed(key, ticket, version) => {
+                pool.blocks().flushed(key, ticket, version, turn)
+            }
         });
     }
 
@@ -147,7 +150,7 @@ impl IoHost {
         });
         let mut parked = ParkedCounts::default();
         for pool in &pools {
-            parked.add(&self.with_pool(pool, |pool, _| pool.parked_counts()));
+            parked.add(&self.with_pool(pool, |pool, _| pool.lasting().counts()));
         }
         parked.oldest = parked.oldest.map(|ms| self.now.unix_ms_of(ms));
         parked
@@ -168,20 +171,20 @@ impl IoHost {
             parked.add(&stats.parked);
         }
         parked.oldest = parked.oldest.map(|ms| self.now.unix_ms_of(ms));
-        let mut stats = self.shared.stats.to_json(now);
+        let mut stats = self.shared.books.stats.to_json(now);
         stats["server"] = json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "node": self.shared.identity.node,
+            "node": self.shared.config.identity.node,
             "pid": std::process::id(),
-            "uptime_ms": now.since(self.shared.started).as_millis() as u64,
-            "addresses": self.shared.identity.addresses,
-            "data_dir": self.shared.identity.data_dir,
-            "draining": self.shared.context.is_draining(),
-            "pin": self.shared.tls.as_ref().map(|tls| tls.pin().to_string()),
-            "io_threads": self.shared.mailboxes.len(),
-            "log_lines_lost": (self.shared.log_lines_lost)(),
+            "uptime_ms": now.since(self.shared.books.started).as_millis() as u64,
+            "addresses": self.shared.config.identity.addresses,
+            "data_dir": self.shared.config.identity.data_dir,
+            "draining": self.shared.core.context.is_draining(),
+            "pin": self.shared.access.tls.as_ref().map(|tls| tls.pin().to_string()),
+            "io_threads": self.shared.loops.mailboxes.len(),
+            "log_lines_lost": (self.shared.books.log_lines_lost)(),
         });
-        let ledger = &self.shared.context.ledger;
+        let ledger = &self.shared.core.context.ledger;
         stats["transport"]["outbox_bytes"] = ledger.all().used(Resource::Outbox).into();
         stats["ledger"] = ledger.to_json();
         stats["apps"] = json!(counts);
@@ -192,10 +195,11 @@ impl IoHost {
         stats["parked"] = json!(parked);
         stats["memory"] = self
             .shared
+            .storage
             .blocks
-            .to_json(&self.shared.context.limits, ledger);
-        stats["store"] = self.shared.persistence.to_json();
-        stats["resources"] = resources(&self.shared.machine);
+            .to_json(&self.shared.core.context.limits, ledger);
+        stats["store"] = self.shared.storage.persistence.to_json();
+        stats["resources"] = resources(&self.shared.config.machine);
         stats.to_string()
     }
 }
@@ -220,18 +224,21 @@ impl BlockStorage for IoHost {
     type Fd = Arc<OwnedFd>;
 
     fn descriptor(&self, storage: StorageId, access: Access) -> Option<Arc<OwnedFd>> {
-        self.shared.blocks.descriptor(storage, access)
+        self.shared.storage.blocks.descriptor(storage, access)
     }
 
     fn block_version(&mut self, storage: StorageId, noted: Option<u64>) -> u64 {
         match noted {
-            Some(version) => self.shared.blocks.note_version(storage, version),
-            None => self.shared.blocks.version(storage),
+            Some(version) => self.shared.storage.blocks.note_version(storage, version),
+            None => self.shared.storage.blocks.version(storage),
         }
     }
 
     fn set_fence(&mut self, storage: StorageId, fence: u64, is_held: bool) {
-        self.shared.blocks.set_fence(storage, fence, is_held);
+        self.shared
+            .storage
+            .blocks
+            .set_fence(storage, fence, is_held);
     }
 
     fn read_block(
@@ -240,7 +247,7 @@ impl BlockStorage for IoHost {
         range: std::ops::Range<u64>,
         if_version: Option<u64>,
     ) -> Result<(Vec<u8>, u64), Refusal> {
-        let blocks = &self.shared.blocks;
+        let blocks = &self.shared.storage.blocks;
         if range.is_empty() {
             blocks.check(storage)?;
             return Ok((Vec::new(), blocks.version(storage)));
@@ -262,7 +269,7 @@ impl BlockStorage for IoHost {
         storage: StorageId,
         write: &BlockWrite<'_>,
     ) -> Result<Written, Refusal> {
-        let blocks = &self.shared.blocks;
+        let blocks = &self.shared.storage.blocks;
         let &BlockWrite {
             offset,
             data,
@@ -280,7 +287,7 @@ impl BlockStorage for IoHost {
     }
 
     fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId> {
-        self.shared.blocks.awaited_owner(pool, block)
+        self.shared.storage.blocks.awaited_owner(pool, block)
     }
 }
 
@@ -288,7 +295,7 @@ impl Verifier for IoHost {
     type Peer = Arc<Peer>;
 
     fn admin_mac(&self, exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]> {
-        let token = self.shared.token.bytes();
+        let token = self.shared.access.token.bytes();
         proof::verify_admin(&token, Side::Client, exchange, mac)
             .then(|| proof::admin_mac(&token, Side::Server, exchange))
     }
@@ -299,7 +306,7 @@ impl Verifier for IoHost {
     }
 
     fn verify(&mut self, asker: &Arc<Peer>, check: Check) -> Result<Option<bool>, Refusal> {
-        let verifier = &self.shared.verifier;
+        let verifier = &self.shared.access.verifier;
         verifier.pass_on(&self.shared, asker, check).map(|()| None)
     }
 
@@ -322,7 +329,7 @@ impl Driver for IoHost {
 
     #[inline]
     fn context(&self) -> &Arc<Context> {
-        &self.shared.context
+        &self.shared.core.context
     }
 
     fn new_pool(pool: Pool<Self>) -> Arc<PoolCell> {
@@ -335,6 +342,7 @@ impl Driver for IoHost {
     ) -> R {
         let shared = Arc::clone(&turn.driver.shared);
         let mut registry = shared
+            .core
             .registry
             .lock()
             .expect("a panic under the registry's lock ends the server");
@@ -354,17 +362,17 @@ impl Driver for IoHost {
         let result = f(&mut guard, turn);
         let host = &mut *turn.driver;
         let is_first = match guard.next_deadline() {
-            Some(deadline) if guard.is_due_to_wake() => host.shared.timers.arm(pool, deadline),
+            Some(deadline) if guard.is_due_to_wake() => host.shared.core.timers.arm(pool, deadline),
             // Without members and waiting calls there are no deadlines; a pool that is removed
             // should not stay for its last deadline.
             _ => {
-                host.shared.timers.disarm(pool);
+                host.shared.core.timers.disarm(pool);
                 false
             }
         };
         drop(guard);
         if is_first && host.home != 0 {
-            host.shared.mailboxes[0].send(Command::Look);
+            host.shared.loops.mailboxes[0].send(Command::Look);
         }
         for (peer, number) in std::mem::take(&mut host.effects.delivered) {
             let notice = Notice {
@@ -381,11 +389,11 @@ impl Driver for IoHost {
     }
 
     fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R {
-        self.shared.blocks.with_numbers(f)
+        self.shared.storage.blocks.with_numbers(f)
     }
 
     fn store(&mut self, change: StoreChange, promise: Option<Promise<'_, IoHost>>) {
-        self.shared.persistence.write(change, promise);
+        self.shared.storage.persistence.write(change, promise);
     }
 
     fn reoffer(
@@ -396,7 +404,7 @@ impl Driver for IoHost {
     ) -> Result<(), Refusal> {
         let host = &mut *turn.driver;
         let offered = host.offers.pop_front();
-        let row = host.shared.blocks.awaited_row(name, block)?;
+        let row = host.shared.storage.blocks.awaited_row(name, block)?;
         let Some(offered) = offered else {
             let message = "no descriptor was received; send it over the Unix socket, with the \
                 first byte of the message";
@@ -440,14 +448,14 @@ impl Driver for IoHost {
                 let reply = json!({"draining": true, "pid": std::process::id()});
                 Ok(Some(reply.to_string()))
             }
-            AdminAction::Reload => (self.shared.reload)(&self.shared)
+            AdminAction::Reload => (self.shared.config.reload)(&self.shared)
                 .map(Some)
                 .map_err(|message| Refusal::new(Code::BadMessage, message)),
             AdminAction::HandOver { taken } => {
                 handover::check_asker(asker)?;
                 let step = if *taken { Step::Taken } else { Step::Give };
                 let command = Command::HandOver(Arc::clone(asker), id.map(Into::into), step);
-                self.shared.mailboxes[0].send(command);
+                self.shared.loops.mailboxes[0].send(command);
                 Ok(None)
             }
             AdminAction::Backup { .. }
@@ -466,12 +474,12 @@ impl Driver for IoHost {
     fn observe(&mut self, what: Observed<'_, Self>) {
         match what {
             Observed::Message(_, Class::Emit | Class::Event, Sent::Full, _) => {
-                self.shared.stats.messages_lost.fetch_add(1, Relaxed);
+                self.shared.books.stats.messages_lost.fetch_add(1, Relaxed);
             }
             Observed::Message(..) => {}
             // The actions of the server itself are in its log.
             Observed::Audit(by, audit) if by.socket.is_some() => {
-                self.shared.audit_log.note(by, audit);
+                self.shared.books.audit_log.note(by, audit);
             }
             Observed::Audit(..)
             | Observed::Closing(_)
@@ -485,7 +493,7 @@ impl IoHost {
     /// Writes what was appended since the last flush, each connection once, and lets the built-in
     /// app answer.
     pub(crate) fn flush(&mut self) {
-        self.shared.stats.add_started(&mut self.effects.tally);
+        self.shared.books.stats.add_started(&mut self.effects.tally);
         while !self.effects.touched.is_empty() {
             self.effects.appended = 0;
             for peer in std::mem::take(&mut self.effects.touched) {
@@ -501,7 +509,7 @@ impl IoHost {
             .with_registry(|registry, _| registry.pool(name).cloned());
         if let Some(pool) = pool {
             self.with_pool(&pool, |pool, turn| {
-                pool.answer_stored(number, is_on_disk, turn);
+                pool.lasting().answer_stored(number, is_on_disk, turn);
             });
         }
     }
@@ -520,7 +528,7 @@ impl IoHost {
                 self.with_pool(&pool, |pool, turn| {
                     numbers
                         .iter()
-                        .for_each(|&number| pool.answer_delivered(number, turn));
+                        .for_each(|&number| pool.lasting().answer_delivered(number, turn));
                 });
             }
         }
@@ -530,6 +538,7 @@ impl IoHost {
         let Some(socket) = &peer.socket else {
             let shared = Arc::clone(&self.shared);
             let mut builtin = shared
+                .core
                 .builtin
                 .lock()
                 .expect("a panic in the built-in app ends the server");
@@ -564,7 +573,7 @@ impl IoHost {
             let reusable = link.put_back(self.now.monotonic, taken, written);
             if is_dead {
                 if was_blocked {
-                    self.shared.stats.slow_readers.fetch_sub(1, Relaxed);
+                    self.shared.books.stats.slow_readers.fetch_sub(1, Relaxed);
                 }
                 link.close();
                 drop(link);
@@ -579,9 +588,9 @@ impl IoHost {
             let is_blocked = link.outbox.is_blocked();
             if is_blocked != was_blocked {
                 if is_blocked {
-                    self.shared.stats.slow_readers.fetch_add(1, Relaxed);
+                    self.shared.books.stats.slow_readers.fetch_add(1, Relaxed);
                 } else {
-                    self.shared.stats.slow_readers.fetch_sub(1, Relaxed);
+                    self.shared.books.stats.slow_readers.fetch_sub(1, Relaxed);
                 }
                 self.changed.push(Arc::clone(peer));
             }

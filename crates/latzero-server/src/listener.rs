@@ -87,14 +87,14 @@ impl Unauthenticated {
         };
         let of_user = |of: &HashMap<User, usize>| of.get(&user).copied().unwrap_or(0);
         // A reload can change it, but never beyond the number of descriptors.
-        let max = shared.machine.shares(&limits).connections;
+        let max = shared.config.machine.shares(&limits).connections;
         let limit = if max < limits.connections_max {
             "the limit on descriptors, RLIMIT_NOFILE"
         } else {
             "limits.connections_max"
         };
         let (all, own) = places(max);
-        let open = shared.stats.connections.load(Relaxed);
+        let open = shared.books.stats.connections.load(Relaxed);
         if open >= all {
             return refuse(open, "are open", limit);
         }
@@ -162,10 +162,10 @@ pub(crate) enum Accepted {
 /// Removes an accepted connection from the counts.
 pub(crate) fn count_out(user: User, shared: &ServerState) {
     shared.door().close(user);
-    shared.stats.connections.fetch_sub(1, Relaxed);
+    shared.books.stats.connections.fetch_sub(1, Relaxed);
     match user {
-        User::Uid(_) => shared.stats.connections_unix.fetch_sub(1, Relaxed),
-        _ => shared.stats.connections_tcp.fetch_sub(1, Relaxed),
+        User::Uid(_) => shared.books.stats.connections_unix.fetch_sub(1, Relaxed),
+        _ => shared.books.stats.connections_tcp.fetch_sub(1, Relaxed),
     };
 }
 
@@ -175,27 +175,31 @@ pub(crate) fn accept(
     spare: &mut SpareDescriptor,
     shared: &ServerState,
 ) -> Accepted {
-    let socket = match listener.accept(shared.tls.as_ref()) {
+    let socket = match listener.accept(shared.access.tls.as_ref()) {
         Ok(socket) => socket,
         Err(error) => return failed(listener, spare, shared, error),
     };
     let user = socket.user();
     if let Err(refusal) = shared.door().admit(user, shared) {
-        shared.stats.connections_refused.fetch_add(1, Relaxed);
+        shared.books.stats.connections_refused.fetch_add(1, Relaxed);
         let mut reply = Vec::new();
         encode::refusal(&mut reply, None, &refusal);
         // As much as fits without blocking: the server does not wait for a refused client.
         let _ = socket.write(&reply);
         return Accepted::Refused;
     }
-    shared.stats.connections_accepted.fetch_add(1, Relaxed);
+    shared
+        .books
+        .stats
+        .connections_accepted
+        .fetch_add(1, Relaxed);
     // Counted here, so that connections on their way to other loops count for the next one.
-    shared.stats.connections.fetch_add(1, Relaxed);
+    shared.books.stats.connections.fetch_add(1, Relaxed);
     match user {
-        User::Uid(_) => shared.stats.connections_unix.fetch_add(1, Relaxed),
-        _ => shared.stats.connections_tcp.fetch_add(1, Relaxed),
+        User::Uid(_) => shared.books.stats.connections_unix.fetch_add(1, Relaxed),
+        _ => shared.books.stats.connections_tcp.fetch_add(1, Relaxed),
     };
-    let ledger = &shared.context.ledger;
+    let ledger = &shared.core.context.ledger;
     let account = shared.door().users.account(user, user.is_trusted(), ledger);
     let peer = shared.new_peer(Some(socket), &account);
     Accepted::Peer(peer, Origin { user, account })
@@ -226,7 +230,7 @@ fn failed(
                 // accept(2) checks for a free descriptor before it checks for a waiting connection.
                 return Accepted::Nobody;
             }
-            shared.stats.connections_refused.fetch_add(1, Relaxed);
+            shared.books.stats.connections_refused.fetch_add(1, Relaxed);
             Accepted::Failed(error)
         }
         _ => Accepted::Failed(error),

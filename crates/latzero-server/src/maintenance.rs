@@ -19,8 +19,9 @@ use latzero_protocol::{Code, Refusal};
 use latzero_store::{Answer, Policy, QueryLimits, Value as Cell};
 use serde_json::{Value, json};
 
+use crate::mailbox::Command;
 use crate::peer::Peer;
-use crate::shared::{Command, ServerState};
+use crate::shared::ServerState;
 use crate::socket::User;
 
 /// How often to store the heartbeat and to check whether a backup is due, in milliseconds.
@@ -29,12 +30,15 @@ pub(crate) const CHECK_EVERY_MS: u64 = 30_000;
 /// Stores the heartbeat, and starts a backup if one is due.
 pub(crate) fn run_schedule(shared: &Arc<ServerState>, now: latzero_fabric::Time) {
     let unix_ms = shared.clock.unix_ms(now);
-    shared.persistence.note_alive(unix_ms);
-    shared.persistence.note_clock(&crate::steps::record(shared));
+    shared.storage.persistence.note_alive(unix_ms);
+    shared
+        .storage
+        .persistence
+        .note_clock(&crate::steps::record(shared));
     crate::blocks::end_grace(shared, now);
-    shared.persistence.store_losses();
+    shared.storage.persistence.store_losses();
     let interval = shared.settings().backup_interval.as_millis() as u64;
-    if !shared.persistence.is_backup_due(now, interval) {
+    if !shared.storage.persistence.is_backup_due(now, interval) {
         return;
     }
     let begun = run(shared, |shared| {
@@ -97,7 +101,7 @@ fn run(
     shared: &Arc<ServerState>,
     work: impl FnOnce(&ServerState) -> Option<Answered> + Send + 'static,
 ) -> Result<(), Refusal> {
-    if shared.is_in_upkeep.swap(true, Acquire) {
+    if shared.storage.is_in_upkeep.swap(true, Acquire) {
         let message = "a backup or database check is already running; try again when it has \
             finished";
         return Err(Refusal::new(Code::Overloaded, message));
@@ -108,14 +112,14 @@ fn run(
         .spawn(move || {
             let answered = work(&own);
             // Before the reply, after which the client may request the next one.
-            own.is_in_upkeep.store(false, Release);
+            own.storage.is_in_upkeep.store(false, Release);
             if let Some((asker, id, result)) = answered {
                 let home = asker.home;
-                own.mailboxes[home].send(Command::Reply(asker, id, result));
+                own.loops.mailboxes[home].send(Command::Reply(asker, id, result));
             }
         });
     spawned.map(|_| ()).map_err(|error| {
-        shared.is_in_upkeep.store(false, Release);
+        shared.storage.is_in_upkeep.store(false, Release);
         Refusal::new(Code::Storage, format!("cannot start a thread: {error}"))
     })
 }
@@ -131,11 +135,11 @@ fn backup(
         return Err(Refusal::new(Code::BadMessage, message));
     }
     let failed = |error: &dyn std::fmt::Display| Refusal::new(Code::Storage, error.to_string());
-    let store = shared.persistence.store();
+    let store = shared.storage.persistence.store();
     let backup = store
         .backup_with(to, |writer| match without_blocks {
             true => Ok(()),
-            false => shared.blocks.back_up(writer),
+            false => shared.storage.blocks.back_up(writer),
         })
         .map_err(|error| failed(&error))?;
     let summary = backup.summary().map_err(|error| failed(&error))?;
@@ -157,14 +161,14 @@ fn backup(
 
 /// Removes backups that the policy does not keep.
 fn prune(shared: &ServerState) {
-    match latzero_store::prune(shared.persistence.store().dir(), &Policy::default()) {
+    match latzero_store::prune(shared.storage.persistence.store().dir(), &Policy::default()) {
         Ok(pruned) => tracing::debug!(?pruned, "old backups removed"),
         Err(error) => tracing::warn!(%error, "cannot remove old backups"),
     }
 }
 
 fn query(shared: &ServerState, sql: &str) -> Result<String, Refusal> {
-    let store = shared.persistence.store();
+    let store = shared.storage.persistence.store();
     let answer = store.query(sql, &QueryLimits::default());
     let answer = answer.map_err(|error| Refusal::new(Code::BadMessage, error.to_string()))?;
     Ok(answer_json(&answer).to_string())
@@ -192,6 +196,7 @@ pub fn answer_json(answer: &Answer) -> Value {
 fn check(shared: &ServerState, is_thorough: bool) -> Result<String, Refusal> {
     let started = Instant::now();
     let findings = shared
+        .storage
         .persistence
         .store()
         .check(is_thorough)

@@ -306,7 +306,7 @@ fn now_ms() -> i64 {
 /// Returns the rows of blocks, and whether the machine has not rebooted since.
 pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     let shared = Arc::clone(&host.shared);
-    let keeper = &shared.persistence;
+    let keeper = &shared.storage.persistence;
     let contents = keeper
         .contents
         .lock()
@@ -358,7 +358,7 @@ pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         let taken = answer_of(row).and_then(|row| {
             let account = account_of(host, &row.caller);
             restore_parked(host, unix_ms, &row.pool, |pool, turn| {
-                pool.restore_answer(&row, &account, turn)
+                pool.lasting().restore_answer(&row, &account, turn)
             })
         });
         match taken {
@@ -374,7 +374,7 @@ pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         let taken = call_of(row).and_then(|row| {
             let account = account_of(host, &row.caller);
             restore_parked(host, unix_ms, &row.pool, |pool, turn| {
-                pool.restore_call(&row, &account, turn)
+                pool.lasting().restore_call(&row, &account, turn)
             })
         });
         match taken {
@@ -396,7 +396,7 @@ pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             let Some(row) = app_of(row) else {
                 continue;
             };
-            if registry.restore_app(row, alive_until, &shared.context.ledger) {
+            if registry.restore_app(row, alive_until, &shared.core.context.ledger) {
                 apps += 1;
             }
         }
@@ -412,7 +412,7 @@ pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     }
     keeper.note_alive(unix_ms);
     if let Some((_, ended)) = contents.settings.iter().find(|(key, _)| key == ENDED) {
-        shared.blocks.restore_removed(ended);
+        shared.storage.blocks.restore_removed(ended);
     }
     // Before any client is served, so that a crash does not hide what this start found.
     if let Some(losses) = keeper.losses.changed() {

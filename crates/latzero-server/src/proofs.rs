@@ -10,8 +10,9 @@ use std::thread::{Builder, available_parallelism};
 use latzero_fabric::driver::Check;
 use latzero_protocol::{Code, Refusal};
 
+use crate::mailbox::Command;
 use crate::peer::Peer;
-use crate::shared::{Command, ServerState};
+use crate::shared::ServerState;
 use crate::socket::{Socket, User};
 use crate::turns::Turns;
 
@@ -43,7 +44,7 @@ impl Job {
         if verdict == Ok(false) {
             shared.attempts().note(user, now);
         }
-        shared.mailboxes[peer.home].send(Command::Verified(peer, verdict));
+        shared.loops.mailboxes[peer.home].send(Command::Verified(peer, verdict));
     }
 }
 

@@ -221,7 +221,7 @@ impl Server {
         };
         let mut loops = vec![EventLoop::new(&shared, 0, Some(front)).map_err(ServerError::Loop)?];
         loops[0].take_over(given_blocks);
-        for index in 1..shared.mailboxes.len() {
+        for index in 1..shared.loops.mailboxes.len() {
             loops.push(EventLoop::new(&shared, index, None).map_err(ServerError::Loop)?);
         }
         Ok(Server {
@@ -240,19 +240,23 @@ impl Server {
     /// The pin of the TLS port, if there is one.
     #[must_use]
     pub fn pin(&self) -> Option<String> {
-        self.shared.tls.as_ref().map(|tls| tls.pin().to_string())
+        self.shared
+            .access
+            .tls
+            .as_ref()
+            .map(|tls| tls.pin().to_string())
     }
 
     /// Where the server listens: `tcp://HOST:PORT`, or `tls://HOST:PORT`, and `unix:PATH`.
     #[must_use]
     pub fn addresses(&self) -> &[String] {
-        &self.shared.identity.addresses
+        &self.shared.config.identity.addresses
     }
 
     /// The data directory.
     #[must_use]
     pub fn data_dir(&self) -> &Path {
-        Path::new(&self.shared.identity.data_dir)
+        Path::new(&self.shared.config.identity.data_dir)
     }
 
     /// Runs until a signal or an administrator ends it. `SIGTERM` and `SIGINT` drain, and a second
@@ -271,7 +275,7 @@ impl Server {
                 let asked = AtomicU32::new(0);
                 for signal in signals.forever() {
                     match signal {
-                        SIGHUP => match (by_signal.reload)(&by_signal) {
+                        SIGHUP => match (by_signal.config.reload)(&by_signal) {
                             Ok(done) => tracing::info!(%done, "settings reloaded"),
                             Err(error) => {
                                 tracing::error!(%error, "the new settings are invalid; the \
@@ -295,14 +299,14 @@ impl Server {
             tracing::warn!(%error, "cannot notify the service manager that the server is ready");
         }
         let version = env!("CARGO_PKG_VERSION");
-        let pin = shared.tls.as_ref().map(|tls| tls.pin().to_string());
-        tracing::info!(addresses = ?shared.identity.addresses, pin, version, "ready");
+        let pin = shared.access.tls.as_ref().map(|tls| tls.pin().to_string());
+        tracing::info!(addresses = ?shared.config.identity.addresses, pin, version, "ready");
         let watch = Watch::begin(&shared, &self.lock)?;
         if self.takes_over {
             let shared = Arc::clone(&shared);
             std::thread::Builder::new()
                 .name("flush".into())
-                .spawn(move || shared.blocks.sync_all(Progress::new(None).report()))?;
+                .spawn(move || shared.storage.blocks.sync_all(Progress::new(None).report()))?;
         }
         let first = self.loops.remove(0);
         let mut others = Vec::new();
@@ -330,13 +334,14 @@ impl Server {
         drop(watch);
         // The server that takes over has the same files and flushes them itself, so nothing waits
         // for that.
-        if !shared.handover.is_taken() {
+        if !shared.loops.handover.is_taken() {
             shared
+                .storage
                 .blocks
                 .sync_all(Progress::new(self.notifier.as_ref()).report());
         }
-        shared.persistence.close();
-        if shared.handover.is_taken() {
+        shared.storage.persistence.close();
+        if shared.loops.handover.is_taken() {
             // They are in use.
             std::mem::forget(std::mem::take(&mut self.files));
         }
@@ -391,8 +396,8 @@ struct Together(Arc<ServerState>);
 
 impl Drop for Together {
     fn drop(&mut self) {
-        if !self.0.context.is_draining() {
-            self.0.is_over.store(true, Relaxed);
+        if !self.0.core.context.is_draining() {
+            self.0.loops.is_over.store(true, Relaxed);
             self.0.wake_all();
         }
     }
@@ -413,14 +418,15 @@ fn reload(origins: Origins, resolved: Resolved, logs: Arc<Logs>) -> Box<crate::s
             .lock()
             .expect("no panic happens while settings are read");
         let (merged, mut done) = current.reload(&fresh);
-        if let Some(tls) = &shared.tls {
+        if let Some(tls) = &shared.access.tls {
             // Before anything else is applied: if it fails, nothing has changed.
-            let dir = Path::new(&shared.identity.data_dir);
+            let dir = Path::new(&shared.config.identity.data_dir);
             let pin = tls.reload(&merged.settings, dir);
             done.pin = Some(pin.map_err(|error| error.to_string())?.to_string());
         }
         logs.apply(&merged.settings);
         *shared
+            .config
             .settings
             .lock()
             .expect("no panic happens under the settings' lock") =

@@ -1,27 +1,26 @@
-//! State shared by the loops: the registry, the deadlines of pools, the statistics, and mailboxes.
+//! State shared by the loops, in groups.
 //!
 //! Lock order: built-in app, registry, pool, outbox. The timers, the statistics, the hand-over, and
 //! the table and ledger of blocks are leaves. No lock here is held during IO.
 
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use latzero_fabric::driver::Context;
 use latzero_fabric::ledger::{Account, Ledger};
 use latzero_fabric::outbox::Bounds;
-use latzero_fabric::{Now, Registry, Time};
-use latzero_protocol::{PoolName, Refusal};
-use mio::Waker;
+use latzero_fabric::{Registry, Time};
 
 use crate::attempts::Attempts;
 use crate::audit::AuditLog;
-use crate::blocks::{Blocks, JobResult};
+use crate::blocks::Blocks;
 use crate::builtin::BuiltIn;
-use crate::handover::{Handover, Step};
+use crate::clock::Clock;
+use crate::handover::Handover;
 use crate::host::IoHost;
-use crate::listener::{Origin, Unauthenticated};
+use crate::listener::Unauthenticated;
 use crate::machine_limits::{Derived, InForce, MachineLimits};
+use crate::mailbox::{Command, Mailbox};
 use crate::peer::Peer;
 use crate::persistence::Persistence;
 use crate::proofs::Verifier;
@@ -31,142 +30,6 @@ use crate::startup::token::AdminToken;
 use crate::stats::Stats;
 use crate::timers::Timers;
 use crate::tls::Tls;
-
-/// A command for a loop.
-pub(crate) enum Command {
-    /// Take a connection, which belongs to this loop from now on.
-    Adopt(Arc<Peer>, Origin),
-    /// Read a connection again.
-    Resume(Arc<Peer>),
-    /// Close a connection once its outbox is written.
-    Close(Arc<Peer>),
-    /// Watch a connection whose socket accepted less than it was offered.
-    AwaitWritable(Arc<Peer>),
-    /// Check what has changed: draining, deadlines.
-    Look,
-    /// Check every connection's timeouts and limits, which changed or were reached.
-    Judge,
-    /// Hand the sockets and blocks over to a client, as the reply with this id, and stop.
-    HandOver(Arc<Peer>, Option<Box<str>>, Step),
-    /// Send the reply to a slow request.
-    Reply(Arc<Peer>, Box<str>, Result<String, Refusal>),
-    /// A connection's change is on disk, or cannot be stored.
-    StoreReply(Arc<Peer>, Result<(), Refusal>),
-    /// The result of checking a connection's proof, or why it was not checked.
-    Verified(Arc<Peer>, Result<bool, Refusal>),
-    /// The awaited row of a pool's answer is on disk (true), or cannot be stored.
-    AnswerStored(PoolName, u64, bool),
-    /// A job for a block is finished.
-    BlockDone(JobResult),
-    /// Notify the service manager that the loop is alive (sd_notify(3), `WATCHDOG=1`).
-    Watchdog,
-}
-
-/// How other threads reach a loop.
-pub(crate) struct Mailbox {
-    commands: Mutex<Vec<Command>>,
-    waker: OnceLock<Waker>,
-}
-
-impl Mailbox {
-    fn new() -> Self {
-        Mailbox {
-            commands: Mutex::new(Vec::new()),
-            waker: OnceLock::new(),
-        }
-    }
-
-    pub(crate) fn attach(&self, waker: Waker) {
-        assert!(self.waker.set(waker).is_ok(), "a loop attaches once");
-    }
-
-    pub(crate) fn send(&self, command: Command) {
-        self.commands
-            .lock()
-            .expect("no panic happens under the mailbox lock")
-            .push(command);
-        if let Some(waker) = self.waker.get()
-            && let Err(error) = waker.wake()
-        {
-            tracing::error!(%error, "cannot wake an event loop");
-        }
-    }
-
-    /// Sends several commands, and wakes the loop once.
-    pub(crate) fn send_all(&self, mut several: Vec<Command>) {
-        let Some(last) = several.pop() else {
-            return;
-        };
-        let mut commands = self
-            .commands
-            .lock()
-            .expect("no panic happens under the mailbox lock");
-        commands.append(&mut several);
-        drop(commands);
-        self.send(last);
-    }
-
-    pub(crate) fn take(&self) -> Vec<Command> {
-        std::mem::take(
-            &mut *self
-                .commands
-                .lock()
-                .expect("no panic happens under the mailbox lock"),
-        )
-    }
-}
-
-/// The server's clock: monotonic microseconds, and the wall clock.
-pub(crate) struct Clock {
-    start: Instant,
-    /// By how much the wall clock is ahead of the steady one, in milliseconds: the sum of its
-    /// jumps.
-    ahead_ms: AtomicI64,
-}
-
-impl Clock {
-    fn new() -> Self {
-        // A second in, so that times before the start can be expressed.
-        let start = Instant::now();
-        Clock {
-            start: start.checked_sub(Duration::from_secs(1)).unwrap_or(start),
-            ahead_ms: AtomicI64::new(0),
-        }
-    }
-
-    pub(crate) fn now(&self) -> Time {
-        Time(self.start.elapsed().as_micros() as u64)
-    }
-
-    /// The present, on all clocks.
-    pub(crate) fn read(&self) -> Now {
-        let unix_ms = wall_ms();
-        Now {
-            monotonic: self.now(),
-            unix_ms,
-            steady_ms: unix_ms.saturating_add_signed(-self.ahead_ms.load(Relaxed)),
-        }
-    }
-
-    /// By how much the wall clock is ahead of the steady one.
-    pub(crate) fn ahead_ms(&self) -> i64 {
-        self.ahead_ms.load(Relaxed)
-    }
-
-    /// Sets the sum of all jumps of the wall clock.
-    pub(crate) fn set_ahead_ms(&self, ms: i64) {
-        self.ahead_ms.store(ms, Relaxed);
-    }
-
-    pub(crate) fn unix_ms(&self, then: Time) -> u64 {
-        wall_ms().saturating_sub(self.now().since(then).as_millis() as u64)
-    }
-}
-
-fn wall_ms() -> u64 {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
-    since_epoch.map_or(0, |since| since.as_millis() as u64)
-}
 
 /// The server's addresses and identity, for `status` and the logs.
 #[derive(Debug, Clone, Default)]
@@ -179,42 +42,73 @@ pub(crate) struct Identity {
 /// Reloads the settings; returns what it did as JSON text, or what is wrong with them.
 pub(crate) type Reload = dyn Fn(&ServerState) -> Result<String, String> + Send + Sync;
 
-/// The state that the loops share.
-pub(crate) struct ServerState {
+/// What the operator decided, and what the machine allows.
+pub(crate) struct Config {
     pub(crate) settings: Mutex<Arc<Settings>>,
+    pub(crate) reload: Box<Reload>,
     pub(crate) machine: MachineLimits,
     /// Limits whose value in force differs from the setting.
     pub(crate) derived: Vec<Derived>,
-    pub(crate) context: Arc<Context>,
     pub(crate) read_budget: usize,
-    pub(crate) registry: Mutex<Registry<IoHost>>,
-    pub(crate) timers: Timers,
-    pub(crate) blocks: Blocks,
-    pub(crate) persistence: Persistence,
-    pub(crate) audit_log: AuditLog,
-    pub(crate) stats: Stats,
-    pub(crate) clock: Clock,
-    pub(crate) started: Time,
     pub(crate) identity: Identity,
+}
+
+/// Who gets in: TLS, proofs, and connections before their handshake.
+pub(crate) struct Access {
     pub(crate) token: AdminToken,
     /// The TLS configuration of the TCP port.
     pub(crate) tls: Option<Tls>,
-    /// Refused proofs by user.
-    pub(crate) attempts: Mutex<Attempts>,
     pub(crate) verifier: Verifier,
-    pub(crate) mailboxes: Vec<Mailbox>,
-    pub(crate) builtin: Mutex<Option<BuiltIn>>,
-    /// The state of a hand-over.
-    pub(crate) handover: Handover,
-    /// A backup or database check is running.
-    pub(crate) is_in_upkeep: AtomicBool,
-    /// Set when all loops must end at once.
-    pub(crate) is_over: AtomicBool,
-    pub(crate) next_peer: AtomicU64,
+    /// Refused proofs by user.
+    attempts: Mutex<Attempts>,
     /// Counts the connections, and those without a handshake, of all loops.
     door: Mutex<Unauthenticated>,
-    pub(crate) reload: Box<Reload>,
+}
+
+/// The core, as far as it belongs to no single loop.
+pub(crate) struct Core {
+    pub(crate) context: Arc<Context>,
+    pub(crate) registry: Mutex<Registry<IoHost>>,
+    /// When pools have to be called.
+    pub(crate) timers: Timers,
+    pub(crate) builtin: Mutex<Option<BuiltIn>>,
+    next_peer: AtomicU64,
+}
+
+/// The memory of blocks, and the database.
+pub(crate) struct Storage {
+    pub(crate) blocks: Blocks,
+    pub(crate) persistence: Persistence,
+    /// A backup or database check is running.
+    pub(crate) is_in_upkeep: AtomicBool,
+}
+
+/// What the server records about itself.
+pub(crate) struct Books {
+    pub(crate) started: Time,
+    pub(crate) stats: Stats,
+    pub(crate) audit_log: AuditLog,
     pub(crate) log_lines_lost: Box<dyn Fn() -> u64 + Send + Sync>,
+}
+
+/// How to reach the loops, and how they end.
+pub(crate) struct Loops {
+    pub(crate) mailboxes: Vec<Mailbox>,
+    /// The state of a hand-over.
+    pub(crate) handover: Handover,
+    /// Set when all loops must end at once.
+    pub(crate) is_over: AtomicBool,
+}
+
+/// The state that the loops share.
+pub(crate) struct ServerState {
+    pub(crate) clock: Clock,
+    pub(crate) config: Config,
+    pub(crate) access: Access,
+    pub(crate) core: Core,
+    pub(crate) storage: Storage,
+    pub(crate) books: Books,
+    pub(crate) loops: Loops,
 }
 
 /// The parts of a server.
@@ -234,7 +128,8 @@ pub(crate) struct Parts {
 
 impl ServerState {
     pub(crate) fn attempts(&self) -> MutexGuard<'_, Attempts> {
-        self.attempts
+        self.access
+            .attempts
             .lock()
             .expect("no thread panics while holding this lock")
     }
@@ -270,60 +165,77 @@ impl ServerState {
         let mailboxes = (0..settings.io_threads.max(1))
             .map(|_| Mailbox::new())
             .collect();
-        let shared = Arc::new(ServerState {
-            registry: Mutex::new(Registry::new(clock.unix_ms(started), limits.clone(), seed)),
-            read_budget: settings.limits.read_budget_bytes,
-            machine: surroundings,
-            derived,
-            context: Arc::new(Context {
-                ledger: Ledger::new(&limits),
-                limits,
-                outbox: Bounds {
-                    bytes_max: settings.limits.outbox_bytes_max,
-                    headroom: settings.limits.outbox_headroom_bytes,
-                },
-                version: env!("CARGO_PKG_VERSION"),
-                node: identity.node.clone(),
-                instance: crate::random::bytes(),
-                secret: keeper.pool_secret(),
-                admin_over_plain_tcp: settings.admin_over_plain_tcp,
-                require_channel_binding: settings.require_channel_binding,
-                is_draining: AtomicBool::new(false),
-            }),
-            settings: Mutex::new(Arc::new(settings)),
-            timers: Timers::default(),
-            blocks,
-            persistence: keeper,
-            audit_log,
-            stats: Stats::new(),
-            clock,
-            started,
-            identity,
-            token,
-            tls,
-            attempts: Mutex::default(),
-            verifier,
-            mailboxes,
-            builtin: Mutex::new(None),
-            handover: Handover::default(),
-            is_in_upkeep: AtomicBool::new(false),
-            is_over: AtomicBool::new(false),
-            next_peer: AtomicU64::new(0),
-            door: Mutex::new(Unauthenticated::default()),
-            reload,
-            log_lines_lost,
+        let context = Arc::new(Context {
+            ledger: Ledger::new(&limits),
+            outbox: Bounds {
+                bytes_max: settings.limits.outbox_bytes_max,
+                headroom: settings.limits.outbox_headroom_bytes,
+            },
+            version: env!("CARGO_PKG_VERSION"),
+            node: identity.node.clone(),
+            instance: crate::random::bytes(),
+            secret: keeper.pool_secret(),
+            admin_over_plain_tcp: settings.admin_over_plain_tcp,
+            require_channel_binding: settings.require_channel_binding,
+            is_draining: AtomicBool::new(false),
+            limits: limits.clone(),
         });
-        shared.persistence.attach(&shared);
+        let shared = Arc::new(ServerState {
+            core: Core {
+                context,
+                registry: Mutex::new(Registry::new(clock.unix_ms(started), limits, seed)),
+                timers: Timers::default(),
+                builtin: Mutex::new(None),
+                next_peer: AtomicU64::new(0),
+            },
+            config: Config {
+                read_budget: settings.limits.read_budget_bytes,
+                settings: Mutex::new(Arc::new(settings)),
+                reload,
+                machine: surroundings,
+                derived,
+                identity,
+            },
+            access: Access {
+                token,
+                tls,
+                verifier,
+                attempts: Mutex::default(),
+                door: Mutex::new(Unauthenticated::default()),
+            },
+            storage: Storage {
+                blocks,
+                persistence: keeper,
+                is_in_upkeep: AtomicBool::new(false),
+            },
+            books: Books {
+                started,
+                stats: Stats::new(),
+                audit_log,
+                log_lines_lost,
+            },
+            loops: Loops {
+                mailboxes,
+                handover: Handover::default(),
+                is_over: AtomicBool::new(false),
+            },
+            clock,
+        });
+        shared.storage.persistence.attach(&shared);
         shared
     }
 
     pub(crate) fn door(&self) -> MutexGuard<'_, Unauthenticated> {
-        self.door.lock().expect("no panic happens in the handshake")
+        self.access
+            .door
+            .lock()
+            .expect("no panic happens in the handshake")
     }
 
     pub(crate) fn settings(&self) -> Arc<Settings> {
         Arc::clone(
             &self
+                .config
                 .settings
                 .lock()
                 .expect("no panic happens under the settings' lock"),
@@ -332,18 +244,18 @@ impl ServerState {
 
     /// A connection of a user, with the user's account.
     pub(crate) fn new_peer(&self, socket: Option<Socket>, user: &Arc<Account>) -> Arc<Peer> {
-        let id = self.next_peer.fetch_add(1, Relaxed);
+        let id = self.core.next_peer.fetch_add(1, Relaxed);
         let home = match socket {
-            Some(_) => usize::try_from(id).unwrap_or(0) % self.mailboxes.len(),
+            Some(_) => usize::try_from(id).unwrap_or(0) % self.loops.mailboxes.len(),
             None => 0,
         };
-        Peer::new(home, socket, self.context.ledger.connection(user))
+        Peer::new(home, socket, self.core.context.ledger.connection(user))
     }
 
     /// Starts to drain: no new calls and connections; the loops end when the last call has ended.
     /// False if it is already draining.
     pub(crate) fn drain(&self) -> bool {
-        let is_first = !self.context.is_draining.swap(true, Relaxed);
+        let is_first = !self.core.context.is_draining.swap(true, Relaxed);
         if is_first {
             self.wake_all();
         }
@@ -351,14 +263,14 @@ impl ServerState {
     }
 
     pub(crate) fn wake_all(&self) {
-        for mailbox in &self.mailboxes {
+        for mailbox in &self.loops.mailboxes {
             mailbox.send(Command::Look);
         }
     }
 
     /// Makes every loop check the liveness of its connections.
     pub(crate) fn check_all_liveness(&self) {
-        for mailbox in &self.mailboxes {
+        for mailbox in &self.loops.mailboxes {
             mailbox.send(Command::Judge);
         }
     }

@@ -35,7 +35,7 @@ impl Watch {
         }
         self.offset_ms += jump;
         note(jump, "while the server ran", shared);
-        shared.persistence.note_clock(&record(shared));
+        shared.storage.persistence.note_clock(&record(shared));
         true
     }
 }
@@ -58,7 +58,7 @@ fn note(jump_ms: i64, when: &str, shared: &ServerState) {
 pub(crate) fn record(shared: &ServerState) -> String {
     let now = shared.clock.read();
     json!({
-        "boot": shared.persistence.boot_id(), "since_boot_ms": since_boot_ms(),
+        "boot": shared.storage.persistence.boot_id(), "since_boot_ms": since_boot_ms(),
         "unix_ms": now.unix_ms, "ahead_ms": shared.clock.ahead_ms(),
     })
     .to_string()
@@ -69,7 +69,7 @@ pub(crate) fn restore(left: &str, shared: &ServerState) {
     let left: Value = serde_json::from_str(left).unwrap_or_default();
     let number = |name: &str| left[name].as_i64();
     shared.clock.set_ahead_ms(number("ahead_ms").unwrap_or(0));
-    let boot = shared.persistence.boot_id();
+    let boot = shared.storage.persistence.boot_id();
     if boot.is_empty() || left["boot"] != boot {
         return;
     }

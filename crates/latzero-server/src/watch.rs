@@ -50,8 +50,8 @@ impl Watch {
         lock: &Arc<Mutex<InstanceLock>>,
     ) -> std::io::Result<Watch> {
         let mut looks = Looks {
-            data_dir: PathBuf::from(&shared.identity.data_dir),
-            identity: identity(Path::new(&shared.identity.data_dir))?,
+            data_dir: PathBuf::from(&shared.config.identity.data_dir),
+            identity: identity(Path::new(&shared.config.identity.data_dir))?,
             shared: Arc::clone(shared),
             lock: Arc::clone(lock),
             count: 0,
@@ -118,7 +118,7 @@ impl Looks {
                 .passing(),
             );
         }
-        let store = self.shared.persistence.store();
+        let store = self.shared.storage.persistence.store();
         store.check_files();
         self.note_or_settle(
             Part::Store,
@@ -130,7 +130,7 @@ impl Looks {
         if self.count.is_multiple_of(LOOKS_PER_BLOCKS) {
             self.check_block_files(is_here);
         }
-        self.shared.persistence.store_losses();
+        self.shared.storage.persistence.store_losses();
     }
 
     /// Checks the contents of a directory that still has its path.
@@ -151,7 +151,7 @@ impl Looks {
             return;
         }
         if !lock.is_in(&self.data_dir) {
-            let renewed = lock.renew(&self.data_dir, &self.shared.identity.addresses);
+            let renewed = lock.renew(&self.data_dir, &self.shared.config.identity.addresses);
             let missing = (!renewed).then_some("its file was removed and cannot be recreated");
             self.note_or_settle(
                 Part::Store,
@@ -182,7 +182,7 @@ impl Looks {
             }
         }
         if fs::symlink_metadata(self.data_dir.join(TOKEN_NAME)).is_err() {
-            match self.shared.token.write(&self.data_dir) {
+            match self.shared.access.token.write(&self.data_dir) {
                 Ok(()) => tracing::warn!("{TOKEN_NAME} was removed; recreating it"),
                 Err(error) => tracing::warn!(%error, "{TOKEN_NAME} was removed"),
             }
@@ -190,7 +190,7 @@ impl Looks {
     }
 
     fn check_block_files(&self, is_here: bool) {
-        for (name, is_in_place) in self.shared.blocks.places() {
+        for (name, is_in_place) in self.shared.storage.blocks.places() {
             let missing = (!is_in_place).then_some(match is_here {
                 true => {
                     "its file was moved or removed while the server is running; it cannot be \
@@ -214,7 +214,7 @@ impl Looks {
     }
 
     fn losses(&self) -> &LossList {
-        self.shared.persistence.losses()
+        self.shared.storage.persistence.losses()
     }
 }
 

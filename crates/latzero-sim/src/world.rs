@@ -336,7 +336,7 @@ impl World {
         let pool = self.registry.borrow().pool(name).cloned();
         if let Some(pool) = pool {
             self.turn().with_pool(&pool, |pool, turn| {
-                pool.answer_stored(number, went_well, turn);
+                pool.lasting().answer_stored(number, went_well, turn);
             });
         }
     }
@@ -501,8 +501,9 @@ impl World {
             let notices: Vec<_> = std::iter::from_fn(|| link.outbox.take_notice()).collect();
             drop(link);
             for Notice { pool, number } in notices {
-                self.turn()
-                    .with_pool(&pool, |pool, turn| pool.answer_delivered(number, turn));
+                self.turn().with_pool(&pool, |pool, turn| {
+                    pool.lasting().answer_delivered(number, turn)
+                });
             }
             if is_blocked {
                 return;
@@ -698,14 +699,14 @@ impl World {
         for row in rows.answers.values() {
             let account = account(self, &row.caller);
             let taken = self.restore_into(&row.pool, |pool, turn| {
-                pool.restore_answer(row, &account, turn)
+                pool.lasting().restore_answer(row, &account, turn)
             });
             left += usize::from(!taken);
         }
         for row in rows.calls.values() {
             let account = account(self, &row.caller);
             let taken = self.restore_into(&row.pool, |pool, turn| {
-                pool.restore_call(row, &account, turn)
+                pool.lasting().restore_call(row, &account, turn)
             });
             left += usize::from(!taken);
         }
@@ -805,8 +806,9 @@ impl World {
                         let made = self.storages.make(&making);
                         made.map(|()| Some(making.storage))
                     };
-                    self.turn()
-                        .with_pool(&pool, |pool, turn| pool.storage_made(key, made, turn));
+                    self.turn().with_pool(&pool, |pool, turn| {
+                        pool.blocks().storage_made(key, made, turn)
+                    });
                 }
                 Job::Drop { storage, .. } => self.storages.drop_storage(storage),
                 Job::Flush {
@@ -816,7 +818,7 @@ impl World {
                 } => {
                     let version = self.block_version(storage, None);
                     self.turn().with_pool(&pool, |pool, turn| {
-                        pool.flushed(key, ticket, Ok(version), turn);
+                        pool.blocks().flushed(key, ticket, Ok(version), turn);
                     });
                 }
             }
@@ -944,7 +946,7 @@ impl World {
             bytes += stats.parked_bytes;
             repeats += stats.repeats_bytes;
             redelivery += stats.redelivery_bytes;
-            let blocks = pool.borrow().block_counts();
+            let blocks = pool.borrow_mut().blocks().counts();
             waits += blocks.waits;
             attachments += blocks.attachments;
             subscriptions += blocks.subscriptions;
@@ -1101,7 +1103,7 @@ impl Driver for World {
                 .outbox
                 .notify_when_written(Notice { pool, number });
             if let Some(Notice { pool, number }) = due {
-                pool.borrow_mut().answer_delivered(number, turn);
+                pool.borrow_mut().lasting().answer_delivered(number, turn);
             }
         }
         let held = std::mem::take(&mut turn.driver.effects.held);

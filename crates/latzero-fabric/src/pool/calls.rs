@@ -6,12 +6,17 @@ use std::collections::{BTreeSet, BinaryHeap};
 use compact_str::CompactString;
 use hashbrown::{HashMap, HashTable};
 
-use latzero_protocol::AppId;
 use latzero_protocol::memory::Access;
+use latzero_protocol::{AppId, CallId, Refusal};
 
+use super::members::{Member, MemberKey, NOBODY};
 use super::park::DurableCall;
-use super::{BlockKey, Handler, MemberKey, NOBODY};
+use super::triggers::HandlerKey;
+use super::{BlockKey, PoolInfo};
+use crate::driver::Driver;
 use crate::now::Time;
+use crate::prng::Prng;
+use crate::refusals;
 use crate::slab::{Key, Slab};
 
 /// One call in progress.
@@ -22,7 +27,7 @@ pub(super) struct Call {
     /// The caller's id; without one it wants no answer.
     pub(super) id: Option<CompactString>,
     pub(super) member: MemberKey,
-    pub(super) handler: Key<Handler>,
+    pub(super) handler: HandlerKey,
     pub(super) started: Time,
     pub(super) deadline: Time,
     /// Items that the handler may still send, if the caller set a window.
@@ -36,7 +41,13 @@ pub(super) struct Call {
 }
 
 pub(super) struct Calls {
+    /// The pool, for the ids of its calls.
+    pool: u32,
+    /// Distinguishes the ids from those of other runs of the server.
+    epoch: u64,
     calls: Slab<Call>,
+    /// Calls since the pool was created.
+    total: u64,
     /// The places of calls with an id, by caller and id.
     by_id: HashTable<u32>,
     /// Deadlines in order. Ended calls stay until their deadline or the next sweep, so that ending
@@ -50,12 +61,15 @@ pub(super) struct Calls {
 }
 
 impl Calls {
-    pub(super) fn new(hash_seed: u64) -> Self {
+    pub(super) fn new(pool: u32, prng: &mut Prng) -> Self {
         Calls {
+            pool,
+            epoch: prng.next_u64() >> 16,
             calls: Slab::default(),
+            total: 0,
             by_id: HashTable::new(),
             deadlines: BinaryHeap::new(),
-            hash_seed,
+            hash_seed: prng.next_u64(),
             by_user: HashMap::new(),
             by_pair: HashMap::new(),
         }
@@ -69,6 +83,25 @@ impl Calls {
     /// How many calls of one member another one is handling.
     pub(super) fn between(&self, caller: MemberKey, handler: MemberKey) -> u32 {
         self.by_pair.get(&(caller, handler)).copied().unwrap_or(0)
+    }
+
+    /// Whether the pool accepts one more call. The calls of one untrusted user leave half of the
+    /// pool to others, and those of all untrusted users leave an eighth.
+    pub(super) fn check_room<D: Driver>(
+        &self,
+        caller: Option<&Member<D>>,
+        pool: &PoolInfo,
+    ) -> Result<(), Refusal> {
+        let (max, all) = (pool.limits.pending_max, self.len());
+        let stranger = caller.filter(|m| m.is_stranger);
+        let own = stranger.map_or(0, |m| self.of_user(m.user));
+        let (most, whose) = match stranger {
+            Some(_) if own >= max.div_ceil(2) => (own, "of your user"),
+            Some(_) if all >= max - max / 8 => (all, "of all users"),
+            _ if all >= max => (all, "of all users"),
+            _ => return Ok(()),
+        };
+        Err(refusals::too_many_in_pool(&pool.name, most, whose, max))
     }
 
     fn count_in(&mut self, call: &Call) {
@@ -93,6 +126,28 @@ impl Calls {
         self.calls.len()
     }
 
+    pub(super) fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// The id of a call, as its handler receives it.
+    pub(super) fn id(&self, key: Key<Call>) -> CallId {
+        CallId {
+            epoch: self.epoch,
+            pool: self.pool,
+            slot: key.slot,
+            generation: key.generation,
+        }
+    }
+
+    /// The call that a handler knows by this id.
+    #[inline]
+    pub(super) fn by_id(&mut self, id: CallId) -> Option<(Key<Call>, &mut Call)> {
+        let key = Key::new(id.slot, id.generation);
+        let call = self.calls.at_mut(key).filter(|_| id.epoch == self.epoch);
+        Some((key, call?))
+    }
+
     /// The key that the next insertion gets.
     pub(super) fn next_key(&self) -> Key<Call> {
         self.calls.next_key()
@@ -104,6 +159,7 @@ impl Calls {
             call.id.as_deref().map(|id| self.hash(call.caller, id)),
         );
         self.count_in(&call);
+        self.total += 1;
         let key = self.calls.insert(call);
         debug_assert_eq!(key, expected);
         if let Some(hash) = hash {
@@ -178,6 +234,13 @@ impl Calls {
 
     pub(super) fn from(&self, slot: u32) -> Option<(Key<Call>, &Call)> {
         self.calls.from(slot)
+    }
+
+    /// Bytes of the calls that may be given to another handler.
+    pub(super) fn redelivery_bytes(&self) -> u64 {
+        let lasting = self.iter().filter_map(|(_, call)| call.lasting.as_ref());
+        let held = lasting.filter_map(|lasting| lasting.held.as_ref());
+        held.map(crate::ledger::Reservation::amount).sum()
     }
 
     pub(super) fn next_deadline(&self) -> Option<Time> {

@@ -14,6 +14,7 @@ use super::{MemberKey, NOBODY, Pool};
 use crate::driver::Driver;
 use crate::effects::{CallEnd, Count};
 use crate::outbox::{Class, Sent};
+use crate::refusals;
 use crate::slab::Key;
 use crate::turn::Turn;
 
@@ -51,24 +52,20 @@ impl<D: Driver> Pool<D> {
         response: &Response<'_>,
         turn: &mut Turn<'_, D>,
     ) -> Result<(), Refusal> {
-        let key = Key::new(id.slot, id.generation);
-        let call = self.calls.at_mut(key).filter(|_| id.epoch == self.epoch);
-        let Some(call) = call else {
+        let Some((key, call)) = self.calls.by_id(id) else {
             turn.count(Count::LateResponse);
             return Ok(());
         };
         if call.member != from {
             turn.count(Count::ForeignResponse);
-            return Err(Refusal::new(
-                Code::Forbidden,
-                "this call was sent to another instance; only that one may answer it",
-            ));
+            return Err(refusals::call_of_other_handler());
         }
         if let Some(number) = call.lasting.as_ref().and_then(|lasting| lasting.number) {
             // Its caller may have left: such a call gets only its answer, no items or progress.
             if response.status.is_final() {
                 let failed = response.status == Status::Error;
-                self.parked_answered(number, response, turn);
+                let answer = (Answered::of(response), true);
+                self.lasting().finish_parked(number, answer, turn);
                 self.end(key, EndReason::Answered { failed }, turn);
             }
             return Ok(());
@@ -78,7 +75,8 @@ impl<D: Driver> Pool<D> {
         {
             let (app, repeated) = *repeat;
             let is_detached = call.caller == NOBODY;
-            self.repeats_answered(&app, &repeated, &Answered::of(response), turn);
+            self.lasting()
+                .repeats_answered(&app, &repeated, &Answered::of(response), turn);
             if is_detached {
                 let failed = response.status == Status::Error;
                 self.end(key, EndReason::Answered { failed }, turn);
@@ -89,12 +87,7 @@ impl<D: Driver> Pool<D> {
         if response.status == Status::Partial {
             match &mut call.credit {
                 Some(0) => {
-                    let message = "the handler sent more items than the stream's window allows";
-                    self.end(
-                        key,
-                        EndReason::Refused(&Refusal::new(Code::HandlerError, message)),
-                        turn,
-                    );
+                    self.end(key, EndReason::Refused(&refusals::window_exceeded()), turn);
                     return Ok(());
                 }
                 Some(left) => *left -= 1,
@@ -128,14 +121,12 @@ impl<D: Driver> Pool<D> {
             + raw_length(response.error)
             + raw_length(response.headers);
         if caller.attachments == Attachments::NotTaken
-            && too_large(response.body, self.limits.max_frame)
+            && too_large(response.body, self.info.limits.max_frame)
         {
-            let message = "the raw bytes of the answer are too large for a caller without the \
-                feature 'attachments'";
             self.end(
                 key,
                 EndReason::Unfit {
-                    refusal: &Refusal::new(Code::TooLarge, message),
+                    refusal: &refusals::answer_too_large_as_base64(),
                     is_final: response.status.is_final(),
                 },
                 turn,
@@ -158,12 +149,10 @@ impl<D: Driver> Pool<D> {
             (Sent::Queued, false) => turn.count(Count::Partial),
             (Sent::Full, is_final) => {
                 // Never dropped silently: a short error replaces an answer that does not fit.
-                let message = "the answer did not fit in the caller's outbox \
-                    (limits.outbox_bytes_max): read faster";
                 self.end(
                     key,
                     EndReason::Unfit {
-                        refusal: &Refusal::new(Code::Overloaded, message),
+                        refusal: &refusals::answer_did_not_fit(),
                         is_final,
                     },
                     turn,
@@ -183,9 +172,9 @@ impl<D: Driver> Pool<D> {
     /// Cancels a call for its caller; false if the caller has no such call here.
     pub fn cancel(&mut self, caller: MemberKey, id: &str, turn: &mut Turn<'_, D>) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
-            return self.cancel_repeat(caller, id, turn)
+            return self.lasting().cancel_repeat(caller, id, turn)
                 || self.cancel_parked(caller, id, turn)
-                || self.cancel_lock(caller, id, turn);
+                || self.blocks().cancel_lock(caller, id, turn);
         };
         self.end(key, EndReason::Cancelled, turn);
         true
@@ -196,7 +185,7 @@ impl<D: Driver> Pool<D> {
         let Some(key) = self.calls.find(caller, id) else {
             return false;
         };
-        let call_id = self.call_id(key);
+        let call_id = self.calls.id(key);
         let call = self.calls.at_mut(key).expect("just found");
         let Some(credit) = &mut call.credit else {
             return true;
@@ -219,14 +208,14 @@ impl<D: Driver> Pool<D> {
         let Some(mut call) = self.calls.remove(key) else {
             return;
         };
-        if let Some(handler) = self.handlers.at_mut(call.handler) {
+        if let Some(handler) = self.triggers.handler_mut(call.handler) {
             handler.in_flight -= 1;
             self.parked.note_room(&handler.process);
         }
         if let Some(uses) = &call.blocks {
-            self.revoke(call.member, uses, turn);
+            self.blocks().revoke(call.member, uses, turn);
         }
-        let call_id = self.call_id(key);
+        let call_id = self.calls.id(key);
         if let Some(handler) = self.members.at_mut(call.member) {
             handler.serving -= 1;
             let reason = match how {
@@ -250,22 +239,12 @@ impl<D: Driver> Pool<D> {
         let refusal = match how {
             EndReason::Answered { .. } => None,
             // A caller that left the pool but not the server still waits.
-            EndReason::CallerGone => Some(Refusal::new(
-                Code::Cancelled,
-                "the caller is no longer in the call's pool",
-            )),
-            EndReason::HandlerGone => {
-                let message = "the handler disconnected before it answered; repeat the call if \
-                    it is safe to run twice";
-                Some(Refusal::new(Code::HandlerGone, message))
-            }
-            EndReason::Cancelled => Some(Refusal::new(Code::Cancelled, "the call was cancelled")),
+            EndReason::CallerGone => Some(refusals::caller_left()),
+            EndReason::HandlerGone => Some(refusals::handler_gone()),
+            EndReason::Cancelled => Some(refusals::call_cancelled()),
             EndReason::TimedOut => {
                 let ms = call.deadline.since(call.started).as_millis();
-                Some(Refusal::new(
-                    Code::Timeout,
-                    format!("no answer within the call's ttl of {ms} ms"),
-                ))
+                Some(refusals::no_answer_in_time(ms))
             }
             EndReason::Refused(refusal) | EndReason::Unfit { refusal, .. } => Some(refusal.clone()),
         };
@@ -286,7 +265,7 @@ impl<D: Driver> Pool<D> {
             let Some(lasting) = call.lasting.take() else {
                 // Its caller left; a repeat may still ask for the answer.
                 if let Some(repeat) = call.repeat {
-                    self.repeats_dropped(&repeat.0, &repeat.1, turn);
+                    self.lasting().repeats_dropped(&repeat.0, &repeat.1, turn);
                 }
                 return;
             };
@@ -296,16 +275,18 @@ impl<D: Driver> Pool<D> {
                     if matches!(how, EndReason::HandlerGone)
                         && turn.driver.context().is_draining() =>
                 {
-                    self.interrupted(number, lasting, turn);
+                    self.parked.interrupted(number, lasting, now);
                 }
                 (Some(_), Some(_)) if is_orphan => {
-                    self.orphan((NOBODY, None), lasting, call.member)
+                    self.lasting().orphan((NOBODY, None), lasting, call.member)
                 }
                 (Some(number), Some(_)) if matches!(how, EndReason::TimedOut) => {
-                    self.parked_too_late(number, turn);
+                    self.lasting().parked_too_late(number, turn);
                 }
-                (Some(number), Some(refusal)) => self.parked_refused(number, refusal, turn),
-                (None, Some(_)) => self.drop_repeats_of(&lasting, turn),
+                (Some(number), Some(refusal)) => {
+                    self.lasting().parked_refused(number, refusal, turn)
+                }
+                (None, Some(_)) => self.lasting().drop_repeats_of(&lasting, turn),
                 _ => {}
             }
             return;
@@ -316,7 +297,7 @@ impl<D: Driver> Pool<D> {
             .expect("a call's caller leaves after its calls ended");
         caller.calling -= 1;
         if let Some(repeat) = call.repeat.take().filter(|_| !is_orphan) {
-            self.repeats_dropped(&repeat.0, &repeat.1, turn);
+            self.lasting().repeats_dropped(&repeat.0, &repeat.1, turn);
         }
         let caller = self.members.at_mut(call.caller).expect("found above");
         if is_orphan {
@@ -326,7 +307,8 @@ impl<D: Driver> Pool<D> {
             let peer = caller.peer.clone();
             turn.call_ended(Some(&peer), end);
             let id = call.id.as_deref().map(Into::into);
-            self.orphan((call.caller, id), lasting, call.member);
+            self.lasting()
+                .orphan((call.caller, id), lasting, call.member);
             return;
         }
         if let (Some(refusal), Some(id)) = (&refusal, &call.id) {
@@ -347,7 +329,7 @@ impl<D: Driver> Pool<D> {
     pub(super) fn end_calls_of(&mut self, key: MemberKey, turn: &mut Turn<'_, D>) {
         let mut slot = 0;
         // Stops as soon as the member has no calls left: most have few, and many leave with none.
-        while let Some(member) = self.member(key)
+        while let Some(member) = self.members.at(key)
             && member.calling + member.serving > 0
         {
             let Some((call_key, call)) = self.calls.from(slot) else {

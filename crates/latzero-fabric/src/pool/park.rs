@@ -22,17 +22,20 @@ use std::sync::Arc;
 
 use hashbrown::HashMap;
 use latzero_protocol::message::Trigger;
-use latzero_protocol::{AppId, Code, Ran, Refusal, TriggerName};
+use latzero_protocol::{AppId, Ran, Refusal, TriggerName};
 
 use super::answer::Answered;
 use super::calls::Call;
 use super::ending::EndReason;
+use super::lasting::Lasting;
+use super::members::{MemberKey, NOBODY};
 use super::repeats::{scoped, scoped_key};
-use super::routing::id_in_use;
-use super::{CallError, MemberKey, NOBODY, Pool};
+
+use super::{CallError, Pool, PoolInfo};
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Account, Full, Reservation, Resource};
 use crate::now::{Time, earliest};
+use crate::refusals;
 use crate::rows::{CallRow, Death, StoreChange};
 use crate::slab::Key;
 use crate::turn::Turn;
@@ -192,14 +195,12 @@ impl Parked {
 
     /// It expired before it had an answer.
     fn too_late(&self) -> Refusal {
-        let message = match (self.attempt, &self.cause) {
-            (0, _) => "no handler took the call within its ttl".to_owned(),
-            (n, Some(cause)) => {
-                format!("no answer within the call's ttl; attempt {n} failed: {cause}")
-            }
-            (_, None) => "no answer within the call's ttl".to_owned(),
+        let refusal = match (self.attempt, &self.cause) {
+            (0, _) => refusals::never_taken(),
+            (n, Some(cause)) => refusals::no_answer_after(n, cause),
+            (_, None) => refusals::no_answer(),
         };
-        Refusal::new(Code::Timeout, message).with_ran(self.ran())
+        refusal.with_ran(self.ran())
     }
 
     fn row(
@@ -319,6 +320,17 @@ impl ParkedCalls {
         Some(parked)
     }
 
+    fn forget<D: Driver>(
+        &mut self,
+        number: u64,
+        pool: &PoolInfo,
+        turn: &mut Turn<'_, D>,
+    ) -> Option<Parked> {
+        let parked = self.remove(number)?;
+        turn.count_held(&pool.name, pool.number, -1);
+        Some(parked)
+    }
+
     fn free_id(&mut self, parked: &Parked) {
         if !parked.id.is_empty() && !parked.is_dead() {
             self.by_id
@@ -403,7 +415,7 @@ impl ParkedCalls {
     }
 }
 
-impl<D: Driver> Pool<D> {
+impl<D: Driver> Lasting<'_, D> {
     /// Parks a call durably; returns its number.
     pub(super) fn park(
         &mut self,
@@ -415,23 +427,20 @@ impl<D: Driver> Pool<D> {
         let now = turn.time();
         let steady_ms = turn.steady_ms();
         let process = TriggerName::new(&trigger.process).map_err(Refusal::from)?;
-        self.check_outlives("a parked call")?;
+        self.info.check_outlives("a parked call")?;
         let named = trigger.destination.as_ref();
         if named.is_some_and(|destination| destination.instance.is_some()) {
-            let message = "a parked call waits for an app, not for an instance, because \
-                instances do not come back";
-            return Err(Refusal::new(Code::BadMessage, message).into());
+            return Err(refusals::parked_for_instance().into());
         }
         if trigger.window.is_some() {
-            let message = "a parked call has only one answer: remove 'window'";
-            return Err(Refusal::new(Code::BadMessage, message).into());
+            return Err(refusals::parked_with_window().into());
         }
         let member = self.members.at(caller).expect("its caller looked it up");
         let (app, instance) = (&member.app, member.instance);
         if let Some(id) = &trigger.id
             && (self.parked.uses(app, id) || self.calls.find(caller, id).is_some())
         {
-            return Err(id_in_use(id).into());
+            return Err(refusals::id_in_use(id.escape_debug()).into());
         }
         let deadline = now.after_ms(trigger.ttl_ms);
         let account = Arc::clone(member.peer.link().account());
@@ -461,10 +470,10 @@ impl<D: Driver> Pool<D> {
             parked_ms: steady_ms,
             expires_ms: steady_ms.saturating_add(trigger.ttl_ms),
         };
-        let row = parked.row(number, &self.name, &lasting);
+        let row = parked.row(number, &self.info.name, &lasting);
         parked.state = State::Waiting(lasting);
         turn.store(StoreChange::Call(Box::new(row)), promise);
-        turn.count_held(&self.name, self.number, 1);
+        turn.count_held(&self.info.name, self.info.number, 1);
         self.parked.insert(number, parked);
         Ok(number)
     }
@@ -512,7 +521,7 @@ impl<D: Driver> Pool<D> {
         if parked.is_none_or(|parked| parked.attempt > 0) {
             return false;
         }
-        if let Some(parked) = self.forget_parked(number, turn) {
+        if let Some(parked) = self.parked.forget(number, self.info, turn) {
             self.drop_key(number, &parked, turn);
         }
         true
@@ -591,7 +600,7 @@ impl<D: Driver> Pool<D> {
         (lasting.redeliver, lasting.attempts) = (redeliver, attempts);
         let is_last = row.attempt >= attempts;
         let held = HeldCall::restored(account, lasting.bytes());
-        turn.count_held(&self.name, self.number, 1);
+        turn.count_held(&self.info.name, self.info.number, 1);
         let idempotency_key = row
             .idempotency_key
             .as_deref()
@@ -644,12 +653,39 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    fn forget_parked(&mut self, number: u64, turn: &mut Turn<'_, D>) -> Option<Parked> {
-        let parked = self.parked.remove(number)?;
-        turn.count_held(&self.name, self.number, -1);
-        Some(parked)
+    /// A parked call has expired.
+    pub(super) fn parked_too_late(&mut self, number: u64, turn: &mut Turn<'_, D>) {
+        if let Some(refusal) = self.parked.calls.get(&number).map(Parked::too_late) {
+            self.parked_refused(number, &refusal, turn);
+        }
     }
 
+    /// Ends the parked calls of a removed pool; notifies callers that are connected.
+    pub(super) fn close(&mut self, turn: &mut Turn<'_, D>) {
+        let refusal = refusals::pool_removed_while_parked();
+        let mut calls: Vec<_> = self.parked.calls.iter().collect();
+        // Repeats first, so that they hear of the pool's removal and not of the first call's
+        // end.
+        calls.sort_by_key(|(_, parked)| !parked.is_following());
+        let numbers: Vec<u64> = calls.into_iter().map(|(number, _)| *number).collect();
+        for number in numbers {
+            if let Some(parked) = self.parked.forget(number, self.info, turn) {
+                if !parked.is_dead() {
+                    let answer = Answered::refused(&refusal.clone().with_ran(parked.ran()));
+                    let whom = (&parked.caller, parked.from);
+                    self.deliver_answer(whom, &parked.id, &answer, turn);
+                }
+                self.drop_key(number, &parked, turn);
+                turn.store(StoreChange::EndCall(number), None);
+            }
+        }
+        for number in self.parked.answers.numbers() {
+            self.drop_answer(number, turn);
+        }
+    }
+}
+
+impl<D: Driver> Pool<D> {
     /// Cancels a parked call for its caller; false if there is none with that id.
     pub(super) fn cancel_parked(
         &mut self,
@@ -674,19 +710,11 @@ impl<D: Driver> Pool<D> {
         };
         match parked.state {
             State::Given(key) => self.end(key, EndReason::Cancelled, turn),
-            State::Dead(_) => self.bury(number, turn),
+            State::Dead(_) => self.lasting().bury(number, turn),
             State::Waiting(_) | State::Following(_) | State::Paused(..) => {
-                let refusal = Refusal::new(Code::Cancelled, "the call was cancelled");
-                let refusal = refusal.with_ran(parked.ran());
-                self.parked_refused(number, &refusal, turn);
+                let refusal = refusals::call_cancelled().with_ran(parked.ran());
+                self.lasting().parked_refused(number, &refusal, turn);
             }
-        }
-    }
-
-    /// A parked call has expired.
-    pub(super) fn parked_too_late(&mut self, number: u64, turn: &mut Turn<'_, D>) {
-        if let Some(refusal) = self.parked.calls.get(&number).map(Parked::too_late) {
-            self.parked_refused(number, &refusal, turn);
         }
     }
 
@@ -703,39 +731,15 @@ impl<D: Driver> Pool<D> {
             };
             match parked.state {
                 State::Given(key) => self.end(key, EndReason::TimedOut, turn),
-                State::Dead(_) => self.bury(number, turn),
+                State::Dead(_) => self.lasting().bury(number, turn),
                 State::Waiting(_) | State::Following(_) | State::Paused(..) => {
-                    self.parked_too_late(number, turn);
+                    self.lasting().parked_too_late(number, turn);
                 }
             }
         }
-        self.end_pauses(turn);
-        self.handle_answers_timeout(turn);
+        self.lasting().end_pauses(turn);
+        self.lasting().handle_answers_timeout(turn);
         self.go_on_giving(turn);
-    }
-
-    /// Ends the parked calls of a removed pool; notifies callers that are connected.
-    pub(super) fn close_parked(&mut self, turn: &mut Turn<'_, D>) {
-        let refusal = Refusal::new(Code::NoPool, "the pool was removed while the call waited");
-        let mut calls: Vec<_> = self.parked.calls.iter().collect();
-        // Repeats first, so that they hear of the pool's removal and not of the first call's
-        // end.
-        calls.sort_by_key(|(_, parked)| !parked.is_following());
-        let numbers: Vec<u64> = calls.into_iter().map(|(number, _)| *number).collect();
-        for number in numbers {
-            if let Some(parked) = self.forget_parked(number, turn) {
-                if !parked.is_dead() {
-                    let answer = Answered::refused(&refusal.clone().with_ran(parked.ran()));
-                    let whom = (&parked.caller, parked.from);
-                    self.deliver_answer(whom, &parked.id, &answer, turn);
-                }
-                self.drop_key(number, &parked, turn);
-                turn.store(StoreChange::EndCall(number), None);
-            }
-        }
-        for number in self.parked.answers.numbers() {
-            self.drop_answer(number, turn);
-        }
     }
 }
 

@@ -3,12 +3,16 @@
 
 use std::cmp::Reverse;
 
-use latzero_protocol::message::Strategy;
+use latzero_protocol::message::{Strategy, Trigger};
+use latzero_protocol::{Refusal, TriggerName};
 
-use super::{Handler, HandlerKey, Member, MemberTag, Served};
+use super::members::{Member, Members};
+use super::routing::matches;
+use super::triggers::{Handler, HandlerKey, Served, Triggers};
+use super::{CallError, PoolInfo};
 use crate::driver::Driver;
 use crate::prng::{Prng, mix};
-use crate::slab::Slab;
+use crate::refusals;
 
 /// A handler's answer to the offer of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +36,39 @@ pub(super) struct Seen {
     pub(super) silent: bool,
 }
 
+impl Seen {
+    /// The error for the caller.
+    pub(super) fn error<D: Driver>(
+        self,
+        trigger: &Trigger<'_>,
+        members: &Members<D>,
+        pool: &PoolInfo,
+    ) -> CallError {
+        let process = &trigger.process;
+        if self.too_large {
+            return refusals::call_too_large_as_base64().into();
+        }
+        if self.silent {
+            let max = pool.limits.in_flight_per_handler_max;
+            return refusals::handler_is_silent(max, process).into();
+        }
+        if self.matching {
+            return refusals::handlers_are_busy(process, &pool.name).into();
+        }
+        if let Err(error) = TriggerName::check(process) {
+            return Refusal::from(error).into();
+        }
+        let Some(destination) = &trigger.destination else {
+            return refusals::no_handler(process, &pool.name).into();
+        };
+        if members.iter().any(|(_, m)| matches(Some(destination), m)) {
+            refusals::not_served_by(&destination.app_id, process, &pool.name).into()
+        } else {
+            CallError::UnknownDestination
+        }
+    }
+}
+
 /// Where to start among the handlers.
 pub(super) fn start(served: &Served, prng: &mut Prng) -> usize {
     match served.strategy {
@@ -44,8 +81,8 @@ pub(super) fn start(served: &Served, prng: &mut Prng) -> usize {
 /// its position and key.
 pub(super) fn each<D: Driver>(
     served: &Served,
-    handlers: &Slab<Handler>,
-    members: &Slab<Member<D>, MemberTag>,
+    triggers: &Triggers,
+    members: &Members<D>,
     start: usize,
     sticky: impl FnOnce() -> u64,
     mut offer: impl FnMut(&Handler, &Member<D>) -> Offer,
@@ -56,7 +93,7 @@ pub(super) fn each<D: Driver>(
     let in_turn = || {
         (start..n).chain(0..start).map(|position| {
             let key = served.handlers[position];
-            let handler = handlers.at(key).expect("a trigger's handlers exist");
+            let handler = triggers.handler(key).expect("a trigger's handlers exist");
             let member = members
                 .at(handler.member)
                 .expect("a handler's member lives");

@@ -11,18 +11,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use hashbrown::HashMap;
-use latzero_protocol::encode;
 use latzero_protocol::message::Trigger;
-use latzero_protocol::{AppId, Code, Refusal};
+use latzero_protocol::{AppId, Refusal};
 
 use super::answer::Answered;
-use super::routing::id_in_use;
-use super::{MemberKey, Pool};
+use super::lasting::Lasting;
+use super::members::MemberKey;
+
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Account, Reservation, Resource};
 use crate::limits::Limits;
 use crate::now::{Time, earliest};
-use crate::outbox::{Class, Sent};
+use crate::outbox::Sent;
+use crate::refusals;
 use crate::turn::Turn;
 
 /// Repeats that wait for the answer of one call.
@@ -54,8 +55,7 @@ fn check_waiting(count: usize) -> Result<(), Refusal> {
     if count < WAITING_MAX {
         return Ok(());
     }
-    let message = format!("{WAITING_MAX} repeats of this call wait for its answer");
-    Err(Refusal::new(Code::Overloaded, message))
+    Err(refusals::too_many_repeats_of_call(WAITING_MAX))
 }
 
 /// A member's place in an order, and the id of its repeat.
@@ -311,7 +311,7 @@ impl Repeats {
     }
 }
 
-impl<D: Driver> Pool<D> {
+impl<D: Driver> Lasting<'_, D> {
     /// Looks a call with a key up; a repeat is answered, or waits for the first one's answer.
     pub(super) fn find_repeat(
         &mut self,
@@ -337,14 +337,10 @@ impl<D: Driver> Pool<D> {
         match self.repeats.known.get_mut(&known) {
             Some(Repeat::Running { .. }) if let Some(number) = itself => Ok(Seen::Itself(number)),
             None => {
-                let limits = &self.limits;
+                let limits = &self.info.limits;
                 while self.repeats.known.len() >= limits.repeats_max {
                     if !self.repeats.forget_oldest() {
-                        let message = format!(
-                            "{} calls with an idempotency key are in progress (limits.repeats_max)",
-                            limits.repeats_max
-                        );
-                        return Err(Refusal::new(Code::Overloaded, message));
+                        return Err(refusals::too_many_keyed_calls(limits.repeats_max));
                     }
                 }
                 self.repeats.begin(known, &account);
@@ -358,14 +354,10 @@ impl<D: Driver> Pool<D> {
                     return Ok(Seen::Repeat);
                 };
                 if self.calls.find(caller, id).is_some() {
-                    return Err(id_in_use(id));
+                    return Err(refusals::id_in_use(id.escape_debug()));
                 }
-                if self.repeats.waits.len() >= self.limits.repeats_max {
-                    let message = format!(
-                        "{} repeats of calls wait for their answers (limits.repeats_max)",
-                        self.limits.repeats_max
-                    );
-                    return Err(Refusal::new(Code::Overloaded, message));
+                if self.repeats.waits.len() >= self.info.limits.repeats_max {
+                    return Err(refusals::too_many_repeats(self.info.limits.repeats_max));
                 }
                 waiting.push((caller, id.into()));
                 self.repeats.wait(known, (caller, id), deadline);
@@ -376,13 +368,11 @@ impl<D: Driver> Pool<D> {
                     unreachable!("just seen");
                 };
                 if let Some(id) = id
-                    && self
-                        .send_answer(member, id, answer, turn)
+                    && member
+                        .send_answer(id, answer, self.info, turn)
                         .is_none_or(|sent| sent == Sent::Full)
                 {
-                    let message = "the answer did not fit in the connection's outbox \
-                        (limits.outbox_bytes_max): read faster";
-                    return Err(Refusal::new(Code::Overloaded, message));
+                    return Err(refusals::answer_did_not_fit());
                 }
                 Ok(Seen::Repeat)
             }
@@ -405,26 +395,21 @@ impl<D: Driver> Pool<D> {
         };
         for (member, id) in waiting {
             if let Some(to) = self.members.at(member)
-                && self
-                    .send_answer(to, &id, answer, turn)
+                && to
+                    .send_answer(&id, answer, self.info, turn)
                     .is_none_or(|sent| sent == Sent::Full)
             {
-                let message = "the answer did not fit in the connection's outbox \
-                    (limits.outbox_bytes_max): read faster, and repeat the call";
-                let refusal = Refusal::new(Code::HandlerGone, message);
-                turn.send(&to.peer, Class::Control, 256, |out| {
-                    encode::refusal(out, Some(&id), &refusal);
-                });
+                to.refuse(&id, &refusals::repeats_answer_did_not_fit(), turn);
             }
         }
         for number in followers {
             self.finish_parked(number, (answer.clone(), true), turn);
         }
         let bytes = answer.bytes();
-        if bytes > self.limits.repeats_bytes_max {
+        if bytes > self.info.limits.repeats_bytes_max {
             return;
         }
-        while self.repeats.bytes + bytes > self.limits.repeats_bytes_max {
+        while self.repeats.bytes + bytes > self.info.limits.repeats_bytes_max {
             self.repeats.forget_oldest();
         }
         let mut held = account.hold(Resource::Repeats);
@@ -437,7 +422,7 @@ impl<D: Driver> Pool<D> {
                 return;
             }
         }
-        let expires = now.after_ms(self.limits.repeats_ttl_ms);
+        let expires = now.after_ms(self.info.limits.repeats_ttl_ms);
         self.repeats.bytes += bytes;
         self.repeats.expires.insert((expires, known.clone()));
         let answer = answer.clone();
@@ -458,14 +443,10 @@ impl<D: Driver> Pool<D> {
         let Some((waiting, followers, _)) = self.repeats.take_running(&known) else {
             return;
         };
-        let message =
-            "the original call ended without an answer; repeat it if it is safe to run twice";
-        let refusal = Refusal::new(Code::HandlerGone, message);
+        let refusal = refusals::original_not_answered();
         for (member, id) in waiting {
             if let Some(to) = self.members.at(member) {
-                turn.send(&to.peer, Class::Control, 256, |out| {
-                    encode::refusal(out, Some(&id), &refusal);
-                });
+                to.refuse(&id, &refusal, turn);
             }
         }
         for number in followers {
@@ -482,11 +463,7 @@ impl<D: Driver> Pool<D> {
     ) -> bool {
         let gave_up = self.repeats.cancel(&waiter(caller, id));
         if let Some(to) = self.members.at(caller).filter(|_| gave_up) {
-            let message = "the caller cancelled the repeat; the original call goes on";
-            let refusal = Refusal::new(Code::Cancelled, message);
-            turn.send(&to.peer, Class::Control, 256, |out| {
-                encode::refusal(out, Some(id), &refusal);
-            });
+            to.refuse(id, &refusals::repeat_cancelled(), turn);
         }
         gave_up
     }
@@ -509,11 +486,7 @@ impl<D: Driver> Pool<D> {
             let Some(to) = self.members.at(MemberKey::new(slot, generation)) else {
                 continue;
             };
-            let message = "no answer within the repeat's ttl; the original call goes on";
-            let refusal = Refusal::new(Code::Timeout, message);
-            turn.send(&to.peer, Class::Control, 256, |out| {
-                encode::refusal(out, Some(&id), &refusal);
-            });
+            to.refuse(&id, &refusals::repeat_expired(), turn);
         }
     }
 }

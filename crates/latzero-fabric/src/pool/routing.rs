@@ -1,4 +1,4 @@
-//! Calls and emits on their way to handlers.
+//! Calls on their way to handlers.
 //!
 //! A call goes to one handler, which [`super::pick`] chooses; without one it may be parked. What a
 //! receiver does not accept is refused at once, and nothing is sent.
@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use latzero_protocol::encode::{self, Attachments, Origin};
-use latzero_protocol::message::{Emit, Park, Trigger};
-use latzero_protocol::{Body, Code, InstanceId, PoolName, Refusal, TriggerName};
+use latzero_protocol::message::{Park, Trigger};
+use latzero_protocol::{Body, Code, InstanceId, Refusal};
 
 use super::calls::Call;
 use super::park::DurableCall;
@@ -15,10 +15,10 @@ use super::pick::{self, Offer};
 use super::repeats::{Seen, scoped_key};
 use super::{CallError, Caller, Member, MemberKey, NOBODY, Pool};
 use crate::driver::{Driver, Peer};
-use crate::effects::Count;
-use crate::ledger::{Full, Resource};
+use crate::ledger::Resource;
 use crate::now::Time;
-use crate::outbox::{Class, SHARE_BYTES, Sent, SharedBody};
+use crate::outbox::{Class, Sent};
+use crate::refusals;
 use crate::slab::Key;
 use crate::turn::Turn;
 
@@ -34,15 +34,6 @@ pub enum Routed {
     ParkedBefore(u64),
 }
 
-/// An emit, encoded for all receivers of the same form.
-enum Encoded {
-    /// In the pool's scratch buffer.
-    Here(std::ops::Range<usize>),
-    Shared(SharedBody),
-    /// There is no memory for it.
-    Refused(Full),
-}
-
 impl<D: Driver> Pool<D> {
     /// Routes a call to one handler, or parks it.
     ///
@@ -56,12 +47,12 @@ impl<D: Driver> Pool<D> {
     ) -> Result<Routed, CallError> {
         let now = turn.time();
         let Some(member) = self.members.at(caller) else {
-            return Err(not_member(&self.name).into());
+            return Err(refusals::not_member(&self.info.name).into());
         };
         if let Some(id) = &trigger.id
             && self.repeats.awaits(caller, id)
         {
-            return Err(id_in_use(id).into());
+            return Err(refusals::id_in_use(id.escape_debug()).into());
         }
         let Some(key) = &scoped_key(trigger) else {
             return self.call_once(caller, trigger, turn);
@@ -76,21 +67,25 @@ impl<D: Driver> Pool<D> {
         {
             room?;
             return self
+                .lasting()
                 .park_repeat(caller, trigger, key, turn)
                 .map(Routed::Parked);
         }
-        match self.find_repeat(caller, (id, deadline), key, turn)? {
+        match self
+            .lasting()
+            .find_repeat(caller, (id, deadline), key, turn)?
+        {
             Seen::First => {}
             Seen::Repeat => return Ok(Routed::Begun),
             Seen::Itself(number) if trigger.park.is_allowed() => {
-                self.promise_parked(number, &peer, turn);
+                self.lasting().promise_parked(number, &peer, turn);
                 return Ok(Routed::ParkedBefore(number));
             }
             Seen::Itself(_) => return Ok(Routed::Begun),
         }
         let called = self.call_once(caller, trigger, turn);
         if called.is_err() {
-            self.repeats_dropped(&app, key, turn);
+            self.lasting().repeats_dropped(&app, key, turn);
         }
         called
     }
@@ -105,7 +100,7 @@ impl<D: Driver> Pool<D> {
         if let (Some(id), Some(member)) = (&trigger.id, self.members.at(caller))
             && self.parked.uses(&member.app, id)
         {
-            return Err(id_in_use(id).into());
+            return Err(refusals::id_in_use(id.escape_debug()).into());
         }
         let deadline = now.after_ms(trigger.ttl_ms);
         let from = Caller::Member(caller);
@@ -116,8 +111,7 @@ impl<D: Driver> Pool<D> {
         let member = self.members.at(caller).expect("its caller looked it up");
         let (app, instance) = (&member.app.clone(), member.instance);
         if !trigger.blocks.is_empty() {
-            let message = "a call with \"park\" or \"redeliver\" cannot name blocks";
-            return Err(Refusal::new(Code::BadMessage, message).into());
+            return Err(refusals::lasting_call_with_blocks().into());
         }
         // Calls that already wait come first.
         let app_named = trigger.destination.as_ref().map(|d| &*d.app_id);
@@ -161,10 +155,9 @@ impl<D: Driver> Pool<D> {
                     return Err(error);
                 }
                 let peer = self.members.at(caller).expect("found above").peer.clone();
-                let number = self.park(caller, trigger, Some(&peer), turn)?;
-                if must_wait && let Some((name, _)) = self.triggers.get_key_value(&*trigger.process)
-                {
-                    self.parked.note_room(name);
+                let number = self.lasting().park(caller, trigger, Some(&peer), turn)?;
+                if must_wait && let Some(served) = self.triggers.get(&trigger.process) {
+                    self.parked.note_room(&served.name);
                 }
                 Ok(Routed::Parked(number))
             }
@@ -180,39 +173,36 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<Key<Call>, CallError> {
         let now = turn.time();
-        let Some(served) = self.triggers.get(&*trigger.process) else {
-            return Err(self.no_handler(trigger));
+        let Some(served) = self.triggers.get(&trigger.process) else {
+            let seen = pick::Seen::default();
+            return Err(seen.error(trigger, &self.members, &self.info));
         };
         if let (Some(id), Some(caller)) = (&trigger.id, from.member())
             && self.calls.find(caller, id).is_some()
         {
-            return Err(id_in_use(id).into());
+            return Err(refusals::id_in_use(id.escape_debug()).into());
         }
         let member = from.member().and_then(|m| self.members.at(m));
-        self.check_room(member)?;
+        self.calls.check_room(member, &self.info)?;
         let (app, instance) = match (from, member) {
             (Caller::Absent(app, instance), _) => (app, instance),
             (Caller::Member(_), Some(member)) => (&member.app, member.instance),
-            (Caller::Member(_), None) => return Err(not_member(&self.name).into()),
+            (Caller::Member(_), None) => return Err(refusals::not_member(&self.info.name).into()),
         };
-        if member.is_some_and(|m| m.peer.in_flight().count() >= self.limits.in_flight_max) {
-            let message = format!(
-                "{} calls of this connection are in flight (limits.in_flight_max)",
-                self.limits.in_flight_max
-            );
-            return Err(Refusal::new(Code::Overloaded, message).into());
+        if member.is_some_and(|m| m.peer.in_flight().count() >= self.info.limits.in_flight_max) {
+            return Err(refusals::too_many_in_flight(self.info.limits.in_flight_max).into());
         }
         let uses = match (&trigger.blocks[..], from.member()) {
             ([], _) | (_, None) => Vec::new(),
-            (named, Some(caller)) => self.check_uses(caller, named)?,
+            (named, Some(_)) => self.blocks.check_uses(app, named, &self.info)?,
         };
         let user = member.filter(|m| m.is_stranger).map(|m| m.user);
         let start = pick::start(served, &mut self.prng);
         let key = self.calls.next_key();
         let delivery = encode::Delivery {
-            call: self.call_id(key),
+            call: self.calls.id(key),
             process: served.name.as_str(),
-            pool: self.name.as_str(),
+            pool: self.info.name.as_str(),
             origin: Origin {
                 app_id: app.as_str(),
                 instance,
@@ -235,12 +225,12 @@ impl<D: Driver> Pool<D> {
             + raw_length(delivery.destination)
             + raw_length(trigger.headers);
         let mut seen = pick::Seen::default();
-        let (calls, per_handler_max) = (&self.calls, self.limits.in_flight_per_handler_max);
+        let (calls, per_handler_max) = (&self.calls, self.info.limits.in_flight_per_handler_max);
         let caller_key = from.member().unwrap_or(NOBODY);
         let is_busy_caller = member.is_some_and(|m| m.calling >= per_handler_max);
         let chosen = pick::each(
             served,
-            &self.handlers,
+            &self.triggers,
             &self.members,
             start,
             || sticky(self.hash_seed, trigger.key.as_deref(), instance),
@@ -253,7 +243,7 @@ impl<D: Driver> Pool<D> {
                     return Offer::NotMeant;
                 }
                 seen.matching = true;
-                if handler.in_flight >= handler.concurrency {
+                if !handler.has_room() {
                     return Offer::Busy;
                 }
                 // Looked up only if needed: most callers have few calls in flight.
@@ -262,19 +252,20 @@ impl<D: Driver> Pool<D> {
                     return Offer::Busy;
                 }
                 if to.attachments == Attachments::NotTaken
-                    && too_large(trigger.body, self.limits.max_frame)
+                    && too_large(trigger.body, self.info.limits.max_frame)
                 {
                     seen.too_large = true;
                     return Offer::Busy;
                 }
                 let length = around + forwarded_length(trigger.body, to.attachments);
                 if !uses.is_empty() {
-                    let max = self.limits.descriptors_unread_max;
+                    let max = self.info.limits.descriptors_unread_max;
                     if to.takes_descriptors && to.peer.link().outbox.descriptors() >= max {
                         return Offer::Busy;
                     }
                     let (blocks, descriptors) =
-                        self.describe_uses(&uses, to.takes_descriptors, turn);
+                        self.blocks
+                            .describe_uses(&uses, to.takes_descriptors, &self.info, turn);
                     let delivery = encode::Delivery {
                         blocks: Some((&blocks, descriptors.len())),
                         ..delivery
@@ -300,13 +291,11 @@ impl<D: Driver> Pool<D> {
             },
         );
         let Some((position, handler_key)) = chosen else {
-            return Err(self.none_taken(trigger, seen));
+            return Err(seen.error(trigger, &self.members, &self.info));
         };
         served.turn.set(position + 1);
-        let handler = self
-            .handlers
-            .at_mut(handler_key)
-            .expect("it was just picked");
+        let handler = self.triggers.handler_mut(handler_key);
+        let handler = handler.expect("it was just picked");
         handler.in_flight += 1;
         let serving = handler.member;
         let call = Call {
@@ -332,9 +321,8 @@ impl<D: Driver> Pool<D> {
         };
         self.calls.insert(key, call);
         if !uses.is_empty() {
-            self.lend(serving, &uses);
+            self.blocks.lend(serving, &uses);
         }
-        self.calls_total += 1;
         let to = self
             .members
             .at_mut(serving)
@@ -348,189 +336,6 @@ impl<D: Driver> Pool<D> {
         turn.call_started(caller);
         Ok(key)
     }
-
-    /// Whether the pool accepts one more call. The calls of one untrusted user leave half of the
-    /// pool to others, and those of all untrusted users leave an eighth.
-    fn check_room(&self, caller: Option<&Member<D>>) -> Result<(), Refusal> {
-        let (max, all) = (self.limits.pending_max, self.calls.len());
-        let stranger = caller.filter(|m| m.is_stranger);
-        let own = stranger.map_or(0, |m| self.calls.of_user(m.user));
-        let (most, whose) = match stranger {
-            Some(_) if own >= max.div_ceil(2) => (own, "of your user"),
-            Some(_) if all >= max - max / 8 => (all, "of all users"),
-            _ if all >= max => (all, "of all users"),
-            _ => return Ok(()),
-        };
-        let message = format!(
-            "pool '{}' has {most} calls {whose} in flight (limits.pending_max is {max}); try \
-             again later",
-            self.name
-        );
-        Err(Refusal::new(Code::Overloaded, message))
-    }
-
-    /// Sends an emit to the trigger's handlers; returns how many it was appended for.
-    ///
-    /// # Errors
-    /// If the sender is not a member, or the name is invalid.
-    pub fn emit(
-        &mut self,
-        from: MemberKey,
-        emit: &Emit<'_>,
-        turn: &mut Turn<'_, D>,
-    ) -> Result<usize, Refusal> {
-        let Some(sender) = self.members.at(from) else {
-            return Err(not_member(&self.name));
-        };
-        turn.count(Count::Emit);
-        self.emits_total += 1;
-        let Some(served) = self.triggers.get(&*emit.process) else {
-            TriggerName::check(&emit.process)?;
-            return Ok(0);
-        };
-        let notice = encode::Notice {
-            process: served.name.as_str(),
-            pool: self.name.as_str(),
-            origin: sender.origin(),
-            destination: emit.destination.as_ref().map(|d| d.raw),
-            headers: emit.headers,
-            body: emit.body,
-        };
-        let mut delivered = 0;
-        // Encoded once for all receivers of the same form, and shared if it is large.
-        let mut encoded: [Option<Encoded>; 2] = [None, None];
-        let account = Arc::clone(sender.peer.link().account());
-        let is_shared = served.handlers.len() > 1 && emit.body.len() >= SHARE_BYTES;
-        let mut refused = None;
-        let scratch = &mut self.scratch;
-        scratch.clear();
-        let max_frame = self.limits.max_frame;
-        let mut deliver = |to: &Member<D>| {
-            if !matches(emit.destination.as_ref(), to)
-                || (to.attachments == Attachments::NotTaken && too_large(emit.body, max_frame))
-            {
-                return Offer::NotMeant;
-            }
-            let form = usize::from(to.attachments == Attachments::Taken);
-            let frame = encoded[form].get_or_insert_with(|| {
-                let start = scratch.len();
-                encode::notice(scratch, &notice, to.attachments);
-                let range = start..scratch.len();
-                if !is_shared {
-                    return Encoded::Here(range);
-                }
-                let shared = SharedBody::new(&scratch[range.clone()], &account);
-                scratch.truncate(start);
-                shared.map_or_else(Encoded::Refused, Encoded::Shared)
-            });
-            let sent = match frame {
-                Encoded::Here(range) => {
-                    let bytes = &scratch[range.clone()];
-                    turn.send(&to.peer, Class::Emit, bytes.len(), |out| {
-                        out.extend_from_slice(bytes)
-                    })
-                }
-                Encoded::Shared(frame) => turn.send_shared(&to.peer, Class::Emit, frame),
-                Encoded::Refused(full) => {
-                    refused = Some(*full);
-                    Sent::Full
-                }
-            };
-            delivered += usize::from(sent == Sent::Queued);
-            if sent == Sent::Queued {
-                Offer::Taken
-            } else {
-                Offer::Busy
-            }
-        };
-        if emit.one {
-            let start = pick::start(served, &mut self.prng);
-            let chosen = pick::each(
-                served,
-                &self.handlers,
-                &self.members,
-                start,
-                || sticky(self.hash_seed, emit.key.as_deref(), sender.instance),
-                |_, to| deliver(to),
-            );
-            if let Some((position, _)) = chosen {
-                served.turn.set(position + 1);
-            }
-        } else {
-            for &handler in &served.handlers {
-                let handler = self
-                    .handlers
-                    .at(handler)
-                    .expect("a trigger's handlers exist");
-                deliver(
-                    self.members
-                        .at(handler.member)
-                        .expect("a handler's member lives"),
-                );
-            }
-        }
-        for _ in 0..delivered {
-            turn.count(Count::Delivered);
-        }
-        if let Some(full) = refused.filter(|_| delivered == 0) {
-            return Err(full.into());
-        }
-        if self.scratch.capacity() > 64 * 1024 {
-            self.scratch = Vec::new();
-        }
-        Ok(delivered)
-    }
-
-    pub(super) fn no_handler(&self, trigger: &Trigger<'_>) -> CallError {
-        if let Err(error) = TriggerName::check(&trigger.process) {
-            return Refusal::from(error).into();
-        }
-        if let Some(destination) = &trigger.destination {
-            let present = self
-                .members
-                .iter()
-                .any(|(_, m)| matches(Some(destination), m));
-            if !present {
-                return CallError::UnknownDestination;
-            }
-            let message = format!(
-                "app '{}' does not serve trigger '{}' in pool '{}'",
-                destination.app_id, trigger.process, self.name
-            );
-            return Refusal::new(Code::NoHandler, message).into();
-        }
-        let message = format!(
-            "no app serves trigger '{}' in pool '{}'",
-            trigger.process, self.name
-        );
-        Refusal::new(Code::NoHandler, message).into()
-    }
-
-    /// Why none of a trigger's handlers took a call.
-    pub(super) fn none_taken(&self, trigger: &Trigger<'_>, seen: pick::Seen) -> CallError {
-        if seen.too_large {
-            let message = "the payload is too large as base64 for a handler without the feature \
-            'attachments'";
-            return Refusal::new(Code::TooLarge, message).into();
-        }
-        if !seen.matching {
-            return self.no_handler(trigger);
-        }
-        if seen.silent {
-            let message = format!(
-                "{} of your calls wait for a handler of trigger '{}' \
-                (limits.in_flight_per_handler_max)",
-                self.limits.in_flight_per_handler_max, trigger.process
-            );
-            return Refusal::new(Code::Overloaded, message).into();
-        }
-        let message = format!(
-            "every handler of trigger '{}' in pool '{}' is at its concurrency or has a full \
-             outbox; try again later, or add handlers",
-            trigger.process, self.name
-        );
-        Refusal::new(Code::Overloaded, message).into()
-    }
 }
 
 /// What a sticky trigger hashes: the key, or else the caller. A call and an emit with the same key
@@ -542,15 +347,6 @@ pub(super) fn sticky(seed: u64, key: Option<&str>, from: InstanceId) -> u64 {
     }
 }
 
-pub(crate) fn id_in_use(id: &str) -> Refusal {
-    let message = format!(
-        "id '{}' is in use by another call of this app, in flight or parked, or by an answer \
-         that the app has not fetched",
-        id.escape_debug()
-    );
-    Refusal::new(Code::BadMessage, message)
-}
-
 pub(super) fn matches<D: Driver>(
     destination: Option<&latzero_protocol::message::Destination<'_>>,
     member: &Member<D>,
@@ -560,13 +356,6 @@ pub(super) fn matches<D: Driver>(
             && d.instance
                 .is_none_or(|instance| instance == member.instance)
     })
-}
-
-pub(super) fn not_member(pool: &PoolName) -> Refusal {
-    Refusal::new(
-        Code::NotMember,
-        format!("this app is not in pool '{pool}'; name it in the handshake or send pool_join"),
-    )
 }
 
 /// Approximate size of a forwarded message in bytes: the body in the form that its receiver

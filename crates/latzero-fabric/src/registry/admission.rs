@@ -7,13 +7,14 @@ use std::sync::Arc;
 
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
 use latzero_protocol::message::{Handshake, TriggerSpec, too_many, too_many_bytes};
-use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal};
+use latzero_protocol::{AppId, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
-use super::{Admission, Admitted, App, Instance, Registry, Who, not_open};
+use super::{Admission, Admitted, App, Instance, Registry, Who};
 use crate::driver::{Driver, Peer, Transport};
 use crate::ledger::{Account, Reservation, Resource};
 use crate::limits::Limits;
+use crate::refusals;
 use crate::registration::{Registration, Remembered};
 use crate::rows::StoreChange;
 use crate::turn::Turn;
@@ -95,7 +96,7 @@ impl<D: Driver> Registry<D> {
         self.check_policies(app_id, &registration)?;
         let kept = |name: &&PoolName| self.is_reserved(app_id, name, now);
         if let Some(name) = registration.pools.iter().find(kept) {
-            return Err(not_open(app_id, name));
+            return Err(refusals::pool_not_open(app_id, name));
         }
         if let Some(meta) = handshake.meta {
             registration.meta = Some(self.free_json("meta", meta.text())?);
@@ -114,17 +115,11 @@ impl<D: Driver> Registry<D> {
             let stay = || app.instances.iter().filter(|instance| stays(instance));
             let alone = handshake.exclusive || stay().any(|i| i.exclusive);
             if alone && stay().next().is_some() && !handshake.takeover {
-                let message = format!(
-                    "app '{app_id}' already has a connected instance, and one of the two is \
-                     exclusive; stop the other one, or send \"takeover\":true"
-                );
-                return Err(Refusal::new(Code::AppInUse, message));
+                return Err(refusals::app_is_exclusive(app_id));
             }
             if stay().count() >= self.limits.instances_per_app_max && !handshake.takeover {
                 let max = self.limits.instances_per_app_max;
-                let message =
-                    format!("app '{app_id}' has {max} instances (limits.instances_per_app_max)");
-                return Err(Refusal::new(Code::Quota, message));
+                return Err(refusals::too_many_instances(app_id, max));
             }
         }
         let is_known = known.is_some();
@@ -247,8 +242,7 @@ impl<D: Driver> Registry<D> {
             return Ok(());
         }
         if !self.forget_offline(user, user.is_stranger(), turn) && !self.forget_any(turn) {
-            let message = format!("{} apps are connected (limits.apps_max)", self.apps.len());
-            return Err(Refusal::new(Code::Quota, message));
+            return Err(refusals::too_many_apps(self.apps.len()));
         }
         Ok(())
     }
@@ -337,7 +331,7 @@ impl<D: Driver> Registry<D> {
                 .get(name)
                 .is_some_and(|entry| !entry.admits(app_id))
             {
-                return Err(not_open(app_id, name));
+                return Err(refusals::pool_not_open(app_id, name));
             }
         }
         self.check_service(app_id, &registration.triggers)
@@ -357,16 +351,10 @@ impl<D: Driver> Registry<D> {
                 continue;
             }
             if !entry.admits(app_id) {
-                return Err(not_open(app_id, name));
+                return Err(refusals::pool_not_open(app_id, name));
             }
             if !entry.may_serve(app_id) {
-                return Err(Refusal::new(
-                    Code::Forbidden,
-                    format!(
-                        "app '{app_id}' may not serve triggers in pool '{name}' (the pool's \
-                         policy \"serve\")"
-                    ),
-                ));
+                return Err(refusals::may_not_serve(app_id, name));
             }
         }
         Ok(())
@@ -384,13 +372,8 @@ impl<D: Driver> Registry<D> {
         }
         let (served, max) = (registration.served(), self.limits.served_per_app_max);
         if served > max {
-            let message = format!(
-                "{} triggers in {} pools make {served} handlers, but an app may have only {max} \
-                 (limits.served_per_app_max); name the pools of each trigger",
-                triggers.len(),
-                pools.len()
-            );
-            return Err(Refusal::new(Code::Quota, message));
+            let (triggers, pools) = (triggers.len(), pools.len());
+            return Err(refusals::too_many_served(triggers, pools, served, max));
         }
         Ok(())
     }
@@ -398,23 +381,11 @@ impl<D: Driver> Registry<D> {
     /// Checks JSON that the server does not interpret: only its size is limited.
     pub(super) fn free_json(&self, field: &str, text: &str) -> Result<Value, Refusal> {
         if text.len() > self.limits.meta_bytes_max {
-            let message = format!(
-                "field '{field}' has {} bytes; the maximum is {} (limits.meta_bytes_max)",
-                text.len(),
-                self.limits.meta_bytes_max
-            );
-            return Err(Refusal::new(Code::TooLarge, message));
+            let max = self.limits.meta_bytes_max;
+            return Err(refusals::field_too_large(field, text.len(), max));
         }
-        serde_json::from_str(text).map_err(|error| {
-            Refusal::new(
-                Code::BadMessage,
-                format!(
-                    "field '{field}' cannot be stored: at byte {} it has half a surrogate pair, \
-                     or a number that is out of range",
-                    error.column()
-                ),
-            )
-        })
+        serde_json::from_str(text)
+            .map_err(|error| refusals::field_not_storable(field, error.column()))
     }
 }
 
@@ -444,14 +415,7 @@ pub(super) fn check_reserved(triggers: &[TriggerSpec]) -> Result<(), Refusal> {
             .is_some_and(|pools| pools.iter().any(|p| p.as_str() == SYSTEM_POOL))
     };
     match triggers.iter().find(names_system) {
-        Some(spec) => {
-            let message = format!(
-                "trigger '{}' cannot be served in pool '{SYSTEM_POOL}', which belongs to the \
-                 server",
-                spec.name
-            );
-            Err(Refusal::new(Code::Forbidden, message))
-        }
+        Some(spec) => Err(refusals::triggers_in_system_pool(&spec.name, SYSTEM_POOL)),
         None => Ok(()),
     }
 }

@@ -5,10 +5,11 @@
 //! it.
 
 use latzero_protocol::limits::SYSTEM_APP;
-use latzero_protocol::{AppId, Code, Refusal};
+use latzero_protocol::{AppId, Refusal};
 
 use super::Registry;
 use crate::driver::{Driver, Transport};
+use crate::refusals;
 use crate::rows::{BindingRow, StoreChange};
 use crate::turn::Turn;
 
@@ -73,19 +74,14 @@ impl<D: Driver> Registry<D> {
         match (key, who.proves(app_id)) {
             (Some(key), Some(proved)) if key == proved => return Ok(()),
             (Some(_), _) => {
-                let message = format!("app '{app_id}' has a key, which must be proved first");
-                return Err(Refusal::new(Code::Unauthenticated, message));
+                return Err(refusals::key_not_proved(app_id));
             }
             (None, Some(_)) => self.check_new_key(app_id, who)?,
             (None, None) => {}
         }
         let uid = self.bindings.get(app_id).and_then(|binding| binding.uid);
         if uid.is_some() && uid != who.uid {
-            let message = format!(
-                "AppID '{app_id}' belongs to another user; connect over the Unix socket as that \
-                user, or choose another AppID"
-            );
-            return Err(Refusal::new(Code::Unauthenticated, message));
+            return Err(refusals::name_of_other_user(app_id));
         }
         Ok(())
     }
@@ -113,8 +109,7 @@ impl<D: Driver> Registry<D> {
         }
         let max = self.limits.app_keys_max;
         if self.keys >= max {
-            let message = format!("{max} AppIDs have keys (limits.app_keys_max)");
-            return Err(Refusal::new(Code::Quota, message));
+            return Err(refusals::too_many_keys(max));
         }
         Ok(())
     }
@@ -185,10 +180,7 @@ impl<D: Driver> Registry<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<(), Refusal> {
         let Some(binding) = self.bindings.get_mut(app_id).filter(|b| b.key.is_some()) else {
-            return Err(Refusal::new(
-                Code::NoApp,
-                format!("app '{app_id}' has no key"),
-            ));
+            return Err(refusals::no_key(app_id));
         };
         binding.key = None;
         self.keys -= 1;
@@ -252,16 +244,10 @@ fn check_name(app_id: &AppId, who: &Who) -> Result<(), Refusal> {
         .strip_prefix(SYSTEM_APP)
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('-'));
     if is_servers {
-        let message = format!("AppID '{app_id}' is the server's own; choose another");
-        return Err(Refusal::new(Code::Forbidden, message));
+        return Err(refusals::name_of_server(app_id));
     }
     match tool_of(app_id) {
-        Some(uid) if who.uid != Some(uid) => {
-            let message = format!(
-                "AppID '{app_id}' is for user {uid} on the Unix socket alone; choose another"
-            );
-            Err(Refusal::new(Code::Forbidden, message))
-        }
+        Some(uid) if who.uid != Some(uid) => Err(refusals::name_of_tool(app_id, uid)),
         _ => Ok(()),
     }
 }
@@ -279,11 +265,7 @@ fn check_certificate(app_id: &AppId, who: &Who) -> Result<(), Refusal> {
         true => "no AppID".to_owned(),
         false => names.join(", "),
     };
-    let message = format!(
-        "your TLS certificate is for {names}, not for AppID '{app_id}'; use a certificate that \
-        names it as latzero://{app_id}"
-    );
-    Err(Refusal::new(Code::Forbidden, message))
+    Err(refusals::name_not_certified(app_id, names))
 }
 
 /// The user whose tools an AppID is reserved for: `cli-1000`, and `cli-1000-` followed by more.

@@ -10,9 +10,10 @@ use latzero_protocol::{AppId, InstanceId, PoolName, Refusal};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{App, Instance, PoolEntry, Registry, no_pool};
+use super::{App, Instance, PoolEntry, Registry};
 use crate::driver::Driver;
 use crate::now::Time;
+use crate::refusals;
 use crate::registration::Remembered;
 
 /// Bytes of the entries on one page.
@@ -83,7 +84,7 @@ impl<D: Driver> Registry<D> {
         view: &View<'_>,
     ) -> Result<&PoolEntry<D>, Refusal> {
         let entry = self.pools.get(name).filter(|entry| self.shows(entry, view));
-        entry.ok_or_else(|| no_pool(name))
+        entry.ok_or_else(|| refusals::no_pool(name))
     }
 
     /// Whether the content of a visible pool is visible too: administrators see only that an

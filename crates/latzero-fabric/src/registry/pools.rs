@@ -6,15 +6,16 @@ use latzero_crypto::descriptor::Descriptor;
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
 use latzero_protocol::memory::Apps;
 use latzero_protocol::message::{Policy, PoolCreate};
-use latzero_protocol::{AppId, Code, PoolName, Raw, Refusal};
+use latzero_protocol::{AppId, PoolName, Raw, Refusal};
 use serde_json::Value;
 
-use super::{Entrance, PoolEntry, Registry, Sealed, View, not_open, sealed};
+use super::{Entrance, PoolEntry, Registry, Sealed, View, sealed};
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Reservation, Resource};
 use crate::now::Time;
 use crate::pool::Pool;
 use crate::prng::Prng;
+use crate::refusals;
 use crate::registration::{Registration, Remembered};
 use crate::rows::{PoolRow, StoreChange};
 use crate::turn::Turn;
@@ -65,20 +66,13 @@ impl<D: Driver> Registry<D> {
         }
         let policy = Raw::new(&row.policy).ok();
         let policy = policy.and_then(|policy| Policy::parse(policy).ok());
-        let closed = policy.is_none().then(|| {
-            Refusal::new(
-                Code::Storage,
-                format!("the policy of pool '{}' is invalid", row.name),
-            )
-        });
+        let closed = policy
+            .is_none()
+            .then(|| refusals::policy_is_invalid(&row.name));
         let sealed = row.descriptor.as_deref().map(Sealed::restore);
         let is_damaged = matches!(sealed, Some(None));
-        let closed = closed.or_else(|| {
-            is_damaged.then(|| {
-                let message = format!("the descriptor of pool '{}' makes no sense", row.name);
-                Refusal::new(Code::Storage, message)
-            })
-        });
+        let closed =
+            closed.or_else(|| is_damaged.then(|| refusals::descriptor_is_damaged(&row.name)));
         let policy = policy.filter(|_| !is_damaged).unwrap_or(Policy {
             join: Apps::These(Vec::new()),
             serve: Apps::These(Vec::new()),
@@ -118,7 +112,7 @@ impl<D: Driver> Registry<D> {
         entry.held = entry
             .held
             .checked_add_signed(change as isize)
-            .expect("a call ends once, after it began");
+            .expect("a call ends exactly once");
         self.drop_if_unused(name);
         true
     }
@@ -172,24 +166,20 @@ impl<D: Driver> Registry<D> {
                 return Err(Refusal::unproved());
             }
             if !entry.admits(owner) {
-                return Err(not_open(owner, &name));
+                return Err(refusals::pool_not_open(owner, &name));
             }
-            return Err(Refusal::new(
-                Code::PoolExists,
-                format!("pool '{name}' exists; join it, or choose another name"),
-            ));
+            return Err(refusals::pool_exists(&name));
         }
         // Its owner is about to reconnect and must be able to join it.
         let awaited = turn.driver.awaited_owner(&name, None);
         if awaited.is_some_and(|of| of != *owner) || self.is_reserved(owner, &name, turn.time()) {
-            return Err(not_open(owner, &name));
+            return Err(refusals::pool_not_open(owner, &name));
         }
         if descriptor
             .as_ref()
             .is_some_and(|d| self.has_pool_id(d.pool_id()))
         {
-            let message = "the pool id of the descriptor is in use here; make a new descriptor";
-            return Err(Refusal::new(Code::BadMessage, message));
+            return Err(refusals::pool_id_in_use());
         }
         self.check_room_for_pools(1)?;
         let place = promise.link().account().reserve(Resource::Pools, 1);
@@ -265,33 +255,22 @@ impl<D: Driver> Registry<D> {
     ) -> Result<(D::Pool, bool), Refusal> {
         let entry = self.shown_pool(name, view)?;
         if matches!(name.as_str(), DEFAULT_POOL | SYSTEM_POOL) {
-            return Err(Refusal::new(
-                Code::Forbidden,
-                format!("pool '{name}' is built in and cannot be removed"),
-            ));
+            return Err(refusals::pool_is_built_in(name));
         }
         if entry.sealed.is_some() {
             // Only administrators and members see it, so the keys decide.
             if !view.is_admin && !self.may_write(entry, view) {
-                let message = format!("removing pool '{name}' needs the role 'write' in it");
-                return Err(Refusal::new(Code::Forbidden, message));
+                return Err(refusals::removal_needs_write(name));
             }
         } else if entry.owner.as_ref() != Some(view.app) && !view.is_admin {
             let owner = entry
                 .owner
                 .as_ref()
                 .map_or("nobody (it is removed with its last member)", AppId::as_str);
-            return Err(Refusal::new(
-                Code::Forbidden,
-                format!("pool '{name}' is owned by {owner}; only the owner may remove it"),
-            ));
+            return Err(refusals::pool_of_other(name, owner));
         }
         if entry.members > 0 && !force {
-            let message = format!(
-                "pool '{name}' has {} members; add \"force\":true to remove it anyway",
-                entry.members
-            );
-            return Err(Refusal::new(Code::Forbidden, message));
+            return Err(refusals::pool_has_members(name, entry.members));
         }
         let entry = self.pools.remove(name).expect("found above");
         let has_row = entry.durable || entry.policy != Policy::default();
@@ -379,8 +358,7 @@ impl<D: Driver> Registry<D> {
 
     pub(super) fn check_room_for_pools(&self, more: usize) -> Result<(), Refusal> {
         if self.pools.len() + more > self.limits.pools_max {
-            let message = format!("there are {} pools (limits.pools_max)", self.pools.len());
-            return Err(Refusal::new(Code::Quota, message));
+            return Err(refusals::too_many_pools(self.pools.len()));
         }
         Ok(())
     }

@@ -13,8 +13,9 @@ use latzero_protocol::proof::Sealed as Asked;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 use serde_json::{Value, json};
 
-use super::{Entrance, Grant, Membership, PoolEntry, Registry, View, not_open};
+use super::{Entrance, Grant, Membership, PoolEntry, Registry, View};
 use crate::driver::Driver;
+use crate::refusals;
 use crate::rows::{PoolRow, StoreChange};
 use crate::turn::Turn;
 
@@ -88,8 +89,7 @@ pub(super) fn read(asked: &Asked<'_>, name: &PoolName) -> Result<Arc<Descriptor>
     let bytes = bytes_of(&asked.descriptor)?;
     let descriptor = descriptor::read_creation(&bytes, name.as_str()).map_err(refusal)?;
     if asked.is_gated != (descriptor.suite() == Suite::Gated) {
-        let message = "field 'memory' does not fit the suite of the descriptor";
-        return Err(Refusal::new(Code::BadMessage, message));
+        return Err(refusals::memory_does_not_fit());
     }
     Ok(Arc::new(descriptor))
 }
@@ -187,7 +187,7 @@ impl<D: Driver> Registry<D> {
             return Err(Refusal::unproved());
         }
         if !entry.admits(app_id) {
-            return Err(not_open(app_id, name));
+            return Err(refusals::pool_not_open(app_id, name));
         }
         let suite = sealed.descriptor.suite();
         let chain = sealed.older.iter().rev().take(CHAIN_TOLD).rev();
@@ -348,10 +348,7 @@ fn row<D: Driver>(name: &PoolName, entry: &PoolEntry<D>) -> PoolRow {
 /// The bytes of a descriptor on the wire.
 fn bytes_of(said: &str) -> Result<Vec<u8>, Refusal> {
     let bytes = text::decode_within(said, DESCRIPTOR_BYTES_MAX);
-    bytes.ok_or_else(|| {
-        let message = "field 'descriptor' is not a descriptor in base64url without padding";
-        Refusal::new(Code::BadMessage, message)
-    })
+    bytes.ok_or_else(refusals::not_a_descriptor)
 }
 
 fn refusal(error: StoreError) -> Refusal {

@@ -10,14 +10,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use hashbrown::HashMap;
 use latzero_protocol::frame::Frame;
 use latzero_protocol::message::Request;
-use latzero_protocol::{Code, Ran, Refusal};
+use latzero_protocol::{Ran, Refusal};
 
 use super::{Flow, Session};
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Reservation, Resource};
 use crate::limits::Limits;
 use crate::now::Time;
-use crate::pool::id_in_use;
+use crate::refusals;
 use crate::turn::Turn;
 
 /// Approximate size of a waiting message in addition to its bytes.
@@ -167,7 +167,7 @@ impl<D: Driver> Session<D> {
         if let Some((id, m)) = named {
             let is_waiting = self.held.by_id.contains_key(id);
             if is_waiting || turn.with_pool(&m.pool, |pool, _| pool.has_call(m.member, id)) {
-                return Err(id_in_use(id));
+                return Err(refusals::id_in_use(id));
             }
         }
         let id = named.map(|(id, _)| id);
@@ -253,8 +253,8 @@ impl<D: Driver> Session<D> {
             return false;
         };
         self.held.remove(number);
-        let refusal = Refusal::new(Code::Cancelled, "the call was cancelled");
-        self.refuse(Some(id), &refusal.with_ran(Ran::No), turn);
+        let refusal = refusals::call_cancelled().with_ran(Ran::No);
+        self.refuse(Some(id), &refusal, turn);
         true
     }
 

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use latzero_protocol::Refusal;
 use latzero_protocol::encode;
 use latzero_protocol::limits::{PROTOCOL_VERSION, SYSTEM_POOL};
 use latzero_protocol::message::{EventSet, Features, Handshake, TriggerSpec};
-use latzero_protocol::{Code, Refusal};
 use serde_json::json;
 
 use super::pending::Awaited;
@@ -14,6 +14,7 @@ use super::{Flow, Ready, Session, announce_departure, expel, leave};
 use crate::driver::{Driver, Peer, Transport};
 use crate::outbox::Class;
 use crate::pool::Joining;
+use crate::refusals;
 use crate::registry::{Admission, Admitted, Membership};
 use crate::turn::Turn;
 
@@ -45,10 +46,7 @@ impl<D: Driver> Session<D> {
         turn: &mut Turn<'_, D>,
     ) -> Flow {
         if self.ready.is_some() {
-            let refusal = Refusal::new(
-                Code::AlreadyReady,
-                "this connection has completed its handshake; open another one for another app",
-            );
+            let refusal = refusals::already_ready();
             self.refuse(id, &refusal, turn);
             return Flow::Continue;
         }
@@ -78,17 +76,11 @@ impl<D: Driver> Session<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<Entry, Refusal> {
         if handshake.protocol != PROTOCOL_VERSION {
-            let message = format!(
-                "protocol {} is not supported; this server supports {PROTOCOL_VERSION}",
-                handshake.protocol
-            );
-            return Err(Refusal::new(Code::UnsupportedProtocol, message));
+            let asked = handshake.protocol;
+            return Err(refusals::unsupported_protocol(asked, PROTOCOL_VERSION));
         }
         if turn.driver.context().is_draining() {
-            return Err(Refusal::new(
-                Code::Draining,
-                "the server is shutting down; reconnect later",
-            ));
+            return Err(refusals::draining_handshakes());
         }
         let (peer, transport) = (self.peer.clone(), self.terms.transport);
         let kept = stored.map(|stored| stored.rehydrated);
@@ -191,7 +183,7 @@ impl<D: Driver> Session<D> {
                 for (_, block) in blocks {
                     // A removed block does not change any more.
                     let _ = turn.with_pool(&m.pool, |pool, turn| {
-                        pool.subscribe_block(m.member, block, turn)
+                        pool.blocks().subscribe(m.member, block, turn)
                     });
                 }
             }
@@ -227,7 +219,7 @@ impl<D: Driver> Session<D> {
         let member = turn.with_pool(&entrance.pool, |pool, turn| {
             let member = pool.join(joining, turn)?;
             pool.watch(member, watch);
-            pool.deliver_answers(&ready.app, turn);
+            pool.lasting().deliver_answers(&ready.app, turn);
             for spec in ready.triggers.iter().filter(own) {
                 pool.serve(member, spec, turn);
             }

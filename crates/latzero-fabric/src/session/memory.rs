@@ -12,6 +12,7 @@ use super::Session;
 use crate::driver::{BlockWrite, Driver, Written};
 use crate::outbox::{Class, Sent};
 use crate::pool::{Asking, LockRequest, MemberKey, ReadPlan, Replied, WritePlan};
+use crate::refusals;
 use crate::registry::Membership;
 use crate::turn::Turn;
 
@@ -33,17 +34,14 @@ impl<D: Driver> Session<D> {
         }
         let asking = Asking { member, id };
         match &memory.action {
-            Action::Create(_) if is_system => Err(Refusal::new(
-                Code::Forbidden,
-                "pool 'system' belongs to the server; create blocks in another pool",
-            )),
+            Action::Create(_) if is_system => Err(refusals::blocks_in_system_pool()),
             Action::Create(create) => {
                 let uid = uid(create, sealed_pool.is_some())?;
                 if create.or_attach {
                     check(&pool, member, &create.block, turn)?;
                 }
                 turn.with_pool(&pool, |pool, turn| {
-                    pool.create_block(asking, create, uid, turn)
+                    pool.blocks().create(asking, create, uid, turn)
                 })
             }
             Action::Attach {
@@ -53,19 +51,20 @@ impl<D: Driver> Session<D> {
             } => {
                 check(&pool, member, block, turn)?;
                 turn.with_pool(&pool, |pool, turn| {
-                    pool.attach_block(asking, block, *mode, layout.as_ref(), turn)
+                    pool.blocks()
+                        .attach(asking, block, *mode, layout.as_ref(), turn)
                 })
             }
-            Action::Detach(block) => {
-                turn.with_pool(&pool, |pool, turn| pool.detach_block(member, block, turn))
-            }
+            Action::Detach(block) => turn.with_pool(&pool, |pool, turn| {
+                pool.blocks().detach(member, block, turn)
+            }),
             Action::Read {
                 block,
                 offset,
                 length,
                 if_version,
             } => {
-                let plan = turn.with_pool(&pool, |pool, _| pool.read_block(member, block))?;
+                let plan = turn.with_pool(&pool, |pool, _| pool.blocks().read(member, block))?;
                 let range = range(block, plan, *offset, *length)?;
                 self.check_fits(range.end - range.start, turn)?;
                 let (bytes, version) = turn.driver.read_block(plan.storage, range, *if_version)?;
@@ -82,17 +81,13 @@ impl<D: Driver> Session<D> {
                 });
                 turn.driver.effects().buffers.recycle(bytes);
                 match sent {
-                    Sent::Full => Err(Refusal::new(
-                        Code::Overloaded,
-                        "the data did not fit in the connection's outbox \
-                         (limits.outbox_bytes_max): read faster",
-                    )),
+                    Sent::Full => Err(refusals::data_did_not_fit()),
                     Sent::Queued | Sent::Gone => Ok(None),
                 }
             }
             Action::Write(write) => {
                 let plan = turn.with_pool(&pool, |pool, _| {
-                    pool.begin_write(member, &write.block, write.lock)
+                    pool.blocks().begin_write(member, &write.block, write.lock)
                 })?;
                 let if_version = match &sealed_pool {
                     None => Ok(write.if_version),
@@ -110,7 +105,9 @@ impl<D: Driver> Session<D> {
                     )
                 });
                 let version = written.as_ref().ok().and_then(Written::version);
-                turn.with_pool(&pool, |pool, turn| pool.end_write(plan, version, turn));
+                turn.with_pool(&pool, |pool, turn| {
+                    pool.blocks().end_write(plan, version, turn)
+                });
                 let (Written::Version(version) | Written::Differs(version, _)) = written?;
                 Ok(Some(format!("{{\"version\":{version}}}")))
             }
@@ -121,8 +118,9 @@ impl<D: Driver> Session<D> {
                 data,
                 lock,
             } => {
-                let plan =
-                    turn.with_pool(&pool, |pool, _| pool.begin_write(member, block, *lock))?;
+                let plan = turn.with_pool(&pool, |pool, _| {
+                    pool.blocks().begin_write(member, block, *lock)
+                })?;
                 let swapped = turn.driver.write_block(
                     plan.storage,
                     &BlockWrite {
@@ -133,7 +131,9 @@ impl<D: Driver> Session<D> {
                     },
                 );
                 let version = swapped.as_ref().ok().and_then(Written::version);
-                turn.with_pool(&pool, |pool, turn| pool.end_write(plan, version, turn));
+                turn.with_pool(&pool, |pool, turn| {
+                    pool.blocks().end_write(plan, version, turn)
+                });
                 Ok(Some(match swapped? {
                     Written::Version(version) => {
                         format!("{{\"swapped\":true,\"version\":{version}}}")
@@ -160,23 +160,24 @@ impl<D: Driver> Session<D> {
                     lease_ms: *lease_ms,
                 };
                 turn.with_pool(&pool, |pool, turn| {
-                    pool.lock_block(asking, block, want, turn)
+                    pool.blocks().lock(asking, block, want, turn)
                 })
             }
             Action::Unlock(block, fence) => turn.with_pool(&pool, |pool, turn| {
-                pool.unlock_block(member, block, *fence, turn)
+                pool.blocks().unlock(member, block, *fence, turn)
             }),
             Action::Renew {
                 block,
                 lock,
                 lease_ms,
             } => turn.with_pool(&pool, |pool, _| {
-                pool.renew_lock(now, member, block, *lock, *lease_ms)
+                pool.blocks()
+                    .renew_lock(now, member, block, *lock, *lease_ms)
             }),
             Action::Subscribe(block) => {
                 let name = m.name.clone();
                 let reply = turn.with_pool(&pool, |pool, turn| {
-                    pool.subscribe_block(member, block, turn)
+                    pool.blocks().subscribe(member, block, turn)
                 })?;
                 self.remember_subscription(&name, block, true, turn);
                 Ok(reply)
@@ -184,12 +185,12 @@ impl<D: Driver> Session<D> {
             Action::Unsubscribe(block) => {
                 let name = m.name.clone();
                 let reply =
-                    turn.with_pool(&pool, |pool, _| pool.unsubscribe_block(member, block))?;
+                    turn.with_pool(&pool, |pool, _| pool.blocks().unsubscribe(member, block))?;
                 self.remember_subscription(&name, block, false, turn);
                 Ok(reply)
             }
             Action::Notify(block, version) => turn.with_pool(&pool, |pool, turn| {
-                pool.notify_block(member, block, *version, turn)
+                pool.blocks().notify(member, block, *version, turn)
             }),
             Action::Reoffer(block) => {
                 let name = m.name.clone();
@@ -197,24 +198,24 @@ impl<D: Driver> Session<D> {
                 Ok(Some("{}".into()))
             }
             Action::Resize(block, size) => turn.with_pool(&pool, |pool, turn| {
-                pool.resize_block(asking, block, *size, turn)
+                pool.blocks().resize(asking, block, *size, turn)
             }),
             Action::Flush(block) => {
-                turn.with_pool(&pool, |pool, turn| pool.flush_block(asking, block, turn))
+                turn.with_pool(&pool, |pool, turn| pool.blocks().flush(asking, block, turn))
             }
             Action::Remove(block) => {
                 let is_admin = self.terms.is_admin;
                 turn.with_pool(&pool, |pool, turn| {
-                    pool.remove_block(member, is_admin, block, turn)
+                    pool.blocks().remove(member, is_admin, block, turn)
                 })
             }
             Action::List(page) => {
-                let blocks = turn.with_pool(&pool, |pool, turn| pool.blocks_json(page, turn));
+                let blocks = turn.with_pool(&pool, |pool, turn| pool.blocks().list(page, turn));
                 Ok(Some(blocks))
             }
             Action::Info(block) => {
                 let all =
-                    turn.with_pool(&pool, |pool, turn| pool.block_json(member, block, turn))?;
+                    turn.with_pool(&pool, |pool, turn| pool.blocks().info(member, block, turn))?;
                 Ok(Some(all.to_string()))
             }
         }
@@ -245,11 +246,7 @@ impl<D: Driver> Session<D> {
         if length <= max {
             return Ok(());
         }
-        let message = format!(
-            "{length} bytes do not fit in one reply; read at most {max} at a time, with \
-             \"if_version\" to get parts of the same version"
-        );
-        Err(Refusal::new(Code::TooLarge, message))
+        Err(refusals::too_large_to_read(length, max))
     }
 }
 
@@ -278,20 +275,18 @@ fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(),
         _ => Roles::Write,
     };
     m.check_roles(needed)?;
-    let refuse = |message| Err(Refusal::new(Code::BadMessage, message));
     match (grant.suite, action) {
         (Suite::Gated, Action::Create(create)) if create.kind == Kind::Persistent => {
-            refuse("a pool whose memory is gated has no persistent blocks: their bytes are plain")
+            Err(refusals::gated_block_is_persistent())
         }
         (Suite::Sealed, Action::Create(create)) if create.slots == 1 => {
-            refuse("a sealed block has snapshots; \"consistency\":\"raw\" has none")
+            Err(refusals::sealed_block_is_raw())
         }
-        (Suite::Sealed, Action::Cas { .. } | Action::Resize(..)) => refuse(
-            "the content of a sealed block is changed by clients alone: take its lock, and write \
-             a whole version",
-        ),
+        (Suite::Sealed, Action::Cas { .. } | Action::Resize(..)) => {
+            Err(refusals::sealed_block_changed_by_server())
+        }
         (Suite::Sealed, Action::Write(write)) if write.offset != 0 || write.lock.is_none() => {
-            refuse("a sealed block is written as a whole slot, at offset 0 and under its 'lock'")
+            Err(refusals::sealed_block_written_in_part())
         }
         _ => Ok(()),
     }
@@ -300,13 +295,12 @@ fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(),
 /// The identity that the content of a new block is bound to.
 fn uid(create: &Create, is_sealed: bool) -> Result<Option<[u8; 16]>, Refusal> {
     let uid = create.block_uid.as_deref().map(text::decode);
-    let message = match (is_sealed, uid) {
-        (true, Some(Some(uid))) => return Ok(Some(uid)),
-        (false, None) => return Ok(None),
-        (true, _) => "a block in a sealed pool needs a 'block_uid': 16 random bytes in base64url",
-        (false, _) => "field 'block_uid' is for blocks in sealed pools",
-    };
-    Err(Refusal::new(Code::BadMessage, message))
+    match (is_sealed, uid) {
+        (true, Some(Some(uid))) => Ok(Some(uid)),
+        (false, None) => Ok(None),
+        (true, _) => Err(refusals::block_uid_missing()),
+        (false, _) => Err(refusals::block_uid_unexpected()),
+    }
 }
 
 /// Checks a slot of a sealed block, with only the public keys of the pool. Returns the version
@@ -319,8 +313,7 @@ fn check_written<D: Driver>(
 ) -> Result<u64, Refusal> {
     let descriptor = turn.with_registry(|registry, _| registry.descriptor(name));
     let (Some(descriptor), Some(sealed)) = (descriptor, plan.sealed) else {
-        let message = format!("pool '{name}' was just removed");
-        return Err(Refusal::new(Code::NoPool, message));
+        return Err(refusals::pool_just_removed(name));
     };
     // From the block itself: the last writer may not have announced its version.
     let version = turn.version_noted(plan.storage, u64::MAX);
@@ -343,10 +336,7 @@ fn check_written<D: Driver>(
     };
     seen.map_err(|error| Refusal::new(code(error), error.to_string()))?;
     match write.if_version {
-        Some(wanted) if wanted != version => {
-            let message = format!("block '{}' has version {version}", write.block);
-            Err(Refusal::new(Code::VersionConflict, message))
-        }
+        Some(wanted) if wanted != version => Err(refusals::other_version(&write.block, version)),
         _ => Ok(version),
     }
 }
@@ -358,7 +348,7 @@ fn check<D: Driver>(
     block: &BlockId,
     turn: &mut Turn<'_, D>,
 ) -> Result<(), Refusal> {
-    match turn.with_pool(pool, |pool, _| pool.read_block(member, block)) {
+    match turn.with_pool(pool, |pool, _| pool.blocks().read(member, block)) {
         Ok(plan) => turn.driver.read_block(plan.storage, 0..0, None).map(|_| ()),
         Err(_) => Ok(()),
     }
@@ -379,11 +369,7 @@ fn range(
         Some(end) if offset <= end && end <= plan.size => Ok(offset..end),
         _ => {
             let asked = length.map_or("to the end".into(), |length| format!("{length} bytes"));
-            let message = format!(
-                "{asked} from offset {offset} is outside block '{block}', which has {} bytes",
-                plan.size
-            );
-            Err(Refusal::new(Code::OutOfRange, message))
+            Err(refusals::outside_block(asked, offset, block, plan.size))
         }
     }
 }

@@ -1,13 +1,14 @@
 //! Requests about parked calls: an app's own, all in a pool for its owner, and all for
 //! administrators.
 
+use latzero_protocol::Refusal;
 use latzero_protocol::parked::{Parked, ParkedAction, ParkedChange, ParkedFilter};
-use latzero_protocol::{Code, Refusal};
 use serde_json::{Value, json};
 
 use super::Session;
 use super::pending::{PendingReply, Reply};
 use crate::driver::Driver;
+use crate::refusals;
 use crate::registry::PAGE_BYTES_MAX;
 use crate::rows::StoreChange;
 use crate::turn::Turn;
@@ -33,7 +34,8 @@ impl<D: Driver> Session<D> {
                 let found = self.find(&parked.filter, is_admin, (0, 1), turn);
                 let shown = found.first().and_then(|found| {
                     turn.with_pool(&found.pool, |pool, turn| {
-                        pool.describe_parked(found.number, true, &turn.now)
+                        pool.lasting()
+                            .describe_parked(found.number, true, &turn.now)
                     })
                 });
                 shown
@@ -68,13 +70,11 @@ impl<D: Driver> Session<D> {
             changed += usize::from(is_changed);
         }
         if let Some(number) = filter.number.filter(|_| changed == 0) {
-            let message = match change {
-                ParkedChange::Cancel => "has ended: there is nothing to cancel",
-                ParkedChange::Retry(_) => "is not dead: only dead calls can be run again",
-                ParkedChange::Purge => "has not ended: cancel it instead",
-            };
-            let message = format!("parked call {number} {message}");
-            return Err(Refusal::new(Code::BadMessage, message));
+            return Err(match change {
+                ParkedChange::Cancel => refusals::parked_call_has_ended(number),
+                ParkedChange::Retry(_) => refusals::parked_call_not_dead(number),
+                ParkedChange::Purge => refusals::parked_call_not_ended(number),
+            });
         }
         if let Some(ready) = &self.ready {
             let what = match change {
@@ -108,7 +108,7 @@ impl<D: Driver> Session<D> {
         for (pool, is_own) in pools {
             let viewer = (!is_admin && !is_own).then_some(view.app);
             let numbers = turn.with_pool(&pool, |pool, _| {
-                pool.find_parked(filter, viewer, (after, limit))
+                pool.lasting().find_parked(filter, viewer, (after, limit))
             });
             found.extend(numbers.into_iter().map(|number| Found {
                 number,
@@ -127,7 +127,8 @@ fn page<D: Driver>(found: &[Found<D>], limit: usize, turn: &mut Turn<'_, D>) -> 
     let mut is_more = found.len() == limit;
     for found in found {
         let shown = turn.with_pool(&found.pool, |pool, turn| {
-            pool.describe_parked(found.number, false, &turn.now)
+            pool.lasting()
+                .describe_parked(found.number, false, &turn.now)
         });
         if let Some(shown) = shown {
             bytes += shown.len() + 1;
@@ -144,7 +145,5 @@ fn page<D: Driver>(found: &[Found<D>], limit: usize, turn: &mut Turn<'_, D>) -> 
 }
 
 fn not_found(filter: &ParkedFilter) -> Refusal {
-    let number = filter.number.unwrap_or_default();
-    let message = format!("there is no parked call {number} that you may see");
-    Refusal::new(Code::NoCall, message)
+    refusals::no_parked_call(filter.number.unwrap_or_default())
 }

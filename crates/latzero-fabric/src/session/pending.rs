@@ -117,7 +117,8 @@ impl<D: Driver> Session<D> {
                 match result {
                     Ok(()) => {
                         // If its answer came first, there is nothing to send.
-                        let waits = turn.with_pool(&pool, |pool, _| pool.is_parked(number));
+                        let waits =
+                            turn.with_pool(&pool, |pool, _| pool.lasting().is_parked(number));
                         if let Some(id) = id.filter(|_| waits) {
                             self.send(Class::Control, 256, turn, |out| encode::parked(out, &id));
                         }
@@ -125,7 +126,7 @@ impl<D: Driver> Session<D> {
                     // It still waits for its answer.
                     Err(_) if !is_new => {}
                     Err(refusal) => {
-                        if turn.with_pool(&pool, |pool, turn| pool.unpark(number, turn)) {
+                        if turn.with_pool(&pool, |pool, turn| pool.lasting().unpark(number, turn)) {
                             let message = format!("{}; the call was not parked", refusal.message);
                             let refusal = Refusal::new(refusal.code, message);
                             self.refuse(id.as_deref(), &refusal, turn);

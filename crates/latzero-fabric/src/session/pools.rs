@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 
 use latzero_protocol::limits::SYSTEM_POOL;
 use latzero_protocol::message::{EventSet, PoolCreate, TriggerSpec};
-use latzero_protocol::{Code, PoolName, Refusal, TriggerName};
+use latzero_protocol::{PoolName, Refusal, TriggerName};
 use serde_json::json;
 
 use super::pending::{PendingReply, Reply};
 use super::{Session, leave};
 use crate::driver::{Driver, Transport};
 use crate::effects::Audit;
+use crate::refusals;
 use crate::registry::{NewPool, View, dedup_triggers, remove_triggers};
 use crate::turn::Turn;
 
@@ -185,10 +186,7 @@ impl<D: Driver> Session<D> {
             self.forget_left(turn);
         }
         let Some(at) = self.memberships.iter().position(|m| m.name == *name) else {
-            return Err(Refusal::new(
-                Code::NotMember,
-                format!("this app is not in pool '{name}'"),
-            ));
+            return Err(refusals::nothing_to_leave(name));
         };
         let membership = self.memberships.swap_remove(at);
         let ready = self.ready.as_ref().expect("only a ready session gets here");
@@ -244,10 +242,7 @@ impl<D: Driver> Session<D> {
     ) -> Result<Reply, Refusal> {
         let m = self.membership(Some(name.as_str()))?;
         if !turn.with_pool(&m.pool, |pool, _| pool.watch(m.member, events)) {
-            return Err(Refusal::new(
-                Code::NotMember,
-                format!("pool '{name}' was removed; join it again with pool_join"),
-            ));
+            return Err(refusals::pool_was_removed(name));
         }
         let ready = self.ready.as_ref().expect("only a ready session gets here");
         let is_promised = turn.with_registry(|registry, turn| {

@@ -25,6 +25,7 @@ use crate::effects::Audit;
 use crate::ledger::{Reservation, Resource};
 use crate::now::Time;
 use crate::outbox::Class;
+use crate::refusals;
 use crate::registry::{NewPool, Proved, Rotated, Successor, rotated_event};
 use crate::turn::Turn;
 
@@ -65,16 +66,11 @@ impl<D: Driver> Session<D> {
         turn: &mut Turn<'_, D>,
     ) -> Flow {
         if self.ready.is_none() && length > PROOF_BYTES_MAX {
-            let message =
-                format!("a proof before the handshake has at most {PROOF_BYTES_MAX} bytes");
-            return self.reject(&Refusal::new(Code::FrameTooLarge, message), turn);
+            return self.reject(&refusals::proof_too_large(PROOF_BYTES_MAX), turn);
         }
         let result = match request {
             Request::Challenge => Ok(Reply::Now(self.challenge(turn))),
-            Request::AppProof(_) if self.ready.is_some() => Err(Refusal::new(
-                Code::AlreadyReady,
-                "an app is proved before the handshake; open another connection",
-            )),
+            Request::AppProof(_) if self.ready.is_some() => Err(refusals::too_late_to_prove()),
             Request::AppProof(said) => self.app_proof(id, said, turn),
             Request::AdminProof(said) => self.admin_proof(said, turn).map(Reply::Now),
             _ => unreachable!("no other message arrives here"),
@@ -127,10 +123,7 @@ impl<D: Driver> Session<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
         match proof {
-            Proof::Creation(..) if !is_good => {
-                let message = "the descriptor is not signed by the owner that it names";
-                Err(Refusal::new(Code::BadMessage, message))
-            }
+            Proof::Creation(..) if !is_good => Err(refusals::descriptor_not_signed()),
             _ if !is_good => Err(Refusal::unproved()),
             Proof::App(app, key) => self.seat_app(app, key, turn).map(Reply::Now),
             Proof::Pool(pool, descriptor, roles) => {
@@ -234,9 +227,7 @@ impl<D: Driver> Session<D> {
         let mac: [u8; 32] = binary("mac", &said.mac)?;
         let is_bound = self.terms.binding != ChannelBinding::None;
         if !is_bound && !turn.driver.context().admin_over_plain_tcp {
-            let message = "nobody administers over plain TCP; use the Unix socket or TLS \
-                           (admin_over_plain_tcp)";
-            return Err(Refusal::new(Code::Forbidden, message));
+            return Err(refusals::no_admin_over_plain_tcp());
         }
         self.check_attempts(turn)?;
         let exchange = self.exchange(client_nonce, &said.cb_type, turn);
@@ -368,7 +359,7 @@ impl<D: Driver> Session<D> {
             for block in &subscriptions {
                 // A removed block does not change any more.
                 let _ = turn.with_pool(&m.pool, |pool, turn| {
-                    pool.subscribe_block(m.member, block, turn)
+                    pool.blocks().subscribe(m.member, block, turn)
                 });
             }
         }
@@ -539,9 +530,9 @@ impl<D: Driver> Session<D> {
         }
         let purged = turn.with_pool(&handle, |pool, turn| {
             if moves {
-                pool.renew_blocks(turn);
+                pool.blocks().renew_all(turn);
             }
-            let purged = purges.then(|| pool.purge(turn));
+            let purged = purges.then(|| pool.lasting().purge(turn));
             purged.unwrap_or_default()
         });
         let reply = json!({
@@ -557,8 +548,5 @@ impl<D: Driver> Session<D> {
 
 /// A binary field of exactly `N` bytes.
 fn binary<const N: usize>(field: &str, said: &str) -> Result<[u8; N], Refusal> {
-    text::decode(said).ok_or_else(|| {
-        let message = format!("field '{field}' must be {N} bytes in base64url without padding");
-        Refusal::new(Code::BadMessage, message)
-    })
+    text::decode(said).ok_or_else(|| refusals::not_binary(field, N))
 }

@@ -133,7 +133,7 @@ fn the_previous_record_applies_again_if_the_new_one_is_not_durable() {
 #[test]
 fn matching_waiters_leave_the_queue() {
     let mut row: VecDeque<(u32, &str)> = [(1, "a"), (2, "b"), (1, "c"), (3, "d"), (1, "e")].into();
-    let taken = take_where(&mut row, |(block, _)| *block == 1);
+    let taken = workers::take_where(&mut row, |(block, _)| *block == 1);
     assert_eq!(taken, [(1, "a"), (1, "c"), (1, "e")]);
     assert_eq!(row, [(2, "b"), (3, "d")]);
 }

@@ -141,14 +141,14 @@ fn offer(
     id: Option<&str>,
 ) -> Result<(), Refusal> {
     let shared = Arc::clone(&host.shared);
-    if shared.context.is_draining() {
+    if shared.core.context.is_draining() {
         let message = "this server is already stopping; start a new one when it has stopped";
         return Err(Refusal::new(Code::Draining, message));
     }
     let failed = |why: &str| Refusal::new(Code::Storage, format!("the sockets: {why}"));
     let (listed, descriptors) =
         sockets(listeners, passed).map_err(|error| failed(&error.to_string()))?;
-    let blocks = shared.blocks.shared();
+    let blocks = shared.storage.blocks.shared();
     let reply = reply(&shared, &listed, blocks.len());
     let (count, length) = (descriptors.len(), reply.len() + 256);
     let sent = host
@@ -162,7 +162,7 @@ fn offer(
     let known = blocks
         .into_iter()
         .map(|(pool, block, fd)| ((pool, block), Arc::downgrade(&fd)));
-    *shared.handover.state() = State {
+    *shared.loops.handover.state() = State {
         to: Arc::downgrade(to),
         blocks: known.collect(),
         is_taken: false,
@@ -173,7 +173,7 @@ fn offer(
 fn reply(shared: &ServerState, listed: &Value, blocks: usize) -> String {
     let drain_ms = u64::try_from(shared.settings().drain_timeout.as_millis()).unwrap_or(u64::MAX);
     let reply = json!({
-        "pid": std::process::id(), "data_dir": shared.identity.data_dir, "listeners": listed,
+        "pid": std::process::id(), "data_dir": shared.config.identity.data_dir, "listeners": listed,
         "blocks": blocks,
         "drain_timeout": drain_ms,
     });
@@ -232,7 +232,7 @@ fn send_blocks(host: &mut IoHost, to: &Arc<Peer>, blocks: &[Block]) -> bool {
 fn confirm(host: &mut IoHost, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Refusal> {
     let shared = Arc::clone(&host.shared);
     let is_given = {
-        let state = shared.handover.state();
+        let state = shared.loops.handover.state();
         let is_it = state.to.upgrade().is_some_and(|to| Arc::ptr_eq(&to, by));
         is_it && !state.is_taken
     };
@@ -242,14 +242,14 @@ fn confirm(host: &mut IoHost, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Re
     }
     if by.has_hung_up() {
         // The new server died after it reported that it has everything, so no server would be left.
-        *shared.handover.state() = State::default();
+        *shared.loops.handover.state() = State::default();
         return refusal("the server that asked to take over has ended");
     }
     // Before the drain: its connection may be another loop's, which would close it among the first.
-    shared.handover.state().is_taken = true;
+    shared.loops.handover.state().is_taken = true;
     // Not if a stop was requested in between.
     if !shared.drain() {
-        shared.handover.state().is_taken = false;
+        shared.loops.handover.state().is_taken = false;
         return refusal("this server is already stopping; start a new one when it has stopped");
     }
     tracing::info!("handing over to another server");
@@ -265,8 +265,8 @@ fn confirm(host: &mut IoHost, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Re
 /// more.
 pub(crate) fn send_rest(host: &mut IoHost, to: &Arc<Peer>) {
     let shared = Arc::clone(&host.shared);
-    let mut blocks = shared.blocks.shared();
-    let given = std::mem::take(&mut shared.handover.state().blocks);
+    let mut blocks = shared.storage.blocks.shared();
+    let given = std::mem::take(&mut shared.loops.handover.state().blocks);
     blocks.retain(|(pool, block, fd)| {
         let known = given.get(&(pool.clone(), block.clone()));
         known.is_none_or(|known| !Weak::ptr_eq(known, &Arc::downgrade(fd)))

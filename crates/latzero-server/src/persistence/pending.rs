@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use latzero_protocol::{Code, PoolName, Refusal};
 use latzero_store::{StoreError, Ticket};
 
+use crate::mailbox::Command;
 use crate::peer::Peer;
-use crate::shared::{Command, ServerState};
+use crate::shared::ServerState;
 
 /// A change that the store has not answered yet.
 enum PendingReply {
@@ -129,12 +130,12 @@ impl PendingReplies {
             return;
         };
         let mut commands_by_loop: Vec<Vec<Command>> = Vec::new();
-        commands_by_loop.resize_with(shared.mailboxes.len(), Vec::new);
+        commands_by_loop.resize_with(shared.loops.mailboxes.len(), Vec::new);
         for word in words {
             let (home, command) = word.command(commands_by_loop.len());
             commands_by_loop[home].push(command);
         }
-        for (mailbox, commands) in shared.mailboxes.iter().zip(commands_by_loop) {
+        for (mailbox, commands) in shared.loops.mailboxes.iter().zip(commands_by_loop) {
             mailbox.send_all(commands);
         }
     }

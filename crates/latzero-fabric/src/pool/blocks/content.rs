@@ -1,20 +1,9 @@
 //! Reads, writes, flushes and change events of a block's content: what is allowed, and in which
 //! order. The driver has the bytes.
 
-use latzero_protocol::memory::{Access, Kind};
-use latzero_protocol::{BlockId, Code, Refusal};
+use super::*;
 
-use super::super::lock::Holder;
-use super::super::{MemberKey, Pool};
-use super::{
-    Asking, BlockKey, Flushing, Phase, Replied, SealedContent, lock_lost, moving, too_many_wait,
-};
-use crate::driver::Driver;
-use crate::ledger::Resource;
-use crate::memory::{Job, StorageId};
-use crate::turn::Turn;
-
-/// Where to read a block's bytes, as [`Pool::read_block`] allows it.
+/// Where to read a block's bytes, as [`PoolBlocks::read`] allows it.
 #[derive(Debug, Clone, Copy)]
 pub struct ReadPlan {
     /// In which storage.
@@ -25,8 +14,8 @@ pub struct ReadPlan {
     pub generation: u64,
 }
 
-/// Where to write a block's bytes, as [`Pool::begin_write`] allows it. [`Pool::end_write`] must
-/// follow.
+/// Where to write a block's bytes, as [`PoolBlocks::begin_write`] allows it.
+/// [`PoolBlocks::end_write`] must follow.
 #[derive(Debug, Clone, Copy)]
 #[must_use]
 pub struct WritePlan {
@@ -38,12 +27,12 @@ pub struct WritePlan {
     pub sealed: Option<SealedContent>,
 }
 
-impl<D: Driver> Pool<D> {
+impl<D: Driver> PoolBlocks<'_, D> {
     /// Allows a member to read a block.
     ///
     /// # Errors
     /// `no_block`, `forbidden`.
-    pub fn read_block(&self, member: MemberKey, id: &BlockId) -> Result<ReadPlan, Refusal> {
+    pub fn read(&self, member: MemberKey, id: &BlockId) -> Result<ReadPlan, Refusal> {
         let (_, block) = self.allowed(member, id, Access::Read)?;
         Ok(ReadPlan {
             storage: block.storage,
@@ -52,8 +41,8 @@ impl<D: Driver> Pool<D> {
         })
     }
 
-    /// Allows a member to write a block through the server. Until [`Pool::end_write`] nobody else
-    /// gets its lock.
+    /// Allows a member to write a block through the server. Until [`PoolBlocks::end_write`] nobody
+    /// else gets its lock.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `locked`, `lock_lost`.
@@ -68,7 +57,7 @@ impl<D: Driver> Pool<D> {
         if let Some(fence) = lock
             && exclusive.is_none_or(|held| held.fence != fence)
         {
-            return Err(lock_lost(id, fence));
+            return Err(refusals::lock_lost(fence, id));
         }
         // Holders of a shared lock also rely on this. The fence is a token: the holder may pass it
         // to the programs that it starts, and they write under its lock.
@@ -78,7 +67,7 @@ impl<D: Driver> Pool<D> {
             return Err(self.locked(id, held));
         }
         if matches!(block.phase, Phase::Moving { .. }) {
-            return Err(moving(id));
+            return Err(refusals::block_is_moving(id));
         }
         let (storage, sealed) = (block.storage, block.sealed);
         self.blocks
@@ -101,7 +90,8 @@ impl<D: Driver> Pool<D> {
         block.lock.end_server();
         if block.is_move_due && !block.lock.is_held_by_server() {
             block.is_move_due = false;
-            self.renew_generation(plan.key, None, turn);
+            self.blocks
+                .renew_generation(plan.key, None, self.info, turn);
         }
         if let Some(version) = version {
             self.notify_change(plan.key, version, turn);
@@ -113,7 +103,7 @@ impl<D: Driver> Pool<D> {
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `quota`.
-    pub fn subscribe_block(
+    pub fn subscribe(
         &mut self,
         member: MemberKey,
         id: &BlockId,
@@ -121,12 +111,12 @@ impl<D: Driver> Pool<D> {
     ) -> Result<Replied, Refusal> {
         let (key, block) = self.allowed(member, id, Access::Read)?;
         if !block.subscribers.contains_key(&member) {
-            let held = self.count_for_app(member, Resource::Subscriptions)?;
+            let held = self.asker(member)?.reserve(Resource::Subscriptions)?;
             let block = self.blocks.at_mut(key).expect("just found");
             block.subscribers.insert(member, held);
-            self.involve(member, key);
+            self.blocks.involve(member, key);
         }
-        let version = self.version_of(key, turn);
+        let version = self.blocks.version_of(key, turn);
         let generation = self.blocks.at(key).map_or(0, |b| b.generation);
         Ok(Some(format!(
             "{{\"version\":{version},\"generation\":{generation}}}"
@@ -137,13 +127,9 @@ impl<D: Driver> Pool<D> {
     ///
     /// # Errors
     /// `no_block`, `not_member`.
-    pub fn unsubscribe_block(
-        &mut self,
-        member: MemberKey,
-        id: &BlockId,
-    ) -> Result<Replied, Refusal> {
+    pub fn unsubscribe(&mut self, member: MemberKey, id: &BlockId) -> Result<Replied, Refusal> {
         self.asker(member)?;
-        let (key, _) = self.block(id)?;
+        let (key, _) = self.blocks.find(id, self.info)?;
         let block = self.blocks.at_mut(key).expect("just found");
         block.subscribers.remove(&member);
         Ok(Some("{}".into()))
@@ -153,7 +139,7 @@ impl<D: Driver> Pool<D> {
     ///
     /// # Errors
     /// `no_block`, `forbidden`.
-    pub fn notify_block(
+    pub fn notify(
         &mut self,
         member: MemberKey,
         id: &BlockId,
@@ -168,7 +154,7 @@ impl<D: Driver> Pool<D> {
     }
 
     /// Announces a version that its writer did not announce, because it ended.
-    pub(in crate::pool) fn poll_version(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
+    pub(super) fn poll_version(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
         if let Some(block) = self.blocks.at(key) {
             let version = turn.version_noted(block.storage, u64::MAX);
             self.notify_change(key, version, turn);
@@ -180,7 +166,7 @@ impl<D: Driver> Pool<D> {
     /// # Errors
     /// `no_block`, `forbidden` without write access, `bad_message` if the block has no file,
     /// `locked`, `overloaded`.
-    pub fn flush_block(
+    pub fn flush(
         &mut self,
         asking: Asking<'_>,
         id: &BlockId,
@@ -188,18 +174,17 @@ impl<D: Driver> Pool<D> {
     ) -> Result<Replied, Refusal> {
         let (key, block) = self.allowed(asking.member, id, Access::Write)?;
         if block.kind != Kind::Persistent {
-            let message =
-                format!("block '{id}' is in memory; only persistent blocks can be flushed");
-            return Err(Refusal::new(Code::BadMessage, message));
+            return Err(refusals::block_has_no_file(id));
         }
         if matches!(block.phase, Phase::Moving { .. }) {
-            return Err(moving(id));
+            return Err(refusals::block_is_moving(id));
         }
-        if block.flushing.len() >= self.limits.block_waiters_max {
-            return Err(too_many_wait(id, self.limits.block_waiters_max));
+        let max = self.info.limits.block_waiters_max;
+        if block.flushing.len() >= max {
+            return Err(refusals::too_many_wait_for_block(max, id));
         }
         let seat = self.seat(asking)?;
-        self.involve(asking.member, key);
+        self.blocks.involve(asking.member, key);
         self.blocks.tickets += 1;
         let ticket = self.blocks.tickets;
         let block = self.blocks.at_mut(key).expect("just found");
@@ -232,7 +217,8 @@ impl<D: Driver> Pool<D> {
         if let Some(at) = block.flushing.iter().position(|f| f.ticket == ticket) {
             let one = block.flushing.swap_remove(at);
             let result = version.map(|version| Some(format!("{{\"version\":{version}}}")));
-            self.answer(one.member, one.id.as_deref(), result, turn);
+            self.members
+                .answer(one.member, one.id.as_deref(), result, turn);
         }
     }
 }

@@ -1,23 +1,59 @@
 //! Listings, descriptions and events of blocks.
 
-use latzero_protocol::encode;
-use latzero_protocol::memory::Access;
-use latzero_protocol::message::{Event, Page};
-use latzero_protocol::{BlockId, Code, Refusal};
-use serde_json::{Value, json};
+use latzero_protocol::message::Page;
 
-use super::super::{MemberKey, Pool};
-use super::{ATTACHMENTS_SHOWN_MAX, Block, BlockKey, Phase, Replied};
-use crate::driver::{Driver, Peer as _};
+use super::*;
 use crate::memory::VersionNotice;
 use crate::registry::{PageText, append};
 
-use crate::outbox::Class;
-use crate::turn::Turn;
+/// How many attachments a block's description lists.
+const ATTACHMENTS_SHOWN_MAX: usize = 100;
 
-impl<D: Driver> Pool<D> {
+impl Blocks {
+    pub(super) fn version_of<D: Driver>(&self, key: BlockKey, turn: &mut Turn<'_, D>) -> u64 {
+        self.blocks
+            .at(key)
+            .map_or(0, |block| turn.block_version(block.storage))
+    }
+
+    pub(super) fn describe<D: Driver>(
+        &self,
+        key: BlockKey,
+        mode: Option<(Access, bool)>,
+        pool: &PoolInfo,
+        turn: &mut Turn<'_, D>,
+    ) -> Value {
+        let version = self.version_of(key, turn);
+        let block = self.at(key).expect("its caller looked it up");
+        let mut description = block.description(pool.name.as_str(), version);
+        if let Some((access, is_mapped)) = mode {
+            description["mode"] = access.as_str().into();
+            description["access"] = if is_mapped { "mapped" } else { "copied" }.into();
+        }
+        description
+    }
+
+    pub(super) fn event_json(
+        &self,
+        pool: &PoolName,
+        event: &str,
+        key: BlockKey,
+        more: &str,
+    ) -> String {
+        let Some(block) = self.at(key) else {
+            return String::new();
+        };
+        format!(
+            "{{\"action\":\"event\",\"event\":\"{event}\",\"pool\":\"{}\",\"block_id\":\"{}\",\
+            \"generation\":{}{more}}}",
+            pool, block.id, block.generation
+        )
+    }
+}
+
+impl<D: Driver> PoolBlocks<'_, D> {
     /// The pool's blocks in the order of their names, a page of them as JSON text.
-    pub fn blocks_json(&self, page: &Page<'_>, turn: &mut Turn<'_, D>) -> String {
+    pub fn list(&self, page: &Page<'_>, turn: &mut Turn<'_, D>) -> String {
         let after = page.after.as_deref();
         let mut found: Vec<&Block> = self
             .blocks
@@ -37,7 +73,7 @@ impl<D: Driver> Pool<D> {
         for block in found {
             let write = |out: &mut String| {
                 let version = turn.block_version(block.storage);
-                let mut description = block.description(self.name.as_str(), version);
+                let mut description = block.description(self.info.name.as_str(), version);
                 description["attachments"] = block.attachments.len().into();
                 description["bytes"] = block.total().into();
                 description["locked"] = (!block.lock.holders().is_empty()).into();
@@ -54,16 +90,16 @@ impl<D: Driver> Pool<D> {
     ///
     /// # Errors
     /// `no_block`, `not_member`.
-    pub fn block_json(
+    pub fn info(
         &self,
         member: MemberKey,
         id: &BlockId,
         turn: &mut Turn<'_, D>,
     ) -> Result<Value, Refusal> {
         self.asker(member)?;
-        let (_, block) = self.block(id)?;
+        let (_, block) = self.blocks.find(id, self.info)?;
         let version = turn.block_version(block.storage);
-        let mut description = block.description(self.name.as_str(), version);
+        let mut description = block.description(self.info.name.as_str(), version);
         let who = |member: MemberKey| {
             let member = self.members.at(member);
             member.map(|m| json!({"app_id": m.app, "instance": m.instance}))
@@ -100,42 +136,9 @@ impl<D: Driver> Pool<D> {
         Ok(description)
     }
 
-    pub(in crate::pool) fn version_of(&self, key: BlockKey, turn: &mut Turn<'_, D>) -> u64 {
-        self.blocks
-            .at(key)
-            .map_or(0, |block| turn.block_version(block.storage))
-    }
-
-    pub(in crate::pool) fn describe(
-        &self,
-        key: BlockKey,
-        mode: Option<(Access, bool)>,
-        turn: &mut Turn<'_, D>,
-    ) -> Value {
-        let version = self.version_of(key, turn);
-        let block = self.blocks.at(key).expect("its caller looked it up");
-        let mut description = block.description(self.name.as_str(), version);
-        if let Some((access, is_mapped)) = mode {
-            description["mode"] = access.as_str().into();
-            description["access"] = if is_mapped { "mapped" } else { "copied" }.into();
-        }
-        description
-    }
-
-    /// Whether a member has room for one more descriptor that it has not read.
-    pub(in crate::pool) fn check_descriptors(&self, member: MemberKey) -> Result<(), Refusal> {
-        let (asker, max) = (self.asker(member)?, self.limits.descriptors_unread_max);
-        if !asker.takes_descriptors || asker.peer.link().outbox.descriptors() < max {
-            return Ok(());
-        }
-        let message =
-            format!("{max} descriptors wait for you to read them (limits.descriptors_unread_max)");
-        Err(Refusal::new(Code::Overloaded, message))
-    }
-
     /// Replies with a block's description, and with its descriptor if the member is attached and
     /// accepts descriptors.
-    pub(in crate::pool) fn answer_description(
+    pub(super) fn answer_description(
         &self,
         key: BlockKey,
         member: MemberKey,
@@ -153,11 +156,11 @@ impl<D: Driver> Pool<D> {
             .storage;
         // If there is no descriptor, now or ever, the block is read and written by copies.
         let descriptor = access
-            .filter(|_| to.takes_descriptors && self.check_descriptors(member).is_ok())
+            .filter(|_| to.takes_descriptors && to.check_descriptors(self.info).is_ok())
             .and_then(|access| turn.driver.descriptor(storage, access));
         let is_mapped = descriptor.is_some();
         let mode = access.map(|access| (access, is_mapped));
-        let description = self.describe(key, mode, turn).to_string();
+        let description = self.blocks.describe(key, mode, self.info, turn).to_string();
         let descriptors: Vec<D::Fd> = descriptor.into_iter().collect();
         let count = descriptors.len();
         turn.send_descriptors(
@@ -169,44 +172,7 @@ impl<D: Driver> Pool<D> {
         );
     }
 
-    /// Answers a deferred request.
-    pub(in crate::pool) fn answer(
-        &self,
-        member: MemberKey,
-        id: Option<&str>,
-        result: Result<Replied, Refusal>,
-        turn: &mut Turn<'_, D>,
-    ) {
-        if let Err(refusal) = &result {
-            turn.refused(refusal.code);
-        }
-        let (Some(to), Some(id)) = (self.members.at(member), id) else {
-            return;
-        };
-        match result {
-            Ok(None) => {}
-            Ok(Some(reply)) => {
-                turn.send(&to.peer, Class::Control, reply.len() + 256, |out| {
-                    encode::reply(out, id, &reply);
-                });
-            }
-            Err(refusal) => {
-                turn.send(
-                    &to.peer,
-                    Class::Control,
-                    refusal.message.len() + 256,
-                    |out| encode::refusal(out, Some(id), &refusal),
-                );
-            }
-        }
-    }
-
-    pub(in crate::pool) fn notify_attached(
-        &self,
-        key: BlockKey,
-        json: &str,
-        turn: &mut Turn<'_, D>,
-    ) {
+    pub(super) fn notify_attached(&self, key: BlockKey, json: &str, turn: &mut Turn<'_, D>) {
         let Some(block) = self.blocks.at(key) else {
             return;
         };
@@ -221,12 +187,7 @@ impl<D: Driver> Pool<D> {
 
     /// Notifies subscribers and watchers of a new version of a block. An older version that arrives
     /// late is not announced.
-    pub(in crate::pool) fn notify_change(
-        &mut self,
-        key: BlockKey,
-        version: u64,
-        turn: &mut Turn<'_, D>,
-    ) {
+    pub(super) fn notify_change(&mut self, key: BlockKey, version: u64, turn: &mut Turn<'_, D>) {
         let Some(block) = self.blocks.at_mut(key) else {
             return;
         };
@@ -237,8 +198,8 @@ impl<D: Driver> Pool<D> {
         block.announced = news;
         let block = self.blocks.at(key).expect("just found");
         let change = VersionNotice {
-            topic: (self.number, key.slot),
-            pool: &self.name,
+            topic: (self.info.number, key.slot),
+            pool: &self.info.name,
             block: &block.id,
             version,
             generation: block.generation,
@@ -248,30 +209,10 @@ impl<D: Driver> Pool<D> {
                 turn.block_changed(&member.peer, &change);
             }
         }
-        if self.change_watchers == 0 {
-            return;
-        }
-        for (key, member) in self.members.iter() {
-            let watches = member.watch.is_some_and(|set| set.has(Event::BlockChanged));
-            if watches && !block.subscribers.contains_key(&key) {
+        for (key, member) in self.members.change_watchers() {
+            if !block.subscribers.contains_key(&key) {
                 turn.block_changed(&member.peer, &change);
             }
         }
-    }
-
-    pub(in crate::pool) fn block_event_json(
-        &self,
-        event: &str,
-        key: BlockKey,
-        more: &str,
-    ) -> String {
-        let Some(block) = self.blocks.at(key) else {
-            return String::new();
-        };
-        format!(
-            "{{\"action\":\"event\",\"event\":\"{event}\",\"pool\":\"{}\",\"block_id\":\"{}\",\
-            \"generation\":{}{more}}}",
-            self.name, block.id, block.generation
-        )
     }
 }

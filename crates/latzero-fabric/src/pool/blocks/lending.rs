@@ -2,16 +2,17 @@
 
 use super::*;
 
-impl<D: Driver> Pool<D> {
+impl Blocks {
     /// The blocks that a call names and that its caller may lend; for [`Pool::call`].
     pub(in crate::pool) fn check_uses(
         &self,
-        caller: MemberKey,
+        caller: &AppId,
         uses: &[BlockUse],
+        pool: &PoolInfo,
     ) -> Result<Vec<(BlockKey, Access)>, Refusal> {
         uses.iter()
             .map(|one| {
-                let (key, _) = self.allowed_by_name(caller, &one.block, one.mode)?;
+                let (key, _) = self.allowed_by_name(caller, &one.block, one.mode, pool)?;
                 Ok((key, one.mode))
             })
             .collect()
@@ -19,18 +20,19 @@ impl<D: Driver> Pool<D> {
 
     /// The descriptions of a call's blocks for its handler, and the file descriptors to send with
     /// them.
-    pub(in crate::pool) fn describe_uses(
+    pub(in crate::pool) fn describe_uses<D: Driver>(
         &self,
         uses: &[(BlockKey, Access)],
         is_mapped: bool,
+        pool: &PoolInfo,
         turn: &mut Turn<'_, D>,
     ) -> (String, Vec<D::Fd>) {
         let mut descriptions = Vec::new();
         let mut descriptors = Vec::new();
         for &(key, access) in uses {
-            let block = self.blocks.at(key).expect("checked for this call");
+            let block = self.at(key).expect("checked for this call");
             let version = turn.block_version(block.storage);
-            let mut description = block.description(self.name.as_str(), version);
+            let mut description = block.description(pool.name.as_str(), version);
             description["mode"] = access.as_str().into();
             let descriptor = match is_mapped {
                 true => turn.driver.descriptor(block.storage, access),
@@ -50,7 +52,7 @@ impl<D: Driver> Pool<D> {
     /// A call with blocks started: attaches its handler.
     pub(in crate::pool) fn lend(&mut self, handler: MemberKey, uses: &[(BlockKey, Access)]) {
         for &(key, access) in uses {
-            let Some(block) = self.blocks.at_mut(key) else {
+            let Some(block) = self.at_mut(key) else {
                 continue;
             };
             match block.attachments.iter_mut().find(|a| a.member == handler) {
@@ -70,7 +72,9 @@ impl<D: Driver> Pool<D> {
             self.involve(handler, key);
         }
     }
+}
 
+impl<D: Driver> PoolBlocks<'_, D> {
     /// A call with blocks ended: detaches its handler and revokes the rights that the call gave it.
     pub(in crate::pool) fn revoke(
         &mut self,
@@ -92,9 +96,7 @@ impl<D: Driver> Pool<D> {
             if let Some(attachment) = block.attachments.iter_mut().find(|a| a.member == handler) {
                 *attachment.lent(access) -= 1;
             }
-            block
-                .attachments
-                .retain(|a| a.member != handler || a.own.is_some() || a.calls() > 0);
+            block.drop_unused_attachment(handler);
             self.withdraw(key, handler, could_write, turn);
             self.end_if_unused(key, turn);
         }
@@ -124,10 +126,9 @@ impl<D: Driver> Pool<D> {
         }
         for claim in waited {
             self.blocks.wait_over(key, &claim);
-            let message =
-                "the call that lent you the block has ended, so the wait for its lock has too";
-            let refusal = Refusal::new(Code::Cancelled, message);
-            self.answer(member, claim.id.as_deref(), Err(refusal), turn);
+            let refusal = refusals::lender_call_ended();
+            self.members
+                .answer(member, claim.id.as_deref(), Err(refusal), turn);
         }
         for held in &held {
             self.lease_over(key, held, could_write && is_mapping, turn);
@@ -136,12 +137,12 @@ impl<D: Driver> Pool<D> {
     }
 
     /// A member leaves: releases its attachments, locks and waits.
-    pub(in crate::pool) fn leave_blocks(&mut self, member: MemberKey, turn: &mut Turn<'_, D>) {
-        let Some(leaver) = self.members.at_mut(member) else {
+    pub(in crate::pool) fn leave(&mut self, member: MemberKey, turn: &mut Turn<'_, D>) {
+        let Some(leaver) = self.members.at(member) else {
             return;
         };
         let (peer, is_mapping) = (leaver.peer.clone(), leaver.takes_descriptors);
-        for key in std::mem::take(&mut leaver.blocks) {
+        for key in self.blocks.take_uses(member) {
             let wrote = is_mapping && self.blocks.at(key).is_some_and(|b| b.could_write(member));
             if wrote {
                 // It may have left between writing a version and announcing it.
@@ -165,17 +166,19 @@ impl<D: Driver> Pool<D> {
             }
             for id in waited {
                 // It may have left only the pool, and still read its connection.
-                let refusal = Refusal::new(Code::Cancelled, "you left the pool while you waited");
-                self.answer(member, id.as_deref(), Err(refusal), turn);
+                let refusal = refusals::left_while_waiting();
+                self.members
+                    .answer(member, id.as_deref(), Err(refusal), turn);
             }
             let held = held.iter().find(|h| h.mode == LockMode::Exclusive);
             if let Some(held) = held {
-                self.note_fence(key, held, turn);
+                self.blocks.note_fence(key, held.mode, turn);
                 self.notify_broken(key, turn);
                 if could_write {
                     // It may have left in the middle of a write; only the end of its process stops
                     // it.
-                    self.renew_generation(key, Some(peer.clone()), turn);
+                    self.blocks
+                        .renew_generation(key, Some(peer.clone()), self.info, turn);
                 }
             }
             self.grant_waiting(key, turn);
@@ -183,32 +186,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Records that a member uses a block, so that its end finds it.
-    pub(in crate::pool) fn involve(&mut self, member: MemberKey, key: BlockKey) {
-        if let Some(block) = self.blocks.at_mut(key)
-            && let Some(involved) = self.members.at_mut(member)
-        {
-            involved.blocks.insert(key);
-            block.involved.insert(member);
-        }
-    }
-
-    pub(in crate::pool) fn drop_unused_attachment(
-        &mut self,
-        key: BlockKey,
-        member: MemberKey,
-        turn: &mut Turn<'_, D>,
-    ) {
-        let Some(block) = self.blocks.at_mut(key) else {
-            return;
-        };
-        block
-            .attachments
-            .retain(|a| a.member != member || a.own.is_some() || a.calls() > 0);
-        self.end_if_unused(key, turn);
-    }
-
-    pub(in crate::pool) fn end_if_unused(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
+    pub(super) fn end_if_unused(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
         let is_over = self.blocks.at(key).is_some_and(|block| {
             block.lifetime == Lifetime::Attached
                 && block.attachments.is_empty()
@@ -216,7 +194,7 @@ impl<D: Driver> Pool<D> {
                 && matches!(block.phase, Phase::Live)
         });
         if is_over {
-            self.end_block(key, turn);
+            self.end(key, turn);
         }
     }
 }

@@ -2,12 +2,36 @@
 
 use super::*;
 
-impl<D: Driver> Pool<D> {
+impl Blocks {
+    /// Writes the state of an exclusive lock to the block's header, where writers check it.
+    pub(super) fn write_fence<D: Driver>(&self, key: BlockKey, turn: &mut Turn<'_, D>) {
+        let Some(block) = self.at(key) else {
+            return;
+        };
+        let held = block.lock.exclusive();
+        let fence = held.map_or(block.lock.fence(), |held| held.fence);
+        turn.driver.set_fence(block.storage, fence, held.is_some());
+    }
+
+    /// Like [`Blocks::write_fence`], after a lock of this mode was granted or has ended.
+    pub(super) fn note_fence<D: Driver>(
+        &self,
+        key: BlockKey,
+        mode: LockMode,
+        turn: &mut Turn<'_, D>,
+    ) {
+        if mode == LockMode::Exclusive {
+            self.write_fence(key, turn);
+        }
+    }
+}
+
+impl<D: Driver> PoolBlocks<'_, D> {
     /// Requests a block's lock; the reply may come later.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `locked`, `overloaded`.
-    pub fn lock_block(
+    pub fn lock(
         &mut self,
         asking: Asking<'_>,
         id: &BlockId,
@@ -16,18 +40,13 @@ impl<D: Driver> Pool<D> {
     ) -> Result<Replied, Refusal> {
         let now = turn.time();
         let (key, block) = self.allowed(asking.member, id, access_for(want.mode))?;
-        if block.lock.holders().len() >= self.limits.block_waiters_max {
-            return Err(Refusal::new(
-                Code::Overloaded,
-                format!(
-                    "{} instances already hold the lock of block '{id}' (limits.block_waiters_max)",
-                    self.limits.block_waiters_max
-                ),
-            ));
+        let max = self.info.limits.block_waiters_max;
+        if block.lock.holders().len() >= max {
+            return Err(refusals::too_many_hold_lock(max, id));
         }
         let until = (want.wait_ms > 0).then(|| now.after_ms(want.wait_ms));
-        if until.is_some() && block.lock.waiting() >= self.limits.block_waiters_max {
-            return Err(too_many_wait(id, self.limits.block_waiters_max));
+        if until.is_some() && block.lock.waiting() >= max {
+            return Err(refusals::too_many_wait_for_block(max, id));
         }
         let seat = until.map(|_| self.seat(asking)).transpose()?;
         let claim = Claim {
@@ -43,24 +62,21 @@ impl<D: Driver> Pool<D> {
         self.blocks.note_deadline(key);
         match claimed {
             Claimed::Waits(place) => {
-                self.involve(asking.member, key);
+                self.blocks.involve(asking.member, key);
                 let by = (asking.member, asking.id());
                 self.blocks.wait_begun(key, by, place);
                 Ok(None)
             }
             Claimed::Granted(grant) => {
-                self.involve(asking.member, key);
-                self.granted(key, &grant, turn);
+                self.blocks.involve(asking.member, key);
+                self.blocks.note_fence(key, grant.claim.mode, turn);
                 Ok(Some(grant_json(&grant)))
             }
             Claimed::Refused => {
                 let block = self.blocks.at(key).expect("just found");
                 Err(match block.lock.holders().first() {
                     Some(held) => self.locked(id, held),
-                    None => Refusal::new(
-                        Code::Locked,
-                        format!("block '{id}' is being written or moved; wait for its lock"),
-                    ),
+                    None => refusals::block_is_busy_now(id),
                 })
             }
         }
@@ -70,19 +86,19 @@ impl<D: Driver> Pool<D> {
     ///
     /// # Errors
     /// `no_block`, `lock_lost`.
-    pub fn unlock_block(
+    pub fn unlock(
         &mut self,
         member: MemberKey,
         id: &BlockId,
         fence: u64,
         turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
-        let (key, _) = self.block(id)?;
+        let (key, _) = self.blocks.find(id, self.info)?;
         let block = self.blocks.at_mut(key).expect("just found");
         let Some(held) = block.lock.release(member, fence) else {
-            return Err(lock_lost(id, fence));
+            return Err(refusals::lock_lost(fence, id));
         };
-        self.note_fence(key, &held, turn);
+        self.blocks.note_fence(key, held.mode, turn);
         self.grant_waiting(key, turn);
         Ok(Some("{}".into()))
     }
@@ -99,13 +115,13 @@ impl<D: Driver> Pool<D> {
         fence: u64,
         lease_ms: Option<u64>,
     ) -> Result<Replied, Refusal> {
-        let (key, _) = self.block(id)?;
+        let (key, _) = self.blocks.find(id, self.info)?;
         let block = self.blocks.at_mut(key).expect("just found");
         if block.lock.renew(now, member, fence, lease_ms) {
             self.blocks.note_deadline(key);
             Ok(Some("{}".into()))
         } else {
-            Err(lock_lost(id, fence))
+            Err(refusals::lock_lost(fence, id))
         }
     }
 
@@ -123,15 +139,15 @@ impl<D: Driver> Pool<D> {
                 continue;
             };
             self.blocks.wait_over(key, &claim);
-            let refusal = Refusal::new(Code::Cancelled, "the wait for the lock was cancelled");
-            self.answer(member, Some(id), Err(refusal), turn);
+            let refusal = refusals::lock_wait_cancelled();
+            self.members.answer(member, Some(id), Err(refusal), turn);
             self.grant_waiting(key, turn);
         }
         !waits.is_empty()
     }
 
     /// Ends expired leases and waits.
-    pub(in crate::pool) fn handle_block_timeout(&mut self, turn: &mut Turn<'_, D>) {
+    pub(in crate::pool) fn handle_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let is_due = |(at, _): &&(Time, BlockKey)| *at <= now;
         let due = self.blocks.deadlines.iter().take_while(is_due);
@@ -148,12 +164,10 @@ impl<D: Driver> Pool<D> {
                         let block = self.blocks.at(key).expect("just found");
                         let refusal = match block.lock.holders().first() {
                             Some(held) => self.locked(&block.id, held),
-                            None => Refusal::new(
-                                Code::Locked,
-                                format!("block '{}' is being written or moved", block.id),
-                            ),
+                            None => refusals::block_is_busy(&block.id),
                         };
-                        self.answer(claim.member, claim.id.as_deref(), Err(refusal), turn);
+                        self.members
+                            .answer(claim.member, claim.id.as_deref(), Err(refusal), turn);
                     }
                     Expired::Lease(held) => {
                         let could_write = self.blocks.at(key).is_some_and(|block| {
@@ -171,16 +185,18 @@ impl<D: Driver> Pool<D> {
     }
 
     /// The holder lost its lock but is still alive.
-    pub(in crate::pool) fn lease_over(
+    pub(super) fn lease_over(
         &mut self,
         key: BlockKey,
         held: &Holder,
         could_write: bool,
         turn: &mut Turn<'_, D>,
     ) {
-        self.note_fence(key, held, turn);
+        self.blocks.note_fence(key, held.mode, turn);
         let more = format!(",\"lock\":\"{}\"", held.fence);
-        let json = self.block_event_json("lock_lost", key, &more);
+        let json = self
+            .blocks
+            .event_json(&self.info.name, "lock_lost", key, &more);
         let Some(member) = self.members.at(held.member) else {
             return;
         };
@@ -193,17 +209,11 @@ impl<D: Driver> Pool<D> {
         self.notify_broken(key, turn);
         if could_write {
             // It is alive and may still write, but into a generation that nobody reads.
-            self.renew_generation(key, None, turn);
+            self.blocks.renew_generation(key, None, self.info, turn);
         }
     }
 
-    pub(in crate::pool) fn granted(&self, key: BlockKey, grant: &Grant, turn: &mut Turn<'_, D>) {
-        if grant.claim.mode == LockMode::Exclusive {
-            self.write_fence(key, turn);
-        }
-    }
-
-    pub(in crate::pool) fn grant_waiting(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
+    pub(super) fn grant_waiting(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         while let Some(grant) = self
             .blocks
@@ -212,48 +222,35 @@ impl<D: Driver> Pool<D> {
         {
             self.blocks.wait_over(key, &grant.claim);
             self.blocks.note_deadline(key);
-            self.granted(key, &grant, turn);
+            self.blocks.note_fence(key, grant.claim.mode, turn);
             let reply = Ok(Some(grant_json(&grant)));
-            self.answer(grant.claim.member, grant.claim.id.as_deref(), reply, turn);
+            self.members
+                .answer(grant.claim.member, grant.claim.id.as_deref(), reply, turn);
         }
     }
 
-    /// Writes the end of an exclusive lock to the block's header, where writers check it.
-    pub(in crate::pool) fn note_fence(&self, key: BlockKey, held: &Holder, turn: &mut Turn<'_, D>) {
-        if held.mode == LockMode::Exclusive {
-            self.write_fence(key, turn);
-        }
-    }
-
-    pub(in crate::pool) fn write_fence(&self, key: BlockKey, turn: &mut Turn<'_, D>) {
-        let Some(block) = self.blocks.at(key) else {
-            return;
-        };
-        let held = block.lock.exclusive();
-        let fence = held.map_or(block.lock.fence(), |held| held.fence);
-        turn.driver.set_fence(block.storage, fence, held.is_some());
-    }
-
-    pub(in crate::pool) fn notify_broken(&self, key: BlockKey, turn: &mut Turn<'_, D>) {
+    pub(super) fn notify_broken(&self, key: BlockKey, turn: &mut Turn<'_, D>) {
         let fence = self.blocks.at(key).map_or(0, |block| block.lock.fence());
-        let json = self.block_event_json("lock_broken", key, &format!(",\"fence\":{fence}"));
+        let json = self.blocks.event_json(
+            &self.info.name,
+            "lock_broken",
+            key,
+            &format!(",\"fence\":{fence}"),
+        );
         self.notify_attached(key, &json, turn);
     }
 
-    pub(in crate::pool) fn locked(&self, id: &BlockId, held: &Holder) -> Refusal {
+    pub(super) fn locked(&self, id: &BlockId, held: &Holder) -> Refusal {
         let holder = self
             .members
             .at(held.member)
             .map_or("somebody", |m| m.app.as_str());
-        Refusal::new(
-            Code::Locked,
-            format!("block '{id}' is locked by app '{holder}'; wait for its lock with \"wait\""),
-        )
+        refusals::block_locked(id, holder)
     }
 }
 
 /// The access that the holder of a lock needs.
-pub(in crate::pool) fn access_for(mode: LockMode) -> Access {
+pub(super) fn access_for(mode: LockMode) -> Access {
     match mode {
         LockMode::Exclusive => Access::Write,
         LockMode::Shared => Access::Read,

@@ -3,7 +3,85 @@
 
 use super::*;
 
-impl<D: Driver> Pool<D> {
+impl Blocks {
+    pub(super) fn begin_move<D: Driver>(
+        &mut self,
+        key: BlockKey,
+        geometry: Geometry,
+        reason: &'static str,
+        unless_dead: Option<D::Peer>,
+        pool: &PoolInfo,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<(), Refusal> {
+        let total = check_size(geometry, &pool.limits)?;
+        // Both generations exist until the new one has the content of the old one.
+        self.check_room(total, pool)?;
+        let block = self.at_mut(key).expect("its caller looked it up");
+        let room = Room::new(&block.account, block.kind, total)?;
+        let to = turn.with_numbers(Numbers::next_storage);
+        block.lock.begin_server();
+        block.phase = Phase::Moving {
+            to,
+            geometry,
+            reason,
+            room,
+        };
+        // The record of the new generation.
+        let mut record = record(pool, block);
+        record["size"] = geometry.size.into();
+        if geometry.spares > 0 {
+            record["spares"] = geometry.spares.into();
+        }
+        record["generation"] = (block.generation + 1).into();
+        let making = Making {
+            storage: to,
+            pool: pool.name.clone(),
+            block: block.id.clone(),
+            kind: block.kind,
+            geometry,
+            generation: block.generation + 1,
+            from: Some(block.storage),
+            record: record.to_string(),
+        };
+        self.bytes += total;
+        turn.block_job(Job::Make {
+            key,
+            making,
+            unless_dead,
+        });
+        Ok(())
+    }
+
+    /// Moves a block to a new generation of the same size, so that who lost its lock can't write it
+    /// any more.
+    pub(super) fn renew_generation<D: Driver>(
+        &mut self,
+        key: BlockKey,
+        unless_dead: Option<D::Peer>,
+        pool: &PoolInfo,
+        turn: &mut Turn<'_, D>,
+    ) {
+        let Some(block) = self.at(key) else {
+            return;
+        };
+        if !matches!(block.phase, Phase::Live) {
+            return;
+        }
+        if block.lock.is_held_by_server() {
+            // A write through the server is in progress: the copy must not miss it.
+            self.at_mut(key).expect("just found").is_move_due = true;
+            return;
+        }
+        let geometry = Geometry::new(block.kind, block.geometry.size, block.geometry.slots);
+        if let Err(refusal) = self.begin_move(key, geometry, "lock_broken", unless_dead, pool, turn)
+        {
+            // Without room for a second generation, only the fence keeps the old writer out.
+            turn.refused(refusal.code);
+        }
+    }
+}
+
+impl<D: Driver> PoolBlocks<'_, D> {
     /// The driver created the storage that the pool requested, or failed to. `None` if it is no
     /// longer needed.
     pub fn storage_made(
@@ -27,11 +105,15 @@ impl<D: Driver> Pool<D> {
         match (phase, made) {
             (Phase::Live, _) => unreachable!("storage is created for a waiting request"),
             (Phase::New, Ok(_)) => {
-                let json = self.block_event_json("block_created", key, "");
-                self.notify(Event::BlockCreated, &json, None, turn);
+                let json = self
+                    .blocks
+                    .event_json(&self.info.name, "block_created", key, "");
+                self.members.notify(Event::BlockCreated, &json, None, turn);
                 for one in waiting {
                     let result = match one.attach {
-                        None => Ok(Some(self.describe(key, None, turn).to_string())),
+                        None => Ok(Some(
+                            self.blocks.describe(key, None, self.info, turn).to_string(),
+                        )),
                         Some(access) => {
                             let asking = Asking {
                                 member: one.member,
@@ -39,20 +121,22 @@ impl<D: Driver> Pool<D> {
                             };
                             let id = self.blocks.at(key).map(|block| block.id.clone());
                             match id {
-                                Some(id) => self.attach_block(asking, &id, access, None, turn),
+                                Some(id) => self.attach(asking, &id, access, None, turn),
                                 None => Ok(None),
                             }
                         }
                     };
-                    self.answer(one.member, one.id.as_deref(), result, turn);
+                    self.members
+                        .answer(one.member, one.id.as_deref(), result, turn);
                 }
                 self.end_if_unused(key, turn);
             }
             (Phase::New, Err(refusal)) => {
                 for one in waiting {
-                    self.answer(one.member, one.id.as_deref(), Err(refusal.clone()), turn);
+                    self.members
+                        .answer(one.member, one.id.as_deref(), Err(refusal.clone()), turn);
                 }
-                self.forget_block(key, turn);
+                self.blocks.forget(key, self.info, turn);
             }
             (
                 Phase::Moving {
@@ -80,9 +164,11 @@ impl<D: Driver> Pool<D> {
                             is_superseded: true,
                         });
                         // Before anybody is notified: they may write at once.
-                        self.write_fence(key, turn);
+                        self.blocks.write_fence(key, turn);
                         let more = format!(",\"reason\":\"{reason}\"");
-                        let json = self.block_event_json("block_moved", key, &more);
+                        let json =
+                            self.blocks
+                                .event_json(&self.info.name, "block_moved", key, &more);
                         self.notify_attached(key, &json, turn);
                         for one in waiting {
                             let access = self
@@ -98,17 +184,22 @@ impl<D: Driver> Pool<D> {
                                 turn,
                             );
                         }
-                        let version = self.version_of(key, turn);
+                        let version = self.blocks.version_of(key, turn);
                         self.notify_change(key, version, turn);
                     }
                     other => {
                         self.blocks.bytes -= will;
                         drop(room);
-                        let refusal = other.err().unwrap_or_else(|| {
-                            Refusal::new(Code::Storage, "no new generation was needed after all")
-                        });
+                        let refusal = other
+                            .err()
+                            .unwrap_or_else(|| refusals::no_generation_needed());
                         for one in waiting {
-                            self.answer(one.member, one.id.as_deref(), Err(refusal.clone()), turn);
+                            self.members.answer(
+                                one.member,
+                                one.id.as_deref(),
+                                Err(refusal.clone()),
+                                turn,
+                            );
                         }
                     }
                 }
@@ -122,7 +213,7 @@ impl<D: Driver> Pool<D> {
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `locked`, `quota`, `too_large`, `layout_mismatch`.
-    pub fn resize_block(
+    pub fn resize(
         &mut self,
         asking: Asking<'_>,
         id: &BlockId,
@@ -139,23 +230,18 @@ impl<D: Driver> Pool<D> {
             return Err(self.locked(id, held));
         }
         if matches!(block.phase, Phase::Moving { .. }) || block.lock.is_held_by_server() {
-            return Err(Refusal::new(
-                Code::Locked,
-                format!("block '{id}' is being written or moved; try again"),
-            ));
+            return Err(refusals::block_is_busy(id));
         }
         if let Some(needed) = block.layout.as_ref().and_then(Layout::bytes)
             && needed > size
         {
-            return Err(Refusal::new(
-                Code::LayoutMismatch,
-                format!("the block's layout needs {needed} bytes, more than {size}"),
-            ));
+            return Err(refusals::layout_needs_more(needed, size));
         }
         let geometry = Geometry::new(block.kind, size, block.geometry.slots);
         let seat = self.seat(asking)?;
-        self.begin_move(key, geometry, "resized", None, turn)?;
-        self.involve(asking.member, key);
+        self.blocks
+            .begin_move(key, geometry, "resized", None, self.info, turn)?;
+        self.blocks.involve(asking.member, key);
         let block = self.blocks.at_mut(key).expect("just found");
         block.waiting.push(BlockWaiter {
             member: asking.member,
@@ -166,66 +252,11 @@ impl<D: Driver> Pool<D> {
         Ok(None)
     }
 
-    pub(in crate::pool) fn begin_move(
-        &mut self,
-        key: BlockKey,
-        geometry: Geometry,
-        reason: &'static str,
-        unless_dead: Option<D::Peer>,
-        turn: &mut Turn<'_, D>,
-    ) -> Result<(), Refusal> {
-        let total = self.check_size(geometry)?;
-        // Both generations exist until the new one has the content of the old one.
-        check_room(
-            &format!("blocks of pool '{}'", self.name),
-            "memory_bytes_per_pool_max",
-            (
-                self.blocks.bytes,
-                total,
-                self.limits.memory_bytes_per_pool_max,
-            ),
-        )?;
-        let block = self.blocks.at_mut(key).expect("its caller looked it up");
-        let room = Room::new(&block.account, block.kind, total)?;
-        let to = turn.with_numbers(Numbers::next_storage);
-        block.lock.begin_server();
-        block.phase = Phase::Moving {
-            to,
-            geometry,
-            reason,
-            room,
-        };
-        // The record of the new generation.
-        let mut record = record(&self.name, block, self.outlives);
-        record["size"] = geometry.size.into();
-        if geometry.spares > 0 {
-            record["spares"] = geometry.spares.into();
-        }
-        record["generation"] = (block.generation + 1).into();
-        let making = Making {
-            storage: to,
-            pool: self.name.clone(),
-            block: block.id.clone(),
-            kind: block.kind,
-            geometry,
-            generation: block.generation + 1,
-            from: Some(block.storage),
-            record: record.to_string(),
-        };
-        self.blocks.bytes += total;
-        turn.block_job(Job::Make {
-            key,
-            making,
-            unless_dead,
-        });
-        Ok(())
-    }
-
     /// Moves a block of an earlier run to a new generation, because somebody held its lock when the
     /// server ended and may still be writing a version.
     pub fn abandon_writer(&mut self, id: &BlockId, turn: &mut Turn<'_, D>) {
-        if let Ok((key, _)) = self.block(id) {
-            self.renew_generation(key, None, turn);
+        if let Ok((key, _)) = self.blocks.find(id, self.info) {
+            self.blocks.renew_generation(key, None, self.info, turn);
         }
     }
 
@@ -233,40 +264,18 @@ impl<D: Driver> Pool<D> {
     /// the old file a flushed version may be overwritten. If there is no room for both, the block
     /// stays in its file.
     pub fn add_spares(&mut self, id: &BlockId, turn: &mut Turn<'_, D>) {
-        let Ok((key, block)) = self.block(id) else {
+        let Ok((key, block)) = self.blocks.find(id, self.info) else {
             return;
         };
         let geometry = Geometry::new(block.kind, block.geometry.size, block.geometry.slots);
         let is_due = geometry != block.geometry
             && matches!(block.phase, Phase::Live)
             && !block.lock.is_held_by_server();
-        if is_due && let Err(refusal) = self.begin_move(key, geometry, "upgraded", None, turn) {
-            turn.refused(refusal.code);
-        }
-    }
-
-    /// Moves a block to a new generation of the same size, so that who lost its lock can't write it
-    /// any more.
-    pub(in crate::pool) fn renew_generation(
-        &mut self,
-        key: BlockKey,
-        unless_dead: Option<D::Peer>,
-        turn: &mut Turn<'_, D>,
-    ) {
-        let Some(block) = self.blocks.at(key) else {
-            return;
-        };
-        if !matches!(block.phase, Phase::Live) {
-            return;
-        }
-        if block.lock.is_held_by_server() {
-            // A write through the server is in progress: the copy must not miss it.
-            self.blocks.at_mut(key).expect("just found").is_move_due = true;
-            return;
-        }
-        let geometry = Geometry::new(block.kind, block.geometry.size, block.geometry.slots);
-        if let Err(refusal) = self.begin_move(key, geometry, "lock_broken", unless_dead, turn) {
-            // Without room for a second generation, only the fence keeps the old writer out.
+        if is_due
+            && let Err(refusal) = self
+                .blocks
+                .begin_move(key, geometry, "upgraded", None, self.info, turn)
+        {
             turn.refused(refusal.code);
         }
     }
@@ -274,13 +283,8 @@ impl<D: Driver> Pool<D> {
     /// Moves every block to a new generation, which those who had to leave an encrypted pool have
     /// not mapped. A block that can't be moved goes: rather that than one that they can still
     /// write.
-    pub fn renew_blocks(&mut self, turn: &mut Turn<'_, D>) {
-        let keys: Vec<BlockKey> = self
-            .blocks
-            .blocks
-            .iter()
-            .map(|(key, _)| shown(key))
-            .collect();
+    pub fn renew_all(&mut self, turn: &mut Turn<'_, D>) {
+        let keys: Vec<BlockKey> = self.blocks.blocks.iter().map(|(key, _)| key).collect();
         for key in keys {
             let Some(block) = self.blocks.at(key) else {
                 continue;
@@ -292,10 +296,11 @@ impl<D: Driver> Pool<D> {
             let is_busy = block.lock.is_held_by_server();
             if is_busy
                 || self
-                    .begin_move(key, geometry, "rotated", None, turn)
+                    .blocks
+                    .begin_move(key, geometry, "rotated", None, self.info, turn)
                     .is_err()
             {
-                self.end_block(key, turn);
+                self.end(key, turn);
             }
         }
     }

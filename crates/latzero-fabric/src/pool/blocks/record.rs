@@ -18,8 +18,13 @@ impl Found<'_> {
     /// # Errors
     /// If the record is invalid.
     pub fn owner(&self) -> Result<AppId, Refusal> {
-        let record: Value = serde_json::from_str(self.record).map_err(|_| senseless())?;
-        Ok(AppId::new(record["owner"].as_str().ok_or_else(senseless)?)?)
+        let record: Value =
+            serde_json::from_str(self.record).map_err(|_| refusals::block_record_is_invalid())?;
+        Ok(AppId::new(
+            record["owner"]
+                .as_str()
+                .ok_or_else(refusals::block_record_is_invalid)?,
+        )?)
     }
 
     /// The pool and the block of a record.
@@ -27,8 +32,13 @@ impl Found<'_> {
     /// # Errors
     /// If it is invalid.
     pub fn name(&self) -> Result<(PoolName, BlockId), Refusal> {
-        let record: Value = serde_json::from_str(self.record).map_err(|_| senseless())?;
-        let text = |name: &str| record[name].as_str().ok_or_else(senseless);
+        let record: Value =
+            serde_json::from_str(self.record).map_err(|_| refusals::block_record_is_invalid())?;
+        let text = |name: &str| {
+            record[name]
+                .as_str()
+                .ok_or_else(refusals::block_record_is_invalid)
+        };
         let pool = PoolName::new(text("pool")?)?;
         Ok((pool, BlockId::new(text("block_id")?)?))
     }
@@ -36,12 +46,17 @@ impl Found<'_> {
     /// The block, without any reservation yet.
     pub(super) fn read(&self, account: &Arc<Account>) -> Result<Block, Refusal> {
         use latzero_protocol::memory::Apps;
-        let record: Value = serde_json::from_str(self.record).map_err(|_| senseless())?;
-        let number = |name: &str| record[name].as_u64().ok_or_else(senseless);
+        let record: Value =
+            serde_json::from_str(self.record).map_err(|_| refusals::block_record_is_invalid())?;
+        let number = |name: &str| {
+            record[name]
+                .as_u64()
+                .ok_or_else(refusals::block_record_is_invalid)
+        };
         let word = |name: &str| record[name].as_str();
         let apps = |name: &str| -> Result<Apps, Refusal> {
             let names = record["permissions"][name].as_array();
-            let names = names.ok_or_else(senseless)?.iter();
+            let names = names.ok_or_else(refusals::block_record_is_invalid)?.iter();
             let names: Vec<&str> = names.filter_map(Value::as_str).collect();
             if names.contains(&"*") {
                 return Ok(Apps::All);
@@ -53,7 +68,8 @@ impl Found<'_> {
             Value::Null => None,
             layout => {
                 let text = layout.to_string();
-                let raw = latzero_protocol::Raw::new(&text).map_err(|_| senseless())?;
+                let raw = latzero_protocol::Raw::new(&text)
+                    .map_err(|_| refusals::block_record_is_invalid())?;
                 Some(Layout::parse(raw)?)
             }
         };
@@ -63,16 +79,18 @@ impl Found<'_> {
             sealed => {
                 let uid = sealed["block_uid"].as_str().and_then(text::decode);
                 let content = SealedContent::new(
-                    uid.ok_or_else(senseless)?,
-                    sealed["size"].as_u64().ok_or_else(senseless)?,
+                    uid.ok_or_else(refusals::block_record_is_invalid)?,
+                    sealed["size"]
+                        .as_u64()
+                        .ok_or_else(refusals::block_record_is_invalid)?,
                 );
                 let capacity = |content: &SealedContent| content.geometry.capacity();
                 let content = content.filter(|content| record["size"] == capacity(content));
-                Some(content.ok_or_else(senseless)?)
+                Some(content.ok_or_else(refusals::block_record_is_invalid)?)
             }
         };
         let kind = word("kind").map_or(Some(Kind::Persistent), Kind::parse);
-        let kind = kind.ok_or_else(senseless)?;
+        let kind = kind.ok_or_else(refusals::block_record_is_invalid)?;
         Ok(Block {
             id,
             storage: StorageId(0),
@@ -85,11 +103,11 @@ impl Found<'_> {
                 slots: u32::try_from(number("slots")?)
                     .ok()
                     .filter(|slots| (1..=4).contains(slots))
-                    .ok_or_else(senseless)?,
+                    .ok_or_else(refusals::block_record_is_invalid)?,
                 spares: match record.get("spares") {
                     None => 0,
                     Some(spares) if *spares == SPARE_SLOTS => SPARE_SLOTS,
-                    Some(_) => return Err(senseless()),
+                    Some(_) => return Err(refusals::block_record_is_invalid()),
                 },
             },
             sealed,
@@ -117,14 +135,10 @@ impl Found<'_> {
     }
 }
 
-fn senseless() -> Refusal {
-    Refusal::new(Code::Storage, "the record of a block is invalid")
-}
-
 /// The record of a block, and whether it is kept beyond this run.
-pub(super) fn record(pool: &PoolName, block: &Block, outlives: bool) -> Value {
+pub(super) fn record(pool: &PoolInfo, block: &Block) -> Value {
     let mut record = json!({
-        "pool": pool, "block_id": block.id, "kind": block.kind.as_str(),
+        "pool": pool.name, "block_id": block.id, "kind": block.kind.as_str(),
         "size": block.geometry.size,
         "slots": block.geometry.slots, "owner": block.owner, "generation": block.generation,
         "created": block.created,
@@ -138,7 +152,7 @@ pub(super) fn record(pool: &PoolName, block: &Block, outlives: bool) -> Value {
     if let Some(sealed) = &block.sealed {
         record["sealed"] = json!({"block_uid": text::encode(&sealed.uid), "size": sealed.size});
     }
-    if !outlives {
+    if !pool.outlives {
         record["outlives"] = false.into();
     }
     if let Some(layout) = &block.layout {

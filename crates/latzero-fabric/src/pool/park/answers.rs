@@ -15,18 +15,20 @@ use std::sync::Arc;
 use hashbrown::HashMap;
 
 use latzero_protocol::encode;
-use latzero_protocol::message::Response;
-use latzero_protocol::{AppId, Code, Refusal};
+use latzero_protocol::{AppId, PoolName, Refusal};
 
+use super::super::PoolInfo;
 use super::super::answer::{Answered, checked};
+use super::super::lasting::Lasting;
+use super::super::members::{Member, MemberKey, NOBODY};
 use super::super::routing::{forwarded_length, raw_length, too_large};
-use super::super::{Member, MemberKey, NOBODY, Pool};
 use super::HeldCall;
 use super::{GIVEN_AT_ONCE_MAX, soon};
 use crate::driver::Driver;
 use crate::ledger::Account;
 use crate::now::{Time, earliest};
 use crate::outbox::{Class, Sent};
+use crate::refusals;
 use crate::rows::{AnswerRow, StoreChange};
 use crate::turn::Turn;
 
@@ -219,6 +221,89 @@ impl KeptAnswers {
         !self.agains.is_empty() && self.by_app.get(app).is_some_and(|w| w.again.is_some())
     }
 
+    /// Keeps an answer until it is delivered; nothing is sent yet. It takes over the call's
+    /// reservation.
+    pub(super) fn keep<D: Driver>(
+        &mut self,
+        number: u64,
+        whom: AnswerReceiver,
+        key: Option<Box<str>>,
+        (answer, held): (Answered, HeldCall),
+        pool: &PoolInfo,
+        turn: &Turn<'_, D>,
+    ) {
+        let kept = StoredAnswer {
+            whom,
+            key,
+            held,
+            answer,
+            expires: turn.time().after_ms(pool.limits.answer_ttl_ms),
+            row: AnswerRowState::Absent,
+            on_way: None,
+        };
+        self.insert(number, kept);
+    }
+
+    /// Stores an answer, which is sent when it is on disk ([`Lasting::answer_stored`]).
+    pub(super) fn write_awaited<D: Driver>(
+        &mut self,
+        number: u64,
+        pool: &PoolName,
+        turn: &mut Turn<'_, D>,
+    ) {
+        self.note_full(number);
+        if let Some(row) = self.row(number, AnswerRowState::Awaited, pool, turn) {
+            turn.store_answer(row);
+        }
+    }
+
+    /// An answer has to wait. If there is no memory for it, a short error replaces it, so that the
+    /// caller learns that there was one.
+    fn note_full(&mut self, number: u64) {
+        let Some(kept) = self.answers.get_mut(&number) else {
+            return;
+        };
+        if let Err(full) = kept.held.bytes.resize(kept.answer.bytes() as u64) {
+            let why = Refusal::from(full).message;
+            kept.answer = Answered::refused(&refusals::answer_not_kept(why));
+            kept.held.bytes.force(kept.answer.bytes() as u64);
+        }
+    }
+
+    /// Stores an answer in place of its call, unless that was done before.
+    fn write<D: Driver>(&mut self, number: u64, pool: &PoolName, turn: &mut Turn<'_, D>) {
+        if let Some(row) = self.row(number, AnswerRowState::Stored, pool, turn) {
+            turn.store(StoreChange::Answer(row), None);
+        }
+    }
+
+    /// The row of an answer that is not on disk yet; it is written next.
+    fn row<D: Driver>(
+        &mut self,
+        number: u64,
+        next: AnswerRowState,
+        pool: &PoolName,
+        turn: &Turn<'_, D>,
+    ) -> Option<Box<AnswerRow>> {
+        let kept = self.answers.get_mut(&number)?;
+        if kept.row != AnswerRowState::Absent {
+            return None;
+        }
+        kept.row = next;
+        let left = kept.expires.since(turn.time()).as_millis();
+        let left = u64::try_from(left).unwrap_or(u64::MAX);
+        Some(Box::new(AnswerRow {
+            number,
+            pool: pool.clone(),
+            process: kept.whom.process.to_string(),
+            caller: kept.whom.caller.clone(),
+            id: kept.whom.id.to_string(),
+            idempotency_key: kept.key.as_deref().map(Into::into),
+            frame: kept.answer.frame(),
+            expires: turn.steady_ms().saturating_add(left),
+        }))
+    }
+
     pub(super) fn bytes(&self) -> u64 {
         self.answers
             .values()
@@ -246,6 +331,37 @@ impl KeptAnswers {
     }
 }
 
+impl<D: Driver> Member<D> {
+    /// Sends a stored answer; `None` if the receiver can never accept it.
+    pub(in crate::pool) fn send_answer(
+        &self,
+        id: &str,
+        answer: &Answered,
+        pool: &PoolInfo,
+        turn: &mut Turn<'_, D>,
+    ) -> Option<Sent> {
+        if self.attachments == encode::Attachments::NotTaken
+            && too_large(answer.body(), pool.limits.max_frame)
+        {
+            return None;
+        }
+        let message = encode::Answer {
+            in_reply_to: id,
+            status: answer.status,
+            error: answer.error.as_deref().map(checked),
+            headers: answer.headers.as_deref().map(checked),
+            body: answer.body(),
+        };
+        let length = forwarded_length(message.body, self.attachments)
+            + raw_length(message.error)
+            + raw_length(message.headers);
+        let sent = turn.send(&self.peer, Class::Reply, length, |out| {
+            encode::answer(out, &message, self.attachments);
+        });
+        Some(sent)
+    }
+}
+
 /// The delivery state of an answer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in crate::pool) enum DeliveryState {
@@ -257,7 +373,7 @@ pub(in crate::pool) enum DeliveryState {
     Nobody,
 }
 
-impl<D: Driver> Pool<D> {
+impl<D: Driver> Lasting<'_, D> {
     /// Restores an answer of an earlier run; false if the stored row is invalid.
     pub fn restore_answer(
         &mut self,
@@ -272,8 +388,8 @@ impl<D: Driver> Pool<D> {
         };
         // Never longer than promised, even if the clock has changed.
         let left = row.expires.saturating_sub(steady_ms);
-        let expires = now.after_ms(left.min(self.limits.answer_ttl_ms));
-        turn.count_held(&self.name, self.number, 1);
+        let expires = now.after_ms(left.min(self.info.limits.answer_ttl_ms));
+        turn.count_held(&self.info.name, self.info.number, 1);
         let kept = StoredAnswer {
             whom: AnswerReceiver {
                 process: row.process.as_str().into(),
@@ -291,22 +407,12 @@ impl<D: Driver> Pool<D> {
         if let Some(key) = &kept.key
             && self
                 .repeats
-                .restore_answered(&kept.whom.caller, key, account, &self.limits)
+                .restore_answered(&kept.whom.caller, key, account, &self.info.limits)
         {
             self.repeats_answered(&kept.whom.caller, key, &kept.answer, turn);
         }
         self.parked.answers.insert(row.number, kept);
         true
-    }
-
-    /// A handler answered a parked call.
-    pub(in crate::pool) fn parked_answered(
-        &mut self,
-        number: u64,
-        response: &Response<'_>,
-        turn: &mut Turn<'_, D>,
-    ) {
-        self.finish_parked(number, (Answered::of(response), true), turn);
     }
 
     /// A parked call ended without a handler's answer.
@@ -337,7 +443,7 @@ impl<D: Driver> Pool<D> {
             if let Some(key) = &key {
                 self.repeats_answered(&parked.caller, key, &answer, turn);
             }
-            turn.count_held(&self.name, self.number, -1);
+            turn.count_held(&self.info.name, self.info.number, -1);
             turn.store(StoreChange::EndCall(number), None);
             return;
         }
@@ -348,41 +454,15 @@ impl<D: Driver> Pool<D> {
             from: parked.from,
             id: parked.id,
         };
-        self.keep_answer(number, whom, key, (answer, parked.held), turn);
+        self.parked
+            .answers
+            .keep(number, whom, key, (answer, parked.held), self.info, turn);
         if runs_once {
-            self.write_awaited(number, turn);
+            self.parked
+                .answers
+                .write_awaited(number, &self.info.name, turn);
         } else {
             self.pass_on(number, turn);
-        }
-    }
-
-    /// Keeps an answer until it is delivered; nothing is sent yet. It takes over the call's
-    /// reservation.
-    pub(super) fn keep_answer(
-        &mut self,
-        number: u64,
-        whom: AnswerReceiver,
-        key: Option<Box<str>>,
-        (answer, held): (Answered, HeldCall),
-        turn: &mut Turn<'_, D>,
-    ) {
-        let kept = StoredAnswer {
-            whom,
-            key,
-            held,
-            answer,
-            expires: turn.time().after_ms(self.limits.answer_ttl_ms),
-            row: AnswerRowState::Absent,
-            on_way: None,
-        };
-        self.parked.answers.insert(number, kept);
-    }
-
-    /// Stores an answer, which is sent when it is on disk ([`Pool::answer_stored`]).
-    pub(super) fn write_awaited(&mut self, number: u64, turn: &mut Turn<'_, D>) {
-        self.note_full(number);
-        if let Some(row) = self.answer_row(number, AnswerRowState::Awaited, turn) {
-            turn.store_answer(row);
         }
     }
 
@@ -404,7 +484,7 @@ impl<D: Driver> Pool<D> {
             let (caller, answer) = (kept.whom.caller.clone(), kept.answer.clone());
             self.repeats_answered(&caller, &key, &answer, turn);
         }
-        self.write_answer(number, turn);
+        self.parked.answers.write(number, &self.info.name, turn);
         self.pass_on(number, turn);
     }
 
@@ -430,22 +510,8 @@ impl<D: Driver> Pool<D> {
             let again = now.after_ms(ANSWER_AGAIN_MS);
             self.parked.answers.try_again(&app, Some(again));
         }
-        self.note_full(number);
-        self.write_answer(number, turn);
-    }
-
-    /// An answer has to wait. If there is no memory for it, a short error replaces it, so that the
-    /// caller learns that there was one.
-    fn note_full(&mut self, number: u64) {
-        let Some(kept) = self.parked.answers.answers.get_mut(&number) else {
-            return;
-        };
-        if let Err(full) = kept.held.bytes.resize(kept.answer.bytes() as u64) {
-            let why = Refusal::from(full).message;
-            let message = format!("the answer could not be kept: {why}");
-            kept.answer = Answered::refused(&Refusal::new(Code::HandlerGone, message));
-            kept.held.bytes.force(kept.answer.bytes() as u64);
-        }
+        self.parked.answers.note_full(number);
+        self.parked.answers.write(number, &self.info.name, turn);
     }
 
     /// An answer is in a member's outbox; the driver reports when it has left.
@@ -454,39 +520,6 @@ impl<D: Driver> Pool<D> {
         if let Some(to) = self.members.at(member) {
             turn.note_delivered(&to.peer, number);
         }
-    }
-
-    /// Stores an answer in place of its call, unless that was done before.
-    fn write_answer(&mut self, number: u64, turn: &mut Turn<'_, D>) {
-        if let Some(row) = self.answer_row(number, AnswerRowState::Stored, turn) {
-            turn.store(StoreChange::Answer(row), None);
-        }
-    }
-
-    /// The row of an answer that is not on disk yet; it is written next.
-    fn answer_row(
-        &mut self,
-        number: u64,
-        next: AnswerRowState,
-        turn: &mut Turn<'_, D>,
-    ) -> Option<Box<AnswerRow>> {
-        let kept = self.parked.answers.answers.get_mut(&number)?;
-        if kept.row != AnswerRowState::Absent {
-            return None;
-        }
-        kept.row = next;
-        let left = kept.expires.since(turn.time()).as_millis();
-        let left = u64::try_from(left).unwrap_or(u64::MAX);
-        Some(Box::new(AnswerRow {
-            number,
-            pool: self.name.clone(),
-            process: kept.whom.process.to_string(),
-            caller: kept.whom.caller.clone(),
-            id: kept.whom.id.to_string(),
-            idempotency_key: kept.key.as_deref().map(Into::into),
-            frame: kept.answer.frame(),
-            expires: turn.steady_ms().saturating_add(left),
-        }))
     }
 
     /// An answer was written, with everything that was appended before it ([`Effects::delivered`]).
@@ -509,7 +542,7 @@ impl<D: Driver> Pool<D> {
         let numbers = self.parked.answers.on_way_to(key);
         for &number in &numbers {
             self.parked.answers.move_to(number, None);
-            self.write_answer(number, turn);
+            self.parked.answers.write(number, &self.info.name, turn);
         }
         if !numbers.is_empty() {
             self.deliver_answers(app, turn);
@@ -528,7 +561,7 @@ impl<D: Driver> Pool<D> {
     ) -> DeliveryState {
         let is_free = |member| self.calls.find(member, id).is_none();
         if let Some(member) = self.members.at(from) {
-            match self.send_answer(member, id, answer, turn) {
+            match member.send_answer(id, answer, self.info, turn) {
                 Some(Sent::Queued) => return DeliveryState::Yes(from),
                 Some(Sent::Full) => return DeliveryState::NotNow,
                 Some(Sent::Gone) | None => {}
@@ -545,42 +578,13 @@ impl<D: Driver> Pool<D> {
                 delivery = DeliveryState::NotNow;
                 continue;
             }
-            match self.send_answer(to, id, answer, turn) {
+            match to.send_answer(id, answer, self.info, turn) {
                 Some(Sent::Queued) => return DeliveryState::Yes(key),
                 Some(Sent::Full) => delivery = DeliveryState::NotNow,
                 Some(Sent::Gone) | None => {}
             }
         }
         delivery
-    }
-
-    /// Sends a stored answer; `None` if the receiver can never accept it.
-    pub(in crate::pool) fn send_answer(
-        &self,
-        to: &Member<D>,
-        id: &str,
-        answer: &Answered,
-        turn: &mut Turn<'_, D>,
-    ) -> Option<Sent> {
-        if to.attachments == encode::Attachments::NotTaken
-            && too_large(answer.body(), self.limits.max_frame)
-        {
-            return None;
-        }
-        let message = encode::Answer {
-            in_reply_to: id,
-            status: answer.status,
-            error: answer.error.as_deref().map(checked),
-            headers: answer.headers.as_deref().map(checked),
-            body: answer.body(),
-        };
-        let length = forwarded_length(message.body, to.attachments)
-            + raw_length(message.error)
-            + raw_length(message.headers);
-        let sent = turn.send(&to.peer, Class::Reply, length, |out| {
-            encode::answer(out, &message, to.attachments);
-        });
-        Some(sent)
     }
 
     /// Sends an app that has reconnected the answers that arrived while it was offline.
@@ -629,7 +633,7 @@ impl<D: Driver> Pool<D> {
 
     pub(in crate::pool) fn drop_answer(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         if let Some(kept) = self.parked.answers.remove(number) {
-            turn.count_held(&self.name, self.number, -1);
+            turn.count_held(&self.info.name, self.info.number, -1);
             if kept.row != AnswerRowState::Stored {
                 turn.store(StoreChange::EndCall(number), None);
             }

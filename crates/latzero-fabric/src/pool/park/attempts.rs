@@ -8,14 +8,18 @@
 //! run it again.
 
 use latzero_protocol::message::Trigger;
-use latzero_protocol::{Code, Refusal, encode};
+use latzero_protocol::{Refusal, encode};
 
-use super::super::{MemberKey, Pool};
+use super::super::Pool;
+use super::super::lasting::Lasting;
+use super::super::members::MemberKey;
 use super::answers::AnswerReceiver;
 use super::durable::DurableCall;
-use super::{Death, Parked, State, StoreChange};
+use super::{Death, Parked, ParkedCalls, State, StoreChange};
 use crate::driver::Driver;
+use crate::now::Time;
 use crate::outbox::Class;
+use crate::refusals;
 use crate::turn::Turn;
 
 /// How long a call pauses after its first failed attempt, in milliseconds.
@@ -40,7 +44,24 @@ pub(super) struct Orphan {
     cause: String,
 }
 
-impl<D: Driver> Pool<D> {
+impl ParkedCalls {
+    /// The server stops while a handler has a parked call: the call stays stored as it is.
+    pub(in crate::pool) fn interrupted(
+        &mut self,
+        number: u64,
+        mut lasting: Box<DurableCall>,
+        now: Time,
+    ) {
+        lasting.number = Some(number);
+        (lasting.window, lasting.held) = (None, None);
+        let until = now.after_ms(PAUSE_MAX_MS);
+        self.change(number, |parked| {
+            parked.state = State::Paused(lasting, until);
+        });
+    }
+}
+
+impl<D: Driver> Lasting<'_, D> {
     /// The handler of a durable call died; [`Pool::place_orphans`] follows once the handler has
     /// left.
     pub(in crate::pool) fn orphan(
@@ -57,61 +78,6 @@ impl<D: Driver> Pool<D> {
             lasting,
             cause,
         });
-    }
-
-    /// Decides about calls whose handler died, now that it has left.
-    pub(in crate::pool) fn place_orphans(&mut self, turn: &mut Turn<'_, D>) {
-        for orphan in std::mem::take(&mut self.parked.orphans) {
-            match orphan.lasting.number {
-                Some(number) => self.attempt_failed(number, orphan.lasting, &orphan.cause, turn),
-                None => self.redeliver(orphan, turn),
-            }
-        }
-    }
-
-    /// Redelivers a call to another handler; else parks it if it may wait, or notifies its caller.
-    fn redeliver(&mut self, orphan: Orphan, turn: &mut Turn<'_, D>) {
-        let Orphan {
-            caller,
-            id,
-            lasting,
-            cause,
-        } = orphan;
-        let Some(member) = self.members.at(caller) else {
-            self.drop_repeats_of(&lasting, turn);
-            return;
-        };
-        let peer = member.peer.clone();
-        let is_last = lasting.attempt >= lasting.attempts;
-        let mut lasting = lasting;
-        if !is_last {
-            match self.dispatch(Some(caller), lasting, turn) {
-                Ok((key, lasting)) => {
-                    self.calls.at_mut(key).expect("just begun").lasting = Some(lasting);
-                    return;
-                }
-                Err((back, _)) => lasting = back,
-            }
-        }
-        let parked = lasting
-            .may_park
-            .then(|| lasting.read(|trigger| self.park_orphan(caller, trigger, &lasting, turn)));
-        if let Some(Some(Ok(number))) = parked {
-            self.attempt_failed(number, lasting, &cause, turn);
-            return;
-        }
-        self.drop_repeats_of(&lasting, turn);
-        let refusal = if is_last {
-            exhausted(lasting.attempt, &cause)
-        } else {
-            let message = format!("{cause}, and no other handler took the call");
-            Refusal::new(Code::HandlerGone, message)
-        };
-        if let Some(id) = &id {
-            turn.send(&peer, Class::Control, 512, |out| {
-                encode::refusal(out, Some(id), &refusal);
-            });
-        }
     }
 
     fn park_orphan(
@@ -170,25 +136,10 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// The server stops while a handler has a parked call: the call stays stored as it is.
-    pub(in crate::pool) fn interrupted(
-        &mut self,
-        number: u64,
-        mut lasting: Box<DurableCall>,
-        turn: &mut Turn<'_, D>,
-    ) {
-        lasting.number = Some(number);
-        (lasting.window, lasting.held) = (None, None);
-        let until = turn.time().after_ms(PAUSE_MAX_MS);
-        self.parked.change(number, |parked| {
-            parked.state = State::Paused(lasting, until);
-        });
-    }
-
     /// The last attempt of a parked call failed: notifies its caller, and keeps the dead call.
     fn die(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         let (now, steady_ms) = (turn.time(), turn.steady_ms());
-        let ttl_ms = self.limits.dead_ttl_ms;
+        let ttl_ms = self.info.limits.dead_ttl_ms;
         let Some(mut parked) = self.parked.remove(number) else {
             return;
         };
@@ -204,7 +155,7 @@ impl<D: Driver> Pool<D> {
                 at: steady_ms,
                 cause: parked.cause.as_deref().unwrap_or_default().into(),
             }),
-            ..parked.row(number, &self.name, &lasting)
+            ..parked.row(number, &self.info.name, &lasting)
         };
         parked.state = State::Dead(lasting);
         turn.store(StoreChange::Call(Box::new(row)), None);
@@ -217,13 +168,17 @@ impl<D: Driver> Pool<D> {
         let held = parked.held.small();
         self.parked.insert(number, parked);
         if !whom.id.is_empty() {
-            turn.count_held(&self.name, self.number, 1);
+            turn.count_held(&self.info.name, self.info.number, 1);
             let answer = super::Answered::refused(&refusal);
             let number = turn.next_number();
-            self.keep_answer(number, whom, None, (answer, held), turn);
-            self.write_awaited(number, turn);
+            self.parked
+                .answers
+                .keep(number, whom, None, (answer, held), self.info, turn);
+            self.parked
+                .answers
+                .write_awaited(number, &self.info.name, turn);
         }
-        while self.parked.dead.len() > self.limits.dead_max {
+        while self.parked.dead.len() > self.info.limits.dead_max {
             let (_, oldest) = *self.parked.dead.first().expect("there are too many");
             self.bury(oldest, turn);
         }
@@ -231,7 +186,7 @@ impl<D: Driver> Pool<D> {
 
     /// Forgets a dead call.
     pub(super) fn bury(&mut self, number: u64, turn: &mut Turn<'_, D>) {
-        if self.forget_parked(number, turn).is_some() {
+        if self.parked.forget(number, self.info, turn).is_some() {
             turn.store(StoreChange::EndCall(number), None);
         }
     }
@@ -253,7 +208,7 @@ impl<D: Driver> Pool<D> {
         (parked.attempt, parked.cause, parked.id) = (0, None, "".into());
         (lasting.attempt, lasting.deadline) = (0, parked.deadline);
         parked.rank = self.parked.newest.saturating_add(1);
-        let row = parked.row(number, &self.name, &lasting);
+        let row = parked.row(number, &self.info.name, &lasting);
         turn.store(StoreChange::Call(Box::new(row)), None);
         parked.state = State::Waiting(lasting);
         let process = parked.process.clone();
@@ -286,16 +241,6 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Bytes of the calls that may be given to another handler.
-    pub(in crate::pool) fn redelivery_bytes(&self) -> u64 {
-        let lasting = self
-            .calls
-            .iter()
-            .filter_map(|(_, call)| call.lasting.as_ref());
-        let held = lasting.filter_map(|lasting| lasting.held.as_ref());
-        held.map(crate::ledger::Reservation::amount).sum()
-    }
-
     /// A durable call ended without an answer: ends its repeats too.
     pub(in crate::pool) fn drop_repeats_of(
         &mut self,
@@ -320,9 +265,65 @@ impl<D: Driver> Pool<D> {
             let Some((member, id)) = self.members.at(orphan.caller).zip(orphan.id) else {
                 continue;
             };
-            let refusal = Refusal::new(Code::HandlerGone, "the pool was removed");
-            turn.send(&member.peer, Class::Control, 256, |out| {
-                encode::refusal(out, Some(&id), &refusal);
+            member.refuse(&id, &refusals::pool_removed(), turn);
+        }
+    }
+}
+
+impl<D: Driver> Pool<D> {
+    /// Decides about calls whose handler died, now that it has left.
+    pub(in crate::pool) fn place_orphans(&mut self, turn: &mut Turn<'_, D>) {
+        for orphan in std::mem::take(&mut self.parked.orphans) {
+            match orphan.lasting.number {
+                Some(number) => {
+                    self.lasting()
+                        .attempt_failed(number, orphan.lasting, &orphan.cause, turn)
+                }
+                None => self.redeliver(orphan, turn),
+            }
+        }
+    }
+
+    /// Redelivers a call to another handler; else parks it if it may wait, or notifies its caller.
+    fn redeliver(&mut self, orphan: Orphan, turn: &mut Turn<'_, D>) {
+        let Orphan {
+            caller,
+            id,
+            lasting,
+            cause,
+        } = orphan;
+        let Some(member) = self.members.at(caller) else {
+            self.lasting().drop_repeats_of(&lasting, turn);
+            return;
+        };
+        let peer = member.peer.clone();
+        let is_last = lasting.attempt >= lasting.attempts;
+        let mut lasting = lasting;
+        if !is_last {
+            match self.dispatch(Some(caller), lasting, turn) {
+                Ok((key, lasting)) => {
+                    self.calls.at_mut(key).expect("just begun").lasting = Some(lasting);
+                    return;
+                }
+                Err((back, _)) => lasting = back,
+            }
+        }
+        let parked = lasting.may_park.then(|| {
+            lasting.read(|trigger| self.lasting().park_orphan(caller, trigger, &lasting, turn))
+        });
+        if let Some(Some(Ok(number))) = parked {
+            self.lasting().attempt_failed(number, lasting, &cause, turn);
+            return;
+        }
+        self.lasting().drop_repeats_of(&lasting, turn);
+        let refusal = if is_last {
+            exhausted(lasting.attempt, &cause)
+        } else {
+            refusals::no_other_handler(&cause)
+        };
+        if let Some(id) = &id {
+            turn.send(&peer, Class::Control, 512, |out| {
+                encode::refusal(out, Some(id), &refusal);
             });
         }
     }
@@ -330,8 +331,7 @@ impl<D: Driver> Pool<D> {
 
 fn exhausted(attempts: u32, cause: &str) -> Refusal {
     let times = if attempts == 1 { "attempt" } else { "attempts" };
-    let message = format!("{attempts} {times} failed; the last: {cause}");
-    Refusal::new(Code::AttemptsExhausted, message)
+    refusals::attempts_exhausted(format_args!("{attempts} {times}"), cause)
 }
 
 #[cfg(test)]

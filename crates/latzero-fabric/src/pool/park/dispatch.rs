@@ -3,14 +3,17 @@
 use std::collections::BTreeSet;
 
 use latzero_protocol::message::Strategy;
-use latzero_protocol::{AppId, Code, Refusal};
+use latzero_protocol::{AppId, Code};
 
 use super::super::calls::Call;
-use super::super::{CallError, Caller, MemberKey, Pool};
+use super::super::members::{MemberKey, Members};
+use super::super::triggers::Triggers;
+use super::super::{CallError, Caller, Pool};
 use super::durable::DurableCall;
-use super::{GIVEN_AT_ONCE_MAX, State, soon};
+use super::{GIVEN_AT_ONCE_MAX, ParkedCalls, State, soon};
 use crate::driver::Driver;
 use crate::now::Time;
+use crate::refusals;
 use crate::rows::StoreChange;
 use crate::slab::Key;
 use crate::turn::Turn;
@@ -37,6 +40,41 @@ enum Next {
     None,
 }
 
+impl ParkedCalls {
+    /// The destinations that calls of a trigger wait for and that have a handler: any app, or an
+    /// app by name.
+    fn takers<D: Driver>(
+        &self,
+        process: &str,
+        triggers: &Triggers,
+        members: &Members<D>,
+    ) -> Vec<Option<AppId>> {
+        let (Some(served), Some(lines)) = (triggers.get(process), self.lines.get(process)) else {
+            return Vec::new();
+        };
+        let mut takers: BTreeSet<Option<AppId>> = BTreeSet::new();
+        if lines.has(None) {
+            takers.insert(None);
+        }
+        if lines.has_named() {
+            let handlers = triggers.handlers_of(served);
+            let apps = handlers.filter_map(|h| Some(&members.at(h.member)?.app));
+            let awaited = apps.filter(|app| lines.has(Some(app.as_str())));
+            takers.extend(awaited.map(|app| Some(app.clone())));
+        }
+        takers.into_iter().collect()
+    }
+
+    /// Calls of a trigger wait for a later dispatch.
+    fn stall(&mut self, process: &str, why: Stall, at: Time) {
+        if let Some((name, _)) = self.lines.get_key_value(process) {
+            self.stalled.insert(name.clone(), why);
+            let earlier = self.goes_on.unwrap_or(at);
+            self.goes_on = Some(at.min(earlier));
+        }
+    }
+}
+
 impl<D: Driver> Pool<D> {
     /// Handles what is left at the end of a step: calls whose handler left, and handlers with room.
     pub(crate) fn settle(&mut self, turn: &mut Turn<'_, D>) {
@@ -56,13 +94,13 @@ impl<D: Driver> Pool<D> {
     /// Dispatches the calls that were not skipped in this round.
     fn dispatch_round(&mut self, process: &str, turn: &mut Turn<'_, D>) {
         self.parked.stalled.remove(process);
-        let mut takers = self.available_handlers(process);
+        let mut takers = self.parked.takers(process, &self.triggers, &self.members);
         let mut tried = 0;
         while !takers.is_empty() {
             let mut goes_on = Vec::new();
             for taker in takers {
                 if tried == GIVEN_AT_ONCE_MAX {
-                    self.stall(process, Stall::Many, soon(turn.time()));
+                    self.parked.stall(process, Stall::Many, soon(turn.time()));
                     return;
                 }
                 match self.dispatch_next(process, taker.as_ref(), turn) {
@@ -77,43 +115,6 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// The destinations that calls of a trigger wait for and that have a handler: any app, or an
-    /// app by name.
-    fn available_handlers(&self, process: &str) -> Vec<Option<AppId>> {
-        let (Some(served), Some(lines)) =
-            (self.triggers.get(process), self.parked.lines.get(process))
-        else {
-            return Vec::new();
-        };
-        let mut takers: BTreeSet<Option<AppId>> = BTreeSet::new();
-        if lines.has(None) {
-            takers.insert(None);
-        }
-        if lines.has_named() {
-            let handlers = served.handlers.iter().filter_map(|&h| self.handlers.at(h));
-            let apps = handlers.filter_map(|h| Some(&self.members.at(h.member)?.app));
-            let awaited = apps.filter(|app| lines.has(Some(app.as_str())));
-            takers.extend(awaited.map(|app| Some(app.clone())));
-        }
-        takers.into_iter().collect()
-    }
-
-    /// Whether a handler of the trigger may take a call, by its concurrency.
-    fn has_room(&self, process: &str, app: Option<&AppId>) -> bool {
-        let handlers = self.triggers.get(process).map(|served| &served.handlers);
-        let mut handlers = handlers.into_iter().flatten();
-        handlers.any(|&handler| {
-            self.handlers.at(handler).is_some_and(|handler| {
-                handler.in_flight < handler.concurrency
-                    && app.is_none_or(|app| {
-                        self.members
-                            .at(handler.member)
-                            .is_some_and(|m| m.app == *app)
-                    })
-            })
-        })
-    }
-
     fn dispatch_next(
         &mut self,
         process: &str,
@@ -124,13 +125,13 @@ impl<D: Driver> Pool<D> {
         let Some(waiting) = lines.and_then(|lines| lines.next(app)) else {
             return Next::None;
         };
-        if !self.has_room(process, app) {
+        if !self.triggers.has_room(process, app, &self.members) {
             return Next::None;
         }
         let number = waiting.place.1;
         let parked = self.parked.calls.get_mut(&number).expect("it waits");
         if parked.deadline <= turn.time() {
-            self.parked_too_late(number, turn);
+            self.lasting().parked_too_late(number, turn);
             return Next::Passed;
         }
         let lasting = parked.dequeue().expect("queued calls wait");
@@ -170,12 +171,12 @@ impl<D: Driver> Pool<D> {
                 let served = self.triggers.get(process);
                 if served.is_none_or(|served| served.strategy != Strategy::Sticky) {
                     let again = turn.time().after_ms(GIVE_AGAIN_MS);
-                    self.stall(process, Stall::Full, again);
+                    self.parked.stall(process, Stall::Full, again);
                     return Next::None;
                 }
             }
             Some(refusal) if !matches!(refusal.code, Code::NoHandler | Code::TooLarge) => {
-                self.parked_refused(number, &refusal, turn);
+                self.lasting().parked_refused(number, &refusal, turn);
                 return Next::Passed;
             }
             _ => {}
@@ -184,15 +185,6 @@ impl<D: Driver> Pool<D> {
             lines.pass(app, &waiting);
         }
         Next::Passed
-    }
-
-    /// Calls of a trigger wait for a later dispatch.
-    fn stall(&mut self, process: &str, why: Stall, at: Time) {
-        if let Some((name, _)) = self.parked.lines.get_key_value(process) {
-            self.parked.stalled.insert(name.clone(), why);
-            let earlier = self.parked.goes_on.unwrap_or(at);
-            self.parked.goes_on = Some(at.min(earlier));
-        }
     }
 
     /// Continues an unfinished dispatch.
@@ -232,10 +224,7 @@ impl<D: Driver> Pool<D> {
                 lasting.attempt -= 1;
                 Err((lasting, error))
             }
-            None => {
-                let refusal = Refusal::new(Code::Storage, "the stored call is invalid");
-                Err((lasting, refusal.into()))
-            }
+            None => Err((lasting, refusals::stored_call_is_invalid().into())),
         }
     }
 }

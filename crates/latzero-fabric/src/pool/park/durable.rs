@@ -33,7 +33,7 @@ pub(in crate::pool) struct DurableCall {
     /// Its number, if it is parked.
     pub(in crate::pool) number: Option<u64>,
     /// Its reservation, if it is not parked.
-    pub(super) held: Option<Reservation>,
+    pub(in crate::pool) held: Option<Reservation>,
 }
 
 impl DurableCall {

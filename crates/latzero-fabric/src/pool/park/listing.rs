@@ -5,6 +5,7 @@ use latzero_protocol::{AppId, Body};
 use serde_json::{Value, json};
 
 use super::super::Pool;
+use super::super::lasting::Lasting;
 use super::{Parked, ParkedCalls, State};
 use crate::driver::Driver;
 use crate::now::Now;
@@ -85,7 +86,7 @@ impl ParkedCalls {
 /// Which calls of a pool a client may see: all, or those of one app.
 pub(crate) type Viewer<'a> = Option<&'a AppId>;
 
-impl<D: Driver> Pool<D> {
+impl<D: Driver> Lasting<'_, D> {
     /// The numbers of at most `limit` calls and answers that match a filter, in order, after the
     /// number `after`.
     pub(crate) fn find_parked(
@@ -126,7 +127,7 @@ impl<D: Driver> Pool<D> {
     pub(crate) fn describe_parked(&self, number: u64, is_whole: bool, now: &Now) -> Option<String> {
         let Some(parked) = self.parked.calls.get(&number) else {
             let mut shown = self.parked.answers.describe(number)?;
-            shown["pool"] = self.name.as_str().into();
+            shown["pool"] = self.info.name.as_str().into();
             return Some(shown.to_string());
         };
         let given = match parked.state {
@@ -137,7 +138,7 @@ impl<D: Driver> Pool<D> {
         let lasting = parked.lasting().or(lasting);
         let handler = given.and_then(|call| self.members.at(call.member));
         let mut shown = json!({
-            "number": number, "pool": self.name, "state": parked.shown_state().as_str(),
+            "number": number, "pool": self.info.name, "state": parked.shown_state().as_str(),
             "process": parked.process, "app_id": parked.caller, "id": parked.id,
             "attempt": parked.attempt, "attempts": parked.attempts,
             "parked": now.unix_ms_of(parked.parked_ms),
@@ -191,7 +192,9 @@ impl<D: Driver> Pool<D> {
         }
         Some(shown)
     }
+}
 
+impl<D: Driver> Pool<D> {
     /// Changes a call or an answer; false if its state does not allow that.
     pub(crate) fn change_parked(
         &mut self,
@@ -208,9 +211,11 @@ impl<D: Driver> Pool<D> {
         }
         match change {
             ParkedChange::Cancel => self.end_parked(number, turn),
-            ParkedChange::Retry(ttl_ms) => return self.retry_parked(number, ttl_ms, turn),
-            ParkedChange::Purge if state == ParkedState::Dead => self.bury(number, turn),
-            ParkedChange::Purge => self.drop_answer(number, turn),
+            ParkedChange::Retry(ttl_ms) => {
+                return self.lasting().retry_parked(number, ttl_ms, turn);
+            }
+            ParkedChange::Purge if state == ParkedState::Dead => self.lasting().bury(number, turn),
+            ParkedChange::Purge => self.lasting().drop_answer(number, turn),
         }
         true
     }

@@ -1,0 +1,247 @@
+//! The members of a pool, and the events that they watch.
+
+use latzero_protocol::encode::{self, Attachments, Origin};
+use latzero_protocol::message::{Event, EventSet};
+use latzero_protocol::{AppId, InstanceId, PoolName, Refusal, TriggerName};
+
+use super::PoolInfo;
+
+use crate::driver::{Driver, Peer};
+use crate::ledger::{Reservation, Resource};
+use crate::outbox::Class;
+use crate::refusals;
+use crate::slab::{Key, Slab};
+use crate::turn::Turn;
+
+/// The key of a member in its pool.
+pub type MemberKey = Key<MemberTag>;
+
+/// Marks keys of members. A member is generic over its connection; its key is not.
+#[derive(Debug)]
+pub enum MemberTag {}
+
+/// The caller of a call without a connection: a parked call, or one with an idempotency key.
+pub(super) const NOBODY: MemberKey = Key::new(u32::MAX, u32::MAX);
+
+/// An instance that joins a pool.
+#[derive(Debug, Clone)]
+pub struct Joining<D: Driver> {
+    /// The connection.
+    pub peer: D::Peer,
+    /// The app.
+    pub app: AppId,
+    /// The instance.
+    pub instance: InstanceId,
+    /// Whether it takes attachment frames.
+    pub attachments: Attachments,
+    /// Whether file descriptors can be passed to it.
+    pub takes_descriptors: bool,
+}
+
+/// One instance in the pool.
+pub(super) struct Member<D: Driver> {
+    pub(super) peer: D::Peer,
+    pub(super) app: AppId,
+    pub(super) instance: InstanceId,
+    /// The user of its connection, and whether that user is untrusted.
+    pub(super) user: u64,
+    pub(super) is_stranger: bool,
+    pub(super) attachments: Attachments,
+    watch: Option<EventSet>,
+    pub(super) triggers: Vec<TriggerName>,
+    /// Calls it made and calls it serves; at zero, no search is needed when it leaves.
+    pub(super) calling: u32,
+    pub(super) serving: u32,
+    /// Whether file descriptors can be passed to it.
+    pub(super) takes_descriptors: bool,
+}
+
+impl<D: Driver> Member<D> {
+    pub(super) fn origin(&self) -> Origin<'_> {
+        Origin {
+            app_id: self.app.as_str(),
+            instance: self.instance,
+        }
+    }
+
+    fn watches(&self, event: Event) -> bool {
+        self.watch.is_some_and(|set| set.has(event))
+    }
+
+    /// Counts something of its app.
+    pub(super) fn reserve(&self, what: Resource) -> Result<Reservation, Refusal> {
+        Ok(self.peer.link().account().app().reserve(what, 1)?)
+    }
+
+    /// Whether it has room for one more descriptor that it has not read.
+    pub(super) fn check_descriptors(&self, pool: &PoolInfo) -> Result<(), Refusal> {
+        let max = pool.limits.descriptors_unread_max;
+        if !self.takes_descriptors || self.peer.link().outbox.descriptors() < max {
+            return Ok(());
+        }
+        Err(refusals::too_many_descriptors(max))
+    }
+
+    /// Refuses a request that it sent.
+    pub(super) fn refuse(&self, id: &str, refusal: &Refusal, turn: &mut Turn<'_, D>) {
+        let length = refusal.message.len() + 256;
+        turn.send(&self.peer, Class::Control, length, |out| {
+            encode::refusal(out, Some(id), refusal);
+        });
+    }
+}
+
+/// The members of a pool.
+pub(super) struct Members<D: Driver> {
+    members: Slab<Member<D>, MemberTag>,
+    /// How many watch for changes to blocks.
+    change_watchers: usize,
+}
+
+impl<D: Driver> Default for Members<D> {
+    fn default() -> Self {
+        Members {
+            members: Slab::default(),
+            change_watchers: 0,
+        }
+    }
+}
+
+impl<D: Driver> Members<D> {
+    pub(super) fn len(&self) -> usize {
+        self.members.len()
+    }
+
+    #[inline]
+    pub(super) fn at(&self, key: MemberKey) -> Option<&Member<D>> {
+        self.members.at(key)
+    }
+
+    #[inline]
+    pub(super) fn at_mut(&mut self, key: MemberKey) -> Option<&mut Member<D>> {
+        self.members.at_mut(key)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (MemberKey, &Member<D>)> {
+        self.members.iter()
+    }
+
+    /// The sender of a request.
+    pub(super) fn asker(&self, key: MemberKey, pool: &PoolName) -> Result<&Member<D>, Refusal> {
+        self.at(key).ok_or_else(|| refusals::not_member(pool))
+    }
+
+    pub(super) fn insert(&mut self, joining: Joining<D>) -> MemberKey {
+        let (user, is_stranger) = {
+            let link = joining.peer.link();
+            let user = link.account().user();
+            (user.id(), user.is_stranger())
+        };
+        self.members.insert(Member {
+            peer: joining.peer,
+            app: joining.app,
+            instance: joining.instance,
+            user,
+            is_stranger,
+            attachments: joining.attachments,
+            watch: None,
+            triggers: Vec::new(),
+            calling: 0,
+            serving: 0,
+            takes_descriptors: joining.takes_descriptors,
+        })
+    }
+
+    pub(super) fn remove(&mut self, key: MemberKey) -> Option<Member<D>> {
+        self.watch(key, None);
+        self.members.remove(key)
+    }
+
+    /// Sends the pool's events to a member; `None` stops them. False if the membership has ended.
+    pub(super) fn watch(&mut self, key: MemberKey, events: Option<EventSet>) -> bool {
+        let Some(member) = self.members.at_mut(key) else {
+            return false;
+        };
+        self.change_watchers -= usize::from(member.watches(Event::BlockChanged));
+        member.watch = events;
+        self.change_watchers += usize::from(member.watches(Event::BlockChanged));
+        true
+    }
+
+    /// The members that watch for changes to blocks.
+    pub(super) fn change_watchers(&self) -> impl Iterator<Item = (MemberKey, &Member<D>)> {
+        let any = (self.change_watchers > 0).then(|| self.iter());
+        let any = any.into_iter().flatten();
+        any.filter(|(_, member)| member.watches(Event::BlockChanged))
+    }
+
+    /// Answers a deferred request.
+    pub(super) fn answer(
+        &self,
+        member: MemberKey,
+        id: Option<&str>,
+        result: Result<Option<String>, Refusal>,
+        turn: &mut Turn<'_, D>,
+    ) {
+        if let Err(refusal) = &result {
+            turn.refused(refusal.code);
+        }
+        let (Some(to), Some(id)) = (self.at(member), id) else {
+            return;
+        };
+        match result {
+            Ok(None) => {}
+            Ok(Some(reply)) => {
+                turn.send(&to.peer, Class::Control, reply.len() + 256, |out| {
+                    encode::reply(out, id, &reply);
+                });
+            }
+            Err(refusal) => to.refuse(id, &refusal, turn),
+        }
+    }
+
+    /// Notifies the watchers, except the member that the event is about.
+    pub(super) fn notify(
+        &self,
+        event: Event,
+        json: &str,
+        about: Option<MemberKey>,
+        turn: &mut Turn<'_, D>,
+    ) {
+        for (key, member) in self.iter() {
+            if Some(key) != about && member.watches(event) {
+                turn.send(&member.peer, Class::Event, json.len(), |out| {
+                    encode::message(out, json)
+                });
+            }
+        }
+    }
+
+    /// Notifies the watchers that a member came or left, or a trigger of it.
+    pub(super) fn notify_presence(
+        &self,
+        event: Event,
+        pool: &PoolName,
+        key: MemberKey,
+        trigger: Option<&TriggerName>,
+        turn: &mut Turn<'_, D>,
+    ) {
+        let Some(member) = self.at(key) else {
+            return;
+        };
+        let trigger = trigger.map_or(String::new(), |t| format!(",\"trigger\":\"{t}\""));
+        let json = format!(
+            "{{\"action\":\"event\",\"event\":\"{}\",\"pool\":\"{pool}\",\"app_id\":\"{}\",\
+            \"instance\":\"{}\"{trigger}}}",
+            event.as_str(),
+            member.app,
+            member.instance,
+        );
+        self.notify(event, &json, Some(key), turn);
+    }
+
+    pub(super) fn check(&self) {
+        let watching = self.iter().filter(|(_, m)| m.watches(Event::BlockChanged));
+        assert_eq!(watching.count(), self.change_watchers);
+    }
+}
