@@ -114,10 +114,10 @@ impl<D: Driver> Session<D> {
         waits || self.is_proving()
     }
 
-    /// Bytes that wait.
+    /// Bytes of requests that wait.
     #[must_use]
     pub fn held_bytes(&self) -> usize {
-        self.held.bytes
+        self.held.bytes + self.proof_bytes()
     }
 
     /// What a request must wait for, if anything.

@@ -84,6 +84,14 @@ impl<D: Driver> Session<D> {
         self.proofs.pending.is_some()
     }
 
+    /// Bytes of the request whose proof is being checked.
+    pub(super) fn proof_bytes(&self) -> usize {
+        match &self.proofs.pending {
+            Some((_, Proof::Creation(_, memory))) => memory.amount() as usize,
+            _ => 0,
+        }
+    }
+
     /// Has a proof checked, and decides on it where the verdict comes at once.
     fn verify(
         &mut self,
@@ -154,7 +162,7 @@ impl<D: Driver> Session<D> {
             .peer
             .link()
             .account()
-            .reserve(Resource::Registrations, bytes)?;
+            .reserve(Resource::Inbound, bytes)?;
         let proof = Proof::Creation(Box::new(pool), memory);
         self.verify(id, proof, Box::new(move || descriptor.is_signed()), turn)
     }

@@ -161,7 +161,7 @@ fn two_lives() -> Fake {
         let answers: Vec<Value> = kept.lock().unwrap().drain(..).collect();
         welcome_with(&mut peer, &answers);
         while let Some(call) = request(&mut peer) {
-            peer.reply(&call, &json!("of this life"));
+            peer.reply(&call, &json!("of this instance"));
         }
     })
 }
@@ -262,7 +262,7 @@ fn a_dropped_handle_does_not_cancel_its_call() {
         // The next word is no cancel.
         let go = request(&mut peer).unwrap();
         assert_eq!(go["process"], "go");
-        peer.send(&ok(&call["id"], &json!("at last")));
+        peer.send(&ok(&call["id"], &json!("finally")));
         peer.reply(&go, &json!(1));
         peer.read();
     });

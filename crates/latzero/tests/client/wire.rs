@@ -84,14 +84,14 @@ fn messages_behind_the_acknowledgement_are_not_lost() {
         );
         assert!(said.iter().any(|m| m["error"]["code"] == "no_handler"));
         let call = said.iter().find(|m| m["action"] == "trigger").unwrap();
-        peer.reply(call, &json!("both came"));
+        peer.reply(call, &json!("both arrived"));
         peer.read();
     });
     let app = App::connect(&fake.url("a")).unwrap();
     assert_eq!(app.call("x", &1).send::<String>().unwrap(), "both arrived");
     tokio_runtime().block_on(async {
         let app = latzero::App::connect(&fake.url("a")).await.unwrap();
-        assert_eq!(app.call("x", &1).await.unwrap(), json!("both came"));
+        assert_eq!(app.call("x", &1).await.unwrap(), json!("both arrived"));
     });
 }
 
