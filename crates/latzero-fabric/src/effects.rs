@@ -72,7 +72,7 @@ pub struct Effects<D: Driver> {
     /// [`crate::Registry::count_held`].
     pub held: Vec<(PoolName, u32, i32)>,
     /// When everything that was appended for a connection so far is written,
-    /// [`crate::Lasting::answer_delivered`] is to be called with these numbers.
+    /// [`crate::DurableCalls::answer_delivered`] is to be called with these numbers.
     pub delivered: Vec<(D::Peer, u64)>,
     /// More answers are stored for repeats than the limit allows.
     pub(crate) is_over_repeats: bool,

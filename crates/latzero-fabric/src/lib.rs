@@ -33,7 +33,7 @@ pub use limits::Limits;
 pub use link::Link;
 pub use now::{Now, Time};
 pub use outbox::{Class, Sent};
-pub use pool::{BlockKey, Lasting, MemberKey, Pool, PoolBlocks};
+pub use pool::{BlockKey, DurableCalls, MemberKey, Pool, PoolBlocks};
 pub use prng::Prng;
 pub use registry::Registry;
 pub use session::{Flow, Session};

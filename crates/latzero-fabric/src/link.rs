@@ -8,7 +8,7 @@ use crate::now::Time;
 use crate::outbox::{Bounds, Class, Outbox, PendingWrite, Sent};
 
 /// A request to report that a message was written: a number for
-/// [`crate::Lasting::answer_delivered`] of that pool.
+/// [`crate::DurableCalls::answer_delivered`] of that pool.
 #[derive(Debug, Clone)]
 pub struct Notice<H> {
     /// The pool.

@@ -6,15 +6,15 @@
 //! them in the order of the pool's decisions.
 //!
 //! A pool is made of parts, which own their state: `members`, `triggers`, `calls`, `blocks`, and in
-//! `lasting` what outlives a connection. This module composes them; `routing` passes calls to
+//! `durable` what outlives a connection. This module composes them; `routing` passes calls to
 //! handlers, `ending` passes answers back.
 
 mod answer;
 mod blocks;
 mod calls;
+mod durable;
 mod emits;
 mod ending;
-mod lasting;
 mod lock;
 mod members;
 mod park;
@@ -40,8 +40,8 @@ pub use blocks::{
     SealedContent, WritePlan,
 };
 use calls::Calls;
+pub use durable::{DurableCalls, Purged};
 use ending::EndReason;
-pub use lasting::{Lasting, Purged};
 pub use members::{Joining, MemberKey, MemberTag};
 use members::{Member, Members, NOBODY};
 use park::ParkedCalls;
@@ -190,8 +190,8 @@ impl<D: Driver> Pool<D> {
     }
 
     /// What outlives a connection.
-    pub fn lasting(&mut self) -> Lasting<'_, D> {
-        Lasting {
+    pub fn durable(&mut self) -> DurableCalls<'_, D> {
+        DurableCalls {
             parked: &mut self.parked,
             repeats: &mut self.repeats,
             members: &self.members,
@@ -269,7 +269,7 @@ impl<D: Driver> Pool<D> {
         self.members
             .notify_presence(Event::AppOffline, &self.info.name, key, None, turn);
         let member = self.members.remove(key).expect("checked above");
-        self.lasting().take_answers_back((key, &member.app), turn);
+        self.durable().take_answers_back((key, &member.app), turn);
         self.place_orphans(turn);
         true
     }
@@ -342,7 +342,7 @@ impl<D: Driver> Pool<D> {
         }
         self.blocks().handle_timeout(turn);
         self.handle_parked_timeout(turn);
-        self.lasting().handle_repeats_timeout(turn);
+        self.durable().handle_repeats_timeout(turn);
     }
 
     /// Removes the pool: ends its calls and notifies each member. Nobody can join again. Returns
@@ -353,7 +353,7 @@ impl<D: Driver> Pool<D> {
         for &key in &keys {
             self.end_calls_of(key, turn);
         }
-        self.lasting().drop_orphans(turn);
+        self.durable().drop_orphans(turn);
         self.close_held(turn);
         self.triggers = Triggers::default();
         let json = format!(
@@ -373,7 +373,7 @@ impl<D: Driver> Pool<D> {
 
     /// Releases the reservations of a removed pool.
     pub fn close_held(&mut self, turn: &mut Turn<'_, D>) {
-        self.lasting().close(turn);
+        self.durable().close(turn);
         self.blocks().close(turn);
     }
 

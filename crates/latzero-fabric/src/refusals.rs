@@ -145,7 +145,7 @@ refusals! {
         "{max} calls of this connection are in flight (limits.in_flight_max)"
     TooLarge call_too_large_as_base64()
         "the payload is too large as base64 for a handler without the feature 'attachments'"
-    BadMessage lasting_call_with_blocks()
+    BadMessage durable_call_with_blocks()
         "a call with \"park\" or \"redeliver\" cannot name blocks"
     BadMessage parked_for_instance()
         "a parked call waits for an app, not for an instance, because instances do not come back"

@@ -58,7 +58,7 @@ struct App<D: Driver> {
     last_seen: u64,
     /// Whether it outlives its last instance, and the server: the built-in app and transient tools
     /// do not.
-    is_lasting: bool,
+    is_persistent: bool,
 }
 
 impl<D: Driver> App<D> {
@@ -73,7 +73,7 @@ impl<D: Driver> App<D> {
 
     /// Emits the row to store; false if nothing of the app is stored.
     fn store(&self, app_id: &AppId, promise: Option<&D::Peer>, turn: &mut Turn<'_, D>) -> bool {
-        if self.is_lasting {
+        if self.is_persistent {
             let last_seen = if self.instances.is_empty() {
                 self.last_seen
             } else {
@@ -83,7 +83,7 @@ impl<D: Driver> App<D> {
             let row = registration.row(app_id, self.registered, last_seen);
             turn.store(StoreChange::App(Box::new(row)), promise);
         }
-        self.is_lasting
+        self.is_persistent
     }
 }
 
@@ -349,7 +349,7 @@ impl<D: Driver> Registry<D> {
             last_seen,
             registration,
             instances: Vec::new(),
-            is_lasting: true,
+            is_persistent: true,
         };
         self.offline.insert(app.user, last_seen, app_id.clone());
         self.apps.insert(app_id, app);
@@ -468,7 +468,7 @@ impl<D: Driver> Registry<D> {
         if !app.instances.is_empty() {
             return;
         }
-        if app.is_lasting {
+        if app.is_persistent {
             self.offline.insert(app.user, unix_ms, app_id.clone());
             turn.store(StoreChange::Seen(app_id.clone(), unix_ms), None);
         } else {

@@ -405,7 +405,7 @@ impl<D: Driver> Session<D> {
 
     /// Like [`Self::current_membership`], for requests that the pool itself does not check. A
     /// rotation ends memberships in an encrypted pool, and their sessions find out here.
-    fn lasting_membership(
+    fn checked_membership(
         &mut self,
         pool: Option<&str>,
         turn: &mut Turn<'_, D>,

@@ -82,7 +82,7 @@ impl<D: Driver> Turn<'_, D> {
             let mut oldest: Vec<_> = pools
                 .into_iter()
                 .filter_map(|pool| {
-                    let at = D::with_pool(self, &pool, |pool, _| pool.lasting().oldest_repeat())?;
+                    let at = D::with_pool(self, &pool, |pool, _| pool.durable().oldest_repeat())?;
                     Some((at, pool))
                 })
                 .collect();
@@ -92,7 +92,7 @@ impl<D: Driver> Turn<'_, D> {
             // Several at once, because finding them takes a look into every pool.
             oldest.sort_by_key(|(at, _)| *at);
             for (_, pool) in oldest.iter().take(8) {
-                D::with_pool(self, pool, |pool, _| pool.lasting().forget_oldest_repeat());
+                D::with_pool(self, pool, |pool, _| pool.durable().forget_oldest_repeat());
                 if !self.driver.context().ledger.is_over_repeats() {
                     return;
                 }
@@ -246,7 +246,7 @@ impl<D: Driver> Turn<'_, D> {
             .store(StoreChange::Answer(row), Some(Promise::Answer));
     }
 
-    /// Requests a call of [`crate::Lasting::answer_delivered`] when what was last appended for `to`
+    /// Requests a call of [`crate::DurableCalls::answer_delivered`] when what was last appended for `to`
     /// is written.
     pub(crate) fn note_delivered(&mut self, to: &D::Peer, number: u64) {
         self.driver.effects().delivered.push((to.clone(), number));

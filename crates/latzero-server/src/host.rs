@@ -150,7 +150,7 @@ impl IoHost {
         });
         let mut parked = ParkedCounts::default();
         for pool in &pools {
-            parked.add(&self.with_pool(pool, |pool, _| pool.lasting().counts()));
+            parked.add(&self.with_pool(pool, |pool, _| pool.durable().counts()));
         }
         parked.oldest = parked.oldest.map(|ms| self.now.unix_ms_of(ms));
         parked
@@ -509,7 +509,7 @@ impl IoHost {
             .with_registry(|registry, _| registry.pool(name).cloned());
         if let Some(pool) = pool {
             self.with_pool(&pool, |pool, turn| {
-                pool.lasting().answer_stored(number, is_on_disk, turn);
+                pool.durable().answer_stored(number, is_on_disk, turn);
             });
         }
     }
@@ -528,7 +528,7 @@ impl IoHost {
                 self.with_pool(&pool, |pool, turn| {
                     numbers
                         .iter()
-                        .for_each(|&number| pool.lasting().answer_delivered(number, turn));
+                        .for_each(|&number| pool.durable().answer_delivered(number, turn));
                 });
             }
         }

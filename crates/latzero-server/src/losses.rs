@@ -187,7 +187,7 @@ impl Known {
     /// Says whether it was news.
     fn insert(&mut self, loss: Loss, since: u64) -> bool {
         let has_room = self.losses.len() < LOSSES_MAX;
-        let is_lasting = !loss.is_passing;
+        let is_persistent = !loss.is_passing;
         let name = (loss.part, loss.affected.clone());
         match self.losses.get_mut(&name) {
             Some(known) if known.loss == loss => return false,
@@ -197,7 +197,7 @@ impl Known {
             }
             None => *self.further.entry(loss.part).or_default() += 1,
         }
-        self.is_changed |= is_lasting;
+        self.is_changed |= is_persistent;
         true
     }
 }

@@ -358,7 +358,7 @@ pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         let taken = answer_of(row).and_then(|row| {
             let account = account_of(host, &row.caller);
             restore_parked(host, unix_ms, &row.pool, |pool, turn| {
-                pool.lasting().restore_answer(&row, &account, turn)
+                pool.durable().restore_answer(&row, &account, turn)
             })
         });
         match taken {
@@ -374,7 +374,7 @@ pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         let taken = call_of(row).and_then(|row| {
             let account = account_of(host, &row.caller);
             restore_parked(host, unix_ms, &row.pool, |pool, turn| {
-                pool.lasting().restore_call(&row, &account, turn)
+                pool.durable().restore_call(&row, &account, turn)
             })
         });
         match taken {

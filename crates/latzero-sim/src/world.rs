@@ -336,7 +336,7 @@ impl World {
         let pool = self.registry.borrow().pool(name).cloned();
         if let Some(pool) = pool {
             self.turn().with_pool(&pool, |pool, turn| {
-                pool.lasting().answer_stored(number, went_well, turn);
+                pool.durable().answer_stored(number, went_well, turn);
             });
         }
     }
@@ -502,7 +502,7 @@ impl World {
             drop(link);
             for Notice { pool, number } in notices {
                 self.turn().with_pool(&pool, |pool, turn| {
-                    pool.lasting().answer_delivered(number, turn)
+                    pool.durable().answer_delivered(number, turn)
                 });
             }
             if is_blocked {
@@ -699,14 +699,14 @@ impl World {
         for row in rows.answers.values() {
             let account = account(self, &row.caller);
             let taken = self.restore_into(&row.pool, |pool, turn| {
-                pool.lasting().restore_answer(row, &account, turn)
+                pool.durable().restore_answer(row, &account, turn)
             });
             left += usize::from(!taken);
         }
         for row in rows.calls.values() {
             let account = account(self, &row.caller);
             let taken = self.restore_into(&row.pool, |pool, turn| {
-                pool.lasting().restore_call(row, &account, turn)
+                pool.durable().restore_call(row, &account, turn)
             });
             left += usize::from(!taken);
         }
@@ -1103,7 +1103,7 @@ impl Driver for World {
                 .outbox
                 .notify_when_written(Notice { pool, number });
             if let Some(Notice { pool, number }) = due {
-                pool.borrow_mut().lasting().answer_delivered(number, turn);
+                pool.borrow_mut().durable().answer_delivered(number, turn);
             }
         }
         let held = std::mem::take(&mut turn.driver.effects.held);

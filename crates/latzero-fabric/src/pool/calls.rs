@@ -35,7 +35,7 @@ pub(super) struct Call {
     /// Blocks that its handler is attached to during the call.
     pub(super) blocks: Option<Box<[(BlockKey, Access)]>>,
     /// What redelivery to another handler needs.
-    pub(super) lasting: Option<Box<DurableCall>>,
+    pub(super) durable: Option<Box<DurableCall>>,
     /// Its caller and its idempotency key.
     pub(super) repeat: Option<Box<(AppId, Box<str>)>>,
 }
@@ -238,8 +238,8 @@ impl Calls {
 
     /// Bytes of the calls that may be given to another handler.
     pub(super) fn redelivery_bytes(&self) -> u64 {
-        let lasting = self.iter().filter_map(|(_, call)| call.lasting.as_ref());
-        let held = lasting.filter_map(|lasting| lasting.held.as_ref());
+        let durable = self.iter().filter_map(|(_, call)| call.durable.as_ref());
+        let held = durable.filter_map(|durable| durable.held.as_ref());
         held.map(crate::ledger::Reservation::amount).sum()
     }
 

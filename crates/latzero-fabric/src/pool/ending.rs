@@ -60,12 +60,12 @@ impl<D: Driver> Pool<D> {
             turn.count(Count::ForeignResponse);
             return Err(refusals::call_of_other_handler());
         }
-        if let Some(number) = call.lasting.as_ref().and_then(|lasting| lasting.number) {
+        if let Some(number) = call.durable.as_ref().and_then(|durable| durable.number) {
             // Its caller may have left: such a call gets only its answer, no items or progress.
             if response.status.is_final() {
                 let failed = response.status == Status::Error;
                 let answer = (Answered::of(response), true);
-                self.lasting().finish_parked(number, answer, turn);
+                self.durable().finish_parked(number, answer, turn);
                 self.end(key, EndReason::Answered { failed }, turn);
             }
             return Ok(());
@@ -75,7 +75,7 @@ impl<D: Driver> Pool<D> {
         {
             let (app, repeated) = *repeat;
             let is_detached = call.caller == NOBODY;
-            self.lasting()
+            self.durable()
                 .repeats_answered(&app, &repeated, &Answered::of(response), turn);
             if is_detached {
                 let failed = response.status == Status::Error;
@@ -172,7 +172,7 @@ impl<D: Driver> Pool<D> {
     /// Cancels a call for its caller; false if the caller has no such call here.
     pub fn cancel(&mut self, caller: MemberKey, id: &str, turn: &mut Turn<'_, D>) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
-            return self.lasting().cancel_repeat(caller, id, turn)
+            return self.durable().cancel_repeat(caller, id, turn)
                 || self.cancel_parked(caller, id, turn)
                 || self.blocks().cancel_lock(caller, id, turn);
         };
@@ -251,9 +251,9 @@ impl<D: Driver> Pool<D> {
         let failed = matches!(how, EndReason::Answered { failed: true });
         let is_orphan = matches!(how, EndReason::HandlerGone)
             && call
-                .lasting
+                .durable
                 .as_ref()
-                .is_some_and(|lasting| lasting.redeliver);
+                .is_some_and(|durable| durable.redeliver);
         let end = CallEnd {
             started: call.started,
             ended: now,
@@ -262,31 +262,31 @@ impl<D: Driver> Pool<D> {
         };
         if call.caller == NOBODY {
             turn.call_ended(None, end);
-            let Some(lasting) = call.lasting.take() else {
+            let Some(durable) = call.durable.take() else {
                 // Its caller left; a repeat may still ask for the answer.
                 if let Some(repeat) = call.repeat {
-                    self.lasting().repeats_dropped(&repeat.0, &repeat.1, turn);
+                    self.durable().repeats_dropped(&repeat.0, &repeat.1, turn);
                 }
                 return;
             };
-            match (lasting.number, &refusal) {
+            match (durable.number, &refusal) {
                 // The server is stopping, not the handler: the next server delivers the call again.
                 (Some(number), Some(_))
                     if matches!(how, EndReason::HandlerGone)
                         && turn.driver.context().is_draining() =>
                 {
-                    self.parked.interrupted(number, lasting, now);
+                    self.parked.interrupted(number, durable, now);
                 }
                 (Some(_), Some(_)) if is_orphan => {
-                    self.lasting().orphan((NOBODY, None), lasting, call.member)
+                    self.durable().orphan((NOBODY, None), durable, call.member)
                 }
                 (Some(number), Some(_)) if matches!(how, EndReason::TimedOut) => {
-                    self.lasting().parked_too_late(number, turn);
+                    self.durable().parked_too_late(number, turn);
                 }
                 (Some(number), Some(refusal)) => {
-                    self.lasting().parked_refused(number, refusal, turn)
+                    self.durable().parked_refused(number, refusal, turn)
                 }
-                (None, Some(_)) => self.lasting().drop_repeats_of(&lasting, turn),
+                (None, Some(_)) => self.durable().drop_repeats_of(&durable, turn),
                 _ => {}
             }
             return;
@@ -297,18 +297,18 @@ impl<D: Driver> Pool<D> {
             .expect("a call's caller leaves after its calls ended");
         caller.calling -= 1;
         if let Some(repeat) = call.repeat.take().filter(|_| !is_orphan) {
-            self.lasting().repeats_dropped(&repeat.0, &repeat.1, turn);
+            self.durable().repeats_dropped(&repeat.0, &repeat.1, turn);
         }
         let caller = self.members.at_mut(call.caller).expect("found above");
         if is_orphan {
-            let mut lasting = call.lasting.take().expect("just seen");
+            let mut durable = call.durable.take().expect("just seen");
             // The caller counts the items of all attempts together.
-            lasting.window = call.credit;
+            durable.window = call.credit;
             let peer = caller.peer.clone();
             turn.call_ended(Some(&peer), end);
             let id = call.id.as_deref().map(Into::into);
-            self.lasting()
-                .orphan((call.caller, id), lasting, call.member);
+            self.durable()
+                .orphan((call.caller, id), durable, call.member);
             return;
         }
         if let (Some(refusal), Some(id)) = (&refusal, &call.id) {

@@ -26,8 +26,8 @@ use latzero_protocol::{AppId, Ran, Refusal, TriggerName};
 
 use super::answer::Answered;
 use super::calls::Call;
+use super::durable::DurableCalls;
 use super::ending::EndReason;
-use super::lasting::Lasting;
 use super::members::{MemberKey, NOBODY};
 use super::repeats::{scoped, scoped_key};
 
@@ -140,12 +140,12 @@ impl Parked {
         self.attempt >= self.attempts
     }
 
-    fn lasting(&self) -> Option<&DurableCall> {
+    fn durable(&self) -> Option<&DurableCall> {
         match &self.state {
-            State::Waiting(lasting)
-            | State::Following(lasting)
-            | State::Paused(lasting, _)
-            | State::Dead(lasting) => Some(lasting),
+            State::Waiting(durable)
+            | State::Following(durable)
+            | State::Paused(durable, _)
+            | State::Dead(durable) => Some(durable),
             State::Given(_) => None,
         }
     }
@@ -153,10 +153,10 @@ impl Parked {
     /// Takes the call out, to enter another state.
     fn dequeue(&mut self) -> Option<Box<DurableCall>> {
         match std::mem::replace(&mut self.state, State::Given(NO_CALL)) {
-            State::Waiting(lasting)
-            | State::Following(lasting)
-            | State::Paused(lasting, _)
-            | State::Dead(lasting) => Some(lasting),
+            State::Waiting(durable)
+            | State::Following(durable)
+            | State::Paused(durable, _)
+            | State::Dead(durable) => Some(durable),
             State::Given(key) => {
                 self.state = State::Given(key);
                 None
@@ -170,8 +170,8 @@ impl Parked {
 
     /// A call that waited for a handler waits for the answer of another one.
     fn follow(&mut self) {
-        if let Some(lasting) = self.dequeue() {
-            self.state = State::Following(lasting);
+        if let Some(durable) = self.dequeue() {
+            self.state = State::Following(durable);
         }
     }
 
@@ -207,7 +207,7 @@ impl Parked {
         &self,
         number: u64,
         pool: &latzero_protocol::PoolName,
-        lasting: &DurableCall,
+        durable: &DurableCall,
     ) -> CallRow {
         let key = self.idempotency_key.as_deref();
         CallRow {
@@ -219,9 +219,9 @@ impl Parked {
             id: self.id.to_string(),
             envelope: format!(
                 "{{\"instance\":\"{}\",\"call\":{}}}",
-                lasting.instance, lasting.message
+                durable.instance, durable.message
             ),
-            attachment: lasting.attachment.as_deref().map(Into::into),
+            attachment: durable.attachment.as_deref().map(Into::into),
             idempotency_key: key.map(|key| super::repeats::unscoped(key).into()),
             expires: self.expires_ms,
             attempt: self.attempt,
@@ -415,7 +415,7 @@ impl ParkedCalls {
     }
 }
 
-impl<D: Driver> Lasting<'_, D> {
+impl<D: Driver> DurableCalls<'_, D> {
     /// Parks a call durably; returns its number.
     pub(super) fn park(
         &mut self,
@@ -445,10 +445,10 @@ impl<D: Driver> Lasting<'_, D> {
         let deadline = now.after_ms(trigger.ttl_ms);
         let account = Arc::clone(member.peer.link().account());
         let held = HeldCall::new(&account, durable::bytes(trigger)).map_err(Refusal::from)?;
-        let mut lasting = DurableCall::new((app, instance), deadline, trigger, None);
+        let mut durable = DurableCall::new((app, instance), deadline, trigger, None);
         let number = turn.next_number();
-        lasting.number = Some(number);
-        lasting.attempt = 0;
+        durable.number = Some(number);
+        durable.attempt = 0;
         let destination = destination(trigger)?;
         let lines = self.parked.lines.get(&process);
         let user = lines.and_then(|lines| lines.user_of(destination.as_ref(), app));
@@ -470,8 +470,8 @@ impl<D: Driver> Lasting<'_, D> {
             parked_ms: steady_ms,
             expires_ms: steady_ms.saturating_add(trigger.ttl_ms),
         };
-        let row = parked.row(number, &self.info.name, &lasting);
-        parked.state = State::Waiting(lasting);
+        let row = parked.row(number, &self.info.name, &durable);
+        parked.state = State::Waiting(durable);
         turn.store(StoreChange::Call(Box::new(row)), promise);
         turn.count_held(&self.info.name, self.info.number, 1);
         self.parked.insert(number, parked);
@@ -546,8 +546,8 @@ impl<D: Driver> Lasting<'_, D> {
             return false;
         };
         let process = self.parked.change(number, |parked| {
-            if let Some(lasting) = parked.dequeue() {
-                parked.state = State::Waiting(lasting);
+            if let Some(durable) = parked.dequeue() {
+                parked.state = State::Waiting(durable);
             }
             parked.process.clone()
         });
@@ -578,7 +578,7 @@ impl<D: Driver> Lasting<'_, D> {
         let longest = row.expires.saturating_sub(row.death_or_parked());
         let left = row.expires.saturating_sub(turn.steady_ms()).min(longest);
         let deadline = now.after_ms(left);
-        let mut lasting = Box::new(DurableCall {
+        let mut durable = Box::new(DurableCall {
             message: message.into(),
             attachment: row.attachment.as_deref().map(Into::into),
             caller: row.caller.clone(),
@@ -593,13 +593,13 @@ impl<D: Driver> Lasting<'_, D> {
             number: Some(row.number),
             held: None,
         });
-        let read = lasting.read(|trigger| (trigger.redeliver, trigger.attempts));
+        let read = durable.read(|trigger| (trigger.redeliver, trigger.attempts));
         let Some((redeliver, attempts)) = read else {
             return false;
         };
-        (lasting.redeliver, lasting.attempts) = (redeliver, attempts);
+        (durable.redeliver, durable.attempts) = (redeliver, attempts);
         let is_last = row.attempt >= attempts;
-        let held = HeldCall::restored(account, lasting.bytes());
+        let held = HeldCall::restored(account, durable.bytes());
         turn.count_held(&self.info.name, self.info.number, 1);
         let idempotency_key = row
             .idempotency_key
@@ -626,9 +626,9 @@ impl<D: Driver> Lasting<'_, D> {
             parked_ms: row.parked,
             expires_ms: row.expires,
             state: match row.death {
-                Some(_) => State::Dead(lasting),
-                None if is_last => State::Paused(lasting, now),
-                None => State::Waiting(lasting),
+                Some(_) => State::Dead(durable),
+                None if is_last => State::Paused(durable, now),
+                None => State::Waiting(durable),
             },
         };
         let answer = parked.idempotency_key.as_deref();
@@ -710,10 +710,10 @@ impl<D: Driver> Pool<D> {
         };
         match parked.state {
             State::Given(key) => self.end(key, EndReason::Cancelled, turn),
-            State::Dead(_) => self.lasting().bury(number, turn),
+            State::Dead(_) => self.durable().bury(number, turn),
             State::Waiting(_) | State::Following(_) | State::Paused(..) => {
                 let refusal = refusals::call_cancelled().with_ran(parked.ran());
-                self.lasting().parked_refused(number, &refusal, turn);
+                self.durable().parked_refused(number, &refusal, turn);
             }
         }
     }
@@ -731,14 +731,14 @@ impl<D: Driver> Pool<D> {
             };
             match parked.state {
                 State::Given(key) => self.end(key, EndReason::TimedOut, turn),
-                State::Dead(_) => self.lasting().bury(number, turn),
+                State::Dead(_) => self.durable().bury(number, turn),
                 State::Waiting(_) | State::Following(_) | State::Paused(..) => {
-                    self.lasting().parked_too_late(number, turn);
+                    self.durable().parked_too_late(number, turn);
                 }
             }
         }
-        self.lasting().end_pauses(turn);
-        self.lasting().handle_answers_timeout(turn);
+        self.durable().end_pauses(turn);
+        self.durable().handle_answers_timeout(turn);
         self.go_on_giving(turn);
     }
 }

@@ -15,7 +15,7 @@ use latzero_protocol::message::Trigger;
 use latzero_protocol::{AppId, Refusal};
 
 use super::answer::Answered;
-use super::lasting::Lasting;
+use super::durable::DurableCalls;
 use super::members::MemberKey;
 
 use crate::driver::{Driver, Peer};
@@ -311,7 +311,7 @@ impl Repeats {
     }
 }
 
-impl<D: Driver> Lasting<'_, D> {
+impl<D: Driver> DurableCalls<'_, D> {
     /// Looks a call with a key up; a repeat is answered, or waits for the first one's answer.
     pub(super) fn find_repeat(
         &mut self,

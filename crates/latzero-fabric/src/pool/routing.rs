@@ -67,25 +67,25 @@ impl<D: Driver> Pool<D> {
         {
             room?;
             return self
-                .lasting()
+                .durable()
                 .park_repeat(caller, trigger, key, turn)
                 .map(Routed::Parked);
         }
         match self
-            .lasting()
+            .durable()
             .find_repeat(caller, (id, deadline), key, turn)?
         {
             Seen::First => {}
             Seen::Repeat => return Ok(Routed::Begun),
             Seen::Itself(number) if trigger.park.is_allowed() => {
-                self.lasting().promise_parked(number, &peer, turn);
+                self.durable().promise_parked(number, &peer, turn);
                 return Ok(Routed::ParkedBefore(number));
             }
             Seen::Itself(_) => return Ok(Routed::Begun),
         }
         let called = self.call_once(caller, trigger, turn);
         if called.is_err() {
-            self.lasting().repeats_dropped(&app, key, turn);
+            self.durable().repeats_dropped(&app, key, turn);
         }
         called
     }
@@ -111,7 +111,7 @@ impl<D: Driver> Pool<D> {
         let member = self.members.at(caller).expect("its caller looked it up");
         let (app, instance) = (&member.app.clone(), member.instance);
         if !trigger.blocks.is_empty() {
-            return Err(refusals::lasting_call_with_blocks().into());
+            return Err(refusals::durable_call_with_blocks().into());
         }
         // Calls that already wait come first.
         let app_named = trigger.destination.as_ref().map(|d| &*d.app_id);
@@ -138,8 +138,8 @@ impl<D: Driver> Pool<D> {
             Ok(key) => {
                 if trigger.redeliver {
                     let call = self.calls.at_mut(key).expect("just begun");
-                    let lasting = DurableCall::new((app, instance), deadline, trigger, held);
-                    call.lasting = Some(lasting);
+                    let durable = DurableCall::new((app, instance), deadline, trigger, held);
+                    call.durable = Some(durable);
                 }
                 Ok(Routed::Begun)
             }
@@ -155,7 +155,7 @@ impl<D: Driver> Pool<D> {
                     return Err(error);
                 }
                 let peer = self.members.at(caller).expect("found above").peer.clone();
-                let number = self.lasting().park(caller, trigger, Some(&peer), turn)?;
+                let number = self.durable().park(caller, trigger, Some(&peer), turn)?;
                 if must_wait && let Some(served) = self.triggers.get(&trigger.process) {
                     self.parked.note_room(&served.name);
                 }
@@ -313,7 +313,7 @@ impl<D: Driver> Pool<D> {
             deadline,
             credit: trigger.window,
             blocks: (!uses.is_empty()).then(|| uses.clone().into()),
-            lasting: None,
+            durable: None,
             repeat: match (scoped_key(trigger), from) {
                 (Some(key), Caller::Member(_)) => Some(Box::new((app.clone(), key))),
                 _ => None,

@@ -151,7 +151,7 @@ impl<D: Driver> Registry<D> {
         if !is_known {
             self.make_room(&user, turn)?;
         }
-        let is_lasting = transport != Transport::BuiltIn && !handshake.transient;
+        let is_persistent = transport != Transport::BuiltIn && !handshake.transient;
         let app = self.apps.entry(app_id.clone()).or_insert_with(|| App {
             held: user.hold(Resource::Registrations),
             user: user.id(),
@@ -159,20 +159,20 @@ impl<D: Driver> Registry<D> {
             instances: Vec::new(),
             registered: unix_ms,
             last_seen: unix_ms,
-            is_lasting,
+            is_persistent,
         });
         if !is_known {
             self.offline.insert(app.user, app.last_seen, app_id.clone());
         }
-        let becomes_lasting = is_lasting && !app.is_lasting;
+        let becomes_persistent = is_persistent && !app.is_persistent;
         // A transient instance does not make a remembered app transient, and a later instance may
         // make a transient app a remembered one.
-        app.is_lasting |= is_lasting;
+        app.is_persistent |= is_persistent;
         app.registration = Remembered::Read(registration.clone());
         app.held.force(app.bytes());
-        self.bind(app_id, who, is_lasting, turn);
+        self.bind(app_id, who, is_persistent, turn);
         let app = self.apps.get_mut(app_id).expect("it was created above");
-        if (!is_same || becomes_lasting) && !is_kept && app.store(app_id, Some(peer), turn) {
+        if (!is_same || becomes_persistent) && !is_kept && app.store(app_id, Some(peer), turn) {
             return Ok(Admitted::Later { rehydrated });
         }
 
@@ -221,7 +221,7 @@ impl<D: Driver> Registry<D> {
         self.instances = self.instances + 1 - displaced.len();
         if meta_changed || (is_kept && !is_same) {
             app.store(app_id, None, turn);
-        } else if was_offline && app.is_lasting {
+        } else if was_offline && app.is_persistent {
             turn.store(StoreChange::Seen(app_id.clone(), 0), None);
         }
         Ok(Admitted::Now(Box::new(Admission {

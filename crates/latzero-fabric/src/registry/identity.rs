@@ -120,7 +120,7 @@ impl<D: Driver> Registry<D> {
         &mut self,
         app_id: &AppId,
         who: &Who,
-        is_lasting: bool,
+        is_persistent: bool,
         turn: &mut Turn<'_, D>,
     ) -> bool {
         let key = who.proves(app_id);
@@ -135,7 +135,7 @@ impl<D: Driver> Registry<D> {
             key: was.key.or(key),
             since: known.as_ref().map_or(since, |known| known.since),
             // A key binding is permanent.
-            is_kept: was.is_kept || is_lasting || key.is_some(),
+            is_kept: was.is_kept || is_persistent || key.is_some(),
         };
         if known.as_ref() == Some(&binding) {
             return false;
@@ -198,14 +198,14 @@ impl<D: Driver> Registry<D> {
     /// remembered, and its AppID keeps its owner.
     pub fn outlast(&mut self, app_id: &AppId, turn: &mut Turn<'_, D>) {
         let is_users = self.bindings.get(app_id).is_some_and(|b| b.uid.is_some());
-        let Some(app) = self.apps.get_mut(app_id).filter(|app| !app.is_lasting) else {
+        let Some(app) = self.apps.get_mut(app_id).filter(|app| !app.is_persistent) else {
             return;
         };
         // The AppIDs of a user's tools belong to that user permanently.
         if !is_users || tool_of(app_id).is_some() {
             return;
         }
-        app.is_lasting = true;
+        app.is_persistent = true;
         app.store(app_id, None, turn);
         if let Some(binding) = self.bindings.get_mut(app_id) {
             binding.is_kept = true;

@@ -95,10 +95,10 @@ impl<D: Driver> Registry<D> {
             return false;
         }
         app.held.force(app.bytes());
-        if app.is_lasting {
+        if app.is_persistent {
             turn.store(StoreChange::Watches(app_id.clone(), after), promise);
         }
-        app.is_lasting
+        app.is_persistent
     }
 
     /// Removes a pool that an app has left from its registration. Returns whether the reply waits

@@ -219,7 +219,7 @@ impl<D: Driver> Session<D> {
         let member = turn.with_pool(&entrance.pool, |pool, turn| {
             let member = pool.join(joining, turn)?;
             pool.watch(member, watch);
-            pool.lasting().deliver_answers(&ready.app, turn);
+            pool.durable().deliver_answers(&ready.app, turn);
             for spec in ready.triggers.iter().filter(own) {
                 pool.serve(member, spec, turn);
             }

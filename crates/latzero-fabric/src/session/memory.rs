@@ -24,7 +24,7 @@ impl<D: Driver> Session<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let now = turn.time();
-        let m = self.lasting_membership(memory.pool.as_deref(), turn)?;
+        let m = self.checked_membership(memory.pool.as_deref(), turn)?;
         check_rights(m, &memory.action)?;
         let (pool, member) = (m.pool.clone(), m.member);
         let sealed_pool = m.name_if_sealed();

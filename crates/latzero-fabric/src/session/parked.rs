@@ -34,7 +34,7 @@ impl<D: Driver> Session<D> {
                 let found = self.find(&parked.filter, is_admin, (0, 1), turn);
                 let shown = found.first().and_then(|found| {
                     turn.with_pool(&found.pool, |pool, turn| {
-                        pool.lasting()
+                        pool.durable()
                             .describe_parked(found.number, true, &turn.now)
                     })
                 });
@@ -108,7 +108,7 @@ impl<D: Driver> Session<D> {
         for (pool, is_own) in pools {
             let viewer = (!is_admin && !is_own).then_some(view.app);
             let numbers = turn.with_pool(&pool, |pool, _| {
-                pool.lasting().find_parked(filter, viewer, (after, limit))
+                pool.durable().find_parked(filter, viewer, (after, limit))
             });
             found.extend(numbers.into_iter().map(|number| Found {
                 number,
@@ -127,7 +127,7 @@ fn page<D: Driver>(found: &[Found<D>], limit: usize, turn: &mut Turn<'_, D>) -> 
     let mut is_more = found.len() == limit;
     for found in found {
         let shown = turn.with_pool(&found.pool, |pool, turn| {
-            pool.lasting()
+            pool.durable()
                 .describe_parked(found.number, false, &turn.now)
         });
         if let Some(shown) = shown {

@@ -118,7 +118,7 @@ impl<D: Driver> Session<D> {
                     Ok(()) => {
                         // If its answer came first, there is nothing to send.
                         let waits =
-                            turn.with_pool(&pool, |pool, _| pool.lasting().is_parked(number));
+                            turn.with_pool(&pool, |pool, _| pool.durable().is_parked(number));
                         if let Some(id) = id.filter(|_| waits) {
                             self.send(Class::Control, 256, turn, |out| encode::parked(out, &id));
                         }
@@ -126,7 +126,7 @@ impl<D: Driver> Session<D> {
                     // It still waits for its answer.
                     Err(_) if !is_new => {}
                     Err(refusal) => {
-                        if turn.with_pool(&pool, |pool, turn| pool.lasting().unpark(number, turn)) {
+                        if turn.with_pool(&pool, |pool, turn| pool.durable().unpark(number, turn)) {
                             let message = format!("{}; the call was not parked", refusal.message);
                             let refusal = Refusal::new(refusal.code, message);
                             self.refuse(id.as_deref(), &refusal, turn);

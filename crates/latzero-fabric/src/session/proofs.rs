@@ -383,7 +383,7 @@ impl<D: Driver> Session<D> {
         asked: &Chain,
         turn: &mut Turn<'_, D>,
     ) -> Result<String, Refusal> {
-        self.lasting_membership(Some(asked.pool.as_str()), turn)?;
+        self.checked_membership(Some(asked.pool.as_str()), turn)?;
         let (chain, more) = turn
             .with_registry(|registry, _| registry.chain(&asked.pool, asked.before, asked.limit));
         let chain: Vec<_> = chain.iter().map(|bytes| text::encode(bytes)).collect();
@@ -495,7 +495,7 @@ impl<D: Driver> Session<D> {
         said: &str,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
-        self.lasting_membership(Some(pool.as_str()), turn)?
+        self.checked_membership(Some(pool.as_str()), turn)?
             .check_roles(Roles::Write)?;
         let next = turn.with_registry(|registry, _| registry.next_descriptor(pool, said))?;
         self.check_attempts(turn)?;
@@ -512,7 +512,7 @@ impl<D: Driver> Session<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
         // Its roles may have changed while the signatures were checked.
-        self.lasting_membership(Some(pool.as_str()), turn)?
+        self.checked_membership(Some(pool.as_str()), turn)?
             .check_roles(Roles::Write)?;
         let peer = self.peer.clone();
         let Rotated {
@@ -540,7 +540,7 @@ impl<D: Driver> Session<D> {
             if moves {
                 pool.blocks().renew_all(turn);
             }
-            let purged = purges.then(|| pool.lasting().purge(turn));
+            let purged = purges.then(|| pool.durable().purge(turn));
             purged.unwrap_or_default()
         });
         let reply = json!({

@@ -19,7 +19,7 @@ use latzero_protocol::{AppId, PoolName, Refusal};
 
 use super::super::PoolInfo;
 use super::super::answer::{Answered, checked};
-use super::super::lasting::Lasting;
+use super::super::durable::DurableCalls;
 use super::super::members::{Member, MemberKey, NOBODY};
 use super::super::routing::{forwarded_length, raw_length, too_large};
 use super::HeldCall;
@@ -244,7 +244,7 @@ impl KeptAnswers {
         self.insert(number, kept);
     }
 
-    /// Stores an answer, which is sent when it is on disk ([`Lasting::answer_stored`]).
+    /// Stores an answer, which is sent when it is on disk ([`DurableCalls::answer_stored`]).
     pub(super) fn write_awaited<D: Driver>(
         &mut self,
         number: u64,
@@ -373,7 +373,7 @@ pub(in crate::pool) enum DeliveryState {
     Nobody,
 }
 
-impl<D: Driver> Lasting<'_, D> {
+impl<D: Driver> DurableCalls<'_, D> {
     /// Restores an answer of an earlier run; false if the stored row is invalid.
     pub fn restore_answer(
         &mut self,

@@ -11,7 +11,7 @@ use latzero_protocol::message::Trigger;
 use latzero_protocol::{Refusal, encode};
 
 use super::super::Pool;
-use super::super::lasting::Lasting;
+use super::super::durable::DurableCalls;
 use super::super::members::MemberKey;
 use super::answers::AnswerReceiver;
 use super::durable::DurableCall;
@@ -39,7 +39,7 @@ pub(super) struct Orphan {
     /// The caller, if the call belongs to a connection.
     caller: MemberKey,
     id: Option<Box<str>>,
-    lasting: Box<DurableCall>,
+    durable: Box<DurableCall>,
     /// What happened to its handler.
     cause: String,
 }
@@ -49,25 +49,25 @@ impl ParkedCalls {
     pub(in crate::pool) fn interrupted(
         &mut self,
         number: u64,
-        mut lasting: Box<DurableCall>,
+        mut durable: Box<DurableCall>,
         now: Time,
     ) {
-        lasting.number = Some(number);
-        (lasting.window, lasting.held) = (None, None);
+        durable.number = Some(number);
+        (durable.window, durable.held) = (None, None);
         let until = now.after_ms(PAUSE_MAX_MS);
         self.change(number, |parked| {
-            parked.state = State::Paused(lasting, until);
+            parked.state = State::Paused(durable, until);
         });
     }
 }
 
-impl<D: Driver> Lasting<'_, D> {
+impl<D: Driver> DurableCalls<'_, D> {
     /// The handler of a durable call died; [`Pool::place_orphans`] follows once the handler has
     /// left.
     pub(in crate::pool) fn orphan(
         &mut self,
         (caller, id): (MemberKey, Option<Box<str>>),
-        lasting: Box<DurableCall>,
+        durable: Box<DurableCall>,
         handler: MemberKey,
     ) {
         let app = self.members.at(handler).map_or("?", |m| m.app.as_str());
@@ -75,7 +75,7 @@ impl<D: Driver> Lasting<'_, D> {
         self.parked.orphans.push(Orphan {
             caller,
             id,
-            lasting,
+            durable,
             cause,
         });
     }
@@ -84,10 +84,10 @@ impl<D: Driver> Lasting<'_, D> {
         &mut self,
         caller: MemberKey,
         trigger: &Trigger<'_>,
-        lasting: &DurableCall,
+        durable: &DurableCall,
         turn: &mut Turn<'_, D>,
     ) -> Result<u64, super::CallError> {
-        let left = lasting.deadline.since(turn.time()).as_millis();
+        let left = durable.deadline.since(turn.time()).as_millis();
         let trigger = Trigger {
             ttl_ms: u64::try_from(left).unwrap_or(u64::MAX).max(1),
             id: trigger.id.clone(),
@@ -105,7 +105,7 @@ impl<D: Driver> Lasting<'_, D> {
             body: trigger.body,
         };
         let number = self.park(caller, &trigger, None, turn)?;
-        let attempt = lasting.attempt;
+        let attempt = durable.attempt;
         self.parked
             .change(number, |parked| parked.attempt = attempt);
         turn.store(StoreChange::Attempt(number, attempt), None);
@@ -116,19 +116,19 @@ impl<D: Driver> Lasting<'_, D> {
     fn attempt_failed(
         &mut self,
         number: u64,
-        mut lasting: Box<DurableCall>,
+        mut durable: Box<DurableCall>,
         cause: &str,
         turn: &mut Turn<'_, D>,
     ) {
-        lasting.number = Some(number);
-        (lasting.window, lasting.held) = (None, None);
+        durable.number = Some(number);
+        (durable.window, durable.held) = (None, None);
         // Queued behind everything that is parked now.
         let (now, rank) = (turn.time(), self.parked.newest.saturating_add(1));
         let is_last = self.parked.change(number, |parked| {
             parked.cause = Some(cause.into());
             parked.rank = rank;
             let until = now.after_ms(pause_ms(parked.attempt));
-            parked.state = State::Paused(lasting, until);
+            parked.state = State::Paused(durable, until);
             parked.is_last_attempt()
         });
         if is_last == Some(true) {
@@ -149,15 +149,15 @@ impl<D: Driver> Lasting<'_, D> {
         }
         parked.deadline = now.after_ms(ttl_ms);
         parked.expires_ms = steady_ms.saturating_add(ttl_ms);
-        let lasting = parked.dequeue().expect("it was paused");
+        let durable = parked.dequeue().expect("it was paused");
         let row = crate::rows::CallRow {
             death: Some(Death {
                 at: steady_ms,
                 cause: parked.cause.as_deref().unwrap_or_default().into(),
             }),
-            ..parked.row(number, &self.info.name, &lasting)
+            ..parked.row(number, &self.info.name, &durable)
         };
-        parked.state = State::Dead(lasting);
+        parked.state = State::Dead(durable);
         turn.store(StoreChange::Call(Box::new(row)), None);
         let whom = AnswerReceiver {
             process: parked.process.as_str().into(),
@@ -201,16 +201,16 @@ impl<D: Driver> Lasting<'_, D> {
         let Some(mut parked) = self.parked.remove(number) else {
             return false;
         };
-        let mut lasting = parked.dequeue().expect("it was stopped");
+        let mut durable = parked.dequeue().expect("it was stopped");
         parked.deadline = turn.time().after_ms(ttl_ms);
         parked.parked_ms = turn.steady_ms();
         parked.expires_ms = parked.parked_ms.saturating_add(ttl_ms);
         (parked.attempt, parked.cause, parked.id) = (0, None, "".into());
-        (lasting.attempt, lasting.deadline) = (0, parked.deadline);
+        (durable.attempt, durable.deadline) = (0, parked.deadline);
         parked.rank = self.parked.newest.saturating_add(1);
-        let row = parked.row(number, &self.info.name, &lasting);
+        let row = parked.row(number, &self.info.name, &durable);
         turn.store(StoreChange::Call(Box::new(row)), None);
-        parked.state = State::Waiting(lasting);
+        parked.state = State::Waiting(durable);
         let process = parked.process.clone();
         self.parked.insert(number, parked);
         self.parked.note_room(&process);
@@ -244,24 +244,24 @@ impl<D: Driver> Lasting<'_, D> {
     /// A durable call ended without an answer: ends its repeats too.
     pub(in crate::pool) fn drop_repeats_of(
         &mut self,
-        lasting: &DurableCall,
+        durable: &DurableCall,
         turn: &mut Turn<'_, D>,
     ) {
-        if let Some(key) = &lasting.idempotency_key {
-            self.repeats_dropped(&lasting.caller, key, turn);
+        if let Some(key) = &durable.idempotency_key {
+            self.repeats_dropped(&durable.caller, key, turn);
         }
     }
 
     /// The pool is removed: notifies the callers of calls whose handler died.
     pub(in crate::pool) fn drop_orphans(&mut self, turn: &mut Turn<'_, D>) {
         for orphan in std::mem::take(&mut self.parked.orphans) {
-            if let Some(number) = orphan.lasting.number {
+            if let Some(number) = orphan.durable.number {
                 // With the other parked calls.
-                let state = State::Waiting(orphan.lasting);
+                let state = State::Waiting(orphan.durable);
                 self.parked.change(number, |parked| parked.state = state);
                 continue;
             }
-            self.drop_repeats_of(&orphan.lasting, turn);
+            self.drop_repeats_of(&orphan.durable, turn);
             let Some((member, id)) = self.members.at(orphan.caller).zip(orphan.id) else {
                 continue;
             };
@@ -274,10 +274,10 @@ impl<D: Driver> Pool<D> {
     /// Decides about calls whose handler died, now that it has left.
     pub(in crate::pool) fn place_orphans(&mut self, turn: &mut Turn<'_, D>) {
         for orphan in std::mem::take(&mut self.parked.orphans) {
-            match orphan.lasting.number {
+            match orphan.durable.number {
                 Some(number) => {
-                    self.lasting()
-                        .attempt_failed(number, orphan.lasting, &orphan.cause, turn)
+                    self.durable()
+                        .attempt_failed(number, orphan.durable, &orphan.cause, turn)
                 }
                 None => self.redeliver(orphan, turn),
             }
@@ -289,35 +289,35 @@ impl<D: Driver> Pool<D> {
         let Orphan {
             caller,
             id,
-            lasting,
+            durable,
             cause,
         } = orphan;
         let Some(member) = self.members.at(caller) else {
-            self.lasting().drop_repeats_of(&lasting, turn);
+            self.durable().drop_repeats_of(&durable, turn);
             return;
         };
         let peer = member.peer.clone();
-        let is_last = lasting.attempt >= lasting.attempts;
-        let mut lasting = lasting;
+        let is_last = durable.attempt >= durable.attempts;
+        let mut durable = durable;
         if !is_last {
-            match self.dispatch(Some(caller), lasting, turn) {
-                Ok((key, lasting)) => {
-                    self.calls.at_mut(key).expect("just begun").lasting = Some(lasting);
+            match self.dispatch(Some(caller), durable, turn) {
+                Ok((key, durable)) => {
+                    self.calls.at_mut(key).expect("just begun").durable = Some(durable);
                     return;
                 }
-                Err((back, _)) => lasting = back,
+                Err((back, _)) => durable = back,
             }
         }
-        let parked = lasting.may_park.then(|| {
-            lasting.read(|trigger| self.lasting().park_orphan(caller, trigger, &lasting, turn))
+        let parked = durable.may_park.then(|| {
+            durable.read(|trigger| self.durable().park_orphan(caller, trigger, &durable, turn))
         });
         if let Some(Some(Ok(number))) = parked {
-            self.lasting().attempt_failed(number, lasting, &cause, turn);
+            self.durable().attempt_failed(number, durable, &cause, turn);
             return;
         }
-        self.lasting().drop_repeats_of(&lasting, turn);
+        self.durable().drop_repeats_of(&durable, turn);
         let refusal = if is_last {
-            exhausted(lasting.attempt, &cause)
+            exhausted(durable.attempt, &cause)
         } else {
             refusals::no_other_handler(&cause)
         };

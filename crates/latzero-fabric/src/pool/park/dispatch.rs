@@ -131,12 +131,12 @@ impl<D: Driver> Pool<D> {
         let number = waiting.place.1;
         let parked = self.parked.calls.get_mut(&number).expect("it waits");
         if parked.deadline <= turn.time() {
-            self.lasting().parked_too_late(number, turn);
+            self.durable().parked_too_late(number, turn);
             return Next::Passed;
         }
-        let lasting = parked.dequeue().expect("queued calls wait");
-        let (lasting, error) = match self.dispatch(None, lasting, turn) {
-            Ok((key, lasting)) => {
+        let durable = parked.dequeue().expect("queued calls wait");
+        let (durable, error) = match self.dispatch(None, durable, turn) {
+            Ok((key, durable)) => {
                 let lines = self
                     .parked
                     .lines
@@ -145,22 +145,22 @@ impl<D: Driver> Pool<D> {
                 lines.note_turn(app, &waiting);
                 // Removed from the queue first, because the queue finds it by its state.
                 let parked = self.parked.calls.get_mut(&number).expect("just found");
-                parked.state = State::Waiting(lasting);
+                parked.state = State::Waiting(durable);
                 let taken = self.parked.change(number, |parked| {
-                    let lasting = parked.dequeue();
+                    let durable = parked.dequeue();
                     parked.attempt += 1;
                     parked.state = State::Given(key);
-                    (lasting, parked.attempt)
+                    (durable, parked.attempt)
                 });
-                let (lasting, attempt) = taken.expect("just found");
-                self.calls.at_mut(key).expect("just begun").lasting = lasting;
+                let (durable, attempt) = taken.expect("just found");
+                self.calls.at_mut(key).expect("just begun").durable = durable;
                 turn.store(StoreChange::Attempt(number, attempt), None);
                 return Next::Given;
             }
             Err(failed) => failed,
         };
         let parked = self.parked.calls.get_mut(&number).expect("just found");
-        parked.state = State::Waiting(lasting);
+        parked.state = State::Waiting(durable);
         let refusal = match error {
             CallError::UnknownDestination => None,
             CallError::Refused(refusal) => Some(refusal),
@@ -176,7 +176,7 @@ impl<D: Driver> Pool<D> {
                 }
             }
             Some(refusal) if !matches!(refusal.code, Code::NoHandler | Code::TooLarge) => {
-                self.lasting().parked_refused(number, &refusal, turn);
+                self.durable().parked_refused(number, &refusal, turn);
                 return Next::Passed;
             }
             _ => {}
@@ -209,22 +209,22 @@ impl<D: Driver> Pool<D> {
     pub(super) fn dispatch(
         &mut self,
         caller: Option<MemberKey>,
-        mut lasting: Box<DurableCall>,
+        mut durable: Box<DurableCall>,
         turn: &mut Turn<'_, D>,
     ) -> Result<(Key<Call>, Box<DurableCall>), (Box<DurableCall>, CallError)> {
-        lasting.attempt += 1;
-        let (attempt, deadline) = (lasting.attempt, lasting.deadline);
-        let app = lasting.caller.clone();
-        let from = caller.map_or(Caller::Absent(&app, lasting.instance), Caller::Member);
+        durable.attempt += 1;
+        let (attempt, deadline) = (durable.attempt, durable.deadline);
+        let app = durable.caller.clone();
+        let from = caller.map_or(Caller::Absent(&app, durable.instance), Caller::Member);
         let given =
-            lasting.read(|trigger| self.route(from, trigger, (deadline, Some(attempt)), turn));
+            durable.read(|trigger| self.route(from, trigger, (deadline, Some(attempt)), turn));
         match given {
-            Some(Ok(key)) => Ok((key, lasting)),
+            Some(Ok(key)) => Ok((key, durable)),
             Some(Err(error)) => {
-                lasting.attempt -= 1;
-                Err((lasting, error))
+                durable.attempt -= 1;
+                Err((durable, error))
             }
-            None => Err((lasting, refusals::stored_call_is_invalid().into())),
+            None => Err((durable, refusals::stored_call_is_invalid().into())),
         }
     }
 }

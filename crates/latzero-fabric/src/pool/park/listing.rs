@@ -5,7 +5,7 @@ use latzero_protocol::{AppId, Body};
 use serde_json::{Value, json};
 
 use super::super::Pool;
-use super::super::lasting::Lasting;
+use super::super::durable::DurableCalls;
 use super::{Parked, ParkedCalls, State};
 use crate::driver::Driver;
 use crate::now::Now;
@@ -86,7 +86,7 @@ impl ParkedCalls {
 /// Which calls of a pool a client may see: all, or those of one app.
 pub(crate) type Viewer<'a> = Option<&'a AppId>;
 
-impl<D: Driver> Lasting<'_, D> {
+impl<D: Driver> DurableCalls<'_, D> {
     /// The numbers of at most `limit` calls and answers that match a filter, in order, after the
     /// number `after`.
     pub(crate) fn find_parked(
@@ -134,8 +134,8 @@ impl<D: Driver> Lasting<'_, D> {
             State::Given(key) => self.calls.at(key),
             _ => None,
         };
-        let lasting = given.and_then(|call| call.lasting.as_deref());
-        let lasting = parked.lasting().or(lasting);
+        let durable = given.and_then(|call| call.durable.as_deref());
+        let durable = parked.durable().or(durable);
         let handler = given.and_then(|call| self.members.at(call.member));
         let mut shown = json!({
             "number": number, "pool": self.info.name, "state": parked.shown_state().as_str(),
@@ -157,15 +157,15 @@ impl<D: Driver> Lasting<'_, D> {
         );
         note("cause", parked.cause.as_deref().map(text));
         note("handler", handler.map(|m| text(m.app.as_str())));
-        let Some(lasting) = lasting.filter(|_| is_whole) else {
+        let Some(durable) = durable.filter(|_| is_whole) else {
             return Some(shown.to_string());
         };
-        note("redeliver", Some(lasting.redeliver.into()));
+        note("redeliver", Some(durable.redeliver.into()));
         note(
             "attachment_bytes",
-            lasting.attachment.as_ref().map(|raw| raw.len().into()),
+            durable.attachment.as_ref().map(|raw| raw.len().into()),
         );
-        let fields = lasting.read(|call| {
+        let fields = durable.read(|call| {
             let key = call.key.as_deref().map(|key| text(key).to_string());
             let data = match call.body {
                 Body::Json(data) => Some(data.text()),
@@ -212,10 +212,10 @@ impl<D: Driver> Pool<D> {
         match change {
             ParkedChange::Cancel => self.end_parked(number, turn),
             ParkedChange::Retry(ttl_ms) => {
-                return self.lasting().retry_parked(number, ttl_ms, turn);
+                return self.durable().retry_parked(number, ttl_ms, turn);
             }
-            ParkedChange::Purge if state == ParkedState::Dead => self.lasting().bury(number, turn),
-            ParkedChange::Purge => self.lasting().drop_answer(number, turn),
+            ParkedChange::Purge if state == ParkedState::Dead => self.durable().bury(number, turn),
+            ParkedChange::Purge => self.durable().drop_answer(number, turn),
         }
         true
     }

@@ -22,7 +22,7 @@ pub struct Purged {
 }
 
 /// The parked calls and the repeats of a pool, with those to whom they are answered.
-pub struct Lasting<'a, D: Driver> {
+pub struct DurableCalls<'a, D: Driver> {
     pub(super) parked: &'a mut ParkedCalls,
     pub(super) repeats: &'a mut Repeats,
     pub(super) members: &'a Members<D>,
@@ -30,7 +30,7 @@ pub struct Lasting<'a, D: Driver> {
     pub(super) info: &'a PoolInfo,
 }
 
-impl<D: Driver> Lasting<'_, D> {
+impl<D: Driver> DurableCalls<'_, D> {
     /// Counters of the parked calls and answers.
     #[must_use]
     pub fn counts(&self) -> ParkedCounts {
