@@ -204,7 +204,8 @@ pub(crate) fn consistent<M: Memory>(
         if tries >= TRIES && since.get_or_insert_with(Instant::now).elapsed() > TIMEOUT {
             return Err(ReadError::Contended);
         }
-        memory.relax(tries);
+        // On a busy machine, whoever yields may wait for milliseconds.
+        memory.relax(if tries_max.is_some() { 0 } else { tries });
     }
 }
 

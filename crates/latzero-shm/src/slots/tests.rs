@@ -16,6 +16,8 @@ struct Bytes {
     bytes: RefCell<Vec<u8>>,
     copied: Cell<u64>,
     steps_left: Cell<Option<u32>>,
+    /// How often a reader gave up the processor.
+    yields: Cell<u32>,
 }
 
 impl Bytes {
@@ -25,6 +27,7 @@ impl Bytes {
             bytes: RefCell::new(vec![0; total]),
             copied: Cell::new(0),
             steps_left: Cell::new(None),
+            yields: Cell::new(0),
         }
     }
 
@@ -51,6 +54,11 @@ impl Memory for Bytes {
     }
 
     fn fence(&self, _order: Ordering) {}
+
+    fn relax(&self, tries: u32) {
+        // As the trait's own does.
+        self.yields.set(self.yields.get() + u32::from(tries >= 16));
+    }
 
     fn read(&self, at: u64, to: &mut [u8]) -> Result<(), Fault> {
         if self.is_dead() {
@@ -225,8 +233,13 @@ fn a_slot_under_constant_writes_is_contended() {
     let bytes = Bytes::new(&geometry);
     publish(&bytes, &geometry, &[(0, vec![1; 8])]).unwrap();
     bytes.store(512, 7, Ordering::Relaxed).unwrap();
+    // A hurried reader keeps the processor: others may use it for milliseconds each time.
+    let error = read(&bytes, &geometry, 0, &mut [0; 8], Wait::Hurry).unwrap_err();
+    assert!(matches!(error, ReadError::Contended), "{error}");
+    assert_eq!(bytes.yields.get(), 0);
     let error = read(&bytes, &geometry, 0, &mut [0; 8], Wait::Wait).unwrap_err();
     assert!(matches!(error, ReadError::Contended), "{error}");
+    assert!(bytes.yields.get() > 0);
 }
 
 #[test]

@@ -13,8 +13,24 @@ const HELP: &str = "\
 cargo xtask hostile [--seconds N] [--only TEXT] [--json]
 
 Measures calls of a well-behaved client without and with each kind of hostile client, and the
-server's peak resident memory. N seconds for each kind [default: 3]; TEXT is part of a kind's name.
+server's peak resident memory. The first line has no hostile client, but busy processors: what is
+beside it the server does not cause. N seconds for each kind [default: 3]; TEXT is part of a kind's name.
 ";
+
+/// No attack: what busy processors alone cost, to compare the others with.
+const BUSY: Kind = Kind {
+    name: "no attack, busy processors",
+    attack: |_| {
+        let end = Instant::now() + Duration::from_millis(100);
+        std::thread::scope(|scope| {
+            for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+                scope.spawn(|| while Instant::now() < end {});
+            }
+        });
+        Vec::new()
+    },
+    is_compared: false,
+};
 
 /// The longest that a call may take during an attack.
 const MAX_MS: f64 = 50.0;
@@ -104,7 +120,8 @@ fn main() -> ExitCode {
         );
     }
     let mut is_well = true;
-    for kind in KINDS.iter().filter(|kind| kind.name.contains(&only)) {
+    let kinds = std::iter::once(&BUSY).chain(KINDS);
+    for kind in kinds.filter(|kind| kind.name.contains(&only)) {
         let (quiet, beside, peak) = measure(kind, Duration::from_secs(seconds));
         let ([q50, q99, q_max], [b50, b99, b_max]) = (quiet.figures(), beside.figures());
         let is_fast = b99 <= 2.0 * q99 + 2.0 && b_max < MAX_MS;
