@@ -131,6 +131,7 @@ impl Calls {
     }
 
     /// The id of a call, as its handler receives it.
+    #[inline]
     pub(super) fn id(&self, key: Key<Call>) -> CallId {
         CallId {
             epoch: self.epoch,

@@ -17,7 +17,6 @@ use latzero_protocol::{AppId, Refusal};
 use super::answer::Answered;
 use super::durable::DurableCalls;
 use super::members::MemberKey;
-
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Account, Reservation, Resource};
 use crate::limits::Limits;

@@ -29,6 +29,7 @@ pub(super) struct Handler {
 
 impl Handler {
     /// Whether it may take one more call.
+    #[inline]
     pub(super) fn has_room(&self) -> bool {
         self.in_flight < self.concurrency
     }
@@ -73,6 +74,7 @@ impl Triggers {
     }
 
     /// The handlers of a trigger.
+    #[inline]
     pub(super) fn handlers_of<'a>(
         &'a self,
         served: &'a Served,

@@ -30,6 +30,16 @@ pub(super) struct Attachment {
 }
 
 impl Attachment {
+    pub(super) fn new(member: MemberKey) -> Attachment {
+        Attachment {
+            member,
+            own: None,
+            held: None,
+            reading_calls: 0,
+            writing_calls: 0,
+        }
+    }
+
     pub(super) fn access(&self) -> Access {
         let lent = if self.writing_calls > 0 {
             Access::Write

@@ -32,23 +32,6 @@ impl Blocks {
         }
         description
     }
-
-    pub(super) fn event_json(
-        &self,
-        pool: &PoolName,
-        event: &str,
-        key: BlockKey,
-        more: &str,
-    ) -> String {
-        let Some(block) = self.at(key) else {
-            return String::new();
-        };
-        format!(
-            "{{\"action\":\"event\",\"event\":\"{event}\",\"pool\":\"{}\",\"block_id\":\"{}\",\
-            \"generation\":{}{more}}}",
-            pool, block.id, block.generation
-        )
-    }
 }
 
 impl<D: Driver> PoolBlocks<'_, D> {
@@ -214,5 +197,17 @@ impl<D: Driver> PoolBlocks<'_, D> {
                 turn.block_changed(&member.peer, &change);
             }
         }
+    }
+
+    /// An event about a block.
+    pub(super) fn event_json(&self, event: &str, key: BlockKey, more: &str) -> String {
+        let Some(block) = self.blocks.at(key) else {
+            return String::new();
+        };
+        format!(
+            "{{\"action\":\"event\",\"event\":\"{event}\",\"pool\":\"{}\",\"block_id\":\"{}\",\
+            \"generation\":{}{more}}}",
+            self.info.name, block.id, block.generation
+        )
     }
 }

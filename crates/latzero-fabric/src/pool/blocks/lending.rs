@@ -58,13 +58,7 @@ impl Blocks {
             match block.attachments.iter_mut().find(|a| a.member == handler) {
                 Some(attachment) => *attachment.lent(access) += 1,
                 None => {
-                    let mut attachment = Attachment {
-                        member: handler,
-                        own: None,
-                        held: None,
-                        reading_calls: 0,
-                        writing_calls: 0,
-                    };
+                    let mut attachment = Attachment::new(handler);
                     *attachment.lent(access) += 1;
                     block.attachments.push(attachment);
                 }

@@ -194,9 +194,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
     ) {
         self.blocks.note_fence(key, held.mode, turn);
         let more = format!(",\"lock\":\"{}\"", held.fence);
-        let json = self
-            .blocks
-            .event_json(&self.info.name, "lock_lost", key, &more);
+        let json = self.event_json("lock_lost", key, &more);
         let Some(member) = self.members.at(held.member) else {
             return;
         };
@@ -231,12 +229,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
 
     pub(super) fn notify_broken(&self, key: BlockKey, turn: &mut Turn<'_, D>) {
         let fence = self.blocks.at(key).map_or(0, |block| block.lock.fence());
-        let json = self.blocks.event_json(
-            &self.info.name,
-            "lock_broken",
-            key,
-            &format!(",\"fence\":{fence}"),
-        );
+        let json = self.event_json("lock_broken", key, &format!(",\"fence\":{fence}"));
         self.notify_attached(key, &json, turn);
     }
 

@@ -105,9 +105,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
         match (phase, made) {
             (Phase::Live, _) => unreachable!("storage is created for a waiting request"),
             (Phase::New, Ok(_)) => {
-                let json = self
-                    .blocks
-                    .event_json(&self.info.name, "block_created", key, "");
+                let json = self.event_json("block_created", key, "");
                 self.members.notify(Event::BlockCreated, &json, None, turn);
                 for one in waiting {
                     let result = match one.attach {
@@ -166,9 +164,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
                         // Before anybody is notified: they may write at once.
                         self.blocks.write_fence(key, turn);
                         let more = format!(",\"reason\":\"{reason}\"");
-                        let json =
-                            self.blocks
-                                .event_json(&self.info.name, "block_moved", key, &more);
+                        let json = self.event_json("block_moved", key, &more);
                         self.notify_attached(key, &json, turn);
                         for one in waiting {
                             let access = self
@@ -190,9 +186,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
                     other => {
                         self.blocks.bytes -= will;
                         drop(room);
-                        let refusal = other
-                            .err()
-                            .unwrap_or_else(|| refusals::no_generation_needed());
+                        let refusal = other.err().unwrap_or_else(refusals::no_generation_needed);
                         for one in waiting {
                             self.members.answer(
                                 one.member,

@@ -217,11 +217,9 @@ impl<D: Driver> PoolBlocks<'_, D> {
                 attachment.held = held.or(attachment.held.take());
             }
             None => block.attachments.push(Attachment {
-                member: asking.member,
                 own: Some(access),
                 held,
-                reading_calls: 0,
-                writing_calls: 0,
+                ..Attachment::new(asking.member)
             }),
         }
         self.blocks.involve(asking.member, key);
@@ -292,9 +290,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
 
     /// Removes a block: notifies everybody and drops its storage.
     pub(super) fn end(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
-        let json = self
-            .blocks
-            .event_json(&self.info.name, "block_removed", key, "");
+        let json = self.event_json("block_removed", key, "");
         self.notify_attached(key, &json, turn);
         self.members.notify(Event::BlockRemoved, &json, None, turn);
         let Some(block) = self.blocks.at_mut(key) else {
