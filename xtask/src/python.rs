@@ -34,13 +34,7 @@ pub(crate) fn test() -> Done {
 
 /// Tests the wheel as an installation would have it, with the program inside it.
 fn test_wheel(python: &Path) -> Done {
-    cargo(&["build", "--package", "latzero-cli"])?;
-    let wheel = wheel_of(python, "debug")?;
-    let install = ["install", "--quiet", "--no-index", "--no-deps"];
-    run(pip(python)
-        .args(install)
-        .arg("--force-reinstall")
-        .arg(wheel))?;
+    install(python)?;
     println!("$ mypy and pytest, in sdk/python");
     let tool = |name: &str| {
         let mut command = Command::new(python);
@@ -53,6 +47,17 @@ fn test_wheel(python: &Path) -> Done {
     let stubs = ["--ignore-disjoint-bases", "latzero._latzero"];
     run(tool("mypy.stubtest").args(stubs))?;
     run(&mut tool("pytest"))
+}
+
+/// Builds the wheel for tests, and installs it.
+pub(crate) fn install(python: &Path) -> Done {
+    cargo(&["build", "--package", "latzero-cli"])?;
+    let wheel = wheel_of(python, "debug")?;
+    let install = ["install", "--quiet", "--no-index", "--no-deps"];
+    run(pip(python)
+        .args(install)
+        .arg("--force-reinstall")
+        .arg(wheel))
 }
 
 /// Builds the wheel for other machines, optimized.
@@ -127,7 +132,7 @@ fn pip(python: &Path) -> Command {
 
 /// The interpreter of a virtual environment with the tools, created once for each content of
 /// `requirements.txt`.
-fn environment() -> Result<PathBuf, String> {
+pub(crate) fn environment() -> Result<PathBuf, String> {
     let dir = target().join("tools");
     let python = dir.join("bin/python");
     let file = folder().join("requirements.txt");
