@@ -1,5 +1,6 @@
 //! Tasks of this repository, one command each: `cargo xtask help`.
 
+mod bench;
 mod codegen;
 mod crash;
 mod dev;
@@ -61,7 +62,7 @@ fn main() -> ExitCode {
         ["sim", rest @ ..] => sim(rest),
         ["hostile", rest @ ..] => hostile(rest),
         ["crash", rest @ ..] => crash::crash(rest),
-        ["bench", rest @ ..] => bench(rest),
+        ["bench", rest @ ..] => bench::bench(rest),
         ["fuzz", rest @ ..] => fuzz(rest),
         ["help" | "--help" | "-h"] => {
             print!("{HELP}");
@@ -198,21 +199,6 @@ fn coverage(rest: &[&str]) -> Done {
 
 fn sim(rest: &[&str]) -> Done {
     let mut args = vec!["run", "--quiet", "--package", "latzero-sim", "--"];
-    args.extend(rest);
-    cargo(&args)
-}
-
-fn bench(rest: &[&str]) -> Done {
-    cargo(&["build", "--release", "--package", "latzero-cli"])?;
-    let mut args = vec![
-        "run",
-        "--release",
-        "--package",
-        "latzero-bench",
-        "--features",
-        "nats",
-        "--",
-    ];
     args.extend(rest);
     cargo(&args)
 }

@@ -75,7 +75,7 @@ pub(crate) fn pack() -> Done {
 }
 
 /// Builds the addon, and puts it and the program where the package finds them in a checkout.
-fn build(profile: &str) -> Done {
+pub(crate) fn build(profile: &str) -> Done {
     println!("$ cargo build, in sdk/node ({profile})");
     let mut build = cargo_in_package(&["build", "--quiet", "--locked"]);
     if profile == "release" {

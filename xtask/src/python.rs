@@ -70,7 +70,7 @@ pub(crate) fn wheel() -> Done {
 }
 
 /// Builds the wheel with the program of this profile; returns its path.
-fn wheel_of(python: &Path, profile: &str) -> Result<PathBuf, String> {
+pub(crate) fn wheel_of(python: &Path, profile: &str) -> Result<PathBuf, String> {
     let io = |error: std::io::Error| format!("the wheel: {error}");
     let scripts = folder().join("latzero.data/scripts");
     std::fs::create_dir_all(&scripts).map_err(io)?;
@@ -124,7 +124,7 @@ fn cargo_in_package(args: &[&str]) -> Done {
         .current_dir(folder()))
 }
 
-fn pip(python: &Path) -> Command {
+pub(crate) fn pip(python: &Path) -> Command {
     let mut pip = Command::new(python);
     pip.args(["-m", "pip", "--disable-pip-version-check"]);
     pip
