@@ -1,5 +1,6 @@
 //! Tasks of this repository, one command each: `cargo xtask help`.
 
+mod bench;
 mod codegen;
 mod crash;
 mod dev;
@@ -20,6 +21,7 @@ cargo xtask COMMAND
   test --integration   only integration tests
   test --python        only the tests of the Python package
   test --node          only the tests of the Node package
+  test --scenarios     only the scenarios that Rust, Python and Node share
   lint                 tidiness, format and lint checks
   lint --fix           fix what the format and lint checks can fix
   coverage             line coverage of all tests (needs cargo-llvm-cov)
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         ["test", "--integration"] => integration_tests(),
         ["test", "--python"] => python::test(),
         ["test", "--node"] => node::test(),
+        ["test", "--scenarios"] => scenarios(),
         ["npm"] => node::pack(),
         ["wheel"] => python::wheel(),
         ["lint"] => lint(),
@@ -59,7 +62,7 @@ fn main() -> ExitCode {
         ["sim", rest @ ..] => sim(rest),
         ["hostile", rest @ ..] => hostile(rest),
         ["crash", rest @ ..] => crash::crash(rest),
-        ["bench", rest @ ..] => bench(rest),
+        ["bench", rest @ ..] => bench::bench(rest),
         ["fuzz", rest @ ..] => fuzz(rest),
         ["help" | "--help" | "-h"] => {
             print!("{HELP}");
@@ -107,6 +110,7 @@ fn test() -> Done {
     sim(&["--vault", "--seeds", "0..200"])?;
     python::test()?;
     node::test()?;
+    scenarios()?;
     println!("\nall checks passed");
     Ok(())
 }
@@ -118,6 +122,39 @@ fn unit_tests() -> Done {
 fn integration_tests() -> Done {
     cargo(&["build", "--workspace"])?;
     cargo(&["test", "--workspace", "--test", "*"])
+}
+
+/// Runs the shared scenarios between every two languages, with the packages as they are built.
+fn scenarios() -> Done {
+    cargo(&["build", "--package", "latzero-cli"])?;
+    let mut test = Command::new(cargo_program());
+    test.args(["test", "--package", "latzero-tests", "--test", "scenarios"])
+        .args(["--", "--nocapture"])
+        .current_dir(root());
+    match python::environment() {
+        Ok(python) => {
+            python::install(&python)?;
+            test.env("PEER_PYTHON", python);
+        }
+        Err(why) => leave_out("the scenarios with Python", &why)?,
+    }
+    match node::suits() {
+        Ok(()) => {
+            node::build_for_tests()?;
+            test.env("PEER_NODE", "node");
+        }
+        Err(why) => leave_out("the scenarios with Node", &why)?,
+    }
+    run(&mut test)
+}
+
+/// Says that tests are left out; in continuous integration (`CI` is set) that is a failure.
+fn leave_out(what: &str, why: &str) -> Done {
+    if std::env::var_os("CI").is_some() {
+        return Err(format!("{what} must run here: {why}"));
+    }
+    println!("LEFT OUT: {what}: {why}");
+    Ok(())
 }
 
 fn lint() -> Done {
@@ -162,21 +199,6 @@ fn coverage(rest: &[&str]) -> Done {
 
 fn sim(rest: &[&str]) -> Done {
     let mut args = vec!["run", "--quiet", "--package", "latzero-sim", "--"];
-    args.extend(rest);
-    cargo(&args)
-}
-
-fn bench(rest: &[&str]) -> Done {
-    cargo(&["build", "--release", "--package", "latzero-cli"])?;
-    let mut args = vec![
-        "run",
-        "--release",
-        "--package",
-        "latzero-bench",
-        "--features",
-        "nats",
-        "--",
-    ];
     args.extend(rest);
     cargo(&args)
 }

@@ -32,9 +32,14 @@ pub(crate) fn test() -> Done {
     }
 }
 
-fn test_with(tools: &Path) -> Done {
+/// Builds the package for tests, where it is found in a checkout.
+pub(crate) fn build_for_tests() -> Done {
     cargo(&["build", "--package", "latzero-cli"])?;
-    build("debug")?;
+    build("debug")
+}
+
+fn test_with(tools: &Path) -> Done {
+    build_for_tests()?;
     let packages = pack_as("debug")?;
     println!("$ tsc and node --test, in sdk/node");
     run(Command::new("node")
@@ -70,7 +75,7 @@ pub(crate) fn pack() -> Done {
 }
 
 /// Builds the addon, and puts it and the program where the package finds them in a checkout.
-fn build(profile: &str) -> Done {
+pub(crate) fn build(profile: &str) -> Done {
     println!("$ cargo build, in sdk/node ({profile})");
     let mut build = cargo_in_package(&["build", "--quiet", "--locked"]);
     if profile == "release" {
@@ -174,7 +179,7 @@ fn cargo_in_package(args: &[&str]) -> Command {
 }
 
 /// Whether there is a Node that runs the package.
-fn suits() -> Done {
+pub(crate) fn suits() -> Done {
     let suits = "process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)";
     let node = quiet(Command::new("node").args(["-e", suits]));
     let npm = quiet(Command::new("npm").arg("--version"));

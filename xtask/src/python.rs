@@ -34,13 +34,7 @@ pub(crate) fn test() -> Done {
 
 /// Tests the wheel as an installation would have it, with the program inside it.
 fn test_wheel(python: &Path) -> Done {
-    cargo(&["build", "--package", "latzero-cli"])?;
-    let wheel = wheel_of(python, "debug")?;
-    let install = ["install", "--quiet", "--no-index", "--no-deps"];
-    run(pip(python)
-        .args(install)
-        .arg("--force-reinstall")
-        .arg(wheel))?;
+    install(python)?;
     println!("$ mypy and pytest, in sdk/python");
     let tool = |name: &str| {
         let mut command = Command::new(python);
@@ -55,6 +49,17 @@ fn test_wheel(python: &Path) -> Done {
     run(&mut tool("pytest"))
 }
 
+/// Builds the wheel for tests, and installs it.
+pub(crate) fn install(python: &Path) -> Done {
+    cargo(&["build", "--package", "latzero-cli"])?;
+    let wheel = wheel_of(python, "debug")?;
+    let install = ["install", "--quiet", "--no-index", "--no-deps"];
+    run(pip(python)
+        .args(install)
+        .arg("--force-reinstall")
+        .arg(wheel))
+}
+
 /// Builds the wheel for other machines, optimized.
 pub(crate) fn wheel() -> Done {
     let python = environment()?;
@@ -65,7 +70,7 @@ pub(crate) fn wheel() -> Done {
 }
 
 /// Builds the wheel with the program of this profile; returns its path.
-fn wheel_of(python: &Path, profile: &str) -> Result<PathBuf, String> {
+pub(crate) fn wheel_of(python: &Path, profile: &str) -> Result<PathBuf, String> {
     let io = |error: std::io::Error| format!("the wheel: {error}");
     let scripts = folder().join("latzero.data/scripts");
     std::fs::create_dir_all(&scripts).map_err(io)?;
@@ -119,7 +124,7 @@ fn cargo_in_package(args: &[&str]) -> Done {
         .current_dir(folder()))
 }
 
-fn pip(python: &Path) -> Command {
+pub(crate) fn pip(python: &Path) -> Command {
     let mut pip = Command::new(python);
     pip.args(["-m", "pip", "--disable-pip-version-check"]);
     pip
@@ -127,7 +132,7 @@ fn pip(python: &Path) -> Command {
 
 /// The interpreter of a virtual environment with the tools, created once for each content of
 /// `requirements.txt`.
-fn environment() -> Result<PathBuf, String> {
+pub(crate) fn environment() -> Result<PathBuf, String> {
     let dir = target().join("tools");
     let python = dir.join("bin/python");
     let file = folder().join("requirements.txt");

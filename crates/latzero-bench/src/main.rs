@@ -21,6 +21,7 @@ mod process;
 mod report;
 mod results;
 mod rpc;
+mod sdk;
 mod server;
 mod slow_reader;
 mod start;
@@ -61,7 +62,10 @@ enum Bench {
     /// Calls in an encrypted pool compared with a plain one, and sealing compared with the cipher
     /// alone
     Keys(keys::KeysArgs),
-    /// Every benchmark, one after the other
+    /// The SDKs of Python and Node, against Rust, against clients written by hand, and against what
+    /// people use now
+    Sdk(sdk::SdkArgs),
+    /// Every benchmark but `sdk`, one after the other
     All(all::AllArgs),
     /// One process of a measurement; the program starts itself with this command
     #[command(hide = true)]
@@ -69,6 +73,9 @@ enum Bench {
     /// One process of the block benchmark
     #[command(hide = true)]
     BlockRole(block::RoleArgs),
+    /// One process of the benchmark of the SDKs
+    #[command(hide = true)]
+    SdkRole(sdk::RoleArgs),
     /// Becomes another program, which ends with the process that started this one
     #[command(hide = true)]
     Tied(process::TiedArgs),
@@ -84,7 +91,9 @@ fn main() -> ExitCode {
         Bench::Block(args) => block::run(&args).map(|results| results.print(args.json)),
         Bench::Durable(args) => durable::run(&args).map(|results| results.print(args.json)),
         Bench::Keys(args) => keys::run(&args).map(|results| results.print(args.json)),
+        Bench::Sdk(args) => sdk::run(&args).map(|results| results.print(args.json)),
         Bench::BlockRole(args) => block::play(&args),
+        Bench::SdkRole(args) => sdk::play(&args),
         Bench::All(args) => all::run(&args),
         Bench::Role(args) => process::play(&args),
         Bench::Tied(args) => process::exec_tied(&args),

@@ -233,7 +233,7 @@ def test_blocks(on_loop):
                     a[:] = n
         assert block.version == 4
         waits = asyncio.create_task(block.wait(timeout=10))
-        changes = block.changes()
+        changes = await block.changes()
         change = asyncio.create_task(anext(changes))
         await asyncio.sleep(0)
         with pytest.raises(ZeroDivisionError):

@@ -109,7 +109,9 @@ class BlockInfo:
                 if error.code == "out_of_range" and inner.nbytes != nbytes and out is None:
                     continue
                 raise
-            return target
+            # Attaching to it again may show that another process has resized it.
+            if inner.nbytes == nbytes:
+                return target
 
     def _read_at(self, offset: int, length: int) -> bytes:
         target = bytearray(length)

@@ -19,7 +19,7 @@ from uuid import uuid4
 from . import _latzero
 from ._app import (
     _MISSING, Answer, Event, Presence, Progress, Reply, _adapt, _calling, _close_quietly, _into,
-    _is_async, _live, _options, _payload, _serving, _shared,
+    _is_async, _live, _options, _payload, _same, _serving, _shared,
 )
 from ._arrays import flat
 from ._block import BlockInfo, Filling, _seconds
@@ -494,14 +494,9 @@ class Block(BlockInfo):
                 continue
 
     async def changes(self) -> AsyncIterator[int]:
-        """An iterator over new versions. If several appear between two reads, it returns the
-        newest."""
-        inflow = await _run(self._inner.changes())
-        try:
-            while (item := await _run(inflow.next())) is not None:
-                yield item[0]
-        finally:
-            inflow.close()
+        """An iterator over new versions, from now on. If several appear between two reads, it
+        returns the newest."""
+        return _iterate(await _run(self._inner.changes()), _same)
 
     async def resize(self, nbytes: int) -> None:
         """Changes the size of the block, which gets a new generation."""
