@@ -24,7 +24,7 @@ use latzero_protocol::message::{
     Admin, AdminAction, CallRef, Emit, Features, Request, Response, Status, Trigger, TriggerSpec,
 };
 use latzero_protocol::{
-    AppId, Body, CallId, Code, Envelope, InstanceId, PoolName, Ran, Raw, Refusal,
+    Ahead, AppId, Body, CallId, Code, Envelope, InstanceId, PoolName, Ran, Raw, Refusal,
 };
 use serde_json::json;
 
@@ -169,15 +169,31 @@ impl<D: Driver> Session<D> {
 
     /// Handles one frame.
     pub fn handle(&mut self, frame: Frame<'_>, turn: &mut Turn<'_, D>) -> Flow {
-        self.run(frame, None, turn)
+        self.run(frame, None, None, turn)
+    }
+
+    /// Handles one frame that was scanned in slices, because it is large.
+    pub fn handle_scanned(
+        &mut self,
+        frame: Frame<'_>,
+        ahead: &Ahead,
+        turn: &mut Turn<'_, D>,
+    ) -> Flow {
+        self.run(frame, Some(ahead), None, turn)
     }
 
     /// Handles one frame, which may have waited since it arrived.
-    fn run(&mut self, frame: Frame<'_>, came: Option<Time>, turn: &mut Turn<'_, D>) -> Flow {
+    fn run(
+        &mut self,
+        frame: Frame<'_>,
+        ahead: Option<&Ahead>,
+        came: Option<Time>,
+        turn: &mut Turn<'_, D>,
+    ) -> Flow {
         if self.is_over {
             return Flow::Close;
         }
-        let envelope = match Envelope::parse(frame) {
+        let envelope = match Envelope::parse_scanned(frame, ahead) {
             Ok(Ok(envelope)) => envelope,
             Ok(Err(refusal)) | Err(refusal) if self.ready.is_some() => {
                 self.fail_message(frame, refusal, turn);
@@ -210,7 +226,7 @@ impl<D: Driver> Session<D> {
         {
             let waits = match came {
                 Some(came) => wait_less(request, turn.time().since(came)).map(|()| false),
-                None => self.hold((frame, id), request, turn),
+                None => self.hold((frame, ahead, id), request, turn),
             };
             match waits {
                 Ok(true) => return Flow::Continue,

@@ -13,7 +13,7 @@ use std::path::Path;
 
 use latzero_fabric::Limits;
 use latzero_protocol::frame::{self, Accept};
-use latzero_protocol::{Envelope, Frame, FrameError, Request, scan};
+use latzero_protocol::{Ahead, Envelope, Frame, FrameError, Request, scan};
 use latzero_server::settings;
 use serde::de::IgnoredAny;
 use serde_json::Value;
@@ -91,6 +91,16 @@ pub fn message(data: &[u8]) {
             Err(refusal) => assert!(refusal.message.len() < 512),
         }
     }
+    let frame = Frame {
+        json: data,
+        attachment: None,
+    };
+    let mut ahead = Ahead::default();
+    while !ahead.step(data, 1 + data.len() % 13) {}
+    let scanned = Envelope::parse_scanned(frame, Some(&ahead)).map(|envelope| envelope.is_ok());
+    let plain = Envelope::parse(frame).map(|envelope| envelope.is_ok());
+    let (scanned, plain) = (scanned.map_err(|r| r.code), plain.map_err(|r| r.code));
+    assert_eq!(scanned, plain, "in slices");
     let Ok(text) = std::str::from_utf8(data) else {
         return;
     };

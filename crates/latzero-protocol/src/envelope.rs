@@ -7,7 +7,7 @@ use crate::frame::Frame;
 use crate::limits::{
     ENVELOPE_FIELDS_MAX, FIELD_NAME_BYTES_MAX, HEADERS_BYTES_MAX, ID_BYTES_MAX, STRING_BYTES_MAX,
 };
-use crate::scan::{self, ScanError, Spelling};
+use crate::scan::{self, Ahead, ScanError, Spelling};
 
 /// The text of one JSON value, already checked to be JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,6 +138,8 @@ macro_rules! fields {
         pub struct Envelope<'a> {
             /// The whole JSON text.
             pub text: &'a str,
+            /// Its long values, if they were scanned before.
+            pub long: &'a [(usize, usize)],
             /// The raw bytes of an attachment frame.
             pub attachment: Option<&'a [u8]>,
             $(
@@ -186,6 +188,18 @@ impl<'a> Envelope<'a> {
     /// `bad_frame` or `too_deep` outside, `bad_message` inside.
     #[inline(always)]
     pub fn parse(frame: Frame<'a>) -> Result<Result<Self, Refusal>, Refusal> {
+        Self::parse_scanned(frame, None)
+    }
+
+    /// As [`Envelope::parse`], of a message whose scan is done.
+    ///
+    /// # Errors
+    /// As [`Envelope::parse`].
+    #[inline(always)]
+    pub fn parse_scanned(
+        frame: Frame<'a>,
+        ahead: Option<&'a Ahead>,
+    ) -> Result<Result<Self, Refusal>, Refusal> {
         let bad_frame = |what: String| Refusal::new(Code::BadFrame, what);
         let text = std::str::from_utf8(frame.json).map_err(|e| {
             bad_frame(format!(
@@ -193,13 +207,18 @@ impl<'a> Envelope<'a> {
                 e.valid_up_to()
             ))
         })?;
+        if let Some(error) = ahead.and_then(|ahead| ahead.failed) {
+            return Err(not_json(error));
+        }
+        let long = ahead.map_or(&[][..], |ahead| &ahead.long);
         let mut envelope = Envelope {
             text,
+            long,
             attachment: frame.attachment,
             ..Envelope::default()
         };
         let mut others: Vec<Cow<'a, str>> = Vec::new();
-        let scanned = scan::fields(text, |key, value| {
+        let scanned = scan::fields(text, long, |key, value| {
             if key.spelling == Spelling::Plain
                 && let Some(slot @ None) = envelope.slot(key.bytes())
             {
@@ -229,7 +248,9 @@ impl<'a> Envelope<'a> {
             Err(Malformed::Json(error)) => Err(not_json(error)),
             Err(Malformed::Message(refusal)) => {
                 // Whether it is JSON at all depends on the rest of the frame.
-                scan::value(text).map_err(not_json)?;
+                if ahead.is_none() {
+                    scan::value(text).map_err(not_json)?;
+                }
                 Ok(Err(refusal))
             }
         }
@@ -375,9 +396,13 @@ pub struct Salvaged {
     pub in_reply_to: Option<String>,
 }
 
+/// How much of a broken message [`salvage`] looks at, in bytes.
+const SALVAGED_BYTES_MAX: usize = 1 << 20;
+
 /// Finds the identifying fields in JSON that [`Envelope::parse`] refused. The length before a frame
 /// keeps its neighbours intact, so only one message fails and not the connection. Strings and
-/// brackets are followed, whatever is between them, and only the outermost fields count.
+/// brackets are followed, whatever is between them, and only the outermost fields count. It looks at
+/// the first mebibyte.
 #[must_use]
 pub fn salvage(json: &[u8]) -> Salvaged {
     let mut found = Salvaged::default();
@@ -385,6 +410,7 @@ pub fn salvage(json: &[u8]) -> Salvaged {
     let mut at = 0;
     // The last outermost string, and whether a colon followed it.
     let (mut last, mut key): (Option<&[u8]>, Option<&[u8]>) = (None, None);
+    let json = &json[..json.len().min(SALVAGED_BYTES_MAX)];
     while let Some(&byte) = json.get(at) {
         at += 1;
         match byte {
@@ -542,6 +568,47 @@ mod tests {
             expected,
             "{json}"
         );
+    }
+
+    #[test]
+    fn a_scan_in_slices_finds_the_same_fields() {
+        let long = format!("[{}]", [r#"{"a":[1,"x\"]",{}],"b":null}"#; 400].join(","));
+        let text = format!(
+            r#"{{"action":"emit","id":"1","data":{long},"process":"{}","x":{{"y":{long}}}}}"#,
+            "p".repeat(5000)
+        );
+        let scan = |json: &[u8], bytes: usize| {
+            let mut ahead = Ahead::default();
+            while !ahead.step(json, bytes) {}
+            ahead
+        };
+        fn frame(json: &[u8]) -> Frame<'_> {
+            Frame {
+                json,
+                attachment: None,
+            }
+        }
+        let plain = Envelope::parse(frame(text.as_bytes())).unwrap().unwrap();
+        for bytes in [1, 7, 4096, usize::MAX] {
+            let ahead = scan(text.as_bytes(), bytes);
+            let scanned = Envelope::parse_scanned(frame(text.as_bytes()), Some(&ahead));
+            let scanned = scanned.unwrap().unwrap();
+            assert_eq!(scanned.long.len(), 3, "in slices of {bytes}");
+            let scanned = Envelope {
+                long: &[],
+                ..scanned
+            };
+            assert_eq!(format!("{scanned:?}"), format!("{plain:?}"));
+        }
+        // A broken message is refused with the same words.
+        for at in (0..text.len()).step_by(61) {
+            let mut broken = text.clone().into_bytes();
+            broken[at] = 1;
+            let ahead = scan(&broken, 64);
+            let scanned = Envelope::parse_scanned(frame(&broken), Some(&ahead));
+            let plain = Envelope::parse(frame(&broken));
+            assert_eq!(scanned.map(|_| ()), plain.map(|_| ()), "byte {at}");
+        }
     }
 
     #[test]

@@ -27,3 +27,4 @@ pub use frame::{Frame, FrameError};
 pub use id::{CallId, InstanceId};
 pub use message::Request;
 pub use name::{AppId, BlockId, NameError, PoolName, TriggerName};
+pub use scan::Ahead;

@@ -436,7 +436,7 @@ pub(crate) fn block_uses(raw: Raw<'_>) -> Result<Vec<BlockUse>, Refusal> {
 
 /// Decodes a `memory_*` message.
 pub(crate) fn decode<'a>(e: &Envelope<'a>, action: &str) -> Result<Memory<'a>, Refusal> {
-    let fields = Fields::of(e.text)?;
+    let fields = Fields::of_message(e)?;
     let block =
         || -> Result<BlockId, Refusal> { Ok(BlockId::new(&fields.required_string("block_id")?)?) };
     let number = |name: &str| Envelope::number(fields.field(name), name, 0..=u64::MAX);

@@ -600,11 +600,11 @@ impl<'a> Request<'a> {
             "pool_list" => Request::PoolList(page(e)?),
             "pool_info" => Request::PoolInfo(pool_field(e)?),
             "pool_remove" => {
-                let fields = Fields::of(e.text)?;
+                let fields = Fields::of_message(e)?;
                 Request::PoolRemove(pool_field(e)?, fields.flag("force")?)
             }
             "app_list" => Request::AppList(optional_pool(e)?, page(e)?),
-            "watch" => Request::Watch(pool_field(e)?, events(&Fields::of(e.text)?)?),
+            "watch" => Request::Watch(pool_field(e)?, events(&Fields::of_message(e)?)?),
             "unwatch" => Request::Unwatch(pool_field(e)?),
             "ping" => Request::Ping,
             "stats" => Request::Stats,
@@ -612,38 +612,38 @@ impl<'a> Request<'a> {
             "shutdown" => admin(AdminAction::Shutdown),
             "reload" => admin(AdminAction::Reload),
             "hand_over" => {
-                let taken = Fields::of(e.text)?.flag("taken")?;
+                let taken = Fields::of_message(e)?.flag("taken")?;
                 admin(AdminAction::HandOver { taken })
             }
             "kick" => {
-                let fields = Fields::of(e.text)?;
+                let fields = Fields::of_message(e)?;
                 let app = AppId::new(&fields.required_string("app_id")?)?;
                 let instance = fields.string("instance")?;
                 let instance = instance.map(|text| instance_id(&text)).transpose()?;
                 admin(AdminAction::Kick(app, instance))
             }
             "app_forget" => {
-                let fields = Fields::of(e.text)?;
+                let fields = Fields::of_message(e)?;
                 let app = AppId::new(&fields.required_string("app_id")?)?;
                 admin(AdminAction::Forget(app))
             }
             "app_key_remove" => {
-                let fields = Fields::of(e.text)?;
+                let fields = Fields::of_message(e)?;
                 let app = AppId::new(&fields.required_string("app_id")?)?;
                 admin(AdminAction::RemoveKey(app))
             }
             "backup" => {
-                let fields = Fields::of(e.text)?;
+                let fields = Fields::of_message(e)?;
                 let to = fields.string("to")?.map(Cow::into_owned);
                 let without_blocks = fields.flag("without_blocks")?;
                 admin(AdminAction::Backup { to, without_blocks })
             }
             "db_check" => {
-                let is_thorough = Fields::of(e.text)?.flag("full")?;
+                let is_thorough = Fields::of_message(e)?.flag("full")?;
                 admin(AdminAction::CheckDatabase(is_thorough))
             }
             "db_query" => {
-                let sql = Fields::of(e.text)?.required_string("sql")?.into_owned();
+                let sql = Fields::of_message(e)?.required_string("sql")?.into_owned();
                 admin(AdminAction::QueryDatabase(sql))
             }
             action if action.starts_with("parked_") => {
@@ -667,7 +667,7 @@ pub(crate) fn unknown(action: &str) -> Refusal {
 }
 
 fn handshake<'a>(e: &Envelope<'a>, bounds: &ListBounds) -> Result<Handshake<'a>, Refusal> {
-    let fields = Fields::of(e.text)?;
+    let fields = Fields::of_message(e)?;
     let mut features = Features::default();
     fields.each_string("features", |name| {
         features.attachments |= name == "attachments";
@@ -899,7 +899,7 @@ pub(crate) fn optional_pool(e: &Envelope<'_>) -> Result<Option<PoolName>, Refusa
 }
 
 pub(crate) fn page<'a>(e: &Envelope<'a>) -> Result<Page<'a>, Refusal> {
-    let fields = Fields::of(e.text)?;
+    let fields = Fields::of_message(e)?;
     let limit = Envelope::number(fields.field("limit"), "limit", 1..=Page::LIMIT_MAX as u64)?;
     let limit = limit.map_or(Page::LIMIT_MAX, |n| n as usize);
     Ok(Page {
@@ -909,7 +909,7 @@ pub(crate) fn page<'a>(e: &Envelope<'a>) -> Result<Page<'a>, Refusal> {
 }
 
 fn pool_create<'a>(e: &Envelope<'a>) -> Result<PoolCreate<'a>, Refusal> {
-    let fields = Fields::of(e.text)?;
+    let fields = Fields::of_message(e)?;
     // Kinds that are not implemented are refused, so that no client relies on them.
     match fields.string("kind")?.as_deref() {
         None | Some("local") => {}
@@ -970,7 +970,7 @@ fn admin<'a>(action: AdminAction) -> Request<'a> {
 }
 
 fn triggers_field(e: &Envelope<'_>, bounds: &ListBounds) -> Result<Vec<TriggerSpec>, Refusal> {
-    let raw = Fields::of(e.text)?.field("triggers");
+    let raw = Fields::of_message(e)?.field("triggers");
     triggers_within(raw.ok_or_else(|| missing("triggers", "an array"))?, bounds)
 }
 
@@ -1027,13 +1027,15 @@ fn pools(
     field: &str,
     bounds: &ListBounds,
 ) -> Result<Option<Vec<PoolName>>, Refusal> {
-    let (mut names, mut seen) = (Vec::new(), BTreeSet::new());
+    let (mut names, mut seen, mut count) = (Vec::new(), BTreeSet::new(), 0);
     let is_there = fields.each_string(field, |name| {
+        // Those that occur twice count as well: they cost as much.
+        if count == bounds.pools_max {
+            return Err(too_many("pools", bounds.pools_max));
+        }
+        count += 1;
         PoolName::check(name)?;
         if !seen.contains(name) {
-            if names.len() == bounds.pools_max {
-                return Err(too_many("pools", bounds.pools_max));
-            }
             let name = PoolName::new(name)?;
             seen.insert(name.clone());
             names.push(name);
@@ -1117,15 +1119,20 @@ impl<'a> Fields<'a> {
     /// # Errors
     /// `bad_message` if it is not an object, or has duplicate or too many fields.
     pub fn of(text: &'a str) -> Result<Self, Refusal> {
-        Self::at_most(Self::MAX, text)
+        Self::at_most(Self::MAX, text, &[])
+    }
+
+    /// Reads the fields of a message.
+    pub(crate) fn of_message(e: &Envelope<'a>) -> Result<Self, Refusal> {
+        Self::at_most(Self::MAX, e.text, e.long)
     }
 
     /// Reads the fields of an object that is part of a message, of which there may be many.
     pub(crate) fn of_item(raw: Raw<'a>) -> Result<Self, Refusal> {
-        Self::at_most(Self::OF_ITEM_MAX, raw.text())
+        Self::at_most(Self::OF_ITEM_MAX, raw.text(), &[])
     }
 
-    fn at_most(max: usize, text: &'a str) -> Result<Self, Refusal> {
+    fn at_most(max: usize, text: &'a str, long: &[(usize, usize)]) -> Result<Self, Refusal> {
         struct Failed(Refusal);
         impl From<scan::ScanError> for Failed {
             fn from(error: scan::ScanError) -> Self {
@@ -1133,8 +1140,8 @@ impl<'a> Fields<'a> {
             }
         }
         let mut fields: Vec<(Cow<'a, str>, Raw<'a>)> = Vec::new();
-        scan::object(text, |key, value| {
-            let key = field_name(key).map_err(Failed)?;
+        scan::fields(text, long, |key, value| {
+            let key = field_name(key.text()).map_err(Failed)?;
             if fields.iter().any(|(known, _)| *known == key) {
                 return Err(Failed(Refusal::new(
                     Code::BadMessage,

@@ -119,7 +119,7 @@ pub struct Parked {
 pub const RETRY_TTL_DEFAULT_MS: u64 = 24 * 3_600_000;
 
 pub(crate) fn decode(e: &Envelope<'_>, action: &str) -> Result<Parked, Refusal> {
-    let fields = Fields::of(e.text)?;
+    let fields = Fields::of_message(e)?;
     let number = |name: &str, range| Envelope::number(fields.field(name), name, range);
     let state = fields.string("state")?;
     let state = match state.as_deref() {

@@ -62,7 +62,7 @@ pub struct Chain {
 }
 
 pub(crate) fn app_proof<'a>(e: &Envelope<'a>) -> Result<Request<'a>, Refusal> {
-    let fields = Fields::of(e.text)?;
+    let fields = Fields::of_message(e)?;
     Ok(Request::AppProof(Box::new(AppProof {
         app_id: AppId::new(&fields.required_string("app_id")?)?,
         app_key: fields.required_string("app_key")?,
@@ -73,7 +73,7 @@ pub(crate) fn app_proof<'a>(e: &Envelope<'a>) -> Result<Request<'a>, Refusal> {
 }
 
 pub(crate) fn admin_proof<'a>(e: &Envelope<'a>) -> Result<Request<'a>, Refusal> {
-    let fields = Fields::of(e.text)?;
+    let fields = Fields::of_message(e)?;
     Ok(Request::AdminProof(Box::new(AdminProof {
         client_nonce: fields.required_string("client_nonce")?,
         mac: fields.required_string("mac")?,
@@ -83,14 +83,14 @@ pub(crate) fn admin_proof<'a>(e: &Envelope<'a>) -> Result<Request<'a>, Refusal> 
 
 pub(crate) fn pool_join<'a>(e: &Envelope<'a>) -> Result<Request<'a>, Refusal> {
     let pool = pool_field(e)?;
-    Ok(match Fields::of(e.text)?.field("proof") {
+    Ok(match Fields::of_message(e)?.field("proof") {
         Some(proof) => Request::PoolProve(pool, proof),
         None => Request::PoolJoin(pool),
     })
 }
 
 pub(crate) fn pool_chain<'a>(e: &Envelope<'a>) -> Result<Request<'a>, Refusal> {
-    let fields = Fields::of(e.text)?;
+    let fields = Fields::of_message(e)?;
     let before = fields.field("before");
     let before = Envelope::number(before, "before", 1..=u64::from(u32::MAX))?;
     let limit = Envelope::number(fields.field("limit"), "limit", 1..=CHAIN_MAX as u64)?;
@@ -102,7 +102,7 @@ pub(crate) fn pool_chain<'a>(e: &Envelope<'a>) -> Result<Request<'a>, Refusal> {
 }
 
 pub(crate) fn pool_rotate<'a>(e: &Envelope<'a>) -> Result<Request<'a>, Refusal> {
-    let descriptor = Fields::of(e.text)?.required_string("descriptor")?;
+    let descriptor = Fields::of_message(e)?.required_string("descriptor")?;
     Ok(Request::PoolRotate(pool_field(e)?, descriptor))
 }
 

@@ -39,7 +39,100 @@ pub fn object<'a, E: From<ScanError>>(
     text: &'a str,
     mut on_field: impl FnMut(&'a str, &'a str) -> Result<(), E>,
 ) -> Result<(), E> {
-    fields(text, |key, value| on_field(key.text(), value))
+    fields(text, &[], |key, value| on_field(key.text(), value))
+}
+
+/// Values from here on are passed over when a message is scanned again, in bytes.
+const LONG: usize = 4096;
+
+/// The scan of a large message, in slices: no message may occupy its reader for long. What scans
+/// the message afterwards passes over the long values that were found.
+#[derive(Debug, Clone, Default)]
+pub struct Ahead {
+    at: usize,
+    has_begun: bool,
+    /// Where the present value begins, and what is open in it.
+    inside: Option<(usize, Nest)>,
+    pub(crate) long: Vec<(usize, usize)>,
+    pub(crate) failed: Option<ScanError>,
+}
+
+impl Ahead {
+    /// Scans about `bytes` more bytes of the same `json`; true once it is done. A long string is
+    /// scanned at once.
+    pub fn step(&mut self, json: &[u8], bytes: usize) -> bool {
+        let mut s = Scanner {
+            bytes: json,
+            at: self.at,
+        };
+        let until = self.at.saturating_add(bytes);
+        let done = self.advance(&mut s, until);
+        self.at = s.at;
+        done.unwrap_or_else(|error| {
+            self.failed = Some(error);
+            true
+        })
+    }
+
+    fn advance(&mut self, s: &mut Scanner<'_>, until: usize) -> Result<bool, ScanError> {
+        if !std::mem::replace(&mut self.has_begun, true) {
+            s.space();
+            if s.peek() != Some(b'{') {
+                return Err(s.error("expected a JSON object"));
+            }
+            s.at += 1;
+            s.space();
+            if s.peek() == Some(b'}') {
+                s.at += 1;
+                return s.end().map(|()| true);
+            }
+        }
+        loop {
+            let (from, nest) = match &mut self.inside {
+                Some(inside) => inside,
+                None => {
+                    s.space();
+                    s.key()?;
+                    s.space();
+                    self.inside.insert((s.at, Nest::new(1)))
+                }
+            };
+            if !s.nested::<true>(nest, until)? {
+                return Ok(false);
+            }
+            if s.at - *from >= LONG {
+                self.long.push((*from, s.at));
+            }
+            self.inside = None;
+            s.space();
+            match s.next() {
+                Some(b',') => {}
+                Some(b'}') => return s.end().map(|()| true),
+                _ => return Err(s.error_before("expected ',' or '}'")),
+            }
+        }
+    }
+}
+
+/// What is open inside a value.
+#[derive(Debug, Clone, Copy)]
+struct Nest {
+    /// How many containers are open around the value.
+    base: u32,
+    depth: u32,
+    /// One bit per open container, the innermost lowest: 1 is an object, 0 an array.
+    open: u64,
+}
+
+impl Nest {
+    #[inline]
+    fn new(base: u32) -> Nest {
+        Nest {
+            base,
+            depth: base,
+            open: 0,
+        }
+    }
 }
 
 /// How a string is written.
@@ -73,10 +166,12 @@ impl<'a> Key<'a> {
     }
 }
 
-/// Like [`object`], with keys that say whether they have escapes.
+/// Like [`object`], with keys that say whether they have escapes. The values at `long` were scanned
+/// before.
 #[inline]
 pub(crate) fn fields<'a, E: From<ScanError>>(
     text: &'a str,
+    long: &[(usize, usize)],
     mut on_field: impl FnMut(Key<'a>, &'a str) -> Result<(), E>,
 ) -> Result<(), E> {
     let mut s = Scanner::new(text);
@@ -101,11 +196,13 @@ pub(crate) fn fields<'a, E: From<ScanError>>(
             };
             s.space();
             let from = s.at;
-            match s.peek() {
-                Some(b'"') => {
+            let end = long.iter().find(|(start, _)| *start == from);
+            match (end, s.peek()) {
+                (Some((_, end)), _) => s.at = *end,
+                (None, Some(b'"')) => {
                     s.string()?;
                 }
-                _ => s.value(1)?,
+                (None, _) => s.value(1)?,
             }
             on_field(key, &text[from..s.at])?;
             s.space();
@@ -247,11 +344,29 @@ impl<'a> Scanner<'a> {
 
     /// One value; `depth` counts the containers that are already open around it.
     #[inline]
-    fn value(&mut self, mut depth: u32) -> Result<(), ScanError> {
-        let base = depth;
-        // One bit per open container, the innermost lowest: 1 is an object, 0 an array.
-        let mut open = 0_u64;
+    fn value(&mut self, depth: u32) -> Result<(), ScanError> {
+        let mut nest = Nest::new(depth);
+        self.nested::<false>(&mut nest, usize::MAX).map(drop)
+    }
+
+    /// The rest of one value. If it is `SLICED`, it stops before the first inner value behind
+    /// `until`, and returns false.
+    #[inline]
+    fn nested<const SLICED: bool>(
+        &mut self,
+        nest: &mut Nest,
+        until: usize,
+    ) -> Result<bool, ScanError> {
+        let Nest {
+            base,
+            mut depth,
+            mut open,
+        } = *nest;
         loop {
+            if SLICED && self.at >= until {
+                *nest = Nest { base, depth, open };
+                return Ok(false);
+            }
             self.space();
             match self.peek() {
                 Some(b'"') => {
@@ -288,7 +403,7 @@ impl<'a> Scanner<'a> {
             // A value is complete: close the containers that end here, or go on to the next member.
             loop {
                 if depth == base {
-                    return Ok(());
+                    return Ok(true);
                 }
                 self.space();
                 let is_object = open & 1 == 1;

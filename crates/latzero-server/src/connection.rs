@@ -12,13 +12,18 @@ use latzero_crypto::proof::ChannelBinding;
 use latzero_fabric::ledger::{Holding, Reservation, Resource};
 use latzero_fabric::session::Terms;
 use latzero_fabric::{Class, Driver as _, Flow, Session, Time, Transport};
-use latzero_protocol::{Code, Refusal, encode, frame};
+use latzero_protocol::{Ahead, Code, Refusal, encode, frame};
 use latzero_tls::Unfinished;
 
 use crate::host::IoHost;
 use crate::listener::Origin;
 use crate::peer::Peer;
 use crate::socket::{Socket, User};
+
+/// Messages from this size on are scanned in slices, one in each turn, because a scan takes up to
+/// 5 ns for each byte. Sizes in bytes; such a message never lies in one read.
+const SLICED_BYTES_MIN: usize = 512 * 1024;
+const SLICE_BYTES: usize = 128 * 1024;
 
 /// How long one connection is handled before the others, and after how many frames the clock is
 /// read.
@@ -80,6 +85,8 @@ pub(crate) struct Connection {
     pub(crate) session: Session<IoHost>,
     /// Bytes that were read and not handled: the start of a frame, or frames left while paused.
     inbox: Vec<u8>,
+    /// The scan of the large frame at the front of the inbox.
+    ahead: Option<Ahead>,
     /// The reservation of the inbox.
     inbound: Reservation,
     /// The reservation of its TLS state.
@@ -159,6 +166,7 @@ impl Connection {
             tls,
             is_secured,
             lacks: 0,
+            ahead: None,
             is_queued: false,
             session: Session::new(Arc::clone(&peer), terms),
             peer,
@@ -435,18 +443,29 @@ impl Connection {
             }
             match frame::decode(&buf[used..], self.session.accept(&host.context().limits)) {
                 Ok(Some((frame, length))) => {
+                    if frame.json.len() >= SLICED_BYTES_MIN {
+                        let ahead = self.ahead.get_or_insert_default();
+                        if !ahead.step(frame.json, SLICE_BYTES) {
+                            return (used, Some(ReadOutcome::More));
+                        }
+                    }
+                    let ahead = self.ahead.take();
                     used += length;
                     host.traffic.frames_in += 1;
                     // A message that brings no descriptor has none to take, so the queue is as good
                     // as the message's own.
-                    let flow = if self.offers.is_empty() {
-                        self.session.handle(frame, &mut host.turn())
-                    } else {
+                    let has_offers = !self.offers.is_empty();
+                    if has_offers {
                         std::mem::swap(&mut self.offers, &mut host.offers);
-                        let flow = self.session.handle(frame, &mut host.turn());
-                        std::mem::swap(&mut self.offers, &mut host.offers);
-                        flow
+                    }
+                    let turn = &mut host.turn();
+                    let flow = match &ahead {
+                        None => self.session.handle(frame, turn),
+                        Some(ahead) => self.session.handle_scanned(frame, ahead, turn),
                     };
+                    if has_offers {
+                        std::mem::swap(&mut self.offers, &mut host.offers);
+                    }
                     if flow == Flow::Close {
                         return (used, Some(ReadOutcome::Close));
                     }

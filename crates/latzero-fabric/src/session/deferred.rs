@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use hashbrown::HashMap;
 use latzero_protocol::frame::Frame;
 use latzero_protocol::message::Request;
-use latzero_protocol::{Ran, Refusal};
+use latzero_protocol::{Ahead, Ran, Refusal};
 
 use super::{Flow, Session};
 use crate::driver::{Driver, Peer};
@@ -40,6 +40,8 @@ pub struct DeferredFrame {
     id: Option<Box<str>>,
     json: Box<[u8]>,
     attachment: Option<Box<[u8]>>,
+    /// Its scan, if it is large.
+    ahead: Option<Box<Ahead>>,
     came: Time,
     /// When a call expires.
     deadline: Option<Time>,
@@ -150,7 +152,7 @@ impl<D: Driver> Session<D> {
     /// Defers a request if it must wait; false if it may be handled now.
     pub(super) fn hold(
         &mut self,
-        (frame, id): (Frame<'_>, Option<&str>),
+        (frame, ahead, id): (Frame<'_>, Option<&Ahead>, Option<&str>),
         request: &Request<'_>,
         turn: &mut Turn<'_, D>,
     ) -> Result<bool, Refusal> {
@@ -185,6 +187,7 @@ impl<D: Driver> Session<D> {
             id: id.map(Into::into),
             json: frame.json.into(),
             attachment: frame.attachment.map(Into::into),
+            ahead: ahead.cloned().map(Box::new),
             came: turn.time(),
             deadline,
             _held: held,
@@ -244,7 +247,8 @@ impl<D: Driver> Session<D> {
 
     /// Handles a message that has waited.
     pub fn handle_waiting(&mut self, waiting: &DeferredFrame, turn: &mut Turn<'_, D>) -> Flow {
-        self.run(waiting.frame(), Some(waiting.came), turn)
+        let ahead = waiting.ahead.as_deref();
+        self.run(waiting.frame(), ahead, Some(waiting.came), turn)
     }
 
     /// Ends a waiting call; false if none has this id.
