@@ -2,7 +2,9 @@
 
 mod codegen;
 mod crash;
+mod cross;
 mod dev;
+mod examples;
 mod node;
 mod python;
 mod tidy;
@@ -10,6 +12,8 @@ mod vectors;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+
+use cross::Target;
 
 const HELP: &str = "\
 cargo xtask COMMAND
@@ -20,6 +24,7 @@ cargo xtask COMMAND
   test --integration   only integration tests
   test --python        only the tests of the Python package
   test --node          only the tests of the Node package
+  test --examples      only the examples in several languages, and the notebook
   lint                 tidiness, format and lint checks
   lint --fix           fix what the format and lint checks can fix
   coverage             line coverage of all tests (needs cargo-llvm-cov)
@@ -35,6 +40,10 @@ cargo xtask COMMAND
   crash [ARGS]         kill and restart processes and check the result: --rounds N, --seed S
   wheel                build the wheel of the Python package, with the program in it
   npm                  make the npm packages of this platform, with the program in them
+  wheel --target NAME, npm --target NAME
+                       the same for other machines: x86_64-unknown-linux-gnu (an older glibc),
+                       aarch64-unknown-linux-gnu, x86_64-unknown-linux-musl,
+                       aarch64-unknown-linux-musl
   bench NAME [ARGS]    run a benchmark; `cargo xtask bench --help` lists them
   fuzz TARGET [ARGS]   fuzz a parser (needs cargo-fuzz)
 ";
@@ -48,8 +57,9 @@ fn main() -> ExitCode {
         ["test", "--integration"] => integration_tests(),
         ["test", "--python"] => python::test(),
         ["test", "--node"] => node::test(),
-        ["npm"] => node::pack(),
-        ["wheel"] => python::wheel(),
+        ["test", "--examples"] => examples::test(),
+        ["npm", rest @ ..] => Target::of_args(rest).and_then(|to| node::pack(to.as_ref())),
+        ["wheel", rest @ ..] => Target::of_args(rest).and_then(|to| python::wheel(to.as_ref())),
         ["lint"] => lint(),
         ["lint", "--fix"] => lint_fix(),
         ["coverage", rest @ ..] => coverage(rest),
@@ -107,6 +117,7 @@ fn test() -> Done {
     sim(&["--vault", "--seeds", "0..200"])?;
     python::test()?;
     node::test()?;
+    examples::test()?;
     println!("\nall checks passed");
     Ok(())
 }
