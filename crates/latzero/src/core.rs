@@ -2,8 +2,8 @@
 //!
 //! An app is driven by a caller that blocks, a background thread, or a task on the caller's
 //! runtime. They share one role, reading, which the holder of the [`Reader`]'s lock has.
-//! Lock order: input → followers → outbox → pending → job queue; except wakers, no user code runs under any of
-//! them.
+//! Lock order: input → followers → outbox → pending → job queue; except wakers, no user code runs
+//! under any of them.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};

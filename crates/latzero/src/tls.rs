@@ -318,8 +318,8 @@ fn unusable(error: SetupError) -> Error {
     Error::new(Code::BadMessage, format!("cannot set up TLS: {error}")).with_ran(Ran::No)
 }
 
-/// Waits until a socket is ready, or for a while: whoever calls this looks again. Fails when the time
-/// is over, or [`interruptible`](crate::blocking::interruptible) ends the wait.
+/// Waits until a socket is ready, or for a while: whoever calls this looks again. Fails when the
+/// time is over, or [`interruptible`](crate::blocking::interruptible) ends the wait.
 pub(crate) fn wait(socket: BorrowedFd<'_>, what: PollFlags, deadline: Instant) -> io::Result<()> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() || interrupt::is_due() {
