@@ -3,7 +3,9 @@
 mod bench;
 mod codegen;
 mod crash;
+mod cross;
 mod dev;
+mod examples;
 mod node;
 mod python;
 mod tidy;
@@ -11,6 +13,8 @@ mod vectors;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+
+use cross::Target;
 
 const HELP: &str = "\
 cargo xtask COMMAND
@@ -22,6 +26,7 @@ cargo xtask COMMAND
   test --python        only the tests of the Python package
   test --node          only the tests of the Node package
   test --scenarios     only the scenarios that Rust, Python and Node share
+  test --examples      only the examples in several languages, and the notebook
   lint                 tidiness, format and lint checks
   lint --fix           fix what the format and lint checks can fix
   coverage             line coverage of all tests (needs cargo-llvm-cov)
@@ -37,6 +42,10 @@ cargo xtask COMMAND
   crash [ARGS]         kill and restart processes and check the result: --rounds N, --seed S
   wheel                build the wheel of the Python package, with the program in it
   npm                  make the npm packages of this platform, with the program in them
+  wheel --target NAME, npm --target NAME
+                       the same for other machines: x86_64-unknown-linux-gnu (an older glibc),
+                       aarch64-unknown-linux-gnu, x86_64-unknown-linux-musl,
+                       aarch64-unknown-linux-musl
   bench NAME [ARGS]    run a benchmark; `cargo xtask bench --help` lists them
   fuzz TARGET [ARGS]   fuzz a parser (needs cargo-fuzz)
 ";
@@ -51,8 +60,9 @@ fn main() -> ExitCode {
         ["test", "--python"] => python::test(),
         ["test", "--node"] => node::test(),
         ["test", "--scenarios"] => scenarios(),
-        ["npm"] => node::pack(),
-        ["wheel"] => python::wheel(),
+        ["test", "--examples"] => examples::test(),
+        ["npm", rest @ ..] => Target::of_args(rest).and_then(|to| node::pack(to.as_ref())),
+        ["wheel", rest @ ..] => Target::of_args(rest).and_then(|to| python::wheel(to.as_ref())),
         ["lint"] => lint(),
         ["lint", "--fix"] => lint_fix(),
         ["coverage", rest @ ..] => coverage(rest),
@@ -111,6 +121,7 @@ fn test() -> Done {
     python::test()?;
     node::test()?;
     scenarios()?;
+    examples::test()?;
     println!("\nall checks passed");
     Ok(())
 }

@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::cross::Target;
 use crate::{Done, cargo, cargo_program, quiet, read, root, run};
 
 fn folder() -> PathBuf {
@@ -38,9 +39,15 @@ pub(crate) fn build_for_tests() -> Done {
     build("debug")
 }
 
-fn test_with(tools: &Path) -> Done {
+/// The directory of the tarballs, for tests.
+pub(crate) fn packages() -> Result<PathBuf, String> {
+    suits()?;
     build_for_tests()?;
-    let packages = pack_as("debug")?;
+    pack_as("debug")
+}
+
+fn test_with(tools: &Path) -> Done {
+    let packages = packages()?;
     println!("$ tsc and node --test, in sdk/node");
     run(Command::new("node")
         .arg(tools.join("typescript/bin/tsc"))
@@ -65,12 +72,25 @@ fn tests() -> Result<Vec<PathBuf>, String> {
     Ok(tests)
 }
 
-/// Makes the tarballs for this platform, optimised.
-pub(crate) fn pack() -> Done {
+/// Makes the tarballs, optimized: for platforms like this one, or for another.
+pub(crate) fn pack(to: Option<&Target>) -> Done {
     suits()?;
-    cargo(&["build", "--release", "--package", "latzero-cli"])?;
-    build("release")?;
-    println!("{}", pack_as("release")?.display());
+    let dir = match to {
+        None => {
+            cargo(&["build", "--release", "--package", "latzero-cli"])?;
+            build("release")?;
+            pack_as("release")?
+        }
+        Some(to) => {
+            let program = to.program()?;
+            let built = to.build(&folder(), "latzero-node", &target())?;
+            let (cpu, libc) = to.node_names();
+            let of = format!("{{ cpu: '{cpu}', libc: '{libc}' }}");
+            let files = [built.join("liblatzero_node.so"), program];
+            pack_files(to.triple(), &of, &files)?
+        }
+    };
+    println!("{}", dir.display());
     Ok(())
 }
 
@@ -101,10 +121,19 @@ fn io(error: &std::io::Error) -> String {
     format!("the npm packages: {error}")
 }
 
-/// Makes the tarballs of the package and of this platform's; the directory where they lie.
+/// Makes the tarballs for this platform; the directory where they lie.
 fn pack_as(profile: &str) -> Result<PathBuf, String> {
+    let native = folder().join("native");
+    let files = [native.join("latzero.node"), native.join("latzero")];
+    pack_files(profile, "", &files)
+}
+
+/// Makes the tarballs of the package and of one platform's, in a directory of this name: its path.
+/// `of` is the platform, as `manifest` in `lib/addon.cjs` takes it, and `files` are its addon and
+/// its program.
+fn pack_files(name: &str, of: &str, files: &[PathBuf; 2]) -> Result<PathBuf, String> {
     println!("$ npm pack, in sdk/node");
-    let dir = target().join("packages").join(profile);
+    let dir = target().join("packages").join(name);
     if dir.exists() {
         std::fs::remove_dir_all(&dir).map_err(|error| io(&error))?;
     }
@@ -121,19 +150,20 @@ fn pack_as(profile: &str) -> Result<PathBuf, String> {
     for name in ["package.json", "README.md"] {
         std::fs::copy(folder().join(name), staged.join(name)).map_err(|error| io(&error))?;
     }
-    let script = "const { manifest } = require('./lib/addon.cjs'); \
-                  console.log(JSON.stringify(manifest(), null, 2))";
+    let script = format!(
+        "const {{ manifest }} = require('./lib/addon.cjs'); \
+        console.log(JSON.stringify(manifest({of}), null, 2))"
+    );
     let manifest = output(
         Command::new("node")
-            .args(["-e", script])
+            .args(["-e", &script])
             .current_dir(folder()),
     )?;
     let platform = dir.join("platform");
     std::fs::create_dir_all(&platform).map_err(|error| io(&error))?;
     std::fs::write(platform.join("package.json"), manifest).map_err(|error| io(&error))?;
-    for name in ["latzero.node", "latzero"] {
-        std::fs::copy(folder().join("native").join(name), platform.join(name))
-            .map_err(|error| io(&error))?;
+    for (file, name) in files.iter().zip(["latzero.node", "latzero"]) {
+        std::fs::copy(file, platform.join(name)).map_err(|error| io(&error))?;
     }
     for package in [&staged, &platform] {
         std::fs::copy(root().join("LICENSE"), package.join("LICENSE"))

@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::cross::Target;
 use crate::{Done, cargo, cargo_program, quiet, read, root, run};
 
 fn folder() -> PathBuf {
@@ -32,6 +33,24 @@ pub(crate) fn test() -> Done {
     }
 }
 
+/// The interpreter of the environment that the wheel was installed into.
+pub(crate) fn installed() -> Result<PathBuf, String> {
+    let python = environment()?;
+    install(&python)?;
+    Ok(python)
+}
+
+/// Builds the wheel for tests, and installs it.
+pub(crate) fn install(python: &Path) -> Done {
+    cargo(&["build", "--package", "latzero-cli"])?;
+    let wheel = wheel_of(python, "debug")?;
+    let install = ["install", "--quiet", "--no-index", "--no-deps"];
+    run(pip(python)
+        .args(install)
+        .arg("--force-reinstall")
+        .arg(wheel))
+}
+
 /// Tests the wheel as an installation would have it, with the program inside it.
 fn test_wheel(python: &Path) -> Done {
     install(python)?;
@@ -49,51 +68,59 @@ fn test_wheel(python: &Path) -> Done {
     run(&mut tool("pytest"))
 }
 
-/// Builds the wheel for tests, and installs it.
-pub(crate) fn install(python: &Path) -> Done {
-    cargo(&["build", "--package", "latzero-cli"])?;
-    let wheel = wheel_of(python, "debug")?;
-    let install = ["install", "--quiet", "--no-index", "--no-deps"];
-    run(pip(python)
-        .args(install)
-        .arg("--force-reinstall")
-        .arg(wheel))
-}
-
-/// Builds the wheel for other machines, optimized.
-pub(crate) fn wheel() -> Done {
-    let python = environment()?;
-    cargo(&["build", "--release", "--package", "latzero-cli"])?;
-    let wheel = wheel_of(&python, "release")?;
+/// Builds the wheel, optimized: for machines like this one, or for another.
+pub(crate) fn wheel(target: Option<&Target>) -> Done {
+    let wheel = match target {
+        None => {
+            let python = environment()?;
+            cargo(&["build", "--release", "--package", "latzero-cli"])?;
+            wheel_of(&python, "release")?
+        }
+        Some(target) => {
+            let program = target.program()?;
+            let tag = target.wheel_tag();
+            let mut maturin = maturin(&target.python());
+            maturin.args(["--release", "--zig", "--target", target.triple()]);
+            maturin.args(["--compatibility", &tag]);
+            finish(target.with_tools(&mut maturin), &program, target.triple())?
+        }
+    };
     println!("{}", wheel.display());
     Ok(())
 }
 
-/// Builds the wheel with the program of this profile; returns its path.
+/// Builds the wheel for this machine with the program of this profile; returns its path.
 pub(crate) fn wheel_of(python: &Path, profile: &str) -> Result<PathBuf, String> {
-    let io = |error: std::io::Error| format!("the wheel: {error}");
-    let scripts = folder().join("latzero.data/scripts");
-    std::fs::create_dir_all(&scripts).map_err(io)?;
     let program = root().join("target").join(profile).join("latzero");
-    std::fs::copy(program, scripts.join("latzero")).map_err(io)?;
-    let wheels = target().join("wheels").join(profile);
-    if wheels.exists() {
-        std::fs::remove_dir_all(&wheels).map_err(io)?;
+    let mut maturin = maturin(python);
+    maturin.arg("--interpreter").arg(python);
+    if profile == "release" {
+        maturin.arg("--release");
     }
-    println!("$ maturin build, in sdk/python");
+    finish(&mut maturin, &program, profile)
+}
+
+fn maturin(python: &Path) -> Command {
     let mut maturin = Command::new(python);
     maturin
         .args(["-m", "maturin", "build", "--quiet", "--target-dir"])
         .arg(target())
-        .arg("--out")
-        .arg(&wheels)
-        .arg("--interpreter")
-        .arg(python)
         .current_dir(folder());
-    if profile == "release" {
-        maturin.arg("--release");
+    maturin
+}
+
+/// Builds the wheel with this program in it, into a directory of this name; returns its path.
+fn finish(maturin: &mut Command, program: &Path, name: &str) -> Result<PathBuf, String> {
+    let io = |error: std::io::Error| format!("the wheel: {error}");
+    let scripts = folder().join("latzero.data/scripts");
+    std::fs::create_dir_all(&scripts).map_err(io)?;
+    std::fs::copy(program, scripts.join("latzero")).map_err(io)?;
+    let wheels = target().join("wheels").join(name);
+    if wheels.exists() {
+        std::fs::remove_dir_all(&wheels).map_err(io)?;
     }
-    run(&mut maturin)?;
+    println!("$ maturin build, in sdk/python");
+    run(maturin.arg("--out").arg(&wheels))?;
     let built = std::fs::read_dir(&wheels).map_err(io)?.next();
     let built = built.ok_or("maturin made no wheel")?.map_err(io)?;
     Ok(built.path())
@@ -133,10 +160,15 @@ pub(crate) fn pip(python: &Path) -> Command {
 /// The interpreter of a virtual environment with the tools, created once for each content of
 /// `requirements.txt`.
 pub(crate) fn environment() -> Result<PathBuf, String> {
-    let dir = target().join("tools");
+    environment_of("tools", &folder().join("requirements.txt"))
+}
+
+/// The interpreter of a virtual environment of this name with the packages that `file` lists,
+/// created once for each content of that file.
+pub(crate) fn environment_of(name: &str, file: &Path) -> Result<PathBuf, String> {
+    let dir = target().join(name);
     let python = dir.join("bin/python");
-    let file = folder().join("requirements.txt");
-    let wanted = read(&file)?;
+    let wanted = read(file)?;
     let stamp = dir.join("made-of");
     if std::fs::read_to_string(&stamp).is_ok_and(|made| made == wanted) {
         return Ok(python);

@@ -98,6 +98,7 @@ struct Inner {
     answers: VecDeque<Answer>,
     bytes: usize,
     lost: u64,
+    lost_ever: u64,
     /// The number of the reader that may take answers.
     taker: u64,
     is_closed: bool,
@@ -120,6 +121,7 @@ impl Unclaimed {
             let dropped = inner.answers.pop_front();
             inner.bytes -= dropped.map_or(0, |answer| answer.bytes());
             inner.lost += 1;
+            inner.lost_ever += 1;
         }
         inner.bytes += bytes;
         inner.answers.push_back(answer);
@@ -132,6 +134,11 @@ impl Unclaimed {
         let mut inner = lock(&self.0);
         inner.is_closed = true;
         inner.waker.take()
+    }
+
+    /// How many were dropped so far.
+    pub(crate) fn lost_ever(&self) -> u64 {
+        lock(&self.0).lost_ever
     }
 
     /// The number of the next reader; the previous reader gets no more answers.

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::os::fd::{AsRawFd as _, RawFd};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -23,9 +23,11 @@ use crate::events::{Emission, Events, Presence, Queue};
 use crate::handlers::{Entry, Kind, Registered, Spec, listener};
 use crate::keys::Keys;
 use crate::message::Message;
+use crate::outbox::Phase;
 use crate::payload::{self, FromPayload, IntoPayload, Payload, Reply};
 use crate::prove::{binary, check_bound, exchange};
 use crate::request::{Request, Unanswered};
+use crate::states::States;
 use crate::stream::Stream;
 use crate::sync::lock;
 
@@ -200,6 +202,29 @@ impl App {
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.core().is_connected()
+    }
+
+    /// How many emits, events of pools and answers to parked calls were dropped so far, because
+    /// they were not read in time: by the server, or here. [`Emission::lost`] and its like say how
+    /// many were lost just before one of them.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.core().lost_ever.load(Ordering::Relaxed) + self.core().answers.lost_ever()
+    }
+
+    /// The changes of the connection from now on: each loss, each reconnect, and the end.
+    #[must_use]
+    pub fn states(&self) -> States {
+        States::new(self.core())
+    }
+
+    /// Why the app has ended for good; `None` while it has not.
+    #[must_use]
+    pub fn end_reason(&self) -> Option<Error> {
+        match self.core().outbox.phase() {
+            Phase::Ended(error) => Some(error),
+            Phase::Up(_) | Phase::Down => None,
+        }
     }
 
     /// The id of the process that connected. A child that was forked since cannot use the app,

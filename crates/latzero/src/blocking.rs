@@ -32,6 +32,7 @@ use crate::error::{Error, HandlerError};
 use crate::events::{Emission, Lossy, Presence};
 use crate::message::Message;
 use crate::payload::{self, Bytes, FromPayload, IntoPayload, Reply};
+use crate::states::State;
 use crate::stream::ItemOrProgress;
 
 pub use block::{
@@ -175,6 +176,18 @@ impl App {
     #[must_use]
     pub fn answers(&self) -> Answers {
         Answers(self.0.answers())
+    }
+
+    /// The changes of the connection from now on: each loss, each reconnect, and the end.
+    #[must_use]
+    pub fn states(&self) -> States {
+        States(self.0.states())
+    }
+
+    /// How many events and answers were dropped so far; see [`crate::App::lost`].
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.0.lost()
     }
 
     /// Whether the app's registration is on the server's disk; see [`crate::App::is_stored`].
@@ -482,6 +495,20 @@ impl Iterator for Answers {
 
     fn next(&mut self) -> Option<Answer> {
         self.recv()
+    }
+}
+
+/// An iterator over the changes of an app's connection; returned by [`App::states`].
+#[derive(Debug)]
+pub struct States(crate::States);
+
+impl Iterator for States {
+    type Item = State;
+
+    fn next(&mut self) -> Option<State> {
+        let core = self.0.core.clone();
+        core.block_on(None, |cx| self.0.poll_next_state(cx))
+            .flatten()
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! An app is driven by a caller that blocks, a background thread, or a task on the caller's
 //! runtime. They share one role, reading, which the holder of the [`Reader`]'s lock has.
-//! Lock order: input → outbox → pending → job queue; except wakers, no user code runs under any of
-//! them.
+//! Lock order: input → followers → outbox → pending → job queue; except wakers, no user code runs
+//! under any of them.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -31,6 +31,7 @@ use crate::payload::Reply;
 use crate::pending::{InFlight, Key, Pending};
 use crate::reader::Reader;
 use crate::sealed::SealedPool;
+use crate::states::{Followers, State};
 use crate::sync::lock;
 
 /// How often deadlines are checked that the server itself does not enforce.
@@ -75,6 +76,10 @@ pub(crate) struct Core {
     sealed: Vec<Arc<SealedPool>>,
     /// How many emits and pushes the server dropped that have not been reported yet.
     pub(crate) lost: AtomicU64,
+    /// How many emits and pushes were dropped since the app connected first.
+    pub(crate) lost_ever: AtomicU64,
+    /// Who follows the connection. Held while it changes, so that all see the same order.
+    pub(crate) followers: Mutex<Followers>,
     /// The joined pools, as last acknowledged by the server and changed since.
     pub(crate) pools: Mutex<Vec<String>>,
     pub(crate) workers: Workers,
@@ -121,6 +126,8 @@ impl Core {
             watchers: Mutex::default(),
             blocks: Blocks::default(),
             lost: AtomicU64::new(0),
+            lost_ever: AtomicU64::new(0),
+            followers: Mutex::default(),
             pools: Mutex::default(),
             workers: Workers::new(config.handler_threads)?,
             #[cfg(feature = "tokio")]
@@ -170,7 +177,13 @@ impl Core {
             .max_in_flight
             .unwrap_or(crate::pending::IN_FLIGHT_MAX);
         lock(&self.pending).in_flight_max = max.clamp(1, crate::pending::IN_FLIGHT_MAX);
-        self.outbox.up(Arc::new(link), &first)?;
+        let mut wake = Vec::new();
+        {
+            let mut followers = lock(&self.followers);
+            self.outbox.up(Arc::new(link), &first)?;
+            followers.tell(State::Connected, &mut wake);
+        }
+        wake.into_iter().for_each(Waker::wake);
         // After that, so that a later cancel finds the connection.
         let unwanted = lock(&self.pending).unwanted();
         unwanted.iter().for_each(|call| self.append_cancel(call));
@@ -435,10 +448,21 @@ impl Core {
     /// A connection was lost: ends its calls, except those that the server has stored, and
     /// reconnects.
     pub(crate) fn lost(self: &Arc<Self>, link: &Link, why: &str) {
-        let Some(attempted) = self.outbox.down(link.epoch) else {
-            return;
+        let is_closing = self.is_closing.load(Ordering::Acquire);
+        let mut wake = Vec::new();
+        let attempted = {
+            let mut followers = lock(&self.followers);
+            let Some(attempted) = self.outbox.down(link.epoch) else {
+                return;
+            };
+            // The end of a clean close is no loss.
+            if !is_closing {
+                followers.tell(State::Disconnected, &mut wake);
+            }
+            attempted
         };
         link.end();
+        wake.into_iter().for_each(Waker::wake);
         let error = Error::new(
             Code::Disconnected,
             format!("the connection to the server was lost ({why}); the app reconnects by itself"),
@@ -447,7 +471,7 @@ impl Core {
         if self.is_ended() {
             return;
         }
-        if self.is_closing.load(Ordering::Acquire) {
+        if is_closing {
             self.end(&Core::closed_error());
             return;
         }
@@ -472,12 +496,17 @@ impl Core {
     /// Ends the app: every call and every wait fails with `error`, threads and tasks stop.
     pub(crate) fn end(&self, error: &Error) {
         self.ended.store(true, Ordering::Release);
-        let ended = self.outbox.end(error.clone());
+        let mut wake = Vec::new();
+        let ended = {
+            let mut followers = lock(&self.followers);
+            let ended = self.outbox.end(error.clone());
+            followers.tell_end(error, &mut wake);
+            ended
+        };
         if let Some((link, attempted)) = ended {
             link.end();
             self.end_calls(link.epoch, attempted, error);
         }
-        let mut wake = Vec::new();
         lock(&self.pending).end_parked(error, &mut wake);
         wake.extend(self.answers.close());
         wake.into_iter().for_each(Waker::wake);

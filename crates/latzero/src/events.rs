@@ -163,6 +163,10 @@ impl Lossy for Presence {
     }
 }
 
+/// An item was dropped, because nobody read those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Full;
+
 /// A bounded queue with one reader.
 #[derive(Debug)]
 pub(crate) struct Queue<T>(Mutex<Inner<T>>);
@@ -186,15 +190,15 @@ impl<T: Lossy> Queue<T> {
     }
 
     /// Adds an item, or counts it as lost if the queue is full. Returns who waits for it.
-    pub(crate) fn push(&self, mut item: T) -> Option<Waker> {
+    pub(crate) fn push(&self, mut item: T) -> Result<Option<Waker>, Full> {
         let mut inner = lock(&self.0);
         if inner.items.len() >= EVENTS_MAX {
             inner.lost += 1;
-            return None;
+            return Err(Full);
         }
         item.add_lost(std::mem::take(&mut inner.lost));
         inner.items.push_back(item);
-        inner.waker.take()
+        Ok(inner.waker.take())
     }
 
     /// Losses that no item reports, once all items were read.
@@ -310,11 +314,12 @@ mod tests {
     fn a_full_queue_counts_what_it_drops() {
         let queue = Queue::new();
         for n in 0..EVENTS_MAX as u32 + 3 {
-            queue.push((n, 0));
+            let full = (n as usize >= EVENTS_MAX).then_some(Full);
+            assert_eq!(queue.push((n, 0)).err(), full);
         }
         let cx = &mut Context::from_waker(Waker::noop());
         assert_eq!(queue.poll_next(cx), Poll::Ready(Some((0, 0))));
-        queue.push((7, 0));
+        assert!(queue.push((7, 0)).is_ok());
         queue.close();
         let mut last = None;
         while let Poll::Ready(Some(item)) = queue.poll_next(cx) {

@@ -13,7 +13,7 @@ use latzero_protocol::{Code, Envelope, Ran, Raw, Refusal, encode, frame};
 use crate::answers::Answer;
 use crate::core::Core;
 use crate::error::Error;
-use crate::events::{Emission, Presence};
+use crate::events::{Emission, Full, Lossy, Presence, Queue};
 use crate::handlers::{Entry, HandlerJob};
 use crate::payload::{Beside, Payload, Reply};
 use crate::pending::{Key, Pending};
@@ -309,9 +309,18 @@ impl Batch<'_> {
             return;
         };
         for queue in others {
-            self.wake.extend(queue.push(emission.clone()));
+            self.push(queue, emission.clone());
         }
-        self.wake.extend(last.push(emission));
+        self.push(last, emission);
+    }
+
+    fn push<T: Lossy>(&mut self, queue: &Queue<T>, item: T) {
+        match queue.push(item) {
+            Ok(waker) => self.wake.extend(waker),
+            Err(Full) => {
+                self.core.lost_ever.fetch_add(1, Ordering::Relaxed);
+            }
+        }
     }
 
     fn event(&mut self, e: &Envelope<'_>) {
@@ -320,6 +329,7 @@ impl Batch<'_> {
             // Reported with the next emit or push: the gap is before it.
             let count = e.count.and_then(Raw::as_u64).unwrap_or(0);
             self.core.lost.fetch_add(count, Ordering::Relaxed);
+            self.core.lost_ever.fetch_add(count, Ordering::Relaxed);
             return;
         }
         if event == "displaced" {
@@ -369,7 +379,7 @@ impl Batch<'_> {
             fields: serde_json::from_str(e.text).unwrap_or_default(),
         };
         for queue in queues {
-            self.wake.extend(queue.push(presence.clone()));
+            self.push(&queue, presence.clone());
         }
     }
 }

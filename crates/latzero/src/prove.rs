@@ -13,8 +13,9 @@ use latzero_protocol::{Code, Ran};
 use rustix::net::sockopt;
 use serde_json::{Value, json};
 
-use crate::connection::{HandshakeTimeout, Link};
+use crate::connection::{HandshakeTimeout, Link, RECV_TIMEOUT};
 use crate::error::Error;
+use crate::interrupt;
 use crate::keys::{AppKey, Keys, now_ms, random};
 use crate::sealed::{Joined, SealedPool};
 
@@ -116,11 +117,11 @@ impl<'a> Talk<'a> {
                 }
             }
             let left = self.deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if left.is_zero() || interrupt::is_due() {
                 let late = io::Error::new(io::ErrorKind::TimedOut, HandshakeTimeout);
                 return Err(lost(HandshakeTimeout.to_string()).with_source(late));
             }
-            let left = left.max(Duration::from_millis(1));
+            let left = left.clamp(Duration::from_millis(1), RECV_TIMEOUT);
             sockopt::set_socket_timeout(self.link.as_fd(), sockopt::Timeout::Recv, Some(left))
                 .map_err(|e| lost(format!("the handshake failed: {e}")))?;
             match self.link.recv(&mut chunk, &mut self.descriptors) {

@@ -14,8 +14,9 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::net::{RecvFlags, SendFlags};
 
-use crate::connection::HandshakeTimeout;
+use crate::connection::{HandshakeTimeout, RECV_TIMEOUT};
 use crate::error::Error;
+use crate::interrupt;
 use crate::known_hosts;
 use crate::reader::timespec;
 use crate::sync::lock;
@@ -317,17 +318,20 @@ fn unusable(error: SetupError) -> Error {
     Error::new(Code::BadMessage, format!("cannot set up TLS: {error}")).with_ran(Ran::No)
 }
 
-/// Waits until a socket is ready, and no longer than there is time.
+/// Waits until a socket is ready, or for a while: whoever calls this looks again. Fails when the
+/// time is over, or [`interruptible`](crate::blocking::interruptible) ends the wait.
 pub(crate) fn wait(socket: BorrowedFd<'_>, what: PollFlags, deadline: Instant) -> io::Result<()> {
     let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
+    if left.is_zero() || interrupt::is_due() {
         return Err(io::Error::new(io::ErrorKind::TimedOut, HandshakeTimeout));
     }
     let mut fds = [PollFd::from_borrowed_fd(socket.as_fd(), what)];
     // One that fails or ends early is followed by another look.
     let _ = poll(
         &mut fds,
-        Some(&timespec(left.max(Duration::from_millis(1)))),
+        Some(&timespec(
+            left.clamp(Duration::from_millis(1), RECV_TIMEOUT),
+        )),
     );
     Ok(())
 }

@@ -23,17 +23,22 @@ function platform () {
   return process.platform === 'linux' ? `${name}-${libc()}` : name
 }
 
-/** What the package of this platform says of itself. */
-function manifest () {
-  const name = platform()
+/** What the package of a platform says of itself: of this one, or of another with Linux. */
+function manifest (other) {
+  if (other !== undefined) return manifestOf(`linux-${other.cpu}-${other.libc}`, 'linux', other)
+  const linux = process.platform === 'linux' && { libc: libc() }
+  return manifestOf(platform(), process.platform, { cpu: process.arch, ...linux })
+}
+
+function manifestOf (name, os, { cpu, libc }) {
   return {
     name: `@latzero/${name}`,
     version,
     description: `The addon and the program of the package latzero for ${name}`,
     license: 'MIT',
-    os: [process.platform],
-    cpu: [process.arch],
-    ...process.platform === 'linux' && { libc: [libc() === 'gnu' ? 'glibc' : 'musl'] },
+    os: [os],
+    cpu: [cpu],
+    ...libc !== undefined && { libc: [libc === 'gnu' ? 'glibc' : 'musl'] },
     files: ['latzero.node', 'latzero']
   }
 }

@@ -297,6 +297,34 @@ class Connection {
     return new Served(this.app, name, end)
   }
 
+  /** Calls `listener` with each change of the connection. That keeps nothing alive. */
+  follow (listener) {
+    let states
+    try {
+      states = this.native.states()
+    } catch (error) {
+      throw thrown(error)
+    }
+    const tell = ({ what, payload }) => {
+      if (what !== JSON_VALUE) return
+      try {
+        Promise.resolve(listener(payload)).catch(fails)
+      } catch (error) {
+        fails(error)
+      }
+      step()
+    }
+    const fails = (error) => warn('a listener to the state of an app failed', error)
+    const step = () => {
+      const token = this.#next++
+      const resolve = (item) => SOON.then(() => tell(item))
+      this.pending.set(token, { resolve, isQuiet: true })
+      if (states.next(this.native, token)) this.drain()
+    }
+    step()
+    return new Subscription('state', { return: () => this.stop(states) })
+  }
+
   /** The app has ended, for whatever reason: what is served keeps nothing alive any more. */
   #ended () {
     for (const end of [...this.served.values()]) end()
@@ -444,8 +472,10 @@ class App {
     return new Inflow(connection, begin, ({ payload }) => payload)
   }
 
-  async block (id, given) {
-    const json = blockOptions(given)
+  async block (name, given) {
+    // A handle of a block has its pool.
+    const { id, pool } = typeof name === 'object' && name !== null ? name : { id: name }
+    const json = blockOptions(pool === undefined ? given : { pool, ...given })
     const native = await this.#connection.run(
       (native, token) => native.block(token, textOf(id), json))
     return new Block(this.#connection, native)
@@ -512,6 +542,15 @@ class App {
 
   get isStored () {
     return this.#connection.native.isStored
+  }
+
+  get lost () {
+    return this.#connection.native.lost
+  }
+
+  onState (listener) {
+    if (typeof listener !== 'function') throw new TypeError('a listener is a function')
+    return this.#connection.follow(listener)
   }
 
   ref () {

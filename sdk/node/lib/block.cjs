@@ -227,6 +227,11 @@ class Block extends Sent {
     return this.layout?.shape ?? null
   }
 
+  /** By which another thread or process opens it: `app.block(handle)`. */
+  get handle () {
+    return { id: this.id, pool: this.pool }
+  }
+
   /** What stands for it in the data of a call. */
   reference () {
     return { $block: this.id, pool: this.pool, version: this.version }

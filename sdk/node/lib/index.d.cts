@@ -95,6 +95,18 @@ export interface ServeOptions {
   doc?: string
 }
 
+/**
+ * What happened to a connection. After `disconnected` the app connects again by itself, unless it
+ * may not: then `closed` follows. `displaced` by another instance and `closed` are the end.
+ */
+export type State = 'connected' | 'disconnected' | 'displaced' | 'closed'
+
+/** By which another thread or process opens a block. It may be sent to any of them. */
+export interface BlockHandle {
+  readonly id: string
+  readonly pool: string
+}
+
 /** An answer with its headers. */
 export interface Reply<T = unknown> {
   data: T
@@ -221,6 +233,13 @@ export interface App {
   readonly isConnected: boolean
   /** Whether the server has on disk what the app registered. */
   readonly isStored: boolean
+  /** How many events and answers were dropped so far because nobody took them in time. */
+  readonly lost: number
+  /**
+   * Calls `listener` when the connection changes: it was lost, was made again, or has ended. This
+   * does not keep the process alive.
+   */
+  onState(listener: (state: State) => unknown): Subscription
   /** Calls the trigger `name`. */
   call<T = any>(name: string, data?: unknown, options?: CallOptions): Promise<T>
   /** As `call`, with the headers of the answer. */
@@ -243,7 +262,7 @@ export interface App {
   /** Apps and triggers of a pool that come and go. */
   watch(pool: string): Inflow<Presence>
   /** Opens a memory block: makes it, or attaches it. */
-  block(id: string, options?: BlockOptions): Promise<Block>
+  block(id: string | BlockHandle, options?: BlockOptions): Promise<Block>
   /** The blocks of a pool, as the server describes them. */
   blocks(pool?: string): Promise<Array<Record<string, any>>>
   join(pool: string): Promise<void>
@@ -306,6 +325,8 @@ export interface Block {
   /** Whether its bytes are mapped into this process, rather than copied through the server. */
   readonly isMapped: boolean
   readonly layout: { dtype: string, shape: number[] } | null
+  /** What to send to another thread or process, which opens it with `app.block(handle)`. */
+  readonly handle: BlockHandle
   readonly dtype: string | null
   readonly shape: number[] | null
   /** A private copy of the newest version. */

@@ -267,6 +267,12 @@ impl NativeApp {
         self.app().is_ok_and(App::is_stored)
     }
 
+    /// How many events and answers were dropped so far.
+    #[napi(getter)]
+    pub fn lost(&self) -> f64 {
+        self.app().map_or(0.0, |app| app.lost() as f64)
+    }
+
     /// Gives a block along with the next call.
     #[napi]
     pub fn lend(&self, block: &NativeBlock, is_writable: bool) -> Result<()> {
@@ -481,6 +487,12 @@ impl NativeApp {
     #[napi]
     pub fn answers(&self) -> Result<Inflow> {
         Ok(Inflow::answers(self.app()?.answers()))
+    }
+
+    /// The changes of the connection from now on.
+    #[napi]
+    pub fn states(&self) -> Result<Inflow> {
+        Ok(Inflow::states(self.app()?.states()))
     }
 
     /// Joins a pool, or leaves it.

@@ -1,10 +1,12 @@
-//! What comes bit by bit: streamed answers, events, presence, answers to parked calls, and new
-//! versions of blocks.
+//! What comes bit by bit: streamed answers, events, presence, answers to parked calls, changes of
+//! the connection, and new versions of blocks.
 
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use latzero::{Answer, Answers, Data, Emission, Error, Events, ItemOrProgress, Parked, Presence};
+use latzero::{
+    Answer, Answers, Data, Emission, Error, Events, ItemOrProgress, Parked, Presence, States,
+};
 use napi::Result;
 use napi_derive::napi;
 use serde_json::json;
@@ -120,6 +122,7 @@ enum Inner {
     Emissions(Events<Emission>),
     Presences(Events<Presence>),
     Answers(Answers),
+    States(States),
     Changes(latzero::Changes),
 }
 
@@ -129,6 +132,7 @@ impl Inner {
             Inner::Emissions(events) => events.next().await.map(of_emission),
             Inner::Presences(events) => events.next().await.map(|event| of_presence(&event)),
             Inner::Answers(answers) => answers.next().await.map(of_answer),
+            Inner::States(states) => states.next().await.map(|s| Outcome::of(s.as_str())),
             Inner::Changes(changes) => changes.recv().await.map(Outcome::of),
         }
     }
@@ -186,6 +190,10 @@ impl Inflow {
 
     pub(crate) fn answers(source: Answers) -> Inflow {
         Inflow(Source::new(Inner::Answers(source)))
+    }
+
+    pub(crate) fn states(source: States) -> Inflow {
+        Inflow(Source::new(Inner::States(source)))
     }
 
     pub(crate) fn changes(source: latzero::Changes) -> Inflow {

@@ -516,6 +516,70 @@ test('what was in flight when the server was killed is told so', async (t) => {
   await Promise.all([assert.rejects(call, DisconnectedError), gone.promise, own.kill()])
 })
 
+test('the states of a connection are told', async (t) => {
+  const own = await server()
+  t.after(() => own.close())
+  const app = (await connect(own.url('states'))).ref()
+  const told = []
+  let changed = promised()
+  const subscription = app.onState((state) => { told.push(state); changed.resolve() })
+  const ended = []
+  app.onState(async (state) => { ended.push(state) })
+  const until = async (...states) => {
+    while (told.length < states.length) {
+      await changed.promise
+      changed = promised()
+    }
+    assert.deepEqual(told, states)
+  }
+  await own.restart()
+  await until('disconnected', 'connected')
+  assert.equal(app.isConnected, true)
+  await subscription.close()
+  await app.close()
+  await new Promise(setImmediate)
+  // The first one had stopped listening.
+  assert.deepEqual(told, ['disconnected', 'connected'])
+  assert.deepEqual(ended, ['disconnected', 'connected', 'closed'])
+  assert.throws(() => app.onState(() => {}), DisconnectedError)
+})
+
+test('an app that was displaced says so', async (t) => {
+  const [, , pool] = await place.pair(t)
+  const url = place.server.url('displaced', pool)
+  const first = (await connect(url)).ref()
+  const told = new Promise((resolve) => first.onState(resolve))
+  const second = await connect(url, { takeover: true })
+  assert.equal(await told, 'displaced')
+  await first.close()
+  await second.close()
+})
+
+test('what a listener to the state throws is a warning', async (t) => {
+  const own = await server()
+  t.after(() => own.close())
+  const app = (await connect(own.url('throws'))).ref()
+  t.after(() => app.close())
+  const warned = new Promise((resolve) => process.once('warning', resolve))
+  app.onState(() => { throw new Error('mine') })
+  assert.throws(() => app.onState(5), TypeError)
+  await own.kill()
+  assert.match((await warned).detail, /mine/)
+})
+
+test('an app counts what it lost', async (t) => {
+  const [listens, emits] = await place.pair(t)
+  const events = listens.events('news')
+  await events.ready
+  assert.equal(listens.lost, 0)
+  await Promise.all(Array.from({ length: 1030 }, (_, n) => emits.emit('news', n)))
+  // The server passes this on after the emits.
+  await listens.serve('last', () => {})
+  await emits.call('last')
+  assert.equal(listens.lost, 6)
+  assert.equal((await events.next()).value.data, 0)
+})
+
 test('without reconnecting, a loss ends the app and frees the process', async (t) => {
   const own = await server()
   t.after(() => own.close())

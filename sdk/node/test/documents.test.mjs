@@ -31,7 +31,10 @@ for (const [i, document] of ['docs/node.md', 'README.md', 'sdk/node/README.md'].
     t.after(() => rmSync(script))
     // The examples name no server: it is the one of the data directory.
     const env = { ...process.env, LATZERO_DATA_DIR: place.server.dataDir }
-    execFileSync(process.execPath, [script], { env, timeout: 60_000, stdio: 'inherit' })
+    const said = execFileSync(process.execPath, [script], {
+      env, timeout: 60_000, stdio: ['ignore', 'pipe', 'inherit'], encoding: 'utf8'
+    })
+    if (document !== 'sdk/node/README.md') assert.match(said, /^{ x: 42 }\n/)
   })
 }
 

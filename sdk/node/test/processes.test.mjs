@@ -44,6 +44,7 @@ for (const [name, script] of [
     const app = await connect(url)
     const block = await app.block('b', {size: 8, create: true})
     globalThis.kept = [await block.lock(), await block.view()]`],
+  ['a listener to its state', 'const app = await connect(url); app.onState(() => {})'],
   ['a trigger that does not count', `
     const app = await connect(url); await app.serve('f', () => 1); app.unref()`],
   ['a closed app that served', `
@@ -160,8 +161,11 @@ test('each worker thread has a connection of its own', async () => {
   const worker = `
     const { connect } = require('latzero')
     const { parentPort, workerData } = require('node:worker_threads')
-    connect(workerData).then(async (app) => {
-      parentPort.postMessage(await app.call('double', 4, { to: 'script' }))
+    const { url, handle } = workerData
+    connect(url).then(async (app) => {
+      const shared = await app.block(handle)
+      const [n] = await shared.read()
+      parentPort.postMessage(await app.call('double', n, { to: 'script' }))
       await app.serve('open', () => 1)
       const block = await app.block('w', { size: 8, create: true })
       globalThis.kept = [app.call('hold', 1, { to: 'script' }), app.events('e'), block]
@@ -171,10 +175,13 @@ test('each worker thread has a connection of its own', async () => {
     const app = await connect(url)
     await app.serve('double', (n) => 2 * n)
     await app.serve('hold', () => new Promise(() => {}))
+    const numbers = await app.block('numbers', { shape: 1, dtype: 'u4', create: true })
+    await numbers.write((a) => { a[0] = 4 })
+    const { handle } = numbers
     const source = ${JSON.stringify(worker)}
     const workers = Array.from({ length: 4 }, (_, i) =>
       new Worker(source, {
-        eval: true, execArgv: [], workerData: url.replace('script', 'worker-' + i)
+        eval: true, execArgv: [], workerData: { handle, url: url.replace('script', 'worker-' + i) }
       }))
     await Promise.all(workers.map((worker) => new Promise((resolve, reject) => {
       worker.on('message', (n) => n === 8 ? resolve() : reject(new Error(String(n))))

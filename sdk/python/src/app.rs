@@ -195,6 +195,24 @@ impl PyApp {
         self.app.is_stored()
     }
 
+    /// How many events and answers were dropped so far.
+    #[getter]
+    fn lost(&self) -> u64 {
+        self.app.lost()
+    }
+
+    /// The error with which the app ended for good, if it has.
+    #[getter]
+    fn end_error<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
+        let reason = self.app.end_reason()?;
+        Some(
+            exception(py, &reason)
+                .into_value(py)
+                .into_bound(py)
+                .into_any(),
+        )
+    }
+
     /// The descriptor of the current connection.
     #[getter]
     fn descriptor(&self) -> Option<i32> {
@@ -274,6 +292,20 @@ impl PyApp {
     /// Answers that nobody in this process waits for.
     fn answers(&self) -> Inflow {
         Inflow::answers(&self.app, self.app.answers())
+    }
+
+    /// The changes of the connection from now on.
+    fn states(&self) -> Inflow {
+        Inflow::states(&self.app, self.app.states())
+    }
+
+    /// Waits until the app has ended, for whatever reason.
+    fn ended(&self) -> Op {
+        let ended = self.app.ended();
+        done(&self.app, async move {
+            ended.await;
+            Ok(())
+        })
     }
 
     fn stream(

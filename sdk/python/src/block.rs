@@ -11,7 +11,7 @@ use pyo3::types::{PyBytes, PyDict};
 use serde_json::Value;
 
 use crate::app::{seconds, text};
-use crate::buffer::{PySlot, PyView, write_into};
+use crate::buffer::{Form, PySlot, PyView, write_into};
 use crate::codec;
 use crate::errors::{exception, raised, wait};
 use crate::gil::detach;
@@ -21,7 +21,7 @@ use crate::streams::Inflow;
 
 /// How the bytes of a block are read: a dtype of numpy, and a shape.
 #[derive(Debug, Clone)]
-pub(crate) struct Layout(Option<(String, Vec<u64>)>);
+pub(crate) struct Layout(pub(crate) Option<(String, Vec<u64>)>);
 
 impl Layout {
     fn of(block: &Block) -> Layout {
@@ -142,6 +142,11 @@ impl PyBlock {
     }
 
     #[getter]
+    fn app_id(&self) -> &str {
+        self.block.app().app_id()
+    }
+
+    #[getter]
     fn pool(&self) -> &str {
         self.block.pool()
     }
@@ -191,8 +196,15 @@ impl PyBlock {
             async move |block| block.owned_view().await,
             move |py, view| {
                 let layout = Layout::of(&block);
+                let form = Form::of(&layout, view.get().len());
                 let id = block.id().to_owned();
-                PyView { id, view, layout }.into_py_any(py)
+                PyView {
+                    id,
+                    view,
+                    layout,
+                    form,
+                }
+                .into_py_any(py)
             },
         )
     }

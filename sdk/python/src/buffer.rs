@@ -6,7 +6,7 @@
     reason = "Python's buffer protocol consists of raw pointers"
 )]
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{CStr, c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use latzero::{Code, Exposed, OwnedView};
@@ -62,13 +62,90 @@ unsafe fn fill(
     }
 }
 
-/// One version of a block in place, read-only. The memory stays readable for as long as this or an
-/// array of it exists. Newer versions may overwrite it, which `valid` shows.
+/// The element type and the shape of a buffer, as the buffer protocol takes them.
+pub(crate) struct Form {
+    format: &'static CStr,
+    itemsize: ffi::Py_ssize_t,
+    shape: Vec<ffi::Py_ssize_t>,
+    strides: Vec<ffi::Py_ssize_t>,
+}
+
+impl Form {
+    /// The form of `length` bytes with this layout; `None` if they are to be seen as bytes, because
+    /// the `struct` module has no such type or the size does not fit.
+    pub(crate) fn of(layout: &Layout, length: u64) -> Option<Form> {
+        let (dtype, lengths) = layout.0.as_ref()?;
+        let (format, itemsize) = match dtype.strip_prefix(['<', '|']).unwrap_or(dtype) {
+            "b1" => (c"?", 1),
+            "i1" => (c"b", 1),
+            "u1" => (c"B", 1),
+            "i2" => (c"h", 2),
+            "u2" => (c"H", 2),
+            "f2" => (c"e", 2),
+            "i4" => (c"i", 4),
+            "u4" => (c"I", 4),
+            "f4" => (c"f", 4),
+            "i8" => (c"q", 8),
+            "u8" => (c"Q", 8),
+            "f8" => (c"d", 8),
+            "c8" => (c"Zf", 8),
+            "c16" => (c"Zd", 16),
+            _ => return None,
+        };
+        let mut shape = Vec::with_capacity(lengths.len());
+        for length in lengths {
+            shape.push(ffi::Py_ssize_t::try_from(*length).ok()?);
+        }
+        let mut size: ffi::Py_ssize_t = itemsize;
+        let mut strides = vec![0; shape.len()];
+        for (stride, length) in strides.iter_mut().zip(&shape).rev() {
+            *stride = size;
+            size = size.checked_mul(*length)?;
+        }
+        // The letters of `struct` mean the byte order of this machine.
+        let fits = u64::try_from(size).is_ok_and(|size| size == length);
+        (fits && cfg!(target_endian = "little")).then_some(Form {
+            format,
+            itemsize,
+            shape,
+            strides,
+        })
+    }
+
+    /// Describes a filled buffer, as far as its consumer asked for that.
+    ///
+    /// # Safety
+    /// `view` was filled with contiguous bytes of this form's size, whose owner keeps this form.
+    unsafe fn describe(&self, view: *mut ffi::Py_buffer, flags: c_int) {
+        let asks = |flag: c_int| flags & flag == flag;
+        if !asks(ffi::PyBUF_ND) {
+            return;
+        }
+        // SAFETY: the view is filled. Consumers only read the format, shape and strides, and the
+        // owner, which they refer to, keeps them.
+        unsafe {
+            (*view).itemsize = self.itemsize;
+            (*view).ndim = c_int::try_from(self.shape.len()).unwrap_or(0);
+            (*view).shape = self.shape.as_ptr().cast_mut();
+            if asks(ffi::PyBUF_FORMAT) {
+                (*view).format = self.format.as_ptr().cast_mut();
+            }
+            if asks(ffi::PyBUF_STRIDES) {
+                (*view).strides = self.strides.as_ptr().cast_mut();
+            }
+        }
+    }
+}
+
+/// One version of a block in place, read-only. It has the buffer protocol, with the layout's
+/// element type and shape. The memory stays readable for as long as this or an array of it exists.
+/// Newer versions may overwrite it, which `valid` shows.
 #[pyclass(name = "View", frozen, module = "latzero")]
 pub(crate) struct PyView {
     pub(crate) id: String,
     pub(crate) view: OwnedView,
     pub(crate) layout: Layout,
+    pub(crate) form: Option<Form>,
 }
 
 #[pymethods]
@@ -133,7 +210,12 @@ impl PyView {
         let bytes = (shown.as_ptr().cast_mut(), length);
         // SAFETY: the view comes from the interpreter; the owned view keeps the bytes mapped, and
         // they are given out for reading alone.
-        unsafe { fill(slf.as_any(), view, flags, bytes, true) }
+        unsafe { fill(slf.as_any(), view, flags, bytes, true) }?;
+        if let Some(form) = &slf.get().form {
+            // SAFETY: it was just filled with that many bytes, and refers to this view.
+            unsafe { form.describe(view, flags) };
+        }
+        Ok(())
     }
 
     unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {}

@@ -16,8 +16,8 @@ use crate::block::{PyBlock, PyWritable};
 use crate::errors::bad_request;
 use crate::handlers::Face;
 
-/// How many levels of nesting JSON may have.
-const DEPTH_MAX: usize = 128;
+/// How many levels the data may nest: a message has 64 at most, and is one itself.
+const DEPTH_MAX: usize = 63;
 
 /// The path of an object in the payload, for messages.
 enum Place<'a> {
@@ -189,7 +189,10 @@ fn check_depth(py: Python<'_>, place: &Place<'_>) -> PyResult<()> {
     if place.depth() < DEPTH_MAX {
         return Ok(());
     }
-    Err(bad_request(py, "the data nests more than 128 levels deep"))
+    Err(bad_request(
+        py,
+        &format!("data is deeper than {DEPTH_MAX} levels, or contains itself"),
+    ))
 }
 
 fn append_all<'py>(

@@ -1,4 +1,4 @@
-//! Releases the GIL and takes it again.
+//! Releases the GIL and takes it again, and checks which interpreter it is of.
 //!
 //! While the interpreter ends, threads that try to take the GIL are stopped: before Python 3.14 it
 //! ends them by unwinding their stacks. No code of this module may run then, so such a thread stops
@@ -10,7 +10,9 @@
 )]
 
 use std::mem::ManuallyDrop;
+use std::sync::atomic::{AtomicI64, Ordering};
 
+use pyo3::exceptions::PyImportError;
 use pyo3::ffi;
 use pyo3::marker::Ungil;
 use pyo3::prelude::*;
@@ -58,4 +60,22 @@ pub(crate) fn call<'py>(
     drop(ManuallyDrop::into_inner(arguments));
     // SAFETY: the call returned a reference of its own, or null with an exception set.
     unsafe { Bound::from_owned_ptr_or_err(function.py(), result) }
+}
+
+/// The interpreter that imported this module; -1 before that.
+static OWNER: AtomicI64 = AtomicI64::new(-1);
+
+/// Refuses to be used by a second interpreter of the process. Python itself does not call this
+/// module again there: it copies the names that the first one has.
+#[pyfunction]
+pub(crate) fn check_interpreter(_py: Python<'_>) -> PyResult<()> {
+    // SAFETY: this thread is attached to an interpreter, which `_py` proves.
+    let this = unsafe { ffi::PyInterpreterState_GetID(ffi::PyInterpreterState_Get()) };
+    match OWNER.compare_exchange(-1, this, Ordering::Relaxed, Ordering::Relaxed) {
+        Err(owner) if owner != this => Err(PyImportError::new_err(
+            "latzero does not work in subinterpreters: another interpreter of this process has \
+             imported it",
+        )),
+        Ok(_) | Err(_) => Ok(()),
+    }
 }

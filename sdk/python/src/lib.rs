@@ -50,5 +50,6 @@ fn _latzero(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(app::connecting, module)?)?;
     module.add_function(wrap_pyfunction!(app::forked, module)?)?;
     module.add_function(wrap_pyfunction!(families, module)?)?;
+    module.add_function(wrap_pyfunction!(gil::check_interpreter, module)?)?;
     Ok(())
 }

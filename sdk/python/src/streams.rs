@@ -1,9 +1,9 @@
-//! Streams: streamed answers, events, presence, answers to parked calls, and new versions of
-//! blocks.
+//! Streams: streamed answers, events, presence, answers to parked calls, changes of the connection,
+//! and new versions of blocks.
 
 use std::sync::{Arc, Mutex};
 
-use latzero::{Answer, App, Data, Emission, Error, Events, Presence, Reply};
+use latzero::{Answer, App, Data, Emission, Error, Events, Presence, Reply, State, States};
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -126,6 +126,7 @@ enum Inner {
     Emissions(Events<Emission>),
     Presences(Events<Presence>),
     Answers(latzero::Answers),
+    States(States),
     Changes(latzero::Changes),
 }
 
@@ -134,6 +135,7 @@ enum Item {
     Emission(Emission),
     Presence(Presence),
     Answer(Answer),
+    State(State),
     Version(u64),
 }
 
@@ -160,6 +162,7 @@ impl Inflow {
         emissions(Events<Emission>) = Emissions;
         presences(Events<Presence>) = Presences;
         answers(latzero::Answers) = Answers;
+        states(States) = States;
         changes(latzero::Changes) = Changes;
     }
 }
@@ -170,6 +173,7 @@ impl Inner {
             Inner::Emissions(events) => events.next().await.map(Item::Emission),
             Inner::Presences(events) => events.next().await.map(Item::Presence),
             Inner::Answers(answers) => answers.next().await.map(Item::Answer),
+            Inner::States(states) => states.next().await.map(Item::State),
             Inner::Changes(changes) => changes.recv().await.map(Item::Version),
         }
     }
@@ -212,6 +216,7 @@ impl Item {
                     Err(error) => (id, py.None(), error.value(py), lost).into_py_any(py),
                 }
             }
+            Item::State(state) => state.as_str().into_py_any(py),
             Item::Version(version) => version.into_py_any(py),
         }
     }

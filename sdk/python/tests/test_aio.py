@@ -264,6 +264,87 @@ def test_use_from_another_loop_is_an_error(latzero_server):
     asyncio.run(use(app))
 
 
+def test_without_an_event_loop_an_error_names_the_way(latzero_server):
+    # As under trio, whose loop is not asyncio's.
+    connecting = latzero.aio.connect(latzero_server.url("trio")).__await__()
+    with pytest.raises(RuntimeError, match="latzero.connect in trio.to_thread.run_sync"):
+        connecting.send(None)
+
+
+def test_states_are_told():
+    async def main():
+        with latzero.testing.server() as server:
+            app = await latzero.aio.connect(server.url("states"))
+            told = asyncio.Queue()
+            app.on_state(told.put)
+            # Not on this thread, which the loop needs to see the loss.
+            await asyncio.to_thread(server.restart)
+            for state in ("disconnected", "connected"):
+                assert await asyncio.wait_for(told.get(), 30) == state
+            await app.close()
+            assert await asyncio.wait_for(told.get(), 30) == "closed"
+            assert app.lost == 0
+            await app.wait()
+
+    asyncio.run(main())
+
+
+def test_an_app_that_was_displaced_ends_its_wait(latzero_server):
+    url = latzero_server.url("aio-displaced")
+
+    async def main():
+        first = await latzero.aio.connect(url)
+        told = asyncio.Queue()
+
+        @first.on_state
+        def tell(state):
+            told.put_nowait(state)
+
+        async with latzero.aio.connect(url, takeover=True):
+            with pytest.raises(latzero.Forbidden):
+                await asyncio.wait_for(first.wait(), 30)
+            assert await asyncio.wait_for(told.get(), 30) == "displaced"
+        await first.close()
+
+    asyncio.run(main())
+
+
+def test_a_block_is_not_pickled(on_loop):
+    import pickle
+
+    @on_loop
+    async def test(serves, calls):
+        block = await calls.block("b", size=8, create=True)
+        with pytest.raises(TypeError, match="send its id"):
+            pickle.dumps(block)
+
+
+def test_the_fixture_connects_on_the_test_s_loop(latzero_aio_app):
+    async def main():
+        async with latzero_aio_app as app:
+            assert isinstance(app, latzero.aio.App) and await app.ping() >= 0
+
+    asyncio.run(main())
+
+
+def test_uvloop_is_an_event_loop_like_others(latzero_server):
+    uvloop = pytest.importorskip("uvloop")
+
+    async def main():
+        async with latzero.aio.connect(latzero_server.url("uv"), transient=True) as app:
+
+            @app.serve
+            async def double(n: int):
+                await asyncio.sleep(0)
+                return n * 2
+
+            await app.ready()
+            many = await asyncio.gather(*(app.call("double", n=n, to="uv") for n in range(100)))
+            assert many == [n * 2 for n in range(100)]
+
+    uvloop.run(main())
+
+
 def test_a_loop_that_ends_leaves_nothing(latzero_server):
     import os
 

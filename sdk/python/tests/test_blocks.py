@@ -1,6 +1,9 @@
 """Memory blocks, with and without numpy."""
 
+import ctypes
 import gc
+import pickle
+import queue
 import subprocess
 import sys
 import threading
@@ -102,6 +105,36 @@ def test_views_are_read_only_and_report_their_end(blocks):
         assert (array == 1).all()
 
 
+def ask_for_a_writable_buffer(owner):
+    ask = ctypes.pythonapi.PyObject_GetBuffer
+    ask.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.c_int]
+    PyBUF_WRITABLE = 1
+    ask(owner, ctypes.create_string_buffer(256), PyBUF_WRITABLE)
+
+
+def test_a_view_is_a_buffer_with_a_type_and_a_shape(pair):
+    makes, _ = pair
+    for dtype, format in [("f4", "f"), ("i2", "h"), ("u8", "Q"), ("b1", "?"), ("f2", "e")]:
+        block = makes.block(f"form-{dtype}", shape=(2, 3), dtype=dtype, create=True)
+        with block.write() as a:
+            a[1, 2] = 1
+        view = block.view()
+        shown = memoryview(view)
+        assert (shown.format, shown.shape, shown.readonly) == (format, (2, 3), True)
+        assert shown.itemsize * 6 == shown.nbytes == block.nbytes
+        array = np.asarray(view)
+        assert array.dtype == dtype and array.tolist() == block.read().tolist()
+    with pytest.raises(BufferError, match="use `with block.write\\(\\)`"):
+        ask_for_a_writable_buffer(view)
+    # Read-only memory needs the version of DLPack that can say so.
+    assert view.array.__dlpack__(max_version=(1, 0)) is not None
+    with pytest.raises(BufferError):
+        view.array.__dlpack__()
+    # What `struct` has no letters for is bytes.
+    block = makes.block("form-big", shape=4, dtype=">f4", create=True)
+    assert memoryview(block.view()).shape == (16,)
+
+
 def test_a_view_outlives_everything(latzero_server):
     with latzero.testing.server() as server:
         app = latzero.connect(server.url("makes"))
@@ -119,6 +152,58 @@ def test_a_view_outlives_everything(latzero_server):
     del app, block, view
     gc.collect()
     assert (part == 7).all()
+
+
+def test_newer_versions_leave_copies_and_views_readable(blocks):
+    writes, reads = blocks
+    with writes.write() as a:
+        a[:] = 1
+    copy, view = reads.read(), reads.view()
+    array = view.array
+    with writes.write() as a:
+        a[:] = 2
+    # The block has two slots: the next version takes the other one.
+    assert view.valid and (array == 1).all()
+    with writes.write() as a:
+        a[:] = 3
+    assert not view.valid and not view.stale
+    assert (copy == 1).all() and array.shape == (2, 3) and (reads.read() == 3).all()
+
+
+@pytest.mark.parametrize("end", ["resized", "removed", "killed", "closed"])
+def test_what_stays_when_a_block_ends(end):
+    with latzero.testing.server() as server:
+        app = latzero.connect(server.url("app"))
+        block = app.block("b", shape=4, dtype="u1", create=True)
+        with block.write() as a:
+            a[:] = 7
+        view = block.view()
+        writing = block.write()
+        draft = writing.__enter__()
+        draft[:] = 9
+        if end == "resized":
+            block.resize(8)
+        elif end == "removed":
+            block.remove()
+        elif end == "killed":
+            told = queue.Queue()
+            app.on_state(told.put)
+            server.kill()
+            assert told.get(timeout=30) == "disconnected"
+        else:
+            block.close()
+        if end == "closed":
+            writing.__exit__(None, None, None)
+        else:
+            with pytest.raises(latzero.LatZeroError) as raised:
+                writing.__exit__(None, None, None)
+            assert raised.value.code == "lock_lost"
+        assert view.array.tolist() == [7, 7, 7, 7]
+        assert view.stale == (end in ("resized", "removed"))
+        if end == "resized":
+            assert block.is_live and block.read().tolist() == [7, 7, 7, 7, 0, 0, 0, 0]
+        elif end != "closed":
+            assert not block.is_live and block.read().tolist() == [7, 7, 7, 7]
 
 
 def test_many_versions_under_one_lock(blocks):
@@ -211,6 +296,46 @@ def test_a_block_is_an_argument(pair):
     assert calls.call("mean", frame=calls.share(np.arange(5, dtype="f8"))) == 2
     with pytest.raises(latzero.BadRequest, match="blocks travel with calls"):
         calls.emit("mean", frame=block)
+
+
+def test_a_block_is_pickled_as_its_name(blocks):
+    block, reads = blocks
+    with block.write() as a:
+        a[:] = 3
+    again = pickle.loads(pickle.dumps(block))
+    assert (again.id, again.pool, again.read().sum()) == (block.id, block.pool, 18)
+    with again.write() as a:
+        a[:] = 4
+    assert reads.read().sum() == 24
+    # Through the app of the same name.
+    assert pickle.loads(pickle.dumps(reads))._inner.app_id == reads._inner.app_id
+
+
+def test_a_pickled_block_is_opened_in_another_process(latzero_server, blocks):
+    block, _ = blocks
+    with block.write() as a:
+        a[:] = 3
+    script = (
+        "import latzero, pickle, sys\n"
+        "data = sys.stdin.buffer.read()\n"
+        "try:\n"
+        "    pickle.loads(data)\n"
+        "except RuntimeError as error:\n"
+        "    assert 'connect first' in str(error)\n"
+        "app = latzero.connect(sys.argv[1])\n"
+        "print(pickle.loads(data).read().sum())\n"
+    )
+    url = latzero_server.url("unpickles", block.pool)
+    ran = subprocess.run(
+        [sys.executable, "-c", script, url], input=pickle.dumps(block), capture_output=True,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"18.0\n", b"")
+
+
+def test_an_app_is_not_pickled(latzero_app):
+    with pytest.raises(TypeError, match="connect in each process"):
+        pickle.dumps(latzero_app)
 
 
 def test_how_blocks_are_opened(pair):

@@ -23,7 +23,8 @@ def code(document: str, language: str) -> str:
 
 
 @pytest.mark.parametrize("document, language", [
-    ("docs/python.md", "python"), ("README.md", "py"), ("sdk/python/README.md", "python"),
+    ("docs/python.md", "python"), ("docs/coming-from.md", "python"), ("README.md", "py"),
+    ("sdk/python/README.md", "python"),
 ])
 def test_examples_run(latzero_server, tmp_path, document, language):
     script = tmp_path / "example.py"
@@ -34,3 +35,5 @@ def test_examples_run(latzero_server, tmp_path, document, language):
         [sys.executable, script], env=env, timeout=60, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+    if document in ("README.md", "docs/python.md"):
+        assert run.stdout.startswith("{'x': 42}\n")

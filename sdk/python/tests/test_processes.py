@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -128,6 +129,57 @@ def test_a_fork_while_other_threads_call(pair):
             thread.join()
 
 
+def test_gunicorn_that_loads_the_app_before_it_forks(latzero_server, pair, tmp_path):
+    pytest.importorskip("gunicorn")
+    serves, _ = pair
+    serves.serve("double", lambda n: n * 2)
+    [pool] = serves.joined
+    (tmp_path / "web.py").write_text(f'''
+import latzero, os
+
+app = latzero.connect({latzero_server.url("web", pool)!r})
+first = app.instance
+
+def application(environ, start_response):
+    answer = app.call("double", n=21, timeout=20)
+    start_response("200 OK", [("content-type", "text/plain")])
+    return [f"{{answer}} {{os.getpid()}} {{app.instance}} {{first}}".encode()]
+''')
+    path = str(tmp_path / "web.sock")
+    gunicorn = subprocess.Popen(
+        [sys.executable, "-m", "gunicorn", "--preload", "--workers", "2", "--bind",
+         f"unix:{path}", "web:application"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+    )
+
+    def get():
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(30)
+            client.connect(path)
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            with client.makefile("rb") as answer:
+                head, body = answer.read().split(b"\r\n\r\n")
+        assert b" 200 OK" in head.splitlines()[0]
+        return body.decode().split()
+
+    try:
+        booted = 0
+        while booted < 2:
+            booted += "Booting worker" in gunicorn.stderr.readline()
+        answer, pid, instance, first = get()
+        assert answer == "42" and instance != first
+        # Another worker goes on where one was killed, and the parent's connection is open.
+        os.kill(int(pid), signal.SIGKILL)
+        answer, other, instance, _ = get()
+        assert answer == "42" and other != pid
+        [web] = [app for app in serves.apps()["apps"] if app["app_id"] == "web"]
+        assert first in str(web) and instance in str(web)
+    finally:
+        gunicorn.terminate()
+        _, said = gunicorn.communicate(timeout=60)
+    assert gunicorn.returncode == 0 and "Traceback" not in said, said
+
+
 WAITS = {
     "call": "app.call('hangs', to='waits', timeout=60)",
     "stream": "next(app.stream('hangs', to='waits', timeout=60))",
@@ -140,6 +192,11 @@ WAITS = {
     "changes": "next(app.block('b', size=1, create=True).changes())",
     "lock": "b = app.block('b', size=1, create=True); l = b.lock(); l.__enter__(); "
     "b.lock(wait=60).__enter__()",
+    "write": "b = app.block('b', size=1, create=True); l = b.lock(); l.__enter__(); "
+    "b.write(wait=60).__enter__()",
+    "connect": "silent = socket.create_server(('127.0.0.1', 0)); "
+    "to = 'latzero://waits@%s:%d' % silent.getsockname(); "
+    "latzero.connect(to, connect_timeout=60)",
     "asyncio": "asyncio.run(asyncio.wait_for(aio(), 60))",
 }
 
@@ -147,7 +204,7 @@ WAITS = {
 @pytest.mark.parametrize("wait", WAITS)
 def test_ctrl_c_ends_every_wait(latzero_server, wait):
     script = f"""
-import asyncio, latzero, sys, threading
+import asyncio, latzero, socket, sys, threading
 async def aio():
     async with latzero.aio.connect(sys.argv[1]) as app:
         print("ready", flush=True)

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import enum
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -40,12 +41,22 @@ def test_what_is_not_json_is_refused_before_it_is_sent(latzero_app, value, place
     assert isinstance(raised.value, ValueError)
 
 
-def test_too_deep_data_is_refused(latzero_app):
+def nested(levels):
     data = []
-    for _ in range(200):
+    for _ in range(levels - 1):
         data = [data]
-    with pytest.raises(latzero.BadRequest):
-        latzero_app.call("nobody", data)
+    return data
+
+
+def test_data_nests_as_deep_as_a_message_has_room_for(latzero_server):
+    with latzero.connect(latzero_server.url("deep", "system"), transient=True) as app:
+        assert app.call("echo", nested(63)) == nested(63)
+        endless = {}
+        endless["again"] = endless
+        for data in (nested(64), nested(500), endless):
+            with pytest.raises(latzero.BadRequest, match="deeper than 63 levels") as raised:
+                app.call("echo", data)
+            assert raised.value.ran == "no"
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
@@ -225,6 +236,59 @@ def test_the_app_reconnects(latzero_server):
         assert app.call("f", to="again", timeout=10) == 1
 
 
+def test_states_are_told(latzero_server):
+    with latzero.testing.server() as server:
+        app = latzero.connect(server.url("states"))
+        told = queue.Queue()
+        assert app.on_state(told.put) == told.put
+        server.restart()
+        assert [told.get(timeout=30) for _ in range(2)] == ["disconnected", "connected"]
+        app.close()
+        assert told.get(timeout=30) == "closed"
+
+
+def test_an_app_that_was_displaced_says_so_and_its_wait_raises(latzero_server):
+    url = latzero_server.url("displaced")
+    first = latzero.connect(url)
+    told = queue.Queue()
+
+    @first.on_state
+    def tell(state):
+        told.put(state)
+
+    with latzero.connect(url, takeover=True):
+        assert told.get(timeout=30) == "displaced"
+        with pytest.raises(latzero.Forbidden) as raised:
+            first.wait()
+    assert raised.value.code == "app_in_use"
+    first.close()
+    first.wait()
+
+
+def test_an_app_that_does_not_reconnect_ends_its_wait():
+    with latzero.testing.server() as server:
+        app = latzero.connect(server.url("once"), reconnect=False)
+        told = queue.Queue()
+        app.on_state(told.put)
+        server.kill()
+        with pytest.raises(latzero.Disconnected):
+            app.wait()
+        assert [told.get(timeout=30) for _ in range(2)] == ["disconnected", "closed"]
+
+
+def test_an_app_counts_what_it_lost(pair):
+    listens, emits = pair
+    assert listens.lost == 0
+    events = listens.events("news")
+    for n in range(1030):
+        emits.emit("news", n)
+    # The server passes this on after the emits.
+    listens.serve("last", lambda: None)
+    emits.call("last")
+    assert listens.lost == 6
+    assert next(events).data == 0
+
+
 def test_a_script_ends_with_an_open_app(latzero_server):
     script = (
         "import latzero, sys\n"
@@ -386,3 +450,30 @@ def test_types_are_checked_and_not_coerced(hint, value):
 
     with pytest.raises(Mismatch, match="^x is"):
         decoder(hint)(value, "x")
+
+
+def test_models_of_other_libraries_are_data(pair):
+    pydantic, msgspec = pytest.importorskip("pydantic"), pytest.importorskip("msgspec")
+
+    class Model(pydantic.BaseModel):
+        name: str
+        at: datetime.date
+
+    class Struct(msgspec.Struct):
+        id: int
+        tags: list[str] = []
+
+    serves, calls = pair
+
+    @serves.serve
+    def take(model: Model, struct: Struct) -> Model:
+        assert isinstance(struct, Struct) and struct.id == 7
+        return model.model_copy(update={"name": model.name + "!"})
+
+    model = Model(name="a", at=datetime.date(2026, 1, 2))
+    got = calls.call("take", model=model, struct=Struct(7, ["x"]), into=Model)
+    assert got == Model(name="a!", at=datetime.date(2026, 1, 2))
+    with pytest.raises(latzero.BadRequest, match="model"):
+        calls.call("take", model={"name": 1}, struct=Struct(7))
+    with pytest.raises(latzero.BadRequest, match="struct"):
+        calls.call("take", model=model, struct={"id": "seven"})

@@ -1,5 +1,7 @@
 //! The blocking face.
 
+use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -8,6 +10,8 @@ use latzero::{Bytes, Code, HandlerError};
 use serde_json::{Value, json};
 
 use crate::fake::{Fake, Over};
+
+const HOUR: Duration = Duration::from_secs(3600);
 
 fn both(test: impl Fn(&Fake)) {
     for over in [Over::Unix, Over::Tcp] {
@@ -271,4 +275,24 @@ fn close_ends_calls_and_events() {
             (Code::Disconnected, Some(latzero::Ran::No))
         );
     });
+}
+
+#[test]
+fn waiting_for_the_handshake_can_be_interrupted() {
+    for over in [Over::Unix, Over::Tcp] {
+        let fake = Fake::scripted(over, |_, mut peer| while peer.read().is_some() {});
+        let patient = latzero::App::builder(&fake.url("a")).connect_timeout(HOUR);
+        let asked = Rc::new(Cell::new(0));
+        let wants_end = {
+            let asked = asked.clone();
+            move || asked.replace(asked.get() + 1) > 0
+        };
+        let connecting = || App::connect_with(patient);
+        let error = latzero::blocking::interruptible(wants_end, connecting).unwrap_err();
+        assert_eq!(
+            (error.kind(), error.ran()),
+            (Code::Disconnected, Some(latzero::Ran::No))
+        );
+        assert_eq!(asked.get(), 2);
+    }
 }

@@ -4,7 +4,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use latzero::blocking::App;
-use latzero::{Code, Ran, Reconnect};
+use latzero::{Code, Ran, Reconnect, State};
 use serde_json::{Value, json};
 
 use crate::fake::{Fake, Over};
@@ -272,4 +272,88 @@ fn a_close_waits_for_handlers() {
         assert_eq!(call.join().unwrap().unwrap(), "done");
         closing.join().unwrap().unwrap();
     });
+}
+
+#[test]
+fn the_states_of_a_connection_are_told_in_order() {
+    for over in [Over::Unix, Over::Tcp] {
+        let fake = Fake::broker(over);
+        let app =
+            App::connect_with(latzero::App::builder(&fake.url("a")).reconnect(quick())).unwrap();
+        let mut states = app.states();
+        fake.cut();
+        assert_eq!(states.next(), Some(State::Disconnected));
+        assert_eq!(states.next(), Some(State::Connected));
+        assert!(app.is_connected() && app.as_async().end_reason().is_none());
+        app.close().unwrap();
+        // The end of a clean close is no loss.
+        assert_eq!(states.next(), Some(State::Closed));
+        assert_eq!(states.next(), None);
+        assert_eq!(app.states().collect::<Vec<_>>(), [State::Closed]);
+    }
+}
+
+#[test]
+fn whoever_follows_an_app_does_not_keep_it_open() {
+    let fake = Fake::broker(Over::Unix);
+    let app = App::connect(&fake.url("a")).unwrap();
+    let states = app.states();
+    drop(app);
+    assert_eq!(states.collect::<Vec<_>>(), [State::Closed]);
+}
+
+#[test]
+fn an_app_that_was_displaced_or_does_not_reconnect_says_so() {
+    let fake = Fake::scripted(Over::Unix, |_, mut peer| {
+        peer.welcome();
+        peer.read();
+        peer.send(&json!({"action":"event","event":"displaced"}));
+    });
+    let app = App::connect(&fake.url("a")).unwrap();
+    let states = app.states();
+    app.call("x", &1).send::<Value>().unwrap_err();
+    assert_eq!(states.collect::<Vec<_>>(), [State::Displaced]);
+    let reason = app.as_async().end_reason().unwrap();
+    assert_eq!(reason.kind(), Code::AppInUse);
+
+    let fake = Fake::broker(Over::Unix);
+    let never = Reconnect {
+        enabled: false,
+        ..Reconnect::default()
+    };
+    let app = App::connect_with(latzero::App::builder(&fake.url("a")).reconnect(never)).unwrap();
+    let states = app.states();
+    fake.cut();
+    let told: Vec<_> = states.collect();
+    assert_eq!(told, [State::Disconnected, State::Closed]);
+    let reason = app.as_async().end_reason().unwrap();
+    assert!(reason.message().contains("reconnecting is off"), "{reason}");
+}
+
+#[test]
+fn losses_are_counted_for_the_whole_app() {
+    let fake = Fake::scripted(Over::Unix, |_, mut peer| {
+        peer.welcome();
+        let (register, _) = peer.read().unwrap();
+        peer.reply(&register, &json!({}));
+        peer.send(&json!({"action":"event","event":"lost","count":3}));
+        let emit = |n: usize| {
+            json!({"action":"emit","process":"news","pool":"alpha","data":n,
+                "origin":{"app_id":"b","instance":"0000000000000009"}})
+        };
+        // Two more than wait to be read.
+        for n in 0..1026 {
+            peer.send(&emit(n));
+        }
+        let (call, _) = peer.read().unwrap();
+        peer.reply(&call, &json!(null));
+        peer.read();
+    });
+    let app = App::connect(&fake.url("a")).unwrap();
+    assert_eq!(app.lost(), 0);
+    let mut news = app.on("news").unwrap();
+    // Answered after all the emits.
+    app.call("x", &1).send::<Value>().unwrap();
+    assert_eq!(app.lost(), 5);
+    assert_eq!(news.recv().unwrap().lost(), 3);
 }

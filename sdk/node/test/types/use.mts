@@ -35,7 +35,11 @@ async function use (): Promise<void> {
   const total: number = await block.read((array: Float32Array) => array.length)
   const version: number = await block.write((array: Float32Array) => { array.fill(1) })
   await app.call('darken', { block, also: writable(block) })
-  void [sent, delivered, told, bill, copy, total, version]
+  const again: Block = await app.block(block.handle)
+  await using followed = app.onState((state) => state === 'connected' || app.lost > 0)
+  // @ts-expect-error: there is no such state.
+  app.onState((state) => state === 'gone')
+  void [again, followed, sent, delivered, told, bill, copy, total, version]
   try {
     throw new Failure('odd', 'message', { a: 1 })
   } catch (error) {

@@ -6,6 +6,7 @@
 
 from typing import Any
 
+from . import _latzero
 from ._app import (
     Answer, App, Event, Parked, Pending, Presence, Progress, Reply, Stream, connect, request,
 )
@@ -14,14 +15,25 @@ from ._errors import (
     BadRequest, BlockError, Cancelled, CryptoFailed, Disconnected, Failure, Forbidden,
     HandlerFailed, LatZeroError, ServerFailed, Timeout, Unavailable,
 )
-from ._latzero import Request, View, __version__
+from ._latzero import Request, View
+from ._program import find_program
 
 __all__ = [
     "Answer", "App", "BadRequest", "Block", "BlockError", "Cancelled", "CryptoFailed",
     "Disconnected", "Event", "Failure", "Forbidden", "HandlerFailed", "LatZeroError", "Parked",
     "Pending", "Presence", "Progress", "Reply", "Request", "ServerFailed", "Stream", "Timeout",
-    "Unavailable", "View", "__version__", "aio", "connect", "request", "writable",
+    "Unavailable", "View", "__version__", "aio", "connect", "find_program", "request", "writable",
 ]
+
+__version__ = "0.1.0"
+
+if _latzero.__version__ != __version__:
+    raise ImportError(
+        f"latzero {__version__} was installed over another version: its binding "
+        f"{_latzero.__file__} has version {_latzero.__version__}. Install the package again."
+    )
+
+_latzero.check_interpreter()
 
 
 def __getattr__(name: str) -> Any:

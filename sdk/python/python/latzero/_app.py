@@ -25,6 +25,8 @@ T = TypeVar("T")
 _MISSING: Any = object()
 # How long the end of the process waits for running handlers.
 _END_SECONDS = 1.0
+# How often `App.wait` checks whether the app has ended.
+_WAIT_SECONDS = 0.1
 _current: contextvars.ContextVar[_latzero.Request] = contextvars.ContextVar("latzero_request")
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -160,6 +162,22 @@ def _iterate(inflow: _latzero.Inflow, make: Callable[[Any], T]) -> Iterator[T]:
             yield make(item[0])
     finally:
         inflow.close()
+
+
+def _listen(items: Iterator[Any], function: F, thread: str) -> F:
+    """Calls `function` with each item, on a thread of this name."""
+
+    def run() -> None:
+        for item in items:
+            try:
+                function(item)
+            except Exception:
+                threading.excepthook(
+                    threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread()))
+                )
+
+    threading.Thread(target=run, name=thread, daemon=True).start()
+    return function
 
 
 class Stream(Generic[T]):
@@ -429,6 +447,12 @@ class App:
         """Whether the app's registration is on the server's disk."""
         return self._inner.is_stored
 
+    @property
+    def lost(self) -> int:
+        """How many events and answers were dropped so far because they were not read in time. The
+        `lost` of an event or answer says how many were dropped just before it."""
+        return self._inner.lost
+
     def __repr__(self) -> str:
         inner = self._connection
         if inner is None:
@@ -551,19 +575,18 @@ class App:
         function it is a decorator. Exceptions are reported to `threading.excepthook`."""
 
         def register(function: F) -> F:
-            events = self.events(name)
+            return _listen(self.events(name), function, f"latzero-on-{name}")
 
-            def run() -> None:
-                for event in events:
-                    try:
-                        function(event)
-                    except Exception:
-                        threading.excepthook(
-                            threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread()))
-                        )
+        return register if function is None else register(function)
 
-            threading.Thread(target=run, name=f"latzero-on-{name}", daemon=True).start()
-            return function
+    def on_state(self, function: Any = None) -> Any:
+        """Calls `function(state)` when the connection changes, on a separate thread: with
+        `"disconnected"` and `"connected"` when it was lost and made again, and at the end with
+        `"displaced"` if another instance took the app over, else `"closed"`. Without a function it
+        is a decorator. Exceptions are reported to `threading.excepthook`."""
+
+        def register(function: F) -> F:
+            return _listen(_iterate(self._inner.states(), _same), function, "latzero-on-state")
 
         return register if function is None else register(function)
 
@@ -628,10 +651,14 @@ class App:
         return self._inner.ping().wait()
 
     def wait(self) -> None:
-        """Waits until the app is closed. Ctrl-C closes it, and is not raised."""
+        """Waits until the app is closed. Ctrl-C closes it, and is not raised. If the app ended
+        otherwise, because another instance took it over or it does not reconnect, this raises the
+        reason."""
         try:
-            while not self._closed.wait(0.1):
-                pass
+            while not self._closed.wait(_WAIT_SECONDS):
+                ended = self._inner.end_error
+                if ended is not None and not self._closed.is_set():
+                    raise ended
         except KeyboardInterrupt:
             self.close()
 
@@ -702,6 +729,11 @@ def connect(
         url, pools, exclusive, takeover, rehydrate, transient, meta, reconnect, handler_threads,
         connect_timeout, call_timeout, tracebacks,
     ))
+
+
+def open_apps() -> list[App]:
+    """The apps of this process that are open."""
+    return [app for app in list(_live) if isinstance(app, App) and not app._closed.is_set()]
 
 
 # The apps of both APIs that may be open, and their descriptors while the process forks.

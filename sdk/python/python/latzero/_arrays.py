@@ -61,7 +61,7 @@ def array(buffer: Any, layout: Layout | None) -> Any:
     format: Any = _FORMATS.get(layout[0].lstrip("<|"))
     if format is None or layout[0].startswith(">"):
         return view
-    flat = view.cast(format)
+    flat = view.cast("B").cast(format)
     return flat.cast("B").cast(format, layout[1]) if len(flat) == math.prod(layout[1]) else view
 
 

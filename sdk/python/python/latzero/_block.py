@@ -90,9 +90,6 @@ class BlockInfo:
         what = f"{self.dtype} {self.shape}" if self.dtype else f"{self.nbytes} bytes"
         return f"<latzero.Block {self.pool}/{self.id}: {what}, version {self.version}>"
 
-    def __reduce__(self) -> Any:
-        raise TypeError("a Block can't be pickled: open it by its id in the other process")
-
     def _read(self, out: Any) -> Any:
         """Copies the newest version."""
         while True:
@@ -287,9 +284,13 @@ class Lock:
 
 
 class Block(BlockInfo):
-    """A block that this app is attached to, returned by `App.block`."""
+    """A block that this app is attached to, returned by `App.block`. It is pickled as its name:
+    unpickling opens it again, through an app of the process that unpickles it."""
 
     __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        return _reopen, (self.id, self.pool, self._inner.app_id)
 
     def read(self, out: Any = None) -> Any:
         """A private copy of the newest version: an array, or a `memoryview` without numpy. `out`
@@ -380,6 +381,21 @@ class Block(BlockInfo):
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _reopen(id: str, pool: str, app_id: str) -> Block:
+    """Opens a pickled block: through the app with the AppID of the one that it was opened with, as
+    in a forked process, else through one in its pool."""
+    from ._app import open_apps
+
+    apps = open_apps()
+    same = [app for app in apps if app.app_id == app_id]
+    for app in same or [app for app in apps if pool in app.joined]:
+        return app.block(id, pool=pool)
+    raise RuntimeError(
+        f"a block of pool '{pool}' was unpickled, but no latzero.App of this process is in that "
+        "pool: connect first, for example in the initializer of a pool of processes"
+    )
 
 
 def writable(block: Any) -> Any:

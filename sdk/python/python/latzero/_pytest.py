@@ -1,12 +1,17 @@
-"""The pytest plugin: `latzero_server`, one per session, and `latzero_app`, connected to it."""
+"""The pytest plugin: `latzero_server`, one per session, and `latzero_app` and `latzero_aio_app`,
+connected to it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from . import App, connect, testing
+
+if TYPE_CHECKING:
+    from . import aio
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +24,12 @@ def latzero_server() -> Iterator[testing.Server]:
 def latzero_app(latzero_server: testing.Server) -> Iterator[App]:
     with connect(latzero_server.url("pytest"), transient=True) as app:
         yield app
+
+
+@pytest.fixture
+def latzero_aio_app(latzero_server: testing.Server) -> aio.Connecting:
+    """Connects on the test's own event loop, whatever runs it: `async with latzero_aio_app as app`,
+    or `app = await latzero_aio_app`."""
+    from . import aio
+
+    return aio.connect(latzero_server.url("pytest-aio"), transient=True)

@@ -27,7 +27,7 @@ from ._block import options as _block_options
 from ._errors import Cancelled, LatZeroError, Timeout
 from ._latzero import AioRequest as Request
 
-__all__ = ["App", "Block", "Parked", "Pending", "Request", "Stream", "connect"]
+__all__ = ["App", "Block", "Connecting", "Parked", "Pending", "Request", "Stream", "connect"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -96,7 +96,13 @@ _loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = weakref.We
 
 
 def _of_running_loop() -> _Loop:
-    loop = asyncio.get_running_loop()
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "latzero.aio needs a running asyncio event loop; under trio, call latzero.connect in "
+            "trio.to_thread.run_sync, and the app's methods too"
+        ) from None
     found = _loops.get(loop)
     if found is None:
         found = _loops[loop] = _Loop(loop)
@@ -434,6 +440,12 @@ class Block(BlockInfo):
 
     __slots__ = ()
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a latzero.aio.Block can't be pickled, because opening it takes an await: send its id "
+            "and open it there"
+        )
+
     async def read(self, out: Any = None) -> Any:
         """A private copy of the newest version: an array, or a `memoryview` without numpy. `out`
         is filled instead of new memory."""
@@ -576,6 +588,12 @@ class App:
         """Whether the app's registration is on the server's disk."""
         return self._connection.is_stored
 
+    @property
+    def lost(self) -> int:
+        """How many events and answers were dropped so far because they were not read in time. The
+        `lost` of an event or answer says how many were dropped just before it."""
+        return self._connection.lost
+
     def __repr__(self) -> str:
         state = "closed" if self._closed.is_set() else (
             "connected" if self.is_connected else "disconnected"
@@ -716,18 +734,36 @@ class App:
                     inflow = await asyncio.shield(listening)
                 except LatZeroError:
                     return  # `ready` raises it.
-                async for event in _iterate(inflow, Event):
-                    try:
-                        result = function(event)
-                        if inspect.isawaitable(result):
-                            await result
-                    except Exception as error:
-                        self._loop.call_exception_handler({
-                            "message": f"a function that listens to {name!r} failed",
-                            "exception": error,
-                        })
+                await self._listen(_iterate(inflow, Event), function, repr(name))
 
             self._work.spawn(run())
+            return function
+
+        return register if function is None else register(function)
+
+    async def _listen(
+        self, items: AsyncIterator[Any], function: Callable[..., Any], what: str
+    ) -> None:
+        """Calls `function` with each item."""
+        async for item in items:
+            try:
+                result = function(item)
+                if inspect.isawaitable(result):
+                    await result
+            except Exception as error:
+                self._loop.call_exception_handler({
+                    "message": f"a function that listens to {what} failed", "exception": error,
+                })
+
+    def on_state(self, function: Any = None) -> Any:
+        """Calls `function(state)` when the connection changes, and awaits what it returns: with
+        `"disconnected"` and `"connected"` when it was lost and made again, and at the end with
+        `"displaced"` if another instance took the app over, else `"closed"`. Without a function it
+        is a decorator. Exceptions are reported to the loop's exception handler."""
+
+        def register(function: F) -> F:
+            states = _iterate(self._inner.states(), _same)
+            self._work.spawn(self._listen(states, function, "the state"))
             return function
 
         return register if function is None else register(function)
@@ -793,9 +829,14 @@ class App:
         return await self._start(self._inner.ping())
 
     async def wait(self) -> None:
-        """Waits until the app is closed; raises the error if the server refuses a registration."""
+        """Waits until the app is closed. It raises the error if the server refuses a registration.
+        If the app ended otherwise, because another instance took it over or it does not reconnect,
+        it raises the reason."""
         await self.ready()
-        await self._closed.wait()
+        await self._work.start(self._connection.ended())
+        ended = self._connection.end_error
+        if ended is not None and not self._closed.is_set():
+            raise ended
 
     async def close(self) -> None:
         """Closes the connection, after waiting up to five seconds for running handlers."""
@@ -812,7 +853,7 @@ class App:
         await self.close()
 
 
-class _Connecting:
+class Connecting:
     """A connection that is about to be made: awaitable, and an async context manager."""
 
     __slots__ = ("_arguments", "_app")
@@ -840,10 +881,10 @@ def connect(
     meta: dict[str, Any] | None = None, reconnect: bool = True, handler_threads: int = 16,
     connect_timeout: float | timedelta = 5.0, call_timeout: float | timedelta = 30.0,
     tracebacks: bool = True,
-) -> _Connecting:
+) -> Connecting:
     """Connects: `app = await connect(…)`, or `async with connect(…) as app:`. Without `url`:
     `$LATZERO_URL`, else a transient AppID of the script's name and pid."""
-    return _Connecting(_options(
+    return Connecting(_options(
         url, pools, exclusive, takeover, rehydrate, transient, meta, reconnect, handler_threads,
         connect_timeout, call_timeout, tracebacks,
     ))

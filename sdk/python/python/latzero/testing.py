@@ -6,25 +6,25 @@ import os
 import re
 import shutil
 import subprocess
-import sysconfig
 import tempfile
 from urllib.parse import quote
 
+from ._program import find_program
 
-def find_program() -> str:
-    """The program `latzero`: `$LATZERO_BIN`, else beside the interpreter, else on the `PATH`."""
-    named = os.environ.get("LATZERO_BIN")
-    if named:
-        return named
-    beside = os.path.join(sysconfig.get_path("scripts"), "latzero")
-    found = beside if os.path.exists(beside) else shutil.which("latzero")
-    if found is None:
-        raise FileNotFoundError("the program `latzero` is not installed; name it in LATZERO_BIN")
-    return found
+__all__ = ["Server", "find_program", "server"]
+
+
+# What a server prints when it is ready: its pin if it speaks TLS, its address and its socket.
+_READY = re.compile(r"latzero ready .*?(?: pin (\S+))? (?:tcp|tls)://(\S+) unix:(\S+)")
 
 
 class Server:
-    """A running server with its own data directory and port."""
+    """A running server with its own data directory and port. `pin` is that of its certificate, if
+    it was started with `--tls`."""
+
+    address: str
+    socket: str
+    pin: str | None
 
     def __init__(self, *args: str) -> None:
         self._args = args
@@ -43,9 +43,9 @@ class Server:
         )
         assert self._child.stdout is not None
         for line in self._child.stdout:
-            found = re.search(r"^latzero ready .* tcp://(\S+) unix:(\S+)", line)
+            found = _READY.match(line)
             if found:
-                self.address, self.socket = found.groups()
+                self.pin, self.address, self.socket = found.groups()
                 return
         raise RuntimeError(f"the server did not start (status {self._child.wait()})")
 

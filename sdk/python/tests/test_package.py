@@ -1,0 +1,87 @@
+"""The wheel as it was installed: its program, its versions, and what importing it costs."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import latzero
+import latzero.testing
+import pytest
+
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+
+
+def python(script, **env):
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
+        env={**os.environ, **env},
+    )
+
+
+def test_the_package_and_the_program_have_one_version():
+    import tomllib
+
+    version = tomllib.loads(PYPROJECT.read_text())["project"]["version"]
+    assert latzero.__version__ == importlib.metadata.version("latzero") == version
+    said = subprocess.run([latzero.find_program(), "--version"], capture_output=True, text=True)
+    assert said.stdout == f"latzero {version}\n"
+
+
+def test_a_binding_of_another_version_is_refused():
+    ran = python(
+        "import sys, types\n"
+        "import latzero._latzero as binding\n"
+        "for name in list(sys.modules):\n"
+        "    if name == 'latzero' or name.startswith('latzero.'):\n"
+        "        del sys.modules[name]\n"
+        "old = types.ModuleType('latzero._latzero')\n"
+        "old.__dict__.update({**vars(binding), '__version__': '0.0.9'})\n"
+        "sys.modules['latzero._latzero'] = old\n"
+        "import latzero\n"
+    )
+    assert ran.returncode == 1 and "ImportError: latzero" in ran.stderr and "0.0.9" in ran.stderr
+
+
+def test_where_the_program_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("LATZERO_BIN", "/somewhere/latzero")
+    assert latzero.find_program() == latzero.testing.find_program() == "/somewhere/latzero"
+    monkeypatch.delenv("LATZERO_BIN")
+    # The one that was installed with the package.
+    beside = Path(sys.executable).parent / "latzero"
+    assert os.path.samefile(latzero.find_program(), beside)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(FileNotFoundError, match="LATZERO_BIN"):
+        latzero.find_program()
+    (tmp_path / "bin").mkdir()
+    shutil.copy(beside, tmp_path / "bin/latzero")
+    assert latzero.find_program() == str(tmp_path / "bin/latzero")
+
+
+def test_importing_it_imports_nothing_that_is_slow():
+    ran = python(
+        "import sys, latzero\n"
+        "print([m for m in ('asyncio', 'numpy', 'dataclasses', 'subprocess', 'json')\n"
+        "       if m in sys.modules])\n"
+    )
+    assert (ran.stdout, ran.stderr) == ("[]\n", "")
+
+
+def test_a_second_interpreter_of_a_process_is_refused():
+    pytest.importorskip("_xxsubinterpreters")
+    ran = python(
+        "import latzero\n"
+        "import _xxsubinterpreters as interpreters\n"
+        "run = interpreters.create()\n"
+        "interpreters.run_string(run, 'import latzero')\n"
+    )
+    assert "ImportError" in ran.stderr and ran.returncode == 1
+
+
+def test_one_line_calls_the_server(latzero_server):
+    line = "import latzero; print(latzero.connect(pools=['system']).call('echo', x=42))"
+    ran = python(line, LATZERO_DATA_DIR=latzero_server.data_dir)
+    assert (ran.stdout, ran.stderr) == ("{'x': 42}\n", "")
