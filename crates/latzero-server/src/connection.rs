@@ -472,6 +472,8 @@ impl Connection {
                 }
                 Ok(None) => return (used, None),
                 Err(error) => {
+                    // A reload may have lowered the limit during the scan.
+                    self.ahead = None;
                     let flow = self.session.reject_frame(error, &mut host.turn());
                     match (flow, error.skips()) {
                         (Flow::Continue, Some(length)) => used += length,

@@ -5,6 +5,7 @@
     reason = "a test that can't go on says where by panicking"
 )]
 
+use latzero_tests::hostile::framed;
 use latzero_tests::{Server, Via, Wire};
 use serde_json::{Value, json};
 
@@ -368,6 +369,33 @@ fn large_frames_pass_and_larger_ones_are_refused_by_their_prefix() {
         bob.send_bytes(&(64 * 1024 + 1_u32).to_be_bytes());
         assert_eq!(code(&bob.receive()), "frame_too_large");
         bob.wait_closed();
+    }
+}
+
+#[test]
+fn messages_that_are_scanned_in_slices_are_handled_like_others() {
+    let long = format!("[{}]", [r#"[1,{"a":null}]"#; 100_000].join(","));
+    let data: Value = serde_json::from_str(&long).unwrap();
+    for via in BOTH {
+        let server = Server::start();
+        let mut handler = handler(&server, via, "h", "t");
+        let mut caller = caller(&server, via, "c");
+        let mut send = |json: String| caller.try_send_bytes(&framed(&json)).unwrap();
+        send(format!(
+            r#"{{"action":"trigger","id":"1","process":"t","data":{long}}}"#
+        ));
+        send(format!(
+            r#"{{"action":"trigger","id":"2","process":"t","data":{long},}}"#
+        ));
+        send(format!(r#"{{"action":"ping","id":"3","x":{long},"x":1}}"#));
+        send(r#"{"action":"ping","id":"4"}"#.to_owned());
+        assert_eq!(handler.receive()["data"], data, "{via:?}");
+        for id in ["2", "3"] {
+            let reply = caller.receive();
+            assert_eq!(reply["in_reply_to"], id, "{via:?}: {reply}");
+            assert_eq!(code(&reply), "bad_message", "{via:?}: {reply}");
+        }
+        assert_eq!(caller.receive()["in_reply_to"], "4", "{via:?}");
     }
 }
 
