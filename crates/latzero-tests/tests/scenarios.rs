@@ -508,8 +508,8 @@ impl Play<'_> {
 
 /// Whether `got` is what a scenario expects: all that `expected` shows. Numbers are compared by
 /// their value. `"*"` is anything, and `"$name"` the same text in every place. `{"$has": x}` is a
-/// list with an item that fits `x`, `{"$lacks": x}` one without, `{"$at_least": n}` and `{"$at_most":
-/// n}` are numbers, and `{"$text": "part"}` is a text with this part.
+/// list with an item that fits `x`, and `{"$lacks": x}` one without. `{"$at_least": n}` and
+/// `{"$at_most": n}` are numbers, and `{"$text": "part"}` is a text with this part.
 fn fits(expected: &Value, got: &Value, bound: &mut HashMap<String, String>) -> bool {
     if let Some((tag, inside)) = tag_of(expected) {
         let items = got.as_array();
