@@ -309,7 +309,7 @@ def nats_caller(address: str, trigger: str) -> None:
 def redis_handler(path: str, trigger: str) -> None:
     import redis
 
-    client = redis.Redis(unix_socket_path=path)
+    client = redis.Redis(unix_socket_path=path, socket_timeout=None)
     say("ready")
     while True:
         popped = client.blpop([trigger], timeout=0)
@@ -319,7 +319,7 @@ def redis_handler(path: str, trigger: str) -> None:
 def redis_caller(path: str, trigger: str) -> None:
     import redis
 
-    client = redis.Redis(unix_socket_path=path)
+    client = redis.Redis(unix_socket_path=path, socket_timeout=None)
 
     def call() -> Any:
         client.rpush(trigger, json.dumps(DATA))
@@ -458,7 +458,7 @@ def large_redis_caller(path: str, _: str) -> None:
     import numpy
     import redis
 
-    client = redis.Redis(unix_socket_path=path)
+    client = redis.Redis(unix_socket_path=path, socket_timeout=None)
     array = numpy.full(LARGE, 7, "u1")
 
     def call() -> None:

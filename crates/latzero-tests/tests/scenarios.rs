@@ -17,6 +17,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
+use std::thread::ScopedJoinHandle;
 use std::time::Instant;
 
 use latzero::blocking::App;
@@ -52,7 +53,7 @@ fn every_scenario_between_every_two_languages() {
             .iter()
             .map(|caller| scope.spawn(|| run_with(caller, &languages, &scenarios)))
             .collect();
-        let failures = callers.into_iter().map(|thread| thread.join());
+        let failures = callers.into_iter().map(ScopedJoinHandle::join);
         failures.flat_map(|of_caller| of_caller.unwrap()).collect()
     });
     assert!(scenarios.len() >= 30, "only {} were found", scenarios.len());
@@ -508,8 +509,8 @@ impl Play<'_> {
 
 /// Whether `got` is what a scenario expects: all that `expected` shows. Numbers are compared by
 /// their value. `"*"` is anything, and `"$name"` the same text in every place. `{"$has": x}` is a
-/// list with an item that fits `x`, `{"$lacks": x}` one without, `{"$at_least": n}` and `{"$at_most":
-/// n}` are numbers, and `{"$text": "part"}` is a text with this part.
+/// list with an item that fits `x`, and `{"$lacks": x}` one without. `{"$at_least": n}` and
+/// `{"$at_most": n}` are numbers, and `{"$text": "part"}` is a text with this part.
 fn fits(expected: &Value, got: &Value, bound: &mut HashMap<String, String>) -> bool {
     if let Some((tag, inside)) = tag_of(expected) {
         let items = got.as_array();
