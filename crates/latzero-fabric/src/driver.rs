@@ -112,8 +112,8 @@ pub enum Promise<'a, D: Driver> {
     /// The session of a connection, in the order of its promises
     /// ([`crate::Session::handle_stored`]).
     Session(&'a D::Peer),
-    /// The pool of the answer in the row ([`crate::DurableCalls::answer_stored`]). A row that cannot be
-    /// stored is dropped, and the pool stores it again.
+    /// The pool of the answer in the row ([`crate::DurableCalls::answer_stored`]). A row that
+    /// cannot be stored is dropped, and the pool stores it again.
     Answer,
 }
 

@@ -246,8 +246,8 @@ impl<D: Driver> Turn<'_, D> {
             .store(StoreChange::Answer(row), Some(Promise::Answer));
     }
 
-    /// Requests a call of [`crate::DurableCalls::answer_delivered`] when what was last appended for `to`
-    /// is written.
+    /// Requests a call of [`crate::DurableCalls::answer_delivered`] when what was last appended for
+    /// `to` is written.
     pub(crate) fn note_delivered(&mut self, to: &D::Peer, number: u64) {
         self.driver.effects().delivered.push((to.clone(), number));
     }

@@ -401,8 +401,8 @@ const SALVAGED_BYTES_MAX: usize = 1 << 20;
 
 /// Finds the identifying fields in JSON that [`Envelope::parse`] refused. The length before a frame
 /// keeps its neighbours intact, so only one message fails and not the connection. Strings and
-/// brackets are followed, whatever is between them, and only the outermost fields count. It looks at
-/// the first mebibyte.
+/// brackets are followed, whatever is between them, and only the outermost fields count. It looks
+/// at the first mebibyte.
 #[must_use]
 pub fn salvage(json: &[u8]) -> Salvaged {
     let mut found = Salvaged::default();

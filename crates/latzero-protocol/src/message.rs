@@ -1021,6 +1021,9 @@ pub fn too_many_bytes(max: usize) -> Refusal {
     )
 }
 
+/// How many times as long as its limit a list with repetitions may be.
+const REPEATED_MAX: usize = 16;
+
 /// A list of pools, without duplicates.
 fn pools(
     fields: &Fields<'_>,
@@ -1029,13 +1032,16 @@ fn pools(
 ) -> Result<Option<Vec<PoolName>>, Refusal> {
     let (mut names, mut seen, mut count) = (Vec::new(), BTreeSet::new(), 0);
     let is_there = fields.each_string(field, |name| {
-        // Those that occur twice count as well: they cost as much.
-        if count == bounds.pools_max {
+        // Repetitions cost time, but no memory.
+        if count == bounds.pools_max.saturating_mul(REPEATED_MAX) {
             return Err(too_many("pools", bounds.pools_max));
         }
         count += 1;
         PoolName::check(name)?;
         if !seen.contains(name) {
+            if names.len() == bounds.pools_max {
+                return Err(too_many("pools", bounds.pools_max));
+            }
             let name = PoolName::new(name)?;
             seen.insert(name.clone());
             names.push(name);
@@ -1301,6 +1307,12 @@ mod tests {
         check(
             &apps("a64"),
             "too_large: field 'join' names more than 64 apps; use \"*\"",
+        );
+        // Repetitions are bounded too.
+        let pools = ["\"a\""; 49].join(",");
+        check(
+            &format!(r#"{{"action":"handshake","app_id":"a","pools":[{pools}]}}"#),
+            "quota: an app may have 3 pools",
         );
     }
 

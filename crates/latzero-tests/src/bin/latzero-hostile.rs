@@ -13,8 +13,9 @@ const HELP: &str = "\
 cargo xtask hostile [--seconds N] [--only TEXT] [--json]
 
 Measures calls of a well-behaved client without and with each kind of hostile client, and the
-server's peak resident memory. The first line has no hostile client, but busy processors: what is
-beside it the server does not cause. N seconds for each kind [default: 3]; TEXT is part of a kind's name.
+server's peak resident memory. The first line has no hostile client, only busy processors: the
+server does not cause these times. N seconds for each kind [default: 3]; TEXT is part of a kind's
+name.
 ";
 
 /// No attack: what busy processors alone cost, to compare the others with.
