@@ -319,9 +319,9 @@ fn a_load_replaces_the_content() {
     load("abc", &[]).ended_with(0);
     assert_eq!(content(), "abc");
     load("longer than all before", &[]).ended_with(0);
-    assert_eq!(content(), "longer than every earlier one");
+    assert_eq!(content(), "longer than all before");
     load("WIDER", &["--offset", "0"]).ended_with(0);
-    assert_eq!(content(), "wider than every earlier value");
+    assert_eq!(content(), "WIDERr than all before");
     load("x", &["--offset", "22"])
         .ended_with(2)
         .said("has only 0");

@@ -1,5 +1,7 @@
 //! `latzero service`, with a systemctl that only records how it was called.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
