@@ -125,9 +125,16 @@ pub(super) fn each<D: Driver>(
             // Highest random weight (Thaler and Ravishankar, 1998): when a handler goes, only its
             // keys move.
             let sticky = sticky();
-            let mut order: Vec<_> = in_turn().collect();
-            order.sort_by_key(|(_, _, _, member)| Reverse(mix(sticky ^ member.instance.0)));
-            for (position, key, handler, member) in order {
+            let weight = |member: &Member<D>| Reverse(mix(sticky ^ member.instance.0));
+            // The first one almost always decides, and sorting takes longer than finding it.
+            let first = in_turn().min_by_key(|(_, _, _, member)| weight(member))?;
+            let others = || {
+                let mut others: Vec<_> = in_turn().filter(|other| other.0 != first.0).collect();
+                others.sort_by_key(|(_, _, _, member)| weight(member));
+                others
+            };
+            let rest = std::iter::once_with(others).flatten();
+            for (position, key, handler, member) in std::iter::once(first).chain(rest) {
                 match offer(handler, member) {
                     Offer::Taken => return Some((position, key)),
                     // The handler of this key is busy, and another one lacks its state.
