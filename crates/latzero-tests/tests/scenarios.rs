@@ -247,7 +247,9 @@ impl Stage {
                     self.servers.insert(settings.clone(), shared);
                 }
                 let set = scenario["server"]["set"].as_array().into_iter().flatten();
-                let set: Vec<&str> = set.map(|setting| setting.as_str().unwrap()).collect();
+                let mut set: Vec<&str> = set.map(|setting| setting.as_str().unwrap()).collect();
+                // On a busy machine a peer may take longer than servers allow by default.
+                set.push("handshake_timeout=1m");
                 Server::with(&set)
             }
         };
