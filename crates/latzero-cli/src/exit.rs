@@ -311,7 +311,8 @@ fn remedy(code: Code) -> String {
         Code::LayoutMismatch => "use the layout that `latzero block info` shows",
         Code::Contended => "try again, or recreate the block with more --slots",
         Code::Locked => {
-            "`latzero block info` shows who holds the lock; wait for it with `block lock --wait`"
+            "`latzero block info` shows who holds the lock; wait for it with `latzero block lock \
+             --wait`"
         }
         Code::LockLost => "take the lock again and check what was written",
         Code::Disconnected => {

@@ -823,7 +823,11 @@ fn one_of_twenty_servers_wins_and_the_others_report_it() {
     for _ in 0..2 {
         let (winners, losers): (Vec<_>, Vec<_>) =
             site.race(20).into_iter().partition(Result::is_ok);
-        assert_eq!(winners.len(), 1);
+        let said: Vec<_> = losers
+            .iter()
+            .filter_map(|loser| loser.as_ref().err())
+            .collect();
+        assert_eq!(winners.len(), 1, "{said:?}");
         let winner = winners.into_iter().next().unwrap().unwrap();
         for loser in losers {
             let Err(refused) = loser else { unreachable!() };

@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use latzero_server::settings::{Environment, load, unknown_variables};
+use latzero_server::startup::StartupError;
 use latzero_server::startup::created_files::CreatedFiles;
 use latzero_server::startup::private_umask;
-use latzero_server::{Origins, Server};
+use latzero_server::{Origins, Server, ServerError};
 use serde_json::{Value, json};
 
 use crate::args::StartArgs;
@@ -102,7 +103,14 @@ fn serve(args: &StartArgs, output: &Output) -> CommandResult {
     let settings = load(&environment, &origins.overrides, origins.file.as_deref());
     let created = settings.map(|resolved| CreatedFiles::before(&resolved.settings.data_dir));
     let bound = Server::bind(origins);
-    if bound.is_err()
+    // Another server that starts at the same time uses what this one created.
+    let is_beaten = |error: &ServerError| {
+        matches!(
+            error,
+            ServerError::Startup(StartupError::AnotherServer { .. })
+        )
+    };
+    if bound.as_ref().is_err_and(|error| !is_beaten(error))
         && let Ok(created) = created
     {
         created.remove();

@@ -342,11 +342,13 @@ impl Source {
 pub(super) fn load(args: &BlockLoadArgs, output: &Output) -> CommandResult {
     let mut source = Source::open(&args.file)?;
     if source.size == 0 && !args.empty.allow_empty {
-        return Err(
-            Failure::usage(format!("'{}' is empty", args.file.display())).with_help(
-                "check the command that produced it, or use --allow-empty to load it anyway",
-            ),
-        );
+        let name = match args.file.as_os_str() == "-" {
+            true => "standard input".to_owned(),
+            false => format!("'{}'", args.file.display()),
+        };
+        return Err(Failure::usage(format!("{name} is empty")).with_help(
+            "check the command that produced it, or use --allow-empty to load it anyway",
+        ));
     }
     if args.offset.is_some() && source.array.is_some() {
         return Err(Failure::usage("--offset cannot be used with a .npy file")
