@@ -112,7 +112,7 @@ refusals! {
     Forbidden may_not_serve(app, pool)
         "app '{app}' may not serve triggers in pool '{pool}' (the pool's policy \"serve\")"
     Storage policy_is_invalid(pool) "the policy of pool '{pool}' is invalid"
-    Storage descriptor_is_damaged(pool) "the descriptor of pool '{pool}' makes no sense"
+    Storage descriptor_is_damaged(pool) "the stored descriptor of pool '{pool}' is invalid"
     BadMessage pool_id_in_use()
         "the pool id of the descriptor is in use here; make a new descriptor"
     BadMessage memory_does_not_fit() "field 'memory' does not fit the suite of the descriptor"

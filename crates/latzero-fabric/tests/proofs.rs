@@ -30,6 +30,34 @@ fn first(keys: &KeySet) -> Descriptor {
     Descriptor::create(keys, &pool).expect("all keys are here")
 }
 
+/// The descriptor that follows, with the same keys.
+fn next(current: &Descriptor) -> Descriptor {
+    let to = NewEpoch {
+        salt: [8; 32],
+        created_ms: 2,
+        wrap_nonce: [9; 24],
+        history: History::Cut,
+        content: OldContent::AsBefore,
+    };
+    let next = current.rotate(&keys(1), &keys(1), &to);
+    next.expect("all keys are here")
+}
+
+/// The request that creates the pool `vault`.
+fn creation(descriptor: &[u8], id: &str) -> String {
+    let descriptor = text::encode(descriptor);
+    format!(
+        r#"{{"action":"pool_create","pool":"vault","encrypted":true,"id":"{id}",
+            "descriptor":"{descriptor}"}}"#
+    )
+}
+
+/// The request that moves the pool `vault` to its next epoch.
+fn rotation(descriptor: &[u8]) -> String {
+    let descriptor = text::encode(descriptor);
+    format!(r#"{{"action":"pool_rotate","pool":"vault","id":"r","descriptor":"{descriptor}"}}"#)
+}
+
 /// A server with an encrypted pool, and the pool's only member.
 fn vault() -> (Net, Descriptor, Peer) {
     let mut net = Net::new();
@@ -128,20 +156,7 @@ fn a_rotation_before_the_result_refuses_the_proof() {
     let late = net.app("late", "");
     let proof = proof(&mut net, late, "late", &keys(1));
     net.world.hold_proofs(true);
-    let to = NewEpoch {
-        salt: [8; 32],
-        created_ms: 2,
-        wrap_nonce: [9; 24],
-        history: History::Cut,
-        content: OldContent::AsBefore,
-    };
-    let next = current
-        .rotate(&keys(1), &keys(1), &to)
-        .expect("all keys are here");
-    let rotate = format!(
-        r#"{{"action":"pool_rotate","pool":"vault","descriptor":"{}","id":"r"}}"#,
-        text::encode(next.as_bytes())
-    );
+    let rotate = rotation(next(&current).as_bytes());
     assert_eq!(net.ask(owner, &rotate), "");
     assert_eq!(net.ask(late, &proof), "");
     assert!(net.world.check_proof());
@@ -149,14 +164,6 @@ fn a_rotation_before_the_result_refuses_the_proof() {
     assert!(seen.contains("r ok"), "{seen}");
     assert!(net.world.check_proof());
     assert_eq!(net.sees(late), "p failed: unauthenticated ran=no");
-}
-
-/// The request that creates the pool `vault`.
-fn creation(descriptor: &[u8], id: &str) -> String {
-    format!(
-        r#"{{"action":"pool_create","pool":"vault","encrypted":true,"descriptor":"{}","id":"{id}"}}"#,
-        text::encode(descriptor)
-    )
 }
 
 #[test]
@@ -184,27 +191,14 @@ fn a_pool_is_created_once_its_signature_is_checked() {
 fn a_rotation_with_another_signature_is_refused() {
     let (mut net, current, owner) = vault();
     net.world.hold_proofs(true);
-    let to = NewEpoch {
-        salt: [8; 32],
-        created_ms: 2,
-        wrap_nonce: [9; 24],
-        history: History::Cut,
-        content: OldContent::AsBefore,
-    };
-    let next = current.rotate(&keys(1), &keys(1), &to).expect("all keys");
+    let next = next(&current);
     let mut forged = next.as_bytes().to_vec();
     // The last byte of the owner's signature.
     *forged.last_mut().expect("it has bytes") ^= 1;
-    let rotate = |bytes: &[u8]| {
-        format!(
-            r#"{{"action":"pool_rotate","pool":"vault","descriptor":"{}","id":"r"}}"#,
-            text::encode(bytes)
-        )
-    };
-    assert_eq!(net.ask(owner, &rotate(&forged)), "");
+    assert_eq!(net.ask(owner, &rotation(&forged)), "");
     assert!(net.world.check_proof());
     assert_eq!(net.sees(owner), "r failed: unauthenticated ran=no");
-    assert_eq!(net.ask(owner, &rotate(next.as_bytes())), "");
+    assert_eq!(net.ask(owner, &rotation(next.as_bytes())), "");
     assert!(net.world.check_proof());
     assert!(net.sees(owner).contains("r ok"));
 }

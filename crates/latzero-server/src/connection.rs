@@ -109,7 +109,7 @@ pub(crate) struct Connection {
     /// It was read to the end.
     has_ended: bool,
     /// Whether it counts among the connections without a handshake.
-    pub(crate) is_at_door: bool,
+    pub(crate) is_unauthenticated: bool,
 }
 
 /// When to check a connection, and by which timeout.
@@ -180,7 +180,7 @@ impl Connection {
             pinged: None,
             is_ending: false,
             has_ended: false,
-            is_at_door: true,
+            is_unauthenticated: true,
         }
     }
 

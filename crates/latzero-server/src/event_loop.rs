@@ -98,7 +98,7 @@ pub(crate) struct EventLoop {
     /// handshake.
     ready: Turns<(usize, bool)>,
     /// How many of them had completed none.
-    ready_at_door: usize,
+    ready_unauthenticated: usize,
     scratch: Vec<u8>,
     /// When this turn puts off what is left to read.
     late_at: Time,
@@ -147,7 +147,7 @@ impl EventLoop {
             free: Vec::new(),
             live: 0,
             ready: Turns::default(),
-            ready_at_door: 0,
+            ready_unauthenticated: 0,
             scratch: vec![0; READ_BYTES],
             late_at: Time::default(),
             handshaking: Duration::ZERO,
@@ -214,10 +214,10 @@ impl EventLoop {
                 if at > 0 && self.is_late() {
                     break;
                 }
-                let Some((_, (slot, is_at_door))) = self.ready.pop() else {
+                let Some((_, (slot, is_unauthenticated))) = self.ready.pop() else {
                     break;
                 };
-                self.ready_at_door -= usize::from(is_at_door);
+                self.ready_unauthenticated -= usize::from(is_unauthenticated);
                 if let Some(Some(connection)) = self.connections.get_mut(slot) {
                     connection.is_queued = false;
                 }
@@ -432,7 +432,7 @@ impl EventLoop {
     fn accept(&mut self, now: Time, index: usize) {
         let shared = Arc::clone(&self.host.shared);
         // Those before them complete their handshakes first, or they would count as silent.
-        for _ in self.ready_at_door..ACCEPTS_PER_TURN {
+        for _ in self.ready_unauthenticated..ACCEPTS_PER_TURN {
             let Some(front) = &mut self.front else { return };
             let Some(listener) = front.listeners.get(index) else {
                 return;
@@ -479,7 +479,7 @@ impl EventLoop {
         {
             tracing::warn!(%error, "cannot watch a connection");
             self.free.push(slot);
-            self.host.shared.door().leave(origin.user);
+            self.host.shared.unauthenticated().leave(origin.user);
             count_out(origin.user, &self.host.shared);
             return;
         }
@@ -516,9 +516,9 @@ impl EventLoop {
         if let Some(Some(connection)) = self.connections.get_mut(slot)
             && !std::mem::replace(&mut connection.is_queued, true)
         {
-            let is_at_door = connection.is_at_door;
-            self.ready.push(connection.user, (slot, is_at_door));
-            self.ready_at_door += usize::from(is_at_door);
+            let is_unauthenticated = connection.is_unauthenticated;
+            self.ready.push(connection.user, (slot, is_unauthenticated));
+            self.ready_unauthenticated += usize::from(is_unauthenticated);
         }
     }
 
@@ -549,10 +549,10 @@ impl EventLoop {
         // A handshake that is being stored has arrived completely.
         let session = &connection.session;
         let has_come = session.is_ready() || session.has_shaken_hands();
-        if connection.is_at_door && (has_come || turn == ReadOutcome::Ended) {
-            connection.is_at_door = false;
+        if connection.is_unauthenticated && (has_come || turn == ReadOutcome::Ended) {
+            connection.is_unauthenticated = false;
             connection.count_for_app();
-            self.host.shared.door().leave(connection.user);
+            self.host.shared.unauthenticated().leave(connection.user);
         }
         if let Some(at) = connection.session.next_deadline() {
             self.schedule_sweep(at.max(now.after_ms(SWEEP_EVERY_MS)));
@@ -588,8 +588,8 @@ impl EventLoop {
     }
 
     fn remove(&mut self, slot: usize, mut connection: Connection) {
-        if connection.is_at_door {
-            self.host.shared.door().leave(connection.user);
+        if connection.is_unauthenticated {
+            self.host.shared.unauthenticated().leave(connection.user);
         }
         connection.session.closed(&mut self.host.turn());
         let peer = &connection.peer;

@@ -161,7 +161,7 @@ pub(crate) enum Accepted {
 
 /// Removes an accepted connection from the counts.
 pub(crate) fn count_out(user: User, shared: &ServerState) {
-    shared.door().close(user);
+    shared.unauthenticated().close(user);
     shared.books.stats.connections.fetch_sub(1, Relaxed);
     match user {
         User::Uid(_) => shared.books.stats.connections_unix.fetch_sub(1, Relaxed),
@@ -180,7 +180,7 @@ pub(crate) fn accept(
         Err(error) => return failed(listener, spare, shared, error),
     };
     let user = socket.user();
-    if let Err(refusal) = shared.door().admit(user, shared) {
+    if let Err(refusal) = shared.unauthenticated().admit(user, shared) {
         shared.books.stats.connections_refused.fetch_add(1, Relaxed);
         let mut reply = Vec::new();
         encode::refusal(&mut reply, None, &refusal);
@@ -200,7 +200,10 @@ pub(crate) fn accept(
         _ => shared.books.stats.connections_tcp.fetch_add(1, Relaxed),
     };
     let ledger = &shared.core.context.ledger;
-    let account = shared.door().users.account(user, user.is_trusted(), ledger);
+    let account = shared
+        .unauthenticated()
+        .users
+        .account(user, user.is_trusted(), ledger);
     let peer = shared.new_peer(Some(socket), &account);
     Accepted::Peer(peer, Origin { user, account })
 }

@@ -62,7 +62,7 @@ pub(crate) struct Access {
     /// Refused proofs by user.
     attempts: Mutex<Attempts>,
     /// Counts the connections, and those without a handshake, of all loops.
-    door: Mutex<Unauthenticated>,
+    unauthenticated: Mutex<Unauthenticated>,
 }
 
 /// The core, as far as it belongs to no single loop.
@@ -201,7 +201,7 @@ impl ServerState {
                 tls,
                 verifier,
                 attempts: Mutex::default(),
-                door: Mutex::new(Unauthenticated::default()),
+                unauthenticated: Mutex::new(Unauthenticated::default()),
             },
             storage: Storage {
                 blocks,
@@ -225,9 +225,9 @@ impl ServerState {
         shared
     }
 
-    pub(crate) fn door(&self) -> MutexGuard<'_, Unauthenticated> {
+    pub(crate) fn unauthenticated(&self) -> MutexGuard<'_, Unauthenticated> {
         self.access
-            .door
+            .unauthenticated
             .lock()
             .expect("no panic happens in the handshake")
     }
