@@ -563,7 +563,7 @@ pub(crate) struct KickArgs {
     /// The AppID
     #[arg(value_name = "APP")]
     pub(crate) kicked: String,
-    /// Only this instance
+    /// Disconnect only this instance
     #[arg(long, value_name = "INSTANCE")]
     pub(crate) instance: Option<String>,
     #[command(flatten)]
@@ -1059,7 +1059,7 @@ pub(crate) enum PoolsCommand {
     Create(PoolCreateArgs),
     /// Show a pool with its members and triggers
     Info(PoolArgs),
-    /// Seal the blocks of an encrypted pool with the keys of its epoch
+    /// Encrypt the blocks of an encrypted pool again, with its current keys
     Reencrypt(PoolReencryptArgs),
     /// Remove a pool
     Remove(PoolRemoveArgs),
@@ -1078,7 +1078,7 @@ pub(crate) struct PoolArgs {
 pub(crate) struct PoolReencryptArgs {
     #[command(flatten)]
     pub(crate) pool: PoolArgs,
-    /// Take content too that does not count since a writer was removed, who may have changed it
+    /// Keep content from before a writer was removed, although that writer may have changed it
     #[arg(long)]
     pub(crate) keep_stale: bool,
 }
