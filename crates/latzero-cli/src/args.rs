@@ -600,8 +600,14 @@ pub(crate) struct TargetsArgs {
 
 impl TargetsArgs {
     pub(crate) fn parse(&self) -> Result<Vec<Target>, Failure> {
-        let parse = |target: &String| Target::parse(target, self.pool.as_deref());
-        self.targets.iter().map(parse).collect()
+        let mut targets: Vec<Target> = Vec::new();
+        for target in &self.targets {
+            let target = Target::parse(target, self.pool.as_deref())?;
+            if !targets.contains(&target) {
+                targets.push(target);
+            }
+        }
+        Ok(targets)
     }
 }
 

@@ -11,17 +11,22 @@ use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use latzero::{
-    AppKey, Code, Error, FromPayload, HandshakeTimeout, Keys, Reconnect, blocking::App, known_hosts,
+    AppKey, Code, Error, FromPayload, HandshakeTimeout, Keys, Reconnect, State, blocking::App,
+    known_hosts,
 };
 use latzero_server::address;
 use latzero_server::startup::lock;
 use serde_json::{Value, json};
 
+use crate::executor::block_on;
 use crate::exit::{Exit, Failure};
+use crate::output::Output;
 use crate::parse::{self, shell};
 
 /// Where servers listen by default.
@@ -30,6 +35,9 @@ pub(crate) const PORT_DEFAULT: u16 = 45227;
 
 /// How long connecting may take.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a connection may be lost, as when the server restarts, before a person is told.
+const UNREPORTED_LOSS: Duration = Duration::from_secs(1);
 
 /// How long requests may take that make the server read or write whole files.
 const FILE_REQUEST_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
@@ -45,7 +53,7 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "PATH", conflicts_with_all = ["host", "port"])]
     pub(crate) socket: Option<PathBuf>,
     /// The server on this TCP port [env: LATZERO_PORT]
-    #[arg(short, long, value_name = "PORT")]
+    #[arg(short, long, value_name = "PORT", value_parser = parse::port)]
     pub(crate) port: Option<u16>,
     /// The server on this host, over TCP [env: LATZERO_HOST]
     #[arg(long, value_name = "HOST")]
@@ -235,6 +243,35 @@ impl Connection {
         self.place.to_string()
     }
 
+    /// Starts a thread that tells a person when the connection is lost and when it is back.
+    pub(crate) fn report_losses(&self, output: &Output) {
+        if !output.is_watched() {
+            return;
+        }
+        let (mut states, place, output) = (self.app.as_async().states(), self.place(), *output);
+        let report = move || {
+            while let Some(state) = block_on(states.next()) {
+                if state != State::Disconnected {
+                    continue;
+                }
+                std::thread::sleep(UNREPORTED_LOSS);
+                let mut next = pin!(states.next());
+                let mut cx = Context::from_waker(Waker::noop());
+                if next.as_mut().poll(&mut cx).is_ready() {
+                    continue;
+                }
+                output.note(format_args!("lost the connection to {place}; reconnecting"));
+                if block_on(next) == Some(State::Connected) {
+                    output.note(format_args!("connected to {place} again"));
+                }
+            }
+        };
+        // Without the thread only the notes are missing.
+        let _ = std::thread::Builder::new()
+            .name("states".into())
+            .spawn(report);
+    }
+
     /// Sends a request that only administrators may send.
     pub(crate) fn administer(&self, request: &Value) -> Result<Value, Failure> {
         self.administer_as(request)
@@ -302,6 +339,12 @@ impl ServerArgs {
             return Ok(vec![Address::Url(url.clone())]);
         }
         if let Some(socket) = &self.socket {
+            if socket == Path::new("auto") || socket == Path::new("off") {
+                let text = format!("'{}' is no path of a socket", socket.display());
+                return Err(Failure::usage(text).with_help(
+                    "name the server's data directory with --data-dir; its socket is then found",
+                ));
+            }
             return Ok(vec![Address::Socket(socket.clone())]);
         }
         let tcp = |host: Option<&str>, port: Option<u16>| {
@@ -312,6 +355,11 @@ impl ServerArgs {
             };
             Address::Tcp(host.to_owned(), port.unwrap_or(PORT_DEFAULT))
         };
+        if self.port == Some(0) {
+            return Err(Failure::usage("no server listens on port 0").with_help(
+                "`latzero start --port 0` prints the port that the system chose; name that one",
+            ));
+        }
         if self.host.is_some() || self.port.is_some() {
             let host = self.host.as_deref().or(tcp_variables.0.as_deref());
             return Ok(vec![tcp(host, self.port.or(tcp_variables.1))]);

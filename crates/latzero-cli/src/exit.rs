@@ -76,6 +76,14 @@ impl From<Exit> for ExitCode {
 }
 
 impl Exit {
+    /// The exit code for a file or directory that cannot be used.
+    pub(crate) fn of_io(error: &io::Error) -> Exit {
+        match error.kind() {
+            io::ErrorKind::PermissionDenied => Exit::Denied,
+            _ => Exit::Failure,
+        }
+    }
+
     /// The exit code that the server's library gives for an error.
     fn of_library(code: u8) -> Exit {
         match code {
@@ -196,6 +204,10 @@ impl From<io::Error> for Failure {
 
 impl From<SettingsErrors> for Failure {
     fn from(errors: SettingsErrors) -> Failure {
+        if errors.is_denied() {
+            return Failure::new(Exit::Denied, &errors)
+                .with_help("run this as the directory's owner, or choose another with --data-dir");
+        }
         if let [error] = errors.errors() {
             let failure = Failure::of_message(Exit::Usage, &error.to_string());
             if failure.help.is_some() {
@@ -238,6 +250,7 @@ impl From<MaintenanceError> for Failure {
             MaintenanceError::Startup(error) => Exit::of_library(error.exit_code()),
             MaintenanceError::Backup(BackupError::Bad { .. }) => Exit::Unhealthy,
             MaintenanceError::Store(OpenError::InUse { .. }) => Exit::InUse,
+            MaintenanceError::System { source, .. } => Exit::of_io(source),
             _ => Exit::Failure,
         };
         Failure::of_message(exit, &error.to_string())
@@ -269,7 +282,10 @@ impl From<Error> for Failure {
             message if !is_own && message.contains(FORCE) => {
                 Some("--force removes it anyway".into())
             }
-            _ => (!is_own && error.kind() != Code::HandlerError).then(|| remedy(error.kind())),
+            _ => {
+                let has_remedy = !is_own && error.kind() != Code::HandlerError;
+                has_remedy.then(|| remedy(error.kind(), error.message()))
+            }
         };
         let shown = match plain(error.kind(), error.message()).filter(|_| !is_own) {
             Some(message) => {
@@ -288,12 +304,15 @@ impl From<Error> for Failure {
 }
 
 /// What to do about an error, in terms of this program's flags and commands.
-fn remedy(code: Code) -> String {
+fn remedy(code: Code, message: &str) -> String {
     let text = match code {
         Code::AppInUse => "stop the other instance, or connect as another app with --app",
         Code::NotMember => "name a pool that the app is in; `latzero pools` lists them",
         Code::Unauthenticated => {
             "give the keys of the pool with --keys FILE, or the key of the app with --app-key FILE"
+        }
+        Code::Forbidden if !message.contains("administ") => {
+            "use an app, keys or a user that may do it; `latzero pools info` shows the policy"
         }
         Code::Forbidden => {
             "connect over the Unix socket as the server's user, or over TLS with \
@@ -306,10 +325,15 @@ fn remedy(code: Code) -> String {
             "check the name with `latzero block ls`, or create it with `latzero block create`"
         }
         Code::BlockExists => "use the existing block with --or-attach, or choose another name",
-        Code::OutOfRange => "keep --offset plus the length within the size that `block info` shows",
+        Code::OutOfRange => {
+            "keep --offset plus the length within the size that `latzero block info` shows"
+        }
         Code::VersionConflict => "read the block again and repeat the change",
         Code::LayoutMismatch => "use the layout that `latzero block info` shows",
         Code::Contended => "try again, or recreate the block with more --slots",
+        Code::Locked if message.contains("under a shared lock") => {
+            "use `latzero block lock` without --shared for a command that writes"
+        }
         Code::Locked => {
             "`latzero block info` shows who holds the lock; wait for it with `latzero block lock \
              --wait`"

@@ -147,6 +147,9 @@ pub(crate) fn check(program: &OsStr) -> Result<(), Failure> {
         return match is_executable(Path::new(program)) {
             Ok(true) => Ok(()),
             Ok(false) => Err(refused("it is not an executable file".to_owned())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(refused("there is no such file".to_owned()))
+            }
             Err(error) => Err(refused(error.kind().to_string())),
         };
     }

@@ -71,7 +71,7 @@ pub(crate) fn toned(text: impl Display, tone: Tone) -> Cell {
 }
 
 /// How the output looks.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Output {
     /// Whether to print JSON, for scripts.
     pub(crate) json: bool,
@@ -110,9 +110,14 @@ impl Output {
         self.is_terminal && !self.json
     }
 
+    /// Whether a person sees what is written to stderr.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.is_err_terminal && !self.json
+    }
+
     /// Whether progress may be shown on stderr.
     pub(crate) fn shows_progress(&self) -> bool {
-        self.is_err_terminal && self.can_move && !self.json
+        self.is_watched() && self.can_move
     }
 
     /// One line on stdout, escaped on a terminal.

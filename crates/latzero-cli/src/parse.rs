@@ -132,6 +132,12 @@ pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// A port.
+pub(crate) fn port(text: &str) -> Result<u16, String> {
+    let expected = |_| "expected a number from 0 to 65535".to_owned();
+    text.parse().map_err(expected)
+}
+
 /// A trigger and its pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Target {

@@ -1,6 +1,7 @@
 //! Explains mistakes in the command line, as text or, with `--json`, as JSON.
 
 use std::ffi::OsString;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
@@ -34,9 +35,11 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
     );
     if is_help {
-        // If the pipe is closed, its reader has read enough.
-        let _ = error.print();
-        return Err(Exit::Ok.into());
+        let Err(failed) = error.print().and_then(|()| std::io::stdout().flush()) else {
+            return Err(Exit::Ok.into());
+        };
+        let output = Output::new(flags.json, flags.color);
+        return Err(output.failure(&failed.into()).into());
     }
     if is_bare_host(&args) {
         return Err(explain_host(&flags));

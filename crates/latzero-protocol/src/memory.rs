@@ -95,12 +95,24 @@ pub enum Action<'a> {
     Notify(BlockId, u64),
     /// Offer the memory of a block that the server lost when it ended, with a descriptor of it.
     Reoffer(BlockId),
-    /// Change its size, in bytes.
-    Resize(BlockId, u64),
+    /// Change its size.
+    Resize {
+        /// The block.
+        block: BlockId,
+        /// The new size in bytes.
+        size: u64,
+        /// The fence of the lock to do it under.
+        lock: Option<u64>,
+    },
     /// Wait until its content is on disk.
     Flush(BlockId),
     /// Remove it.
-    Remove(BlockId),
+    Remove {
+        /// The block.
+        block: BlockId,
+        /// The fence of the lock to do it under.
+        lock: Option<u64>,
+    },
     /// List the blocks of a pool.
     List(Page<'a>),
     /// Describe it.
@@ -510,9 +522,16 @@ pub(crate) fn decode<'a>(e: &Envelope<'a>, action: &str) -> Result<Memory<'a>, R
         "memory_unsubscribe" => Action::Unsubscribe(block()?),
         "memory_notify" => Action::Notify(block()?, required("version")?),
         "memory_reoffer" => Action::Reoffer(block()?),
-        "memory_resize" => Action::Resize(block()?, required("size")?),
+        "memory_resize" => Action::Resize {
+            block: block()?,
+            size: required("size")?,
+            lock: lock(&fields)?,
+        },
         "memory_flush" => Action::Flush(block()?),
-        "memory_remove" => Action::Remove(block()?),
+        "memory_remove" => Action::Remove {
+            block: block()?,
+            lock: lock(&fields)?,
+        },
         "memory_list" => Action::List(page(e)?),
         "memory_info" => Action::Info(block()?),
         other => return Err(unknown(other)),

@@ -108,8 +108,8 @@ pub struct Facts {
     pub data_dir: PathBuf,
     /// What exists there.
     pub place: DirectoryState,
-    /// Why a start would refuse, by its own checks.
-    pub refusal: Option<String>,
+    /// Why a start would refuse, by its own checks, and the finding that it belongs to.
+    pub refusal: Option<(&'static str, String)>,
     /// The magic number of its file system, or of that of the nearest existing parent.
     pub file_system: Option<u32>,
     /// Free space there for this user, in bytes.
@@ -180,7 +180,7 @@ pub fn collect(settings: &Settings, environment: &Environment) -> Facts {
         limits: settings.limits.clone(),
         refusal: startup::check(settings)
             .err()
-            .map(|error| error.to_string()),
+            .map(|error| (error.part(), error.to_string())),
         place,
         data_dir,
     }
@@ -238,13 +238,17 @@ pub fn diagnose(facts: &Facts) -> Vec<Finding> {
     let is_explained = findings
         .iter()
         .any(|finding| finding.status == Status::Fail);
-    if let Some(refusal) = facts.refusal.as_ref().filter(|_| !is_explained) {
-        // It replaces a finding that the directory has no problem.
-        findings[0] = Finding::fail(
-            "data directory",
-            refusal,
-            format!("ls -ld {}", facts.data_dir.display()),
-        );
+    if let Some((part, refusal)) = facts.refusal.as_ref().filter(|_| !is_explained) {
+        let command = match *part {
+            "port" => "latzero start --host 127.0.0.1".to_owned(),
+            "socket" => "LATZERO_SOCKET=auto latzero start".to_owned(),
+            "tls" => "latzero config show".to_owned(),
+            _ => format!("ls -ld {}", facts.data_dir.display()),
+        };
+        // It replaces a finding that this part has no problem.
+        if let Some(finding) = findings.iter_mut().find(|finding| finding.name == *part) {
+            *finding = Finding::fail(part, refusal, command);
+        }
     }
     findings
 }
@@ -340,7 +344,7 @@ fn instance(facts: &Facts) -> Finding {
             Finding::warn(
                 NAME,
                 format!("a server is already using {path}{pid}; a second one cannot start there"),
-                "latzero stop",
+                format!("latzero stop --data-dir {path}"),
             )
         }
     }

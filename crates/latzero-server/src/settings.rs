@@ -25,7 +25,7 @@ pub use latzero_fabric::limits::{Limits, Takes};
 pub use reference::default_config;
 pub use resolve::{resolve, unknown_variables};
 pub use resolved::{Reload, Resolved, SettingChange, Shown};
-pub use table::{SETTINGS, Setting, Settings};
+pub use table::{SETTINGS, Setting, Settings, is_path};
 pub use value::{Kind, LogFormat, LogLevel, SocketChoice, StoreDurability, Value};
 
 /// The exit code of a program with invalid settings: the same as for an invalid flag.

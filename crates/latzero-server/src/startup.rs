@@ -209,8 +209,8 @@ pub enum StartupError {
 }
 
 impl StartupError {
-    /// The exit code for this error, from `sysexits.h`: 75 (try again later) where another program
-    /// is in the way, 77 where a permission is, else 1.
+    /// The exit code for this error: 2 where a setting is wrong; from `sysexits.h`, 75 (try again
+    /// later) where another program is in the way and 77 where a permission is; else 1.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -226,13 +226,28 @@ impl StartupError {
             | StartupError::BadHost { .. }
             | StartupError::SocketPathTooLong { .. }
             | StartupError::SocketPathTaken { .. }
-            | StartupError::BadToken { .. }
-            | StartupError::BadActivation { .. }
             | StartupError::HalfCertificate
-            | StartupError::Certificate(_)
+            | StartupError::Certificate(_) => 2,
+            StartupError::BadToken { .. }
+            | StartupError::BadActivation { .. }
             | StartupError::Store(_)
             | StartupError::TakeOver { .. }
             | StartupError::System { .. } => 1,
+        }
+    }
+
+    /// The part of the server that it concerns, as `doctor` names it.
+    #[must_use]
+    pub(crate) fn part(&self) -> &'static str {
+        match self {
+            StartupError::HalfCertificate | StartupError::Certificate(_) => "tls",
+            StartupError::PortInUse { .. }
+            | StartupError::PrivilegedPort { .. }
+            | StartupError::BadHost { .. } => "port",
+            StartupError::SocketPathTooLong { .. }
+            | StartupError::SocketPathTaken { .. }
+            | StartupError::SocketInUse { .. } => "socket",
+            _ => "data directory",
         }
     }
 
@@ -317,7 +332,7 @@ impl Started {
     }
 }
 
-/// The checks of a start that change nothing, for `doctor`: directory, token, socket, address.
+/// The checks of a start that change nothing: directory, token, socket, certificate, address.
 ///
 /// # Errors
 /// The first one that fails.
@@ -333,6 +348,7 @@ pub fn check(settings: &Settings) -> Result<(), StartupError> {
             sockets::check_unused(path)?;
         }
     }
+    crate::tls::check(settings)?;
     // Any port of the address will do: whether it is one of this machine.
     sockets::bind_tcp(&settings.host, 0).map(drop)
 }

@@ -67,6 +67,15 @@ impl Tls {
     }
 }
 
+/// The checks of a start that change nothing: a certificate that the user set.
+pub(crate) fn check(settings: &Settings) -> Result<(), StartupError> {
+    let is_own = [&settings.tls_cert, &settings.tls_key].map(|path| path == Path::new(AUTO));
+    match settings.enable_tls && is_own != [true, true] {
+        true => load(settings, &settings.data_dir).map(drop),
+        false => Ok(()),
+    }
+}
+
 fn load(settings: &Settings, data_dir: &Path) -> Result<Acceptor, StartupError> {
     let is_auto = |path: &Path| path == Path::new(AUTO);
     let is_own = (is_auto(&settings.tls_cert), is_auto(&settings.tls_key));
@@ -81,6 +90,9 @@ fn load(settings: &Settings, data_dir: &Path) -> Result<Acceptor, StartupError> 
     let client_ca = Some(&settings.tls_client_ca).filter(|path| *path != Path::new(OFF));
     let client_ca = client_ca.map(PathBuf::as_path);
     Acceptor::load(&certificate, &key, client_ca, origin).map_err(|error| match error {
+        PemError::Io { path, source } if source.kind() == io::ErrorKind::NotFound => {
+            StartupError::Certificate(format!("there is no file {}", path.display()))
+        }
         PemError::Io { path, source } => StartupError::of_io("reading", &path, source),
         other => StartupError::Certificate(other.to_string()),
     })

@@ -128,6 +128,21 @@ impl BlockName {
         self.attach_as(Access::Write).await
     }
 
+    /// Removes the block, even if others are attached.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `locked`.
+    pub async fn remove(self) -> Result<(), Error> {
+        let mut request = json!({"action": "memory_remove", "block_id": self.id});
+        if let Some(pool) = &self.pool {
+            request["pool"] = pool.as_str().into();
+            if let Some(fence) = lock::inherited_fence(pool, &self.id) {
+                request["lock"] = fence.to_string().into();
+            }
+        }
+        self.app.request(&request).await.map(drop)
+    }
+
     async fn attach_as(self, access: Access) -> Result<Block, Error> {
         let mut request = json!({"mode": access.as_str()});
         if let Some(layout) = &self.layout {
@@ -647,6 +662,13 @@ impl Block {
         lock::inherited_fence(self.pool(), self.id())
     }
 
+    /// Adds to a request the lock that the program that started this one holds.
+    fn name_inherited(&self, request: &mut Value) {
+        if let Some(fence) = self.inherited_fence() {
+            request["lock"] = fence.to_string().into();
+        }
+    }
+
     /// Writes through the server, in as many requests as it takes.
     async fn write_through(
         &self,
@@ -700,9 +722,7 @@ impl Block {
             return self.cas_sealed(sealed, offset, expected, bytes).await;
         }
         let mut more = json!({"offset": offset, "expected": STANDARD.encode(expected)});
-        if let Some(fence) = self.inherited_fence() {
-            more["lock"] = fence.to_string().into();
-        }
+        self.name_inherited(&mut more);
         let reply = self.ask_with("memory_cas", &more, Some(bytes)).await?;
         if reply["swapped"] == true {
             let version = number(&reply, "version");
@@ -776,7 +796,9 @@ impl Block {
             };
             return self.edit(sealed, &edit).await.map(drop);
         }
-        self.ask("memory_resize", &json!({"size": size})).await?;
+        let mut more = json!({"size": size});
+        self.name_inherited(&mut more);
+        self.ask("memory_resize", &more).await?;
         self.shared().must_attach.store(true, Ordering::Release);
         self.readable().await.map(drop)
     }
@@ -823,7 +845,9 @@ impl Block {
     /// # Errors
     /// `forbidden`, `locked`.
     pub async fn remove(&self) -> Result<(), Error> {
-        self.ask("memory_remove", &json!({})).await?;
+        let mut more = json!({});
+        self.name_inherited(&mut more);
+        self.ask("memory_remove", &more).await?;
         self.shared().is_gone.store(true, Ordering::Release);
         self.shared().wake_waiting();
         Ok(())

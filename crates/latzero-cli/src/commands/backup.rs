@@ -60,7 +60,7 @@ fn list(args: &BackupListArgs, output: &Output) -> CommandResult {
     let dir = args.dir.path();
     let files = maintenance::files(&dir).map_err(|error| {
         let text = format!("cannot list the backups of {}: {error}", dir.display());
-        Failure::new(Exit::Failure, text)
+        Failure::new(Exit::of_io(&error), text)
     })?;
     let depth = match args.verify {
         true => Depth::Whole,

@@ -485,7 +485,7 @@ fn flush(args: &BlockOne, output: &Output) -> CommandResult {
 
 fn remove(args: &BlockOne, output: &Output) -> CommandResult {
     let at = BlockHandle::once(&args.at, &args.reach)?;
-    at.ask("memory_remove")?;
+    at.name().remove()?;
     if output.json {
         output.value(&json!({"removed": at.id}))?;
     } else if output.is_terminal {

@@ -5,9 +5,8 @@ use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use latzero::blocking::Call;
-use latzero::{ItemOrProgress, Parked, Reply};
+use latzero::{Bytes, Data, ItemOrProgress, Parked, Reply};
 use serde_json::json;
-use serde_json::value::RawValue;
 
 use crate::args::CallArgs;
 use crate::connect::{ConnectOptions, Connection};
@@ -181,14 +180,14 @@ fn stream(
     output: &Output,
     explained: impl Fn(latzero::Error) -> Failure,
 ) -> CommandResult {
-    let mut stream = call.stream::<Box<RawValue>>();
+    let mut stream = call.stream::<Data>();
     let mut has_items = false;
     while let Some(next) = stream.next_or_progress() {
         match next {
             Ok(ItemOrProgress::Item(item)) => {
                 has_items = true;
                 output.progress_done();
-                item_line(item.get(), args, output)?;
+                print_item(&item, args, output)?;
             }
             Ok(ItemOrProgress::Progress(report)) if output.json => {
                 output.json_line(&format!("{{\"progress\":{report}}}"))?;
@@ -205,40 +204,60 @@ fn stream(
     }
     output.progress_done();
     // The final answer is not an item.
+    let raw = stream.end().and_then(Reply::bytes);
     let end = stream.end().and_then(Reply::json).unwrap_or("null");
-    if output.json {
-        output.json_line(&format!("{{\"end\":{end}}}"))?;
-    } else if !has_items {
+    match raw {
+        Some(raw) if output.json => output.value(&json!({"end": {"hex": hex(raw)}}))?,
+        None if output.json => output.json_line(&format!("{{\"end\":{end}}}"))?,
         // A handler that does not stream: an answer like any other.
-        item_line(end, args, output)?;
-    } else if end != "null" {
-        output.note(format_args!("end: {}", compact(end)));
+        Some(raw) if !has_items => print_bytes(raw, "answer", args, output)?,
+        None if !has_items => line(end, args, output)?,
+        Some(raw) => output.note(format_args!(
+            "end: {} of raw bytes",
+            bytes(raw.len() as u64)
+        )),
+        None if end != "null" => output.note(format_args!("end: {}", compact(end))),
+        None => {}
     }
     Ok(Exit::Ok)
 }
 
-fn item_line(json: &str, args: &CallArgs, output: &Output) -> std::io::Result<()> {
+fn print_item(item: &Data, args: &CallArgs, output: &Output) -> std::io::Result<()> {
+    match item {
+        Data::Json(json) if output.json => output.json_line(&format!("{{\"item\":{json}}}")),
+        Data::Json(json) => line(json.get(), args, output),
+        Data::Bytes(Bytes(raw)) if output.json => output.value(&json!({"item": {"hex": hex(raw)}})),
+        Data::Bytes(Bytes(raw)) => print_bytes(raw, "item", args, output),
+    }
+}
+
+/// JSON on one line; with `--raw` the text of a string.
+fn line(json: &str, args: &CallArgs, output: &Output) -> std::io::Result<()> {
     match text_of(json).filter(|_| args.raw) {
         Some(text) => output.raw_line(text),
-        None if output.json => output.json_line(&format!("{{\"item\":{json}}}")),
         None => output.json_line(json),
     }
 }
 
+/// Raw bytes as they are, but on a terminal only with `--raw`.
+fn print_bytes(raw: &[u8], what: &str, args: &CallArgs, output: &Output) -> std::io::Result<()> {
+    if output.is_terminal && !args.raw {
+        let size = bytes(raw.len() as u64);
+        output.note(format_args!(
+            "the {what} is {size} of raw bytes; print them with --raw, or redirect stdout to a file"
+        ));
+        return Ok(());
+    }
+    output.bytes(raw)
+}
+
 fn print(reply: &Reply, args: &CallArgs, output: &Output) -> Result<(), Failure> {
     if let Some(raw) = reply.bytes() {
-        if output.json {
-            return Ok(output.value(&json!({"hex": hex(raw)}))?);
+        match output.json {
+            true => output.value(&json!({"hex": hex(raw)}))?,
+            false => print_bytes(raw, "answer", args, output)?,
         }
-        if output.is_terminal && !args.raw {
-            let size = bytes(raw.len() as u64);
-            output.note(format_args!(
-                "the answer is {size} of raw bytes; print them with --raw, or redirect stdout to \
-                 a file"
-            ));
-            return Ok(());
-        }
-        return Ok(output.bytes(raw)?);
+        return Ok(());
     }
     let json = reply.json().unwrap_or("null");
     match text_of(json).filter(|_| args.raw) {

@@ -1,5 +1,7 @@
 //! `doctor`: diagnoses why the server cannot start or does not run well.
 
+use std::time::Duration;
+
 use latzero_server::doctor::{self, Finding, Status};
 use latzero_server::maintenance::{self, Depth};
 use latzero_server::settings::{Environment, Settings, load};
@@ -8,11 +10,14 @@ use serde_json::json;
 
 use crate::args::SettingsArgs;
 use crate::connect::{ConnectOptions, ServerArgs};
-use crate::exit::{CommandResult, Exit};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, Tone, toned};
 use crate::parse::shell;
 
 use super::store::{creation_time, losses, sentences};
+
+/// How long a server may take to answer.
+const ANSWER_TIME: Duration = Duration::from_secs(2);
 
 pub(crate) fn run(args: &SettingsArgs, output: &Output) -> CommandResult {
     let environment = Environment::of_process();
@@ -67,18 +72,29 @@ pub(crate) fn run(args: &SettingsArgs, output: &Output) -> CommandResult {
 /// What the server that runs on the directory reports about its store; nothing if none runs.
 fn store(settings: &Settings) -> Option<Finding> {
     let dir = settings.data_dir.canonicalize().ok()?;
-    lock::holder(&dir)?;
+    let pid = lock::holder(&dir)?.pid?;
     let reach = ServerArgs {
         data_dir: Some(dir.clone()),
         ..ServerArgs::default()
     };
-    // Other findings report a server that does not answer.
-    let connection = reach.connect(&ConnectOptions::once("doctor")).ok()?;
-    let health = connection.app.request(&json!({"action": "health"})).ok()?;
-    let part = &health["components"]["store"];
-    let mut what = losses(&health, Some("store"));
-    what.extend(sentences(&part["seen"]));
     let shown = shell(&dir.to_string_lossy());
+    let options = ConnectOptions::once("doctor").within(ANSWER_TIME);
+    let health = reach.connect(&options).and_then(|connection| {
+        let health = connection.app.request(&json!({"action": "health"}));
+        health.map_err(Failure::from)
+    });
+    let health = match health {
+        Ok(health) => health,
+        Err(failure) => {
+            return Some(Finding {
+                name: "server",
+                status: Status::Fail,
+                what: format!("pid {pid}: {}", failure.errors.join("; ")),
+                command: Some(format!("latzero logs --data-dir {shown}")),
+            });
+        }
+    };
+    let part = &health["components"]["store"];
     let (status, command) = match (part["status"] == "ok", part["seen"]["failing"].as_str()) {
         (true, _) => (Status::Ok, None),
         (false, Some(_)) => (Status::Fail, Some(format!("df -h {shown}"))),

@@ -9,7 +9,10 @@ use crate::names::{did_you_mean, nearest};
 use crate::output::{Output, count};
 
 pub(crate) fn run(args: &KickArgs, output: &Output) -> CommandResult {
-    let connection = args.reach.connect(&ConnectOptions::once("kick"))?;
+    let mut options = ConnectOptions::once("kick");
+    // Under a name of its own, so that it does not close its own connection.
+    options.app_id = Some(args.reach.own_app_id(None));
+    let connection = args.reach.connect(&options)?;
     let mut request = json!({"action": "kick", "app_id": args.kicked});
     if let Some(instance) = &args.instance {
         request["instance"] = json!(instance);
@@ -46,7 +49,8 @@ fn none_found(args: &KickArgs, connection: &Connection) -> Failure {
     let apps = apps.unwrap_or_default();
     let live = apps.iter().filter(|app| app["live"] == true);
     let names = live.filter_map(|app| app["app_id"].as_str());
-    let names: Vec<&str> = names.filter(|name| *name != args.kicked).collect();
+    let is_other = |name: &&str| ![&args.kicked, connection.app.app_id()].contains(name);
+    let names: Vec<&str> = names.filter(is_other).collect();
     let near = did_you_mean(&nearest(&args.kicked, names));
     let help = near.unwrap_or_else(|| "`latzero apps --live` lists the connected apps".to_owned());
     let mut failure = Failure::new(Exit::Answered, &text).with_help(help);

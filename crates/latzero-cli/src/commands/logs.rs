@@ -61,12 +61,8 @@ fn open(path: &Path) -> Result<File, Failure> {
 }
 
 fn unreadable(path: &Path, error: &io::Error) -> Failure {
-    let exit = match error.kind() {
-        io::ErrorKind::PermissionDenied => Exit::Denied,
-        _ => Exit::Failure,
-    };
     Failure::new(
-        exit,
+        Exit::of_io(error),
         format!("the log {} cannot be read: {error}", path.display()),
     )
 }

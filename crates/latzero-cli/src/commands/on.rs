@@ -47,6 +47,7 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> CommandResult {
         options = options.in_pool(target.pool.as_deref());
     }
     let connection = args.reach.connect(&options)?;
+    connection.report_losses(output);
     let mut listening = Vec::new();
     for target in targets {
         let events = block_on(connection.app.as_async().on(&target.trigger))?;

@@ -58,6 +58,7 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> CommandResult {
         (false, None) => thread::available_parallelism().map_or(1, usize::from),
     };
     let connection = args.reach.connect(&options)?;
+    connection.report_losses(output);
     // Before anything is served, so that no program outlives a Ctrl-C.
     let signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| {
         Failure::new(

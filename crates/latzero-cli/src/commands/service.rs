@@ -4,7 +4,9 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use latzero_server::settings::{Environment, load};
+use latzero_server::ServerError;
+use latzero_server::settings::{Environment, is_path, load};
+use latzero_server::startup::check;
 use serde_json::json;
 
 use crate::args::{ServiceArgs, ServiceCommand, SettingsArgs};
@@ -38,19 +40,22 @@ fn path() -> PathBuf {
 
 fn unit(settings: &SettingsArgs) -> Result<String, Failure> {
     // What `start` refuses would fail at the next login, where nobody sees it.
-    load(
+    let resolved = load(
         &Environment::of_process(),
         &settings.overrides(),
         settings.config.as_deref(),
     )?;
+    resolved.check_available()?;
+    check(&resolved.settings).map_err(ServerError::Startup)?;
     let program = std::env::current_exe()
         .map_err(|error| Failure::new(Exit::Failure, format!("the program's path: {error}")))?;
     let mut words = vec![program.to_string_lossy().into_owned(), "start".to_owned()];
     for setting in settings.overrides() {
         // The service has another working directory.
-        let value = match setting.name.as_str() {
-            "data_dir" => absolute(&expand_home(&setting.value))?,
-            _ => setting.value,
+        let is_word = ["auto", "off"].contains(&setting.value.as_str());
+        let value = match is_path(&setting.name) && !is_word {
+            true => absolute(&expand_home(&setting.value))?,
+            false => setting.value,
         };
         words.extend(["--set".to_owned(), format!("{}={value}", setting.name)]);
     }

@@ -10,6 +10,7 @@ use crate::output::{Output, Tone};
 pub(crate) fn run(args: &WatchArgs, output: &Output) -> CommandResult {
     let options = ConnectOptions::continuous("watch").in_pool(Some(&args.pool));
     let connection = args.reach.connect(&options)?;
+    connection.report_losses(output);
     let mut events = connection.app.watch(&args.pool)?;
     if output.is_for_people() {
         output.note(format_args!(

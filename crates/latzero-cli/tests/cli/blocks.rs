@@ -135,7 +135,7 @@ fn errors_say_what_to_do() {
     );
     fails(&["write", "alpha/f", ""], 2, "--allow-empty");
     fails(&["load", "alpha/f", "/dev/null"], 2, "--allow-empty");
-    fails(&["load", "alpha/f", "/nosuch"], 1, "cannot be read");
+    fails(&["load", "alpha/f", "/nosuch"], 2, "cannot be read");
     fails(&["write", "/f", "x"], 2, "POOL/BLOCK");
 }
 
@@ -356,6 +356,13 @@ fn a_command_writes_under_the_lock_of_block_lock() {
           lab/f b'",
     )
     .ended_with(0);
+    // Also what changes the block as a whole.
+    lock("printf longer | latzero block load lab/f -").ended_with(0);
+    assert_eq!(server.run(&["block", "read", "lab/f"]).out, "longer");
+    lock("latzero block resize lab/f 5").ended_with(0);
+    lock("latzero block rm lab/g; latzero block rm lab/f && exit 7").ended_with(7);
+    server.run(&["block", "info", "lab/f"]).ended_with(5);
+    server.run(&["block", "create", "lab/f", "5"]).ended_with(0);
     lock("exit 9").ended_with(9);
     lock("kill -TERM $$").ended_with(128 + 15);
     // Nobody else writes meanwhile, and a token that is over is refused.
@@ -366,6 +373,24 @@ fn a_command_writes_under_the_lock_of_block_lock() {
         .command(&["block", "write", "lab/f", "x"])
         .env("LATZERO_LOCKS", "lab/f=1"));
     stale.ended_with(5).said("lock_lost");
+}
+
+#[test]
+fn a_command_under_a_shared_lock_only_reads() {
+    let server = Server::start();
+    server.run(&["block", "create", "lab/f", "2"]).ended_with(0);
+    let lock = |args: &[&str]| {
+        let latzero = env!("CARGO_BIN_EXE_latzero");
+        let all = [&["block", "lock", "--shared", "lab/f", "--", latzero], args].concat();
+        server.run(&all)
+    };
+    lock(&["block", "read", "lab/f"]).ended_with(0);
+    lock(&["block", "lock", "--shared", "lab/f", "--", "true"]).ended_with(0);
+    // It would wait for itself.
+    let refused = lock(&["block", "write", "lab/f", "ab"]).ended_with(5);
+    refused
+        .said("runs under a shared lock")
+        .said("without --shared");
 }
 
 #[test]

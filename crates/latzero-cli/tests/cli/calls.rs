@@ -46,6 +46,33 @@ fn answers_come_as_json() {
 }
 
 #[test]
+fn items_of_a_stream_may_be_bytes() {
+    let server = Server::start();
+    let script = "printf '\\000\\000\\000\\002\\377\\n\\000\\000\\000\\001\\376'";
+    let command = ["--", "sh", "-c", script];
+    let args = [
+        &["alpha/raw", "--stream=length", "--output", "bytes"],
+        &command[..],
+    ]
+    .concat();
+    let _serving = server.serve(&args);
+    let call = server
+        .command(&["call", "alpha/raw", "--stream"])
+        .output()
+        .unwrap();
+    assert_eq!(call.stdout, b"\xff\n\xfe");
+    let ran = server
+        .run(&["call", "alpha/raw", "--stream", "--json"])
+        .ended_with(0);
+    let lines: Vec<&str> = ran.out.lines().collect();
+    let items = [
+        "{\"item\":{\"hex\":\"ff0a\"}}",
+        "{\"item\":{\"hex\":\"fe\"}}",
+    ];
+    assert_eq!(lines[..2], items);
+}
+
+#[test]
 fn wrong_names_get_suggestions() {
     let server = Server::start();
     let _serving = server.serve(&["alpha/double", "--app", "calc", "--", "cat"]);

@@ -2,6 +2,7 @@
 
 use std::net::TcpListener;
 
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::program::{Server, latzero, run};
@@ -156,4 +157,24 @@ fn doctor_names_problems_and_fixes() {
     let server = Server::start();
     let found = server.run(&["doctor", "--port", "0"]).ended_with(0).out;
     assert!(found.contains(&format!("pid {}", server.pid())), "{found}");
+    server.running.signal(Signal::STOP);
+    let found = server.run(&["doctor", "--port", "0"]).ended_with(4).out;
+    server.running.signal(Signal::CONT);
+    assert!(found.contains("fail\tserver\t"), "{found}");
+}
+
+#[test]
+fn doctor_puts_a_refusal_where_it_belongs() {
+    let home = tempfile::tempdir().unwrap();
+    let check = |row: &str, args: &[&str]| {
+        let args = [&["doctor"], args].concat();
+        let found = run(&mut latzero(home.path(), &args)).ended_with(4).out;
+        assert!(found.contains(&format!("fail\t{row}\t")), "{found}");
+        let failed = found.lines().filter(|line| line.starts_with("fail"));
+        assert_eq!(failed.count(), 1, "{found}");
+    };
+    check("port", &["--host", "300.1.1.1"]);
+    check("socket", &["--socket", "/dev/null"]);
+    check("tls", &["--tls", "--tls-cert", "/nosuch"]);
+    check("data directory", &["--data-dir", "/dev/null"]);
 }

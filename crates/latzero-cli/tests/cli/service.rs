@@ -110,6 +110,11 @@ fn settings_that_start_refuses_are_not_installed() {
         &["--port", "x"][..],
         &["--set", "nosuch=1"],
         &["--config", "none.toml"],
+        &["--host", "0.0.0.0"],
+        &["--host", "300.1.1.1"],
+        &["--cluster"],
+        &["--tls", "--tls-cert", "/nosuch"],
+        &["--tls", "--tls-cert", "/nosuch", "--tls-key", "/nosuch"],
     ] {
         for command in ["install", "show"] {
             home.service(&[&[command], wrong].concat()).ended_with(2);

@@ -197,16 +197,16 @@ impl<D: Driver> Session<D> {
                 D::reoffer(turn, &pool, &name, block)?;
                 Ok(Some("{}".into()))
             }
-            Action::Resize(block, size) => turn.with_pool(&pool, |pool, turn| {
-                pool.blocks().resize(asking, block, *size, turn)
+            Action::Resize { block, size, lock } => turn.with_pool(&pool, |pool, turn| {
+                pool.blocks().resize(asking, block, *size, *lock, turn)
             }),
             Action::Flush(block) => {
                 turn.with_pool(&pool, |pool, turn| pool.blocks().flush(asking, block, turn))
             }
-            Action::Remove(block) => {
+            Action::Remove { block, lock } => {
                 let is_admin = self.terms.is_admin;
                 turn.with_pool(&pool, |pool, turn| {
-                    pool.blocks().remove(member, is_admin, block, turn)
+                    pool.blocks().remove(member, is_admin, block, *lock, turn)
                 })
             }
             Action::List(page) => {
@@ -282,7 +282,7 @@ fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(),
         (Suite::Sealed, Action::Create(create)) if create.slots == 1 => {
             Err(refusals::sealed_block_is_raw())
         }
-        (Suite::Sealed, Action::Cas { .. } | Action::Resize(..)) => {
+        (Suite::Sealed, Action::Cas { .. } | Action::Resize { .. }) => {
             Err(refusals::sealed_block_changed_by_server())
         }
         (Suite::Sealed, Action::Write(write)) if write.offset != 0 || write.lock.is_none() => {

@@ -70,8 +70,13 @@ pub enum Problem {
     },
     /// The file is not TOML.
     Syntax(String),
-    /// The file or directory cannot be read.
-    Unreadable(String),
+    /// The file or directory cannot be read: whether for want of permission, and why.
+    Unreadable {
+        /// Whether permission was denied.
+        is_denied: bool,
+        /// What the system said.
+        why: String,
+    },
     /// The file is larger than [`FILE_BYTES_MAX`].
     FileTooLarge,
     /// There are more files than [`FILES_MAX`].
@@ -122,7 +127,7 @@ impl fmt::Display for SettingsError {
                 write!(f, ": `{key}` must be {expected}, not {found}")
             }
             Problem::Syntax(message) => write!(f, ": not valid TOML: {message}"),
-            Problem::Unreadable(message) => write!(f, ": cannot be read: {message}"),
+            Problem::Unreadable { why, .. } => write!(f, ": cannot be read: {why}"),
             Problem::FileTooLarge => {
                 write!(
                     f,
@@ -160,6 +165,13 @@ impl std::error::Error for SettingsError {}
 pub struct SettingsErrors(pub(super) Vec<SettingsError>);
 
 impl SettingsErrors {
+    /// Whether the only problem is that permission was denied.
+    #[must_use]
+    pub fn is_denied(&self) -> bool {
+        let is_denied = |error: &SettingsError| matches!(error.problem, Problem::Unreadable { is_denied, .. } if is_denied);
+        self.0.iter().all(is_denied)
+    }
+
     /// The errors; there is at least one.
     #[must_use]
     pub fn errors(&self) -> &[SettingsError] {

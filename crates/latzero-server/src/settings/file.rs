@@ -207,14 +207,25 @@ fn unreadable(path: &Path, cause: &io::Error) -> SettingsError {
     SettingsError {
         source: Source::File(path.to_owned()),
         at: None,
-        problem: Problem::Unreadable(cause.to_string()),
+        problem: Problem::Unreadable {
+            is_denied: cause.kind() == io::ErrorKind::PermissionDenied,
+            why: cause.to_string(),
+        },
     }
 }
 
 fn list(dir: &Path) -> Result<Vec<PathBuf>, SettingsError> {
     let read = match fs::read_dir(dir) {
         Ok(read) => read,
-        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        // Where a file stands in for the data directory, the start says so.
+        Err(cause)
+            if matches!(
+                cause.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
+        {
+            return Ok(Vec::new());
+        }
         Err(cause) => return Err(unreadable(dir, &cause)),
     };
     let mut paths = Vec::new();

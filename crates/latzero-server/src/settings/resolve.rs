@@ -186,7 +186,10 @@ fn nearest_variable(variable: &str) -> Option<String> {
     let bare = all
         .iter()
         .map(|known| known.trim_start_matches(VARIABLE_PREFIX).to_owned());
-    nearest(name, bare).map(|near| format!("{VARIABLE_PREFIX}{near}"))
+    let near = nearest(name, bare);
+    // A short name may share a few letters with any other.
+    let near = near.filter(|near| strsim::normalized_levenshtein(name, near) >= 0.5);
+    near.map(|near| format!("{VARIABLE_PREFIX}{near}"))
 }
 
 /// The most similar of `known`, unless none is similar. Names longer than any known one are

@@ -177,6 +177,13 @@ settings! {
     log_files_max: usize = "5", Kind::Integer { min: 1, max: 1_000 }, Live;
 }
 
+/// Whether the value of this setting is a path.
+#[must_use]
+pub fn is_path(name: &str) -> bool {
+    let setting = SETTINGS.iter().find(|setting| setting.name == name);
+    setting.is_some_and(|setting| matches!(setting.kind, Kind::Path | Kind::Socket))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -38,24 +38,42 @@ enum Source {
     Inherited,
 }
 
-/// The environment variable with which a program passes the exclusive locks that it holds to the
-/// programs that it starts: `POOL/BLOCK=FENCE`, separated by blanks. A block's name has neither a
-/// blank nor `=`.
+/// The environment variable with which a program passes the locks that it holds to the programs
+/// that it starts: `POOL/BLOCK=FENCE` for an exclusive lock and `POOL/BLOCK=FENCE/shared` for a
+/// shared one, separated by blanks. A block's name has neither a blank nor `=`.
 pub const LOCKS_VARIABLE: &str = "LATZERO_LOCKS";
 
-/// The fence under which the program that started this one holds the lock of a block.
+/// The exclusive lock of a block that the program that started this one holds: its fence.
 pub(super) fn inherited_fence(pool: &str, id: &str) -> Option<u64> {
-    fence_in(&std::env::var(LOCKS_VARIABLE).ok()?, pool, id)
+    match inherited(pool, id) {
+        Some((fence, LockMode::Exclusive)) => Some(fence),
+        _ => None,
+    }
+}
+
+fn inherited(pool: &str, id: &str) -> Option<(u64, LockMode)> {
+    lock_in(&std::env::var(LOCKS_VARIABLE).ok()?, pool, id)
 }
 
 /// If there are several, the last one counts: it belongs to the lock that was taken last.
-fn fence_in(locks: &str, pool: &str, id: &str) -> Option<u64> {
+fn lock_in(locks: &str, pool: &str, id: &str) -> Option<(u64, LockMode)> {
     let of_block = |entry: &str| {
-        let (block, fence) = entry.rsplit_once('=')?;
+        let (block, held) = entry.rsplit_once('=')?;
+        let (fence, mode) = match held.strip_suffix("/shared") {
+            Some(fence) => (fence, LockMode::Shared),
+            None => (held, LockMode::Exclusive),
+        };
         let is_meant = block.split_once('/') == Some((pool, id));
-        fence.parse().ok().filter(|_| is_meant)
+        Some((fence.parse().ok().filter(|_| is_meant)?, mode))
     };
     locks.split_ascii_whitespace().rev().find_map(of_block)
+}
+
+/// An exclusive lock that would wait for the program that started this one, which waits for this
+/// one to end.
+fn waits_for_itself(id: &str) -> Error {
+    let text = format!("this program runs under a shared lock of block '{id}', which only reads");
+    Error::new(Code::Locked, text).with_ran(Ran::No)
 }
 
 impl BlockLock {
@@ -66,7 +84,10 @@ impl BlockLock {
         lease: Option<Duration>,
     ) -> Result<BlockLock, Error> {
         block.check_fault()?;
-        if let Some(fence) = inherited_fence(block.pool(), block.id()) {
+        if let Some((fence, held)) = inherited(block.pool(), block.id()) {
+            if (held, mode) == (LockMode::Shared, LockMode::Exclusive) {
+                return Err(waits_for_itself(block.id()));
+            }
             let epoch = block.app().core().epoch_now().unwrap_or_default();
             return Ok(BlockLock {
                 block: block.clone(),
@@ -251,16 +272,21 @@ impl Wake for Unwanted {
 
 #[cfg(test)]
 mod tests {
-    use super::fence_in;
+    use super::{LockMode, lock_in};
 
     #[test]
     fn inherited_locks_are_found_by_pool_and_name() {
-        let check = |locks: &str, expected: Option<u64>| {
-            assert_eq!(fence_in(locks, "lab", "a/frame"), expected, "{locks}");
+        let check = |locks: &str, expected: Option<(u64, LockMode)>| {
+            assert_eq!(lock_in(locks, "lab", "a/frame"), expected, "{locks}");
         };
+        let exclusive = |fence| Some((fence, LockMode::Exclusive));
         check("", None);
-        check("lab/a/frame=7", Some(7));
-        check("lab/b=1 lab/a/frame=7 lab/a/frame=9", Some(9));
-        check("lab/frame=7 other/a/frame=8 lab/a/frame=x =", None);
+        check("lab/a/frame=7", exclusive(7));
+        check("lab/b=1 lab/a/frame=7 lab/a/frame=9", exclusive(9));
+        check("lab/a/frame=7/shared", Some((7, LockMode::Shared)));
+        check(
+            "lab/frame=7 other/a/frame=8 lab/a/frame=x lab/a/frame=1/other =",
+            None,
+        );
     }
 }

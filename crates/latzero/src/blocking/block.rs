@@ -71,6 +71,14 @@ impl BlockName {
     pub fn attach_writable(self) -> Result<Block, Error> {
         run(&self.0, self.1.attach_writable()).map(Block)
     }
+
+    /// Removes the block, even if others are attached.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `locked`.
+    pub fn remove(self) -> Result<(), Error> {
+        run(&self.0, self.1.remove())
+    }
 }
 
 /// A block that is about to be created; see [`crate::CreateBlock`].

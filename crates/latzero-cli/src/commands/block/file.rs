@@ -72,10 +72,12 @@ fn is_npy(file: &Path) -> bool {
 }
 
 fn file_failure(file: &Path, what: &str, error: &io::Error) -> Failure {
-    Failure::new(
-        Exit::Failure,
-        format!("the file '{}' cannot be {what}: {error}", file.display()),
-    )
+    let exit = match error.kind() {
+        io::ErrorKind::NotFound => Exit::Usage,
+        _ => Exit::of_io(error),
+    };
+    let text = format!("the file '{}' cannot be {what}: {error}", file.display());
+    Failure::new(exit, text)
 }
 
 /// The destination of a dump.

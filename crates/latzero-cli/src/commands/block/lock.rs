@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use latzero::blocking::{Block, BlockLock};
-use latzero::{LOCKS_VARIABLE, LockMode};
+use latzero::{Code, LOCKS_VARIABLE, LockMode};
 use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::termios::tcgetpgrp;
@@ -17,6 +17,7 @@ use signal_hook::iterator::Signals;
 
 use super::BlockHandle;
 use crate::args::BlockLockArgs;
+use crate::executor::block_on;
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::launch;
 
@@ -44,12 +45,14 @@ pub(super) fn run(args: &BlockLockArgs) -> CommandResult {
         .envs(args.reach.environment())
         .env("LATZERO_BLOCK", format!("{}/{}", block.pool(), at.id))
         .env("LATZERO_FENCE", held.fence().to_string());
-    if mode == LockMode::Exclusive && !held.is_inherited() {
-        command.env(LOCKS_VARIABLE, locks_with(&block, held.fence()));
+    if !held.is_inherited() {
+        command.env(LOCKS_VARIABLE, locks_with(&block, mode, held.fence()));
     }
     let status = wait_for(&mut command, program, &held)?;
     match held.unlock() {
         Ok(()) => {}
+        // The command may remove the block, and the lock with it.
+        Err(error) if error.kind() == Code::NoBlock => {}
         Err(error) if is_lost(&error) => return Err(lost(program, &at.id)),
         Err(error) => return Err(error.into()),
     }
@@ -62,9 +65,12 @@ pub(super) fn run(args: &BlockLockArgs) -> CommandResult {
     }
 }
 
-/// The locks that the command may write under: those passed to this program, and the new one.
-fn locks_with(block: &Block, fence: u64) -> String {
-    let own = format!("{}/{}={fence}", block.pool(), block.id());
+/// The locks that the command runs under: those passed to this program, and the new one.
+fn locks_with(block: &Block, mode: LockMode, fence: u64) -> String {
+    let mut own = format!("{}/{}={fence}", block.pool(), block.id());
+    if mode == LockMode::Shared {
+        own.push_str("/shared");
+    }
     match std::env::var(LOCKS_VARIABLE) {
         Ok(given) if !given.is_empty() => format!("{given} {own}"),
         _ => own,
@@ -86,11 +92,7 @@ fn check_inherited(block: &Block, fence: u64) -> Result<(), Failure> {
 }
 
 fn is_lost(error: &latzero::Error) -> bool {
-    use latzero::Code;
-    matches!(
-        error.kind(),
-        Code::LockLost | Code::Disconnected | Code::NoBlock
-    )
+    matches!(error.kind(), Code::LockLost | Code::Disconnected)
 }
 
 fn lost(program: &OsString, block: &str) -> Failure {
@@ -137,6 +139,8 @@ fn wait_for(
     });
     thread::spawn(move || sender.send(Event::Ended(child.wait())));
     let mut lost_at: Option<Instant> = None;
+    let is_removed =
+        || block_on(held.block().info()).is_err_and(|error| error.kind() == Code::NoBlock);
     loop {
         match events.recv_timeout(CHECK_INTERVAL) {
             Ok(Event::Ended(status)) if lost_at.is_none() => {
@@ -150,7 +154,7 @@ fn wait_for(
             }
         }
         match lost_at {
-            None if !held.is_held() => {
+            None if !held.is_held() && !is_removed() => {
                 lost_at = Some(Instant::now());
                 let _ = pidfd_send_signal(&process, Signal::TERM);
             }

@@ -53,19 +53,8 @@ impl<D: Driver> PoolBlocks<'_, D> {
         lock: Option<u64>,
     ) -> Result<WritePlan, Refusal> {
         let (key, block) = self.allowed(member, id, Access::Write)?;
-        let exclusive = block.lock.exclusive();
-        if let Some(fence) = lock
-            && exclusive.is_none_or(|held| held.fence != fence)
-        {
-            return Err(refusals::lock_lost(fence, id));
-        }
-        // Holders of a shared lock also rely on this. The fence is a token: the holder may pass it
-        // to the programs that it starts, and they write under its lock.
-        let is_other = |h: &&Holder| h.member != member && Some(h.fence) != lock;
-        let other = block.lock.holders().iter().find(is_other);
-        if let Some(held) = other {
-            return Err(self.locked(id, held));
-        }
+        // Holders of a shared lock also rely on this.
+        self.check_lock(member, id, lock, block.lock.holders())?;
         if matches!(block.phase, Phase::Moving { .. }) {
             return Err(refusals::block_is_moving(id));
         }
@@ -80,6 +69,28 @@ impl<D: Driver> PoolBlocks<'_, D> {
             storage,
             sealed,
         })
+    }
+
+    /// Checks that a member holds the locks `held` of a block or names their fence. The fence is a
+    /// token: the holder may pass it to the programs that it starts, which then change the block
+    /// under its lock.
+    pub(super) fn check_lock(
+        &self,
+        member: MemberKey,
+        id: &BlockId,
+        fence: Option<u64>,
+        held: &[Holder],
+    ) -> Result<(), Refusal> {
+        let is_meant = |h: &Holder| h.mode == LockMode::Exclusive && Some(h.fence) == fence;
+        if let Some(fence) = fence
+            && !held.iter().any(is_meant)
+        {
+            return Err(refusals::lock_lost(fence, id));
+        }
+        match held.iter().find(|h| h.member != member && !is_meant(h)) {
+            Some(other) => Err(self.locked(id, other)),
+            None => Ok(()),
+        }
     }
 
     /// A write through the server is over; `version` is the block's new one, if it has one.

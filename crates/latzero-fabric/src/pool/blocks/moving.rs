@@ -212,17 +212,11 @@ impl<D: Driver> PoolBlocks<'_, D> {
         asking: Asking<'_>,
         id: &BlockId,
         size: u64,
+        lock: Option<u64>,
         turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let (key, block) = self.allowed_by_name(asking.member, id, Access::Write)?;
-        if let Some(held) = block
-            .lock
-            .holders()
-            .iter()
-            .find(|h| h.member != asking.member)
-        {
-            return Err(self.locked(id, held));
-        }
+        self.check_lock(asking.member, id, lock, block.lock.holders())?;
         if matches!(block.phase, Phase::Moving { .. }) || block.lock.is_held_by_server() {
             return Err(refusals::block_is_busy(id));
         }

@@ -257,6 +257,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
         member: MemberKey,
         is_admin: bool,
         id: &BlockId,
+        lock: Option<u64>,
         turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let (key, block) = if is_admin {
@@ -265,9 +266,14 @@ impl<D: Driver> PoolBlocks<'_, D> {
         } else {
             self.allowed_by_name(member, id, Access::Write)?
         };
-        if let Some(held) = block.lock.exclusive().filter(|held| held.member != member) {
-            return Err(self.locked(id, held));
-        }
+        // Those who read may finish: their mapping stays.
+        let exclusive = block.lock.exclusive();
+        self.check_lock(
+            member,
+            id,
+            lock,
+            exclusive.map_or(&[], std::slice::from_ref),
+        )?;
         self.end(key, turn);
         Ok(Some("{}".into()))
     }
