@@ -207,6 +207,14 @@ impl ConnectOptions {
         self
     }
 
+    /// Gives up connecting after `wait`, if that is how long the command may wait for something.
+    pub(crate) fn waiting(mut self, wait: Duration) -> ConnectOptions {
+        if !wait.is_zero() {
+            self.deadline = Some(Instant::now() + wait);
+        }
+        self
+    }
+
     /// For requests that wait for the server's disk.
     pub(crate) fn waiting_for_disk(mut self) -> ConnectOptions {
         self.request_time = Some(FILE_REQUEST_TIMEOUT);

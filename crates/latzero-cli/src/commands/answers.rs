@@ -17,7 +17,8 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
                 .with_help("`latzero call --park` prints the AppID of the call"),
         );
     }
-    let connection = args.reach.connect(&ConnectOptions::once("answers"))?;
+    let options = ConnectOptions::once("answers").waiting(args.wait.unwrap_or_default());
+    let connection = args.reach.connect(&options)?;
     let deadline = args.wait.map(|wait| Instant::now() + wait);
     join(&connection, args, output)?;
     // The server sends all kept answers before it answers this ping.

@@ -17,6 +17,7 @@ use signal_hook::iterator::Signals;
 
 use super::BlockHandle;
 use crate::args::BlockLockArgs;
+use crate::connect::ConnectOptions;
 use crate::executor::block_on;
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::launch;
@@ -31,7 +32,8 @@ pub(super) fn run(args: &BlockLockArgs) -> CommandResult {
     let program = args.command.first();
     let program = program.ok_or_else(|| Failure::usage("no command is given"))?;
     launch::check(program)?;
-    let at = BlockHandle::once(&args.at, &args.reach)?;
+    let options = ConnectOptions::once("block").waiting(args.wait);
+    let at = BlockHandle::find(&args.at, &args.reach, options)?;
     let (block, mode) = match args.shared {
         true => (at.name().attach()?, LockMode::Shared),
         false => (at.name().attach_writable()?, LockMode::Exclusive),
