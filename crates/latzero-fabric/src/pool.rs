@@ -238,7 +238,7 @@ impl<D: Driver> Pool<D> {
             parked: self.parked.counts(),
             parked_bytes: self.parked.bytes(),
             repeats_bytes: self.repeats.bytes(),
-            redelivery_bytes: self.calls.redelivery_bytes(),
+            redelivery_bytes: self.calls.redelivery_bytes() + self.parked.orphan_bytes(),
         }
     }
 
@@ -341,6 +341,7 @@ impl<D: Driver> Pool<D> {
             self.end(key, EndReason::TimedOut, turn);
         }
         self.blocks().handle_timeout(turn);
+        self.go_on_with_orphans(turn);
         self.handle_parked_timeout(turn);
         self.durable().handle_repeats_timeout(turn);
     }

@@ -463,6 +463,30 @@ fn calls_that_are_not_parked_are_redelivered_too() {
 }
 
 #[test]
+fn large_calls_are_redelivered_over_several_steps() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    let first = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let text = "x".repeat(1 << 20);
+    for id in ["1", "2", "3", "4"] {
+        net.call(caller, id, &format!(r#""redeliver":true,"data":"{text}""#));
+    }
+    assert_eq!(calls(&mut net, first).len(), 4);
+    let second = join(&mut net, "handler", r#""triggers":["t"]"#);
+    net.hang_up(first);
+    assert_eq!(calls(&mut net, second).len(), 1);
+    // Those that wait for their turn are still calls: counted, cancelled, and each id once.
+    net.world.check();
+    net.say(caller, r#"{"action":"cancel","id":"3"}"#);
+    assert_eq!(answers(&mut net, caller), ["3:cancelled"]);
+    let refused = net.call(caller, "4", r#""redeliver":true"#);
+    assert!(refused.contains("bad_message"), "{refused}");
+    net.advance(1);
+    assert_eq!(calls(&mut net, second).len(), 2);
+    net.world.check();
+}
+
+#[test]
 fn busy_handlers_get_parked_calls_in_order_as_room_allows() {
     let mut net = Net::new();
     let caller = net.app("caller", "");

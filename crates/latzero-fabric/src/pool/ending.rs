@@ -166,13 +166,14 @@ impl<D: Driver> Pool<D> {
 
     /// Whether the caller has a call of this id in flight.
     pub(crate) fn has_call(&self, caller: MemberKey, id: &str) -> bool {
-        self.calls.find(caller, id).is_some()
+        self.calls.find(caller, id).is_some() || self.parked.has_orphan(caller, id)
     }
 
     /// Cancels a call for its caller; false if the caller has no such call here.
     pub fn cancel(&mut self, caller: MemberKey, id: &str, turn: &mut Turn<'_, D>) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
             return self.durable().cancel_repeat(caller, id, turn)
+                || self.durable().cancel_orphan(caller, id, turn)
                 || self.cancel_parked(caller, id, turn)
                 || self.blocks().cancel_lock(caller, id, turn);
         };

@@ -50,7 +50,7 @@ impl<D: Driver> Pool<D> {
             return Err(refusals::not_member(&self.info.name).into());
         };
         if let Some(id) = &trigger.id
-            && self.repeats.awaits(caller, id)
+            && (self.repeats.awaits(caller, id) || self.parked.has_orphan(caller, id))
         {
             return Err(refusals::id_in_use(id.escape_debug()).into());
         }

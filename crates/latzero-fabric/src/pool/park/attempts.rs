@@ -7,15 +7,19 @@
 //! stays stored for [`crate::limits::Limits::dead_ttl_ms`], so that an operator can inspect it and
 //! run it again.
 
+use std::collections::VecDeque;
+
 use latzero_protocol::message::Trigger;
-use latzero_protocol::{Refusal, encode};
+use latzero_protocol::{Ran, Refusal, encode};
 
 use super::super::Pool;
 use super::super::durable::DurableCalls;
 use super::super::members::MemberKey;
 use super::answers::AnswerReceiver;
 use super::durable::DurableCall;
-use super::{Death, Parked, ParkedCalls, State, StoreChange};
+use super::{
+    Death, GIVEN_AT_ONCE_MAX, GIVEN_BYTES_AT_ONCE, Parked, ParkedCalls, State, StoreChange, soon,
+};
 use crate::driver::Driver;
 use crate::now::Time;
 use crate::outbox::Class;
@@ -34,7 +38,7 @@ fn pause_ms(failed: u32) -> u64 {
     PAUSE_MS.saturating_mul(times).min(PAUSE_MAX_MS)
 }
 
-/// A call whose handler is leaving.
+/// A call whose handler has left, or is leaving.
 pub(super) struct Orphan {
     /// The caller, if the call belongs to a connection.
     caller: MemberKey,
@@ -44,7 +48,24 @@ pub(super) struct Orphan {
     cause: String,
 }
 
+impl Orphan {
+    fn is(&self, caller: MemberKey, id: &str) -> bool {
+        self.caller == caller && self.id.as_deref() == Some(id)
+    }
+}
+
 impl ParkedCalls {
+    /// Bytes of the calls that wait for another handler.
+    pub(in crate::pool) fn orphan_bytes(&self) -> u64 {
+        let held = self.orphans.iter().filter_map(|o| o.durable.held.as_ref());
+        held.map(crate::ledger::Reservation::amount).sum()
+    }
+
+    /// Whether a call that waits for another handler has this id.
+    pub(in crate::pool) fn has_orphan(&self, caller: MemberKey, id: &str) -> bool {
+        self.orphans.iter().any(|o| o.is(caller, id))
+    }
+
     /// The server stops while a handler has a parked call: the call stays stored as it is.
     pub(in crate::pool) fn interrupted(
         &mut self,
@@ -72,7 +93,7 @@ impl<D: Driver> DurableCalls<'_, D> {
     ) {
         let app = self.members.at(handler).map_or("?", |m| m.app.as_str());
         let cause = format!("handler '{app}' disconnected before it answered");
-        self.parked.orphans.push(Orphan {
+        self.parked.orphans.push_back(Orphan {
             caller,
             id,
             durable,
@@ -252,6 +273,24 @@ impl<D: Driver> DurableCalls<'_, D> {
         }
     }
 
+    /// Cancels a call that waits for another handler; false if there is none with that id.
+    pub(in crate::pool) fn cancel_orphan(
+        &mut self,
+        caller: MemberKey,
+        id: &str,
+        turn: &mut Turn<'_, D>,
+    ) -> bool {
+        let found = self.parked.orphans.iter().position(|o| o.is(caller, id));
+        let Some(orphan) = found.and_then(|at| self.parked.orphans.remove(at)) else {
+            return false;
+        };
+        self.drop_repeats_of(&orphan.durable, turn);
+        if let Some(member) = self.members.at(caller) {
+            member.refuse(id, &refusals::call_cancelled().with_ran(Ran::Unknown), turn);
+        }
+        true
+    }
+
     /// The pool is removed: notifies the callers of calls whose handler died.
     pub(in crate::pool) fn drop_orphans(&mut self, turn: &mut Turn<'_, D>) {
         for orphan in std::mem::take(&mut self.parked.orphans) {
@@ -273,14 +312,40 @@ impl<D: Driver> DurableCalls<'_, D> {
 impl<D: Driver> Pool<D> {
     /// Decides about calls whose handler died, now that it has left.
     pub(in crate::pool) fn place_orphans(&mut self, turn: &mut Turn<'_, D>) {
-        for orphan in std::mem::take(&mut self.parked.orphans) {
-            match orphan.durable.number {
-                Some(number) => {
-                    self.durable()
-                        .attempt_failed(number, orphan.durable, &orphan.cause, turn)
-                }
-                None => self.redeliver(orphan, turn),
+        let orphans = std::mem::take(&mut self.parked.orphans).into_iter();
+        let is_parked = |orphan: &Orphan| orphan.durable.number.is_some();
+        let (parked, others): (VecDeque<_>, _) = orphans.partition(is_parked);
+        self.parked.orphans = others;
+        for Orphan { durable, cause, .. } in parked {
+            let number = durable.number.expect("just checked");
+            self.durable().attempt_failed(number, durable, &cause, turn);
+        }
+        self.give_orphans(turn);
+    }
+
+    /// Gives calls whose handler died to others, as many as one step may give.
+    fn give_orphans(&mut self, turn: &mut Turn<'_, D>) {
+        self.parked.orphans_due = None;
+        let (mut given, mut bytes) = (0, 0);
+        while !self.parked.orphans.is_empty() {
+            if given == GIVEN_AT_ONCE_MAX || bytes >= GIVEN_BYTES_AT_ONCE {
+                self.parked.orphans_due = Some(soon(turn.time()));
+                return;
             }
+            let orphan = self.parked.orphans.pop_front().expect("there is one");
+            (given, bytes) = (given + 1, bytes + orphan.durable.bytes() as u64);
+            self.redeliver(orphan, turn);
+        }
+    }
+
+    /// Gives those that did not fit into the step before.
+    pub(in crate::pool) fn go_on_with_orphans(&mut self, turn: &mut Turn<'_, D>) {
+        if self
+            .parked
+            .orphans_due
+            .is_some_and(|due| due <= turn.time())
+        {
+            self.give_orphans(turn);
         }
     }
 

@@ -10,7 +10,7 @@ use super::super::members::{MemberKey, Members};
 use super::super::triggers::Triggers;
 use super::super::{CallError, Caller, Pool};
 use super::durable::DurableCall;
-use super::{GIVEN_AT_ONCE_MAX, ParkedCalls, State, soon};
+use super::{GIVEN_AT_ONCE_MAX, GIVEN_BYTES_AT_ONCE, ParkedCalls, State, soon};
 use crate::driver::Driver;
 use crate::now::Time;
 use crate::refusals;
@@ -33,7 +33,8 @@ pub(super) enum Stall {
 
 /// What happened to the next call of a queue.
 enum Next {
-    Given,
+    /// It was given to a handler, which copied this many bytes.
+    Given(u64),
     /// It could not be dispatched now, but those behind it may be.
     Passed,
     /// There was none to dispatch: the queue is empty, or its handlers are busy.
@@ -95,21 +96,21 @@ impl<D: Driver> Pool<D> {
     fn dispatch_round(&mut self, process: &str, turn: &mut Turn<'_, D>) {
         self.parked.stalled.remove(process);
         let mut takers = self.parked.takers(process, &self.triggers, &self.members);
-        let mut tried = 0;
+        let (mut tried, mut bytes) = (0, 0);
         while !takers.is_empty() {
             let mut goes_on = Vec::new();
             for taker in takers {
-                if tried == GIVEN_AT_ONCE_MAX {
+                if tried == GIVEN_AT_ONCE_MAX || bytes >= GIVEN_BYTES_AT_ONCE {
                     self.parked.stall(process, Stall::Many, soon(turn.time()));
                     return;
                 }
-                match self.dispatch_next(process, taker.as_ref(), turn) {
-                    Next::Given | Next::Passed => {
-                        tried += 1;
-                        goes_on.push(taker);
-                    }
-                    Next::None => {}
-                }
+                bytes += match self.dispatch_next(process, taker.as_ref(), turn) {
+                    Next::Given(bytes) => bytes,
+                    Next::Passed => 0,
+                    Next::None => continue,
+                };
+                tried += 1;
+                goes_on.push(taker);
             }
             takers = goes_on;
         }
@@ -145,6 +146,7 @@ impl<D: Driver> Pool<D> {
                 lines.note_turn(app, &waiting);
                 // Removed from the queue first, because the queue finds it by its state.
                 let parked = self.parked.calls.get_mut(&number).expect("just found");
+                let bytes = parked.held.bytes.amount();
                 parked.state = State::Waiting(durable);
                 let taken = self.parked.change(number, |parked| {
                     let durable = parked.dequeue();
@@ -155,7 +157,7 @@ impl<D: Driver> Pool<D> {
                 let (durable, attempt) = taken.expect("just found");
                 self.calls.at_mut(key).expect("just begun").durable = durable;
                 turn.store(StoreChange::Attempt(number, attempt), None);
-                return Next::Given;
+                return Next::Given(bytes);
             }
             Err(failed) => failed,
         };
