@@ -3,13 +3,16 @@
 //!
 //! Caller and handler are two apps of this process, so that the two pools differ only in the keys.
 //! Turns are interleaved, and the encrypted pool is reported as a multiple of the plain one. In
-//! addition, the time to seal a large message is compared with the cipher alone.
+//! addition, the time to seal a large message is compared with the cipher alone, and calls are
+//! timed beside clients that send wrong proofs.
 
 mod blocks;
+mod joins;
 mod tls;
 
 use std::time::Instant;
 
+use joins::Guessed;
 use latzero::blocking::App;
 use latzero::{Bytes, HandlerError, Keys};
 use latzero_crypto::Suite;
@@ -20,7 +23,7 @@ use serde_json::json;
 use crate::failure::Failure;
 use crate::machine::Machine;
 use crate::placement::Placement;
-use crate::plan::{Load, Outcome, Plan, time_each};
+use crate::plan::{Latency, Load, Outcome, Plan, time_each};
 use crate::report::median;
 use crate::results::{Finding, Results, Sheet, Unit};
 use crate::server::Running;
@@ -31,6 +34,9 @@ const CALL_RATIO_MAX: f64 = 1.15;
 
 /// The largest ratio of a call's time over TLS to that over plain TCP.
 const TLS_RATIO_MAX: f64 = 1.4;
+
+/// The largest ratio of the 99th percentile of a call's time beside wrong proofs to that without.
+const JOINS_RATIO_MAX: f64 = 1.2;
 
 /// The longest that a TLS handshake may occupy a loop, in microseconds.
 const HANDSHAKE_MICROS_MAX: f64 = 1000.0;
@@ -105,10 +111,15 @@ pub(crate) fn run(args: &KeysArgs) -> Result<Results, Failure> {
             tls::handshake(handshakes)?,
         ))
     })?;
-    let p50 = |outcomes: &Vec<Outcome>| {
-        let p50 = |outcome: &Outcome| Some(outcome.latency?.p50_ns as f64 / 1000.0);
-        median(outcomes.iter().filter_map(p50).collect()).expect("there is a round")
+    let (joins, guessed) = joins::measure(rounds, calls, placement)?;
+    let middle = |outcomes: &[Outcome], of: fn(&Latency) -> u64| {
+        let micros = |outcome: &Outcome| Some(of(outcome.latency.as_ref()?) as f64 / 1000.0);
+        median(outcomes.iter().filter_map(micros).collect()).expect("there is a round")
     };
+    let p50 = |outcomes: &[Outcome]| middle(outcomes, |latency| latency.p50_ns);
+    let p99 = |outcomes: &[Outcome]| middle(outcomes, |latency| latency.p99_ns);
+    let (alone, beside) = (p99(&joins[0]), p99(&joins[1]));
+    let rates = guessed.iter().map(Guessed::per_second).collect();
     let (plain, sealed) = (p50(&cells[0]), p50(&cells[1]));
     let (tcp, by_tls) = (p50(&over[0]), p50(&over[1]));
     let findings = vec![
@@ -136,6 +147,14 @@ pub(crate) fn run(args: &KeysArgs) -> Result<Results, Failure> {
         Finding::new("a TLS handshake, of the server", handshake.0, Unit::Micros),
         Finding::new("its longest step", handshake.1, Unit::Micros)
             .expect_at_most(HANDSHAKE_MICROS_MAX),
+        Finding::new(
+            "wrong proofs of a pool",
+            median(rates).expect("there is a round"),
+            Unit::PerSecond,
+        ),
+        Finding::new("another client's call: p99", alone, Unit::Micros),
+        Finding::new("beside the wrong proofs: p99", beside, Unit::Micros),
+        Finding::new("beside ÷ alone", beside / alone, Unit::Ratio).expect_at_most(JOINS_RATIO_MAX),
     ];
     let sheet = Sheet {
         bench: "keys",
@@ -145,6 +164,7 @@ pub(crate) fn run(args: &KeysArgs) -> Result<Results, Failure> {
         findings,
         rounds: json!({
             "plain": cells[0], "sealed": cells[1], "tcp": over[0], "tls": over[1],
+            "alone": joins[0], "beside": joins[1], "guessed": guessed,
         }),
     };
     Ok(sheet.to_results())

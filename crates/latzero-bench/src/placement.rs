@@ -61,6 +61,18 @@ impl Placement {
         }
     }
 
+    /// Runs `act` on this thread where what [`Placement::run`] places does not run, if there is
+    /// another CPU.
+    pub(crate) fn run_beside<T>(
+        self,
+        act: impl FnOnce() -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        match self {
+            Self::Free => act(),
+            Self::OneCpu => cpus::on_others(act)?,
+        }
+    }
+
     /// Fails if a thread of process `pid` may run elsewhere.
     pub(crate) fn check(self, pid: u32) -> Result<(), Failure> {
         match self {
@@ -79,18 +91,35 @@ mod cpus {
     /// Runs `act` with this thread on one CPU, then restores its CPUs.
     pub(super) fn on_one<T>(act: impl FnOnce() -> T) -> Result<T, Failure> {
         let before = affinity(None).during("read this thread's CPUs")?;
-        let last = (0..CpuSet::MAX_CPU)
-            .rev()
-            .find(|cpu| before.is_set(*cpu))
-            .expect("a running thread may run on some CPU");
-        // The last CPU: most systems send their interrupts to the first one.
         let mut one = CpuSet::new();
-        one.set(last);
-        sched_setaffinity(None, &one)
+        one.set(last(&before));
+        on(&one, &before, act)
+    }
+
+    /// Runs `act` with this thread on all CPUs but that of [`on_one`], unless there is one alone.
+    pub(super) fn on_others<T>(act: impl FnOnce() -> T) -> Result<T, Failure> {
+        let before = affinity(None).during("read this thread's CPUs")?;
+        let mut others = before;
+        if before.count() > 1 {
+            others.unset(last(&before));
+        }
+        on(&others, &before, act)
+    }
+
+    /// The last CPU: most systems send their interrupts to the first one.
+    fn last(cpus: &CpuSet) -> usize {
+        (0..CpuSet::MAX_CPU)
+            .rev()
+            .find(|cpu| cpus.is_set(*cpu))
+            .expect("a running thread may run on some CPU")
+    }
+
+    fn on<T>(cpus: &CpuSet, before: &CpuSet, act: impl FnOnce() -> T) -> Result<T, Failure> {
+        sched_setaffinity(None, cpus)
             .map_err(io::Error::from)
-            .during("pin to one CPU")?;
+            .during("pin to CPUs")?;
         let done = act();
-        sched_setaffinity(None, &before)
+        sched_setaffinity(None, before)
             .map_err(io::Error::from)
             .during("unpin")?;
         Ok(done)
@@ -132,6 +161,10 @@ mod cpus {
         Err(Failure::said(
             "processes can be pinned on Linux only: use `--placement free`",
         ))
+    }
+
+    pub(super) fn on_others<T>(act: impl FnOnce() -> T) -> Result<T, Failure> {
+        Ok(act())
     }
 
     pub(super) fn check_one(_pid: u32) -> Result<(), Failure> {

@@ -59,6 +59,9 @@ pub enum BlockError {
     },
 }
 
+/// Nobody with the seal wrote it.
+const NOT_SIGNED: BlockError = Integrity("its manifest is not signed by a writer");
+
 use BlockError::{Downgrade, Fork, Integrity, Rollback, StaleEpoch, VersionConflict};
 
 /// The layout of a block in its slots, for a given size.
@@ -164,6 +167,13 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// A chunk that was never sealed: versions begin with 1.
+    const NONE: Entry = Entry {
+        version: 0,
+        nonce: [0; 24],
+        leaf: [0; 32],
+    };
+
     /// The bytes of the entry in the table.
     #[must_use]
     pub fn to_bytes(&self) -> [u8; ENTRY_BYTES] {
@@ -405,11 +415,20 @@ impl Manifest {
         hash(&self.message())
     }
 
+    fn seen(&self) -> Seen {
+        Seen {
+            version: self.version,
+            hash: self.hash(),
+        }
+    }
+
     fn message(&self) -> Bytes {
         Bytes::label("manifest").raw(&self.bytes[..SIGNED_BYTES])
     }
 
-    fn is_signed(&self, seal: &PublicKey) -> bool {
+    /// Whether a writer with this seal signed it.
+    #[must_use]
+    pub fn is_signed(&self, seal: &PublicKey) -> bool {
         let signature = self.bytes[SIGNED_BYTES..]
             .try_into()
             .expect("64 bytes are left");
@@ -471,16 +490,16 @@ impl Verified {
             return Err(Integrity("it is of an epoch that the pool has not reached"));
         }
         let seal = seal_of(manifest.epoch).ok_or(Integrity("the key of its epoch is not known"))?;
-        let verified = Self::signed(manifest, head, &seal)?;
+        if !manifest.is_signed(&seal) {
+            return Err(NOT_SIGNED);
+        }
+        let verified = Self::unsigned(manifest, head)?;
         verified.check_seen(seen)?;
         Ok(verified)
     }
 
-    /// Checks signature, root and table.
-    fn signed(manifest: Manifest, head: &[u8], seal: &PublicKey) -> Result<Self, BlockError> {
-        if !manifest.is_signed(seal) {
-            return Err(Integrity("its manifest is not signed by a writer"));
-        }
+    /// Checks root and table, but not the signature.
+    fn unsigned(manifest: Manifest, head: &[u8]) -> Result<Self, BlockError> {
         let table = table(&head[MANIFEST_BYTES..manifest.head_bytes()]);
         if root_of(&table) != manifest.root {
             return Err(Integrity("its table is not the one that was signed"));
@@ -524,10 +543,7 @@ impl Verified {
     /// The version's number and hash, to be remembered.
     #[must_use]
     pub fn seen(&self) -> Seen {
-        Seen {
-            version: self.manifest.version,
-            hash: self.manifest.hash(),
-        }
+        self.manifest.seen()
     }
 
     /// Manifest and table, as at the start of the slot.
@@ -580,26 +596,38 @@ impl Checks<'_> {
         Ok(manifest)
     }
 
-    /// Checks a slot that a client writes. The server needs only the pool's public key for that.
-    /// `version` is the block's current one, 0 before the first.
+    /// Checks a slot that a client writes, but not its signature
+    /// ([`Manifest::is_signed`]). `version` is the block's current one, 0 before the first.
     ///
     /// # Errors
     /// The first check that fails.
-    pub fn written(&self, slot: &[u8], version: u64, seal: &PublicKey) -> Result<Seen, BlockError> {
+    pub fn unsigned(&self, slot: &[u8], version: u64) -> Result<Manifest, BlockError> {
         let manifest = self.manifest(slot)?;
         if self.geometry.slot_len(manifest.length) != Some(slot.len() as u64) {
             return Err(Integrity("it has another size than its manifest says"));
         }
-        let epoch = manifest.epoch;
-        let verified = Verified::signed(manifest, slot, seal)?;
-        if epoch != self.epoch {
-            return Err(StaleEpoch(epoch));
+        let manifest = Verified::unsigned(manifest, slot)?.manifest;
+        if manifest.epoch != self.epoch {
+            return Err(StaleEpoch(manifest.epoch));
         }
-        let (expected, got) = (version.saturating_add(1), verified.manifest.version);
+        let (expected, got) = (version.saturating_add(1), manifest.version);
         if expected != got {
             return Err(VersionConflict { expected, got });
         }
-        Ok(verified.seen())
+        Ok(manifest)
+    }
+
+    /// As [`Checks::unsigned`], with the signature. The server needs only the pool's public key for
+    /// that.
+    ///
+    /// # Errors
+    /// The first check that fails.
+    pub fn written(&self, slot: &[u8], version: u64, seal: &PublicKey) -> Result<Seen, BlockError> {
+        let manifest = self.unsigned(slot, version)?;
+        if !manifest.is_signed(seal) {
+            return Err(NOT_SIGNED);
+        }
+        Ok(manifest.seen())
     }
 }
 
@@ -672,13 +700,16 @@ impl Next<'_> {
             PublishError::TooLarge(u64::from(self.geometry.chunks_max) * CHUNK_BYTES as u64);
         let chunks = chunk_count(self.length).filter(|n| *n <= self.geometry.chunks_max);
         let chunks = chunks.ok_or(too_large)?;
-        let mut table = vec![None; chunks as usize];
-        if let Some(base) = base.filter(|base| base.manifest.epoch == self.epoch) {
+        let base_here = base.filter(|base| base.manifest.epoch == self.epoch);
+        let mut table = base_here.map_or_else(Vec::new, |base| base.table.clone());
+        table.resize(chunks as usize, Entry::NONE);
+        if let Some(base) = base_here.filter(|base| base.manifest.length != self.length) {
+            // A chunk whose length changes must be sealed again: its length is bound to it.
             let old_length = base.manifest.length;
-            for ((i, place), entry) in (0..).zip(&mut table).zip(&base.table) {
-                // A chunk whose length changes must be sealed again: its length is bound to it.
-                let same = chunk_len(i, old_length) == chunk_len(i, self.length);
-                *place = same.then_some(*entry);
+            for (i, entry) in (0..).zip(&mut table) {
+                if chunk_len(i, old_length) != chunk_len(i, self.length) {
+                    *entry = Entry::NONE;
+                }
             }
         }
         for (i, entry) in changed {
@@ -686,12 +717,11 @@ impl Next<'_> {
             if entry.version != version {
                 return Err(PublishError::Chunk(*i));
             }
-            *place = Some(*entry);
+            *place = *entry;
         }
-        let complete = (0..)
-            .zip(table)
-            .map(|(i, entry)| entry.ok_or(PublishError::Chunk(i)));
-        let table: Vec<Entry> = complete.collect::<Result<_, _>>()?;
+        if let Some((i, _)) = (0..).zip(&table).find(|(_, entry)| entry.version == 0) {
+            return Err(PublishError::Chunk(i));
+        }
         let signed = Bytes::new()
             .raw(MAGIC)
             .u16(VERSION)

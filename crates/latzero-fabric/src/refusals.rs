@@ -117,6 +117,8 @@ refusals! {
         "the pool id of the descriptor is in use here; make a new descriptor"
     BadMessage memory_does_not_fit() "field 'memory' does not fit the suite of the descriptor"
     BadMessage descriptor_not_signed() "the descriptor is not signed by the owner that it names"
+    BadMessage block_not_signed()
+        "the block does not verify: its manifest is not signed by a writer"
     BadMessage not_a_descriptor()
         "field 'descriptor' is not a descriptor in base64url without padding"
     BadMessage payload_not_sealed(pool) "payloads in pool '{pool}' are sealed envelopes"

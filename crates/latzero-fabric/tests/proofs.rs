@@ -1,6 +1,7 @@
 //! Proofs with delayed results: who waits, who does not, and what can happen in between.
 
 mod net;
+use latzero_crypto::block::{BlockId, Geometry, Next};
 use latzero_crypto::descriptor::{Descriptor, History, NewEpoch, NewPool, OldContent};
 use latzero_crypto::keys::{KeySet, NewKeys, Roles, Secret};
 use latzero_crypto::proof::{ChannelBinding, Exchange, Joining};
@@ -246,6 +247,124 @@ fn a_member_removed_by_a_rotation_loses_access_at_once() {
     let seen = net.ask(owner, r#"{"action":"app_list","id":"l"}"#);
     assert!(
         seen.starts_with("l ok") && !seen.contains("vault"),
+        "{seen}"
+    );
+}
+
+/// The content of block `b` as a slot with nothing but a manifest.
+fn slot(descriptor: &Descriptor, version: u64, signer: &KeySet) -> Vec<u8> {
+    let next = Next {
+        id: BlockId {
+            pool_id: descriptor.pool_id(),
+            suite: Suite::Sealed,
+            uid: [4; 16],
+            name: "b",
+        },
+        geometry: Geometry::of(1000).expect("it is small"),
+        epoch: descriptor.epoch(),
+        length: 0,
+        written_ms: 1,
+        session: [5; 16],
+    };
+    let seal = signer.seal_key().expect("all keys are here");
+    let signed = next.sign_as(version, None, &[], &seal);
+    signed.expect("nothing is missing").head()
+}
+
+/// A writer that holds the lock of block `b`, with a lease of a second; and the lock.
+fn holder(net: &mut Net) -> (Peer, String) {
+    let writer = net.app("writer", r#""features":["attachments"]"#);
+    let proof = proof(net, writer, "writer", &keys(1));
+    assert!(net.ask(writer, &proof).starts_with("p ok"));
+    let uid = text::encode(&[4; 16]);
+    let create = format!(
+        r#"{{"action":"memory_create","pool":"vault","block_id":"b","size":1000,"id":"b",
+            "block_uid":"{uid}"}}"#
+    );
+    let seen = net.ask(writer, &create);
+    assert!(seen.starts_with("b ok"), "{seen}");
+    let lock = r#"{"action":"memory_lock","pool":"vault","block_id":"b","id":"l","lease":1000}"#;
+    net.say(writer, lock);
+    let reply = net.messages(writer).pop().expect("an answer").json;
+    let lock = reply["response"]["lock"].as_str().expect("it is free");
+    (writer, lock.to_owned())
+}
+
+/// Writes a slot; returns what the writer sees at once.
+fn write(net: &mut Net, (writer, lock): &(Peer, String), slot: &[u8]) -> String {
+    let write = format!(
+        r#"{{"action":"memory_write","pool":"vault","block_id":"b","id":"w","lock":"{lock}"}}"#
+    );
+    net.say_raw(*writer, &write, slot);
+    net.sees(*writer)
+}
+
+#[test]
+fn a_sealed_block_is_written_once_its_signature_is_checked() {
+    let (mut net, descriptor, _) = vault();
+    let writer = holder(&mut net);
+    net.world.hold_proofs(true);
+    let forged = slot(&descriptor, 1, &keys(100));
+    assert_eq!(write(&mut net, &writer, &forged), "");
+    assert_eq!(net.ask(writer.0, PING), "", "what comes behind it waits");
+    assert!(net.world.check_proof());
+    let seen = net.sees(writer.0);
+    assert!(
+        seen.starts_with("w failed: bad_message ran=no; later ok"),
+        "{seen}"
+    );
+    let good = slot(&descriptor, 1, &keys(1));
+    assert_eq!(write(&mut net, &writer, &good), "");
+    assert!(net.world.check_proof());
+    assert_eq!(net.sees(writer.0), r#"w ok: {"version":1}"#);
+    // What needs no key is refused at once.
+    let seen = write(&mut net, &writer, &good);
+    assert_eq!(seen, "w failed: version_conflict ran=no");
+    let cut = &slot(&descriptor, 2, &keys(1))[1..];
+    let seen = write(&mut net, &writer, cut);
+    assert_eq!(seen, "w failed: bad_message ran=no");
+    assert!(!net.world.check_proof(), "no signature was checked for it");
+}
+
+#[test]
+fn a_sealed_block_is_not_written_if_its_lock_or_epoch_ended_before_the_result() {
+    let (mut net, descriptor, owner) = vault();
+    let writer = holder(&mut net);
+    net.world.hold_proofs(true);
+    let good = slot(&descriptor, 1, &keys(1));
+    assert_eq!(write(&mut net, &writer, &good), "");
+    net.advance(1001);
+    assert!(net.world.check_proof());
+    let seen = net.sees(writer.0);
+    assert!(seen.ends_with("w failed: lock_lost ran=unknown"), "{seen}");
+    net.say(
+        writer.0,
+        r#"{"action":"memory_lock","pool":"vault","block_id":"b","id":"l"}"#,
+    );
+    let reply = net.messages(writer.0).pop().expect("an answer").json;
+    let lock = reply["response"]["lock"].as_str().expect("it is free");
+    let writer = (writer.0, lock.to_owned());
+    let rotate = rotation(next(&descriptor).as_bytes());
+    assert_eq!(net.ask(owner, &rotate), "");
+    assert_eq!(write(&mut net, &writer, &good), "");
+    assert!(net.world.check_proof() && net.world.check_proof());
+    let seen = net.sees(writer.0);
+    assert!(seen.ends_with("w failed: stale_epoch ran=no"), "{seen}");
+}
+
+#[test]
+fn a_client_that_leaves_before_the_result_writes_nothing() {
+    let (mut net, descriptor, owner) = vault();
+    let writer = holder(&mut net);
+    net.world.hold_proofs(true);
+    let good = slot(&descriptor, 1, &keys(1));
+    assert_eq!(write(&mut net, &writer, &good), "");
+    net.hang_up(writer.0);
+    assert!(net.world.check_proof());
+    let info = r#"{"action":"memory_info","pool":"vault","block_id":"b","id":"i"}"#;
+    let seen = net.ask(owner, info);
+    assert!(
+        seen.contains("no_block") || seen.contains(r#""version":0"#),
         "{seen}"
     );
 }

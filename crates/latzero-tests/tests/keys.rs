@@ -128,10 +128,7 @@ fn a_relay_on_the_port_gets_no_proof() {
         let refused = App::connect_with(builder(&format!("latzero://shop@{address}")));
         let kind = refused.map(|_| ()).unwrap_err().kind();
         let sent = String::from_utf8_lossy(&relayed.join().unwrap()).into_owned();
-        (
-            kind,
-            sent.contains("app_proof") || sent.contains("pool_prove"),
-        )
+        (kind, sent.contains("client_nonce"))
     };
     let line = app_key::AppKey::new(Secret::new([1; 32])).to_text();
     let file = private_file(server.0.data_dir(), "shop", line.as_str());
@@ -149,7 +146,12 @@ fn a_relay_on_the_port_gets_no_proof() {
     let (address, relayed) = relay(&server);
     drop(App::connect_with(permitted(&format!("latzero://shop@{address}"))).unwrap());
     let sent = String::from_utf8_lossy(&relayed.join().unwrap()).into_owned();
-    assert!(sent.contains("app_proof"), "{sent}");
+    assert!(sent.contains("client_nonce"), "{sent}");
+    let (address, relayed) = relay(&server);
+    let permitted = with_pool_keys(&format!("latzero://shop2@{address}")).unbound(true);
+    drop(App::connect_with(permitted).unwrap());
+    let sent = String::from_utf8_lossy(&relayed.join().unwrap()).into_owned();
+    assert!(sent.contains("client_nonce"), "{sent}");
 }
 
 #[test]

@@ -622,6 +622,42 @@ fn several_versions_of_several_pieces_are_written_under_one_lock() {
 }
 
 #[test]
+fn a_block_shrinks_and_grows_up_to_the_size_that_it_was_created_with() {
+    let (server, set) = vault();
+    let writers = [
+        member(&server, "w0", keys(&set, WRITE)),
+        by_tcp(&server, "w1", keys(&set, WRITE)),
+    ];
+    let reader = member(&server, "r", keys(&set, READ));
+    for (n, writer) in writers.iter().enumerate() {
+        let name = format!("b{n}");
+        let block = writer.block(&name).create(SIZE).send().unwrap();
+        let seen = reader.block(&name).attach().unwrap();
+        let full = vec![7; SIZE as usize];
+        block.write_at(0, &full).unwrap();
+        let chunk = CHUNK_BYTES as u64;
+        let mut kept = SIZE;
+        // Within the last chunk, to the edge of one, to nothing; each time it grows again.
+        for length in [SIZE - 1, chunk + 10, chunk, 3, 0] {
+            block.resize(length).unwrap();
+            kept = kept.min(length);
+            assert_eq!(seen.read().unwrap().0, full[..kept as usize]);
+            assert_eq!(seen.size(), length);
+            block.resize(SIZE).unwrap();
+            let (bytes, _) = seen.read().unwrap();
+            assert_eq!(bytes.len() as u64, SIZE);
+            let (old, added) = bytes.split_at(kept as usize);
+            assert!(old == &full[..kept as usize] && added.iter().all(|byte| *byte == 0));
+        }
+        let version = block.read().unwrap().1;
+        assert_eq!(kind(block.resize(SIZE + 1)), Code::TooLarge);
+        assert_eq!(kind(seen.resize(1)), Code::Forbidden);
+        assert_eq!(block.write_at(SIZE - 1, &[9]).unwrap(), version + 1);
+        assert_eq!(seen.read().unwrap().0[SIZE as usize - 1], 9);
+    }
+}
+
+#[test]
 fn a_call_passes_a_sealed_block() {
     let (server, set) = vault();
     let worker = member(&server, "worker", keys(&set, WRITE));

@@ -489,7 +489,7 @@ fn the_server_checks_a_written_slot() {
         later.written(&slot, 0, &public()),
         Err(BlockError::StaleEpoch(1))
     );
-    integrity(later.written(&slot, 0, &descriptor3().keys().seal));
+    integrity(checks().written(&slot, 0, &descriptor3().keys().seal));
     let mut forged = slot.clone();
     forged[200] ^= 1;
     integrity(written(&forged, 0));

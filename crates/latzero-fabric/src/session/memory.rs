@@ -1,7 +1,8 @@
 //! Requests about memory blocks. The pool decides; the driver moves the bytes.
 
-use latzero_crypto::block::{BlockError, BlockId as SealedId, Checks};
+use latzero_crypto::block::{BlockError, BlockId as SealedId, Checks, Manifest};
 use latzero_crypto::keys::Roles;
+use latzero_crypto::sign::PublicKey;
 use latzero_crypto::{Suite, text};
 use latzero_protocol::encode::{self, Attachments};
 use latzero_protocol::limits::{READ_SLACK, SYSTEM_POOL};
@@ -9,7 +10,8 @@ use latzero_protocol::memory::{Access, Action, Create, Kind, LockMode, Memory, W
 use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 
 use super::Session;
-use crate::driver::{BlockWrite, Driver, Written};
+use crate::driver::{BlockWrite, Driver, Peer as _, Written};
+use crate::ledger::{Reservation, Resource};
 use crate::outbox::{Class, Sent};
 use crate::pool::{Asking, LockRequest, MemberKey, ReadPlan, Replied, WritePlan};
 use crate::refusals;
@@ -85,32 +87,10 @@ impl<D: Driver> Session<D> {
                     Sent::Queued | Sent::Gone => Ok(None),
                 }
             }
-            Action::Write(write) => {
-                let plan = turn.with_pool(&pool, |pool, _| {
-                    pool.blocks().begin_write(member, &write.block, write.lock)
-                })?;
-                let if_version = match &sealed_pool {
-                    None => Ok(write.if_version),
-                    Some(name) => check_written(name, &plan, write, turn).map(Some),
-                };
-                let written = if_version.and_then(|if_version| {
-                    turn.driver.write_block(
-                        plan.storage,
-                        &BlockWrite {
-                            offset: write.offset,
-                            data: &write.data,
-                            if_version,
-                            expected: None,
-                        },
-                    )
-                });
-                let version = written.as_ref().ok().and_then(Written::version);
-                turn.with_pool(&pool, |pool, turn| {
-                    pool.blocks().end_write(plan, version, turn)
-                });
-                let (Written::Version(version) | Written::Differs(version, _)) = written?;
-                Ok(Some(format!("{{\"version\":{version}}}")))
-            }
+            Action::Write(write) => match sealed_pool {
+                None => write_block((&pool, member), write, None, turn),
+                Some(name) => self.prove_write(id, (name, pool, member), write, turn),
+            },
             Action::Cas {
                 block,
                 offset,
@@ -303,14 +283,124 @@ fn uid(create: &Create, is_sealed: bool) -> Result<Option<[u8; 16]>, Refusal> {
     }
 }
 
-/// Checks a slot of a sealed block, with only the public keys of the pool. Returns the version
-/// that it replaces.
+/// A slot of a sealed block to write, whose signature is being checked.
+pub(super) struct SlotWrite {
+    pool: PoolName,
+    write: Write<'static>,
+    /// The key that must have signed it.
+    pub(super) seal: PublicKey,
+    memory: Reservation,
+}
+
+impl SlotWrite {
+    /// Bytes of the request.
+    pub(super) fn bytes(&self) -> usize {
+        self.memory.amount() as usize
+    }
+}
+
+impl<D: Driver> Session<D> {
+    /// Checks a slot that replaces a sealed block's content, and has its signature checked.
+    fn prove_write(
+        &mut self,
+        id: Option<&str>,
+        (name, pool, member): (PoolName, D::Pool, MemberKey),
+        write: &Write<'_>,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Replied, Refusal> {
+        let plan = turn.with_pool(&pool, |pool, _| {
+            pool.blocks().begin_write(member, &write.block, write.lock)
+        })?;
+        let checked = check_written(&name, &plan, write, turn);
+        turn.with_pool(&pool, |pool, turn| {
+            pool.blocks().end_write(plan, None, turn)
+        });
+        let (manifest, seal) = checked?;
+        let bytes = write.data.len() as u64;
+        let memory = self
+            .peer
+            .link()
+            .account()
+            .reserve(Resource::Inbound, bytes)?;
+        let write = Write {
+            block: write.block.clone(),
+            data: write.data.to_vec().into(),
+            ..*write
+        };
+        let slot = SlotWrite {
+            pool: name,
+            write,
+            seal,
+            memory,
+        };
+        self.verify_write(id, slot, manifest, turn)
+    }
+
+    /// Writes a slot whose signature is good. All else is checked again: the pool, the roles, the
+    /// lock and the block may have changed in the meantime.
+    pub(super) fn write_slot(
+        &mut self,
+        slot: &SlotWrite,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<String, Refusal> {
+        let m = self.checked_membership(Some(slot.pool.as_str()), turn)?;
+        m.check_roles(Roles::Write)?;
+        let (pool, member) = (m.pool.clone(), m.member);
+        let signed = Some((&slot.pool, &slot.seal));
+        let reply = write_block((&pool, member), &slot.write, signed, turn)?;
+        Ok(reply.expect("a write has a reply"))
+    }
+}
+
+/// Writes into a block, or refuses. The content of a sealed block was signed with the seal in
+/// `signed`.
+fn write_block<D: Driver>(
+    (pool, member): (&D::Pool, MemberKey),
+    write: &Write<'_>,
+    signed: Option<(&PoolName, &PublicKey)>,
+    turn: &mut Turn<'_, D>,
+) -> Result<Replied, Refusal> {
+    let plan = turn.with_pool(pool, |pool, _| {
+        pool.blocks().begin_write(member, &write.block, write.lock)
+    })?;
+    let if_version = match signed {
+        None => Ok(write.if_version),
+        Some((name, signed_by)) => {
+            check_written(name, &plan, write, turn).and_then(|(manifest, seal)| {
+                match seal == *signed_by {
+                    true => Ok(Some(manifest.version() - 1)),
+                    false => Err(refusals::pool_just_removed(name)),
+                }
+            })
+        }
+    };
+    let written = if_version.and_then(|if_version| {
+        turn.driver.write_block(
+            plan.storage,
+            &BlockWrite {
+                offset: write.offset,
+                data: &write.data,
+                if_version,
+                expected: None,
+            },
+        )
+    });
+    let version = written.as_ref().ok().and_then(Written::version);
+    turn.with_pool(pool, |pool, turn| {
+        pool.blocks().end_write(plan, version, turn)
+    });
+    let (Written::Version(version) | Written::Differs(version, _)) = written?;
+    Ok(Some(format!("{{\"version\":{version}}}")))
+}
+
+/// Checks a slot of a sealed block, but not its signature. Returns its manifest, and the key that
+/// must have signed it.
 fn check_written<D: Driver>(
     name: &PoolName,
     plan: &WritePlan,
     write: &Write<'_>,
     turn: &mut Turn<'_, D>,
-) -> Result<u64, Refusal> {
+) -> Result<(Manifest, PublicKey), Refusal> {
     let descriptor = turn.with_registry(|registry, _| registry.descriptor(name));
     let (Some(descriptor), Some(sealed)) = (descriptor, plan.sealed) else {
         return Err(refusals::pool_just_removed(name));
@@ -328,16 +418,16 @@ fn check_written<D: Driver>(
         epoch: descriptor.epoch(),
         min_content_epoch: descriptor.min_content_epoch(),
     };
-    let seen = checks.written(&write.data, version, &descriptor.keys().seal);
+    let manifest = checks.unsigned(&write.data, version);
     let code = |error| match error {
         BlockError::StaleEpoch(_) => Code::StaleEpoch,
         BlockError::VersionConflict { .. } => Code::VersionConflict,
         _ => Code::BadMessage,
     };
-    seen.map_err(|error| Refusal::new(code(error), error.to_string()))?;
+    let manifest = manifest.map_err(|error| Refusal::new(code(error), error.to_string()))?;
     match write.if_version {
         Some(wanted) if wanted != version => Err(refusals::other_version(&write.block, version)),
-        _ => Ok(version),
+        _ => Ok((manifest, descriptor.keys().seal)),
     }
 }
 

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use latzero_crypto::Suite;
+use latzero_crypto::block::Manifest;
 use latzero_crypto::descriptor::Descriptor;
 use latzero_crypto::keys::Roles;
 use latzero_crypto::proof::{
@@ -18,6 +19,7 @@ use latzero_protocol::proof::{AdminProof, AppProof, Chain, PROOF_BYTES_MAX};
 use latzero_protocol::{AppId, Code, PoolName, Refusal, Request, encode};
 use serde_json::json;
 
+use super::memory::SlotWrite;
 use super::pending::{PendingReply, Reply};
 use super::{Flow, Session, leave};
 use crate::driver::{Check, Driver, Peer as _};
@@ -25,6 +27,7 @@ use crate::effects::Audit;
 use crate::ledger::{Reservation, Resource};
 use crate::now::Time;
 use crate::outbox::Class;
+use crate::pool::Replied;
 use crate::refusals;
 use crate::registry::{NewPool, Proved, Rotated, Successor, rotated_event};
 use crate::turn::Turn;
@@ -54,6 +57,8 @@ enum Proof {
     Creation(Box<NewPool>, Reservation),
     /// A pool's next descriptor.
     Rotation(PoolName, Successor),
+    /// A slot of a sealed block.
+    Write(Box<SlotWrite>),
 }
 
 impl<D: Driver> Session<D> {
@@ -88,6 +93,7 @@ impl<D: Driver> Session<D> {
     pub(super) fn proof_bytes(&self) -> usize {
         match &self.proofs.pending {
             Some((_, Proof::Creation(_, memory))) => memory.amount() as usize,
+            Some((_, Proof::Write(slot))) => slot.bytes(),
             _ => 0,
         }
     }
@@ -132,6 +138,7 @@ impl<D: Driver> Session<D> {
     ) -> Result<Reply, Refusal> {
         match proof {
             Proof::Creation(..) if !is_good => Err(refusals::descriptor_not_signed()),
+            Proof::Write(_) if !is_good => Err(refusals::block_not_signed()),
             _ if !is_good => Err(Refusal::unproved()),
             Proof::App(app, key) => self.seat_app(app, key, turn).map(Reply::Now),
             Proof::Pool(pool, descriptor, roles) => {
@@ -145,6 +152,24 @@ impl<D: Driver> Session<D> {
                 self.create(*pool, turn)
             }
             Proof::Rotation(pool, next) => self.rotate(&pool, next, turn),
+            Proof::Write(slot) => self.write_slot(&slot, turn).map(Reply::Now),
+        }
+    }
+
+    /// Has the signature of a sealed block's new content checked.
+    pub(super) fn verify_write(
+        &mut self,
+        id: Option<&str>,
+        slot: SlotWrite,
+        manifest: Manifest,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Replied, Refusal> {
+        self.check_attempts(turn)?;
+        let seal = slot.seal;
+        let check = move || manifest.is_signed(&seal);
+        match self.verify(id, Proof::Write(Box::new(slot)), Box::new(check), turn)? {
+            Reply::Now(reply) => Ok(Some(reply)),
+            Reply::Later | Reply::Kept(..) => Ok(None),
         }
     }
 

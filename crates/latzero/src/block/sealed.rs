@@ -6,6 +6,7 @@
 //! other chunks are reused unchanged. Only a holder of the seal can sign, so anything that others
 //! write into the memory or the file is refused.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -550,14 +551,20 @@ impl Block {
             if let Some(base) = carried.filter(|_| is_same) {
                 self.carry(&mut target, base, i, place).await?;
             } else {
-                let mut plain = vec![0; bytes];
-                if let Some(base) = base.filter(|_| !edit.covers(start..end)) {
-                    let old = start..end.min(old_length).max(start);
-                    let old = self.open_range(sealed, base, old).await?;
-                    let old = old.ok_or_else(|| contended(self.id()))?;
-                    plain[..old.len()].copy_from_slice(&old);
-                }
-                edit.apply(start, &mut plain);
+                let plain = match edit.whole(start..end) {
+                    Some(bytes) => Cow::Borrowed(bytes),
+                    None => {
+                        let mut plain = vec![0; bytes];
+                        if let Some(base) = base.filter(|_| !edit.covers(start..end)) {
+                            let old = start..end.min(old_length).max(start);
+                            let old = self.open_range(sealed, base, old).await?;
+                            let old = old.ok_or_else(|| contended(self.id()))?;
+                            plain[..old.len()].copy_from_slice(&old);
+                        }
+                        edit.apply(start, &mut plain);
+                        Cow::Owned(plain)
+                    }
+                };
                 let (entry, ciphertext) = key.seal(i, number, random()?, &plain);
                 changed.push((i, entry));
                 target
@@ -574,7 +581,7 @@ impl Block {
             .sign(base, &changed, seal)
             .map_err(|error| sealed.unsigned(error))?;
         target
-            .put(0, &signed.head())
+            .put_head(&signed)
             .map_err(|e| write_error(self.id(), e))?;
         let version = self.finish(target, fence).await?;
         sealed.keep(signed);
@@ -695,6 +702,27 @@ impl Target {
             }
         }
     }
+
+    /// Writes manifest and table; of a table that is there already only the lines that differ.
+    fn put_head(&mut self, signed: &Verified) -> Result<(), latzero_shm::WriteError> {
+        let table = match self {
+            Target::Slot { table, .. } => table.take(),
+            Target::Message(_) => None,
+        };
+        let table = table.filter(|table| table.len() == signed.table().len() * ENTRY_BYTES);
+        let Some(table) = table else {
+            return self.put(0, &signed.head());
+        };
+        let mut at = MANIFEST_BYTES as u64;
+        for (there, entry) in table.chunks_exact(ENTRY_BYTES).zip(signed.table()) {
+            let line = entry.to_bytes();
+            if there != line {
+                self.put(at, &line)?;
+            }
+            at += ENTRY_BYTES as u64;
+        }
+        self.put(0, signed.manifest().as_bytes())
+    }
 }
 
 impl Under {
@@ -726,6 +754,20 @@ impl Edit<'_> {
     fn covers(&self, range: Range<u64>) -> bool {
         self.ranges()
             .any(|write| write.start <= range.start && range.end <= write.end)
+    }
+
+    /// The bytes that replace the whole range, if no other write touches it.
+    fn whole(&self, range: Range<u64>) -> Option<&[u8]> {
+        let writes = self.writes.iter().zip(self.ranges());
+        let mut touching =
+            writes.filter(|(_, write)| write.start < range.end && range.start < write.end);
+        let ((_, bytes), write) = touching.next()?;
+        if touching.next().is_some() || range.end > write.end {
+            return None;
+        }
+        let from = usize::try_from(range.start.checked_sub(write.start)?).ok()?;
+        let length = usize::try_from(range.end - range.start).ok()?;
+        bytes.get(from..from + length)
     }
 
     /// Writes into a chunk that begins at `start`.

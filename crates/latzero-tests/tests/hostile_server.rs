@@ -1,0 +1,230 @@
+//! A hostile server: it passes messages of an encrypted pool on, and changes what it likes.
+//!
+//! The real server does the work; a relay between it and one client plays the hostile part.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that can't go on says where by panicking"
+)]
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use latzero::blocking::App;
+use latzero::{Code, HandlerError, Keys};
+use latzero_crypto::text;
+use latzero_protocol::frame::{self, Accept};
+use latzero_tests::vault::{READ, WRITE, keys, member, vault};
+use latzero_tests::{Server, TIMEOUT};
+use serde_json::{Value, json};
+
+type Message = (Value, Option<Vec<u8>>);
+type Change = Box<dyn FnOnce(Message) -> Vec<Message> + Send>;
+
+/// Passes one connection on to the server.
+struct Relay {
+    address: SocketAddr,
+    /// The change of the next message to the client with this action.
+    next: Arc<Mutex<Option<(&'static str, Change)>>>,
+}
+
+impl Relay {
+    fn new(server: &Server) -> Relay {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let upstream = server.0.tcp().to_owned();
+        let next = Arc::new(Mutex::new(None));
+        let changes = Arc::clone(&next);
+        std::thread::spawn(move || {
+            let (client, _) = listener.accept().unwrap();
+            let server = TcpStream::connect(upstream).unwrap();
+            let (mut from, mut to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+            std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+            pass(server, client, &changes);
+        });
+        Relay { address, next }
+    }
+
+    fn app(&self, server: &Server, app: &str, keys: Keys) -> App {
+        let builder = latzero::App::builder(&format!("latzero://{app}@{}", self.address));
+        let state_dir = server.0.data_dir().join("of-clients").join(app);
+        let builder = builder.keys("vault", keys).state_dir(state_dir);
+        App::connect_with(builder.unbound(true)).unwrap()
+    }
+
+    fn change(
+        &self,
+        action: &'static str,
+        change: impl FnOnce(Message) -> Vec<Message> + Send + 'static,
+    ) {
+        *self.next.lock().unwrap() = Some((action, Box::new(change)));
+    }
+}
+
+/// Passes messages to the client until either side ends.
+fn pass(
+    mut server: TcpStream,
+    mut client: TcpStream,
+    changes: &Mutex<Option<(&'static str, Change)>>,
+) {
+    let accept = Accept {
+        max_frame: 16 << 20,
+        attachments: true,
+    };
+    let (mut input, mut piece) = (Vec::new(), [0; 4096]);
+    while let Ok(read @ 1..) = server.read(&mut piece) {
+        input.extend_from_slice(&piece[..read]);
+        let mut out = Vec::new();
+        while let Some((message, used)) = frame::decode(&input, accept).unwrap() {
+            let json: Value = serde_json::from_slice(message.json).unwrap();
+            let message = (json, message.attachment.map(<[u8]>::to_vec));
+            let mut next = changes.lock().unwrap();
+            let change = next.take_if(|(action, _)| message.0["action"] == *action);
+            drop(next);
+            let messages = match change {
+                Some((_, change)) => change(message),
+                None => vec![message],
+            };
+            for (json, attachment) in messages {
+                let json = json.to_string();
+                let write = |out: &mut Vec<u8>| out.extend_from_slice(json.as_bytes());
+                match attachment {
+                    Some(raw) => frame::append_attachment(&mut out, &raw, write),
+                    None => frame::append(&mut out, write),
+                }
+            }
+            input.drain(..used);
+        }
+        if client.write_all(&out).is_err() {
+            break;
+        }
+    }
+}
+
+#[test]
+fn an_event_can_not_be_repeated_redirected_or_attributed_to_another_app() {
+    let (server, set) = vault();
+    let relay = Relay::new(&server);
+    let listener = relay.app(&server, "listener", keys(&set, READ));
+    let mut news = listener.on("news").unwrap();
+    let mut other = listener.on("other").unwrap();
+    let sender = member(&server, "sender", keys(&set, READ));
+    let mut next = || news.recv_timeout(TIMEOUT).unwrap().data::<u64>().unwrap();
+    let emit = |number: u64| sender.emit("news", &number).send().unwrap();
+    let kept = Arc::new(Mutex::new(None));
+    let keep = Arc::clone(&kept);
+    relay.change("emit", move |message| {
+        *keep.lock().unwrap() = Some(message.clone());
+        vec![message.clone(), message]
+    });
+    emit(1);
+    emit(2);
+    assert_eq!((next(), next()), (1, 2), "not twice");
+    let before: Message = kept.lock().unwrap().take().unwrap();
+    let changes: [(&str, Change); 6] = [
+        ("an old one again", Box::new(|new| vec![before, new])),
+        (
+            "another name",
+            Box::new(|(mut json, sealed)| {
+                json["process"] = "other".into();
+                vec![(json, sealed)]
+            }),
+        ),
+        (
+            "another sender",
+            Box::new(|(mut json, sealed)| {
+                json["origin"]["app_id"] = "listener".into();
+                vec![(json, sealed)]
+            }),
+        ),
+        (
+            "another receiver",
+            Box::new(|(mut json, sealed)| {
+                json["destination"] = "listener".into();
+                vec![(json, sealed)]
+            }),
+        ),
+        (
+            "other content",
+            Box::new(|(json, sealed)| {
+                let mut sealed = sealed.unwrap();
+                *sealed.last_mut().unwrap() ^= 1;
+                vec![(json, Some(sealed))]
+            }),
+        ),
+        (
+            "not sealed",
+            Box::new(|(mut json, _)| {
+                json["data"] = 7.into();
+                vec![(json, None)]
+            }),
+        ),
+    ];
+    for (number, (what, change)) in (10..).step_by(10).zip(changes) {
+        relay.change("emit", change);
+        emit(number);
+        emit(number + 1);
+        if what == "an old one again" {
+            assert_eq!(next(), number, "{what}");
+        }
+        assert_eq!(next(), number + 1, "{what}");
+    }
+    assert!(other.recv_timeout(Duration::ZERO).is_err());
+}
+
+#[test]
+fn an_answer_belongs_to_its_call_and_the_server_s_own_word_is_marked() {
+    let (server, set) = vault();
+    let worker = member(&server, "worker", keys(&set, WRITE));
+    let echo = worker.serve("echo", |request| {
+        let number: u64 = request.data()?;
+        Ok::<_, HandlerError>(number)
+    });
+    echo.unwrap();
+    let relay = Relay::new(&server);
+    let caller = relay.app(&server, "caller", keys(&set, READ));
+    let call = |number: u64| caller.call("echo", &number).send::<u64>();
+    let kept = Arc::new(Mutex::new(None));
+    let keep = Arc::clone(&kept);
+    relay.change("response", move |message| {
+        *keep.lock().unwrap() = message.1.clone();
+        vec![message]
+    });
+    assert_eq!(call(1).unwrap(), 1);
+    let first: Option<Vec<u8>> = kept.lock().unwrap().take();
+    assert!(first.is_some(), "an answer is sent as bytes");
+    relay.change("response", |(json, _)| vec![(json, first)]);
+    let error = call(2).unwrap_err();
+    assert_eq!(error.kind(), Code::Integrity, "the answer to another call");
+    relay.change("response", |(mut json, _)| {
+        json["response"] = 2.into();
+        vec![(json, None)]
+    });
+    let error = call(2).unwrap_err();
+    assert_eq!(error.kind(), Code::Integrity, "not sealed");
+    relay.change("response", |(json, sealed)| {
+        let sealed = text::encode(&sealed.unwrap());
+        let answer = json!({
+            "action": "response", "in_reply_to": json["in_reply_to"], "status": "error",
+            "error": {"code": "sealed", "message": "sealed", "data": sealed},
+        });
+        vec![(answer, None)]
+    });
+    let error = call(2).unwrap_err();
+    assert_eq!(error.kind(), Code::Integrity, "another status");
+    // It may end a call, and the error says that this is the server's word alone.
+    relay.change("response", |(json, _)| {
+        let error = json!({"code": "refund_denied", "message": "no", "ran": "no"});
+        let answer = json!({
+            "action": "response", "in_reply_to": json["in_reply_to"], "status": "error",
+            "error": error,
+        });
+        vec![(answer, None)]
+    });
+    let error = call(2).unwrap_err();
+    assert_eq!(error.code(), "refund_denied");
+    assert!(!error.is_authenticated());
+    assert_eq!(call(3).unwrap(), 3);
+}
