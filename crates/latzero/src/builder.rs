@@ -120,7 +120,8 @@ impl Builder {
     }
 
     /// Use the pools and triggers that the server remembers for this AppID, instead of naming any.
-    /// Calls of a remembered trigger without a handler here get `no_handler`.
+    /// A remembered trigger gets calls and emits once it is served again; until then, parked calls
+    /// wait.
     #[must_use]
     pub fn rehydrate(self, rehydrate: bool) -> Self {
         self.with(|config| config.rehydrate = rehydrate)

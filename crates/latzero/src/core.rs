@@ -207,6 +207,9 @@ impl Core {
             }
             self.name_encrypted(&mut handshake);
             handshake["triggers"] = json!([]);
+        } else {
+            // Until they are served here, calls wait at the server or go to other instances.
+            handshake["hold_triggers"] = json!(true);
         }
         handshake["exclusive"] = json!(config.exclusive);
         handshake["takeover"] = json!(config.takeover);
