@@ -18,7 +18,7 @@ use latzero_protocol::{Code, Ran};
 use serde_json::{Value, json};
 
 use crate::error::Error;
-use crate::sealed::{DescriptorFile, SealedPool};
+use crate::wire::sealed::{DescriptorFile, SealedPool};
 
 /// A key file has at most this many bytes.
 const FILE_BYTES_MAX: u64 = 64 * 1024;

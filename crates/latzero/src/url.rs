@@ -7,7 +7,7 @@ use latzero_protocol::{AppId, Code, PoolName};
 use latzero_tls::Pin;
 
 use crate::error::Error;
-use crate::tls::TlsOptions;
+use crate::wire::tls::TlsOptions;
 
 /// The address of the server.
 #[derive(Debug, Clone, PartialEq, Eq)]

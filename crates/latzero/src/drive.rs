@@ -1,0 +1,15 @@
+//! What makes an app go on: the state that its handles share, the threads or the task that read,
+//! handlers and queues of events, and reconnecting. The API is built on it, and not known here.
+
+pub(crate) mod answers;
+pub(crate) mod core;
+pub(crate) mod events;
+pub(crate) mod handlers;
+mod inbound;
+mod reader;
+mod reconnect;
+pub(crate) mod request;
+#[cfg(feature = "tokio")]
+mod runtime;
+pub(crate) mod states;
+mod threads;

@@ -1,0 +1,8 @@
+//! The API: what programs use, async and blocking.
+
+pub(crate) mod app;
+pub(crate) mod block;
+pub mod blocking;
+pub(crate) mod builder;
+pub(crate) mod call;
+pub(crate) mod stream;
