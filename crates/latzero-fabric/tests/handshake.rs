@@ -126,7 +126,10 @@ fn a_held_trigger_is_served_once_it_is_registered_again() {
     // What was held stays in the registration. Without a registration nothing is held.
     net.hang_up(a);
     assert_eq!(net.hello("a", "").1, r#"hello ["p"] ["u","t"] rehydrated"#);
-    let c = net.app("c", r#""pools":["p"],"triggers":["t"],"hold_triggers":true"#);
+    let c = net.app(
+        "c",
+        r#""pools":["p"],"triggers":["t"],"hold_triggers":true"#,
+    );
     net.ask(b, r#"{"action":"ping"}"#);
     assert_eq!(net.call(b, "3", r#""destination":"c""#), "");
     assert_eq!(net.sees(c), "call t from b: null");

@@ -1,8 +1,13 @@
 //! The API: what programs use, async and blocking.
 
+pub(crate) mod answers;
 pub(crate) mod app;
 pub(crate) mod block;
 pub mod blocking;
 pub(crate) mod builder;
 pub(crate) mod call;
+pub(crate) mod events;
+mod keys;
+mod request;
+pub(crate) mod states;
 pub(crate) mod stream;

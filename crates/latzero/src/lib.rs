@@ -46,6 +46,7 @@
 //! else on one background thread, with any executor. The public API has no types of a runtime. This
 //! crate knows the wire protocol, but not how a server makes its decisions.
 
+mod config;
 mod drive;
 mod error;
 mod face;
@@ -57,24 +58,28 @@ pub mod testing;
 mod url;
 mod wire;
 
-pub use drive::answers::{ANSWERS_BYTES_MAX, ANSWERS_MAX, Answer, Answers};
-pub use drive::events::{Emission, Events, Presence};
+pub use config::Reconnect;
+pub use drive::answers::{ANSWERS_BYTES_MAX, ANSWERS_MAX, Answer};
+pub use drive::events::{Emission, Presence};
 pub use drive::request::{Origin, Request, Unanswered};
-pub use drive::states::{STATES_MAX, State, States};
+pub use drive::states::{STATES_MAX, State};
 pub use error::{Error, HandlerError};
+pub use face::answers::Answers;
 pub use face::app::{App, Handler};
 pub use face::block::{
     Block, BlockLock, BlockName, BlockWriter, Changes, CreateBlock, Draft, Element, Exposed,
     LOCKS_VARIABLE, OwnedView, TypedBlock, View, Writing,
 };
 pub use face::blocking;
-pub use face::builder::{Builder, Reconnect};
+pub use face::builder::Builder;
 pub use face::call::{Call, Calling, Emit, Emitting, Parked, Parking};
+pub use face::events::Events;
+pub use face::states::States;
 pub use face::stream::{ItemOrProgress, Stream};
 pub use keys::{AppKey, Keys};
 pub use latzero_protocol::memory::LockMode;
 pub use latzero_protocol::message::Strategy;
 pub use latzero_protocol::{Code, InstanceId, Ran};
 pub use payload::{Bytes, Data, FromPayload, IntoPayload, Reply, check_json};
-pub use wire::connection::HandshakeTimeout;
 pub use wire::known_hosts;
+pub use wire::wait::HandshakeTimeout;

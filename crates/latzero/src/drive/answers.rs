@@ -2,24 +2,23 @@
 //! and its answer reaches the app after it has reconnected.
 
 use std::collections::VecDeque;
-use std::pin::Pin;
 use std::sync::Mutex;
 use std::task::{Context, Poll, Waker};
 
 use crate::error::Error;
-use crate::face::app::App;
 use crate::payload::{FromPayload, Reply};
 use crate::sync::{lock, set_waker};
 
-/// How many answers wait to be read through [`App::answers`]. Beyond that the oldest are dropped
-/// and counted.
+/// How many answers wait to be read through [`App::answers`](crate::App::answers). Beyond that the
+/// oldest are dropped and counted.
 pub const ANSWERS_MAX: usize = 1024;
 
-/// How many bytes of answers wait to be read through [`App::answers`]. Beyond that the oldest are
-/// dropped and counted; the newest is kept whatever its size.
+/// How many bytes of answers wait to be read through [`App::answers`](crate::App::answers). Beyond
+/// that the oldest are dropped and counted; the newest is kept whatever its size.
 pub const ANSWERS_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-/// The answer to a call that nobody in this process waits for; returned by [`App::answers`].
+/// The answer to a call that nobody in this process waits for; returned by
+/// [`App::answers`](crate::App::answers).
 #[derive(Debug, Clone)]
 pub struct Answer {
     id: Box<str>,
@@ -142,7 +141,7 @@ impl Unclaimed {
     }
 
     /// The number of the next reader; the previous reader gets no more answers.
-    fn next_taker(&self) -> u64 {
+    pub(crate) fn next_taker(&self) -> u64 {
         let (taker, before) = {
             let mut inner = lock(&self.0);
             inner.taker += 1;
@@ -154,7 +153,7 @@ impl Unclaimed {
         taker
     }
 
-    fn poll_next(&self, taker: u64, cx: &mut Context<'_>) -> Poll<Option<Answer>> {
+    pub(crate) fn poll_next(&self, taker: u64, cx: &mut Context<'_>) -> Poll<Option<Answer>> {
         let mut inner = lock(&self.0);
         if inner.taker != taker {
             return Poll::Ready(None);
@@ -169,41 +168,6 @@ impl Unclaimed {
         }
         set_waker(&mut inner.waker, cx.waker());
         Poll::Pending
-    }
-}
-
-/// Answers to calls that nobody here waits for, as they arrive, until the app is closed; returned
-/// by [`App::answers`]. Answers that were not read when it is dropped wait for the next reader.
-#[derive(Debug)]
-pub struct Answers {
-    pub(crate) app: App,
-    taker: u64,
-}
-
-impl Answers {
-    pub(crate) fn new(app: &App) -> Self {
-        Answers {
-            taker: app.core().answers.next_taker(),
-            app: app.clone(),
-        }
-    }
-
-    /// The next answer; `None` after the app was closed, or [`App::answers`] was called again.
-    pub async fn next(&mut self) -> Option<Answer> {
-        std::future::poll_fn(|cx| self.poll_next_answer(cx)).await
-    }
-
-    /// Like [`futures_core::Stream::poll_next`], without the pin.
-    pub fn poll_next_answer(&mut self, cx: &mut Context<'_>) -> Poll<Option<Answer>> {
-        self.app.core().answers.poll_next(self.taker, cx)
-    }
-}
-
-impl futures_core::Stream for Answers {
-    type Item = Answer;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Answer>> {
-        self.poll_next_answer(cx)
     }
 }
 

@@ -5,6 +5,7 @@
 //! Lock order: input → followers → outbox → pending → job queue; except wakers, no user code runs
 //! under any of them.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use latzero_protocol::{Code, Ran};
 use serde_json::{Value, json};
 
+use crate::config::Config;
 use crate::drive::answers::{Answer, Unclaimed};
 use crate::drive::events::{Presence, Queue};
 use crate::drive::handlers::{HandlerJob, Handlers};
@@ -23,12 +25,10 @@ use crate::drive::runtime::Signal;
 use crate::drive::states::{Followers, State};
 use crate::drive::threads::Workers;
 use crate::error::Error;
-use crate::face::app::Owner;
-use crate::face::block::Blocks;
-use crate::face::builder::Config;
 use crate::payload::Reply;
 use crate::sync::lock;
-use crate::wire::connection::{self, Ack, Link};
+use crate::wire::connect;
+use crate::wire::link::{Ack, Link};
 use crate::wire::message::Message;
 use crate::wire::outbox::{By, Flushed, Outbox, Phase, Submitted};
 use crate::wire::pending::{InFlight, Key, Pending};
@@ -59,6 +59,35 @@ pub(crate) enum Leave {
 /// The watchers of each pool's events.
 type Watchers = HashMap<Box<str>, Vec<Weak<Queue<Presence>>>>;
 
+/// What the API has at the server in addition to the registration. The server drops it with a
+/// connection, so it has to be renewed.
+pub(crate) trait Resources: Any + Send + Sync {
+    /// The first messages over a new connection.
+    fn renewal(&self) -> Vec<Message>;
+
+    /// Continues after a reconnect. It may wait for the server.
+    fn restore(&self, core: &Arc<Core>);
+
+    /// Takes an event of a pool, and adds who waits for it.
+    fn event(&self, event: &str, pool: &str, text: &str, wake: &mut Vec<Waker>);
+
+    /// Adds everybody who waits, at the end of the app.
+    fn wake_all(&self, wake: &mut Vec<Waker>);
+}
+
+/// Keeps an app alive: when the last handle is dropped, this ends the app.
+#[derive(Debug)]
+pub(crate) struct Owner {
+    pub(crate) core: Arc<Core>,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.core.outbox.flush();
+        self.core.end(&Core::closed_error());
+    }
+}
+
 /// The state that all handles of one app share.
 pub(crate) struct Core {
     /// The process that connected: a forked child has copies of everything but the threads.
@@ -71,7 +100,7 @@ pub(crate) struct Core {
     pub(crate) reader: Reader,
     pub(crate) handlers: Handlers,
     pub(crate) watchers: Mutex<Watchers>,
-    pub(crate) blocks: Blocks,
+    pub(crate) resources: Box<dyn Resources>,
     /// The encrypted pools.
     sealed: Vec<Arc<SealedPool>>,
     /// How many emits and pushes the server dropped that have not been reported yet.
@@ -109,7 +138,10 @@ impl std::fmt::Debug for Core {
 
 impl Core {
     /// Connects; blocks for at most the configured time. Nothing drives the app yet.
-    pub(crate) fn connect(config: Config) -> Result<Arc<Core>, Error> {
+    pub(crate) fn connect(
+        config: Config,
+        resources: Box<dyn Resources>,
+    ) -> Result<Arc<Core>, Error> {
         let sealed = config.keys.iter();
         let sealed = sealed.map(|(pool, keys)| {
             let state_dir = config.state_dir.clone();
@@ -124,7 +156,7 @@ impl Core {
             reader: Reader::new(),
             handlers: Handlers::default(),
             watchers: Mutex::default(),
-            blocks: Blocks::default(),
+            resources,
             lost: AtomicU64::new(0),
             lost_ever: AtomicU64::new(0),
             followers: Mutex::default(),
@@ -152,7 +184,7 @@ impl Core {
     /// Opens a new connection, which is not used yet.
     pub(crate) fn dial(&self, handshake: &str) -> Result<Link, Error> {
         let epoch = self.epoch.fetch_add(1, Ordering::Relaxed);
-        connection::connect(&self.config, handshake, epoch, &self.sealed)
+        connect::connect(&self.config, handshake, epoch, &self.sealed)
     }
 
     /// Starts to use a new connection, and renews the state that the server drops with a
@@ -164,7 +196,7 @@ impl Core {
             message.string("pool", pool);
             message.finish(None, link.attachments, &mut first);
         }
-        for mut message in self.blocks.reattach() {
+        for mut message in self.resources.renewal() {
             message.finish(None, link.attachments, &mut first);
         }
         let mut pools = link.ack.pools.clone();
@@ -520,7 +552,7 @@ impl Core {
                 .for_each(|queue| queue.close());
         }
         let mut wake = Vec::new();
-        self.blocks.wake_all(&mut wake);
+        self.resources.wake_all(&mut wake);
         wake.into_iter().for_each(Waker::wake);
         self.handlers.close();
         self.workers.stop();
@@ -578,5 +610,23 @@ impl Core {
     /// Whether there is a connection now.
     pub(crate) fn is_connected(&self) -> bool {
         matches!(self.outbox.phase(), Phase::Up(_))
+    }
+}
+
+impl Core {
+    /// Sends a message without a reply, if there is a connection. Such messages are small, and
+    /// their number is bounded by that of earlier requests.
+    pub(crate) fn send_oneway(&self, message: Message) {
+        self.append(message);
+        self.flush_soon();
+    }
+
+    /// Like [`Core::send_oneway`], but the caller flushes.
+    pub(crate) fn append(&self, mut message: Message) {
+        if let Some(link) = self.outbox.link() {
+            self.outbox.append(link.epoch, |out, link| {
+                message.finish(None, link.attachments, out);
+            });
+        }
     }
 }

@@ -1,8 +1,7 @@
 //! Emits of other apps and the events of pools, as bounded queues.
 
 use std::collections::VecDeque;
-use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::task::{Context, Poll, Waker};
 
 use latzero_protocol::InstanceId;
@@ -10,7 +9,6 @@ use serde_json::{Map, Value};
 
 use crate::drive::request::{Origin, Request};
 use crate::error::Error;
-use crate::face::app::{self, App};
 use crate::payload::{self, FromPayload, Payload};
 use crate::sync::{lock, set_waker};
 
@@ -20,9 +18,6 @@ pub(crate) const EVENTS_MAX: usize = 1024;
 /// An item that records how many were lost before it.
 pub(crate) trait Lossy: Sized {
     fn add_lost(&mut self, lost: u64);
-
-    /// Stops listening for `queue`.
-    fn forget(app: &App, queue: &Arc<Queue<Self>>);
 }
 
 /// An emit that arrived.
@@ -97,10 +92,6 @@ impl Lossy for Emission {
     fn add_lost(&mut self, lost: u64) {
         self.lost += lost;
     }
-
-    fn forget(app: &App, queue: &Arc<Queue<Self>>) {
-        app::forget_emissions(app, queue);
-    }
 }
 
 /// An event of a pool: apps that join and leave, triggers and blocks that change.
@@ -156,10 +147,6 @@ impl Presence {
 impl Lossy for Presence {
     fn add_lost(&mut self, lost: u64) {
         self.lost += lost;
-    }
-
-    fn forget(app: &App, queue: &Arc<Queue<Self>>) {
-        app::forget_presence(app, queue);
     }
 }
 
@@ -234,70 +221,6 @@ impl<T: Lossy> Queue<T> {
     }
 }
 
-/// Events as they arrive, until the app is closed. Dropping it stops listening.
-///
-/// At most 1024 wait to be read. Beyond that the newest are dropped; the next event says how many,
-/// or [`Events::take_lost`] if none follows.
-#[derive(Debug)]
-#[allow(
-    private_bounds,
-    reason = "the two kinds of events are this crate's own"
-)]
-pub struct Events<T: Lossy> {
-    pub(crate) queue: Arc<Queue<T>>,
-    pub(crate) app: App,
-}
-
-#[allow(
-    private_bounds,
-    reason = "the two kinds of events are this crate's own"
-)]
-impl<T: Lossy> Events<T> {
-    /// The next event; `None` after the app was closed.
-    pub async fn next(&mut self) -> Option<T> {
-        std::future::poll_fn(|cx| self.queue.poll_next(cx)).await
-    }
-
-    /// Like [`futures_core::Stream::poll_next`], without the pin.
-    pub fn poll_next_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<T>> {
-        self.queue.poll_next(cx)
-    }
-
-    /// How many events were dropped after the last one that was read, if no other event waits that
-    /// would report them. They are reported once: here, or by the next event.
-    pub fn take_lost(&mut self) -> u64 {
-        self.queue.take_lost()
-    }
-
-    /// The app that listens.
-    #[must_use]
-    pub fn app(&self) -> &App {
-        &self.app
-    }
-}
-
-#[allow(
-    private_bounds,
-    reason = "the two kinds of events are this crate's own"
-)]
-impl<T: Lossy> futures_core::Stream for Events<T> {
-    type Item = T;
-
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<T>> {
-        self.queue.poll_next(cx)
-    }
-}
-
-#[allow(
-    private_bounds,
-    reason = "the two kinds of events are this crate's own"
-)]
-impl<T: Lossy> Drop for Events<T> {
-    fn drop(&mut self) {
-        T::forget(&self.app, &self.queue);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -306,8 +229,6 @@ mod tests {
         fn add_lost(&mut self, lost: u64) {
             self.1 += lost;
         }
-
-        fn forget(_: &App, _: &Arc<Queue<Self>>) {}
     }
 
     #[test]

@@ -13,93 +13,66 @@ use latzero_protocol::{Code, Envelope, Ran, Raw, Refusal, encode, frame};
 use crate::drive::answers::Answer;
 use crate::drive::core::Core;
 use crate::drive::events::{Emission, Full, Lossy, Presence, Queue};
-use crate::drive::handlers::{Entry, HandlerJob};
-use crate::drive::reader::Input;
+use crate::drive::handlers::{self, Entry, HandlerJob};
 use crate::drive::request::Request;
 use crate::error::Error;
 use crate::payload::{Beside, Payload, Reply};
 use crate::sync::lock;
+use crate::wire::input::{Input, Received};
 use crate::wire::pending::{Key, Pending};
 
-/// The most descriptors that wait for their message, whose frame may not be complete yet.
-const DESCRIPTORS_KEPT_MAX: usize = 1024;
-
-/// Decodes every complete frame of `input`. Replies are delivered to callers; calls and emits are
-/// added to `jobs`.
-///
-/// # Errors
-/// If the bytes cannot be from a server: the connection is then unusable.
-pub(crate) fn process(
-    core: &Arc<Core>,
-    input: &mut Input,
-    jobs: &mut Vec<HandlerJob>,
-) -> Result<(), String> {
-    let Some(link) = input.link.clone() else {
-        return Ok(());
-    };
-    let mut batch = Batch {
-        core,
-        epoch: link.epoch,
-        now: Instant::now(),
-        jobs,
-        wake: Vec::new(),
-        must_flush: false,
-        entry: None,
-    };
-    let accept = link.accept();
-    let mut descriptors = std::mem::take(&mut input.descriptors);
-    let result = loop {
-        match frame::decode(&input.buf[input.start..input.end], accept) {
-            Ok(None) => break Ok(()),
-            Err(e) => break Err(format!("it sent what is not a frame: {e}")),
-            Ok(Some((frame, used))) => {
-                let message = Envelope::parse(frame).and_then(|envelope| envelope);
-                let handled = message.map(|envelope| -> Result<(), String> {
-                    let is_last = input.start + used == input.end;
-                    let own = own_descriptors(&envelope, &mut descriptors, is_last)?;
-                    batch.message(&envelope, own)
-                });
-                input.start += used;
-                match handled {
-                    Ok(Ok(())) => {}
-                    Ok(Err(why)) => break Err(why),
-                    Err(e) => break Err(format!("it sent what is not a message: {e}")),
+impl Core {
+    /// Handles what was read, or the loss of the connection. Calls and emits are added to `jobs`.
+    pub(crate) fn settle(
+        self: &Arc<Self>,
+        input: &mut Input,
+        received: Received,
+        jobs: &mut Vec<HandlerJob>,
+    ) {
+        let lost = match received {
+            Received::Nothing => return,
+            Received::Bytes { .. } => {
+                let processed = self.process(input, jobs);
+                // Here, so that they are taken in the order that they came in.
+                for job in jobs.extract_if(.., |job| job.is_detached()) {
+                    handlers::run(self, job, Instant::now());
                 }
+                processed.err().or_else(|| input.lost.take())
             }
+            Received::Lost(why) => Some(why),
+        };
+        if let Some(why) = lost
+            && let Some(link) = input.detach()
+        {
+            self.lost(&link, &why);
         }
-    };
-    input.descriptors = descriptors;
-    let must_flush = batch.must_flush;
-    batch.wake.into_iter().for_each(Waker::wake);
-    if must_flush {
-        core.flush();
     }
-    result
-}
 
-/// Takes the descriptors of a message from those that were received. They arrive with the first
-/// byte of their message, so none can be left after the last message that was received.
-fn own_descriptors(
-    e: &Envelope<'_>,
-    came: &mut Vec<OwnedFd>,
-    is_last: bool,
-) -> Result<Vec<OwnedFd>, String> {
-    let named = match e.descriptors.and_then(Raw::as_u64) {
-        None if came.is_empty() => return Ok(Vec::new()),
-        named => named.unwrap_or(0),
-    };
-    let count = usize::try_from(named).unwrap_or(usize::MAX);
-    if count > came.len() || came.len() - count > DESCRIPTORS_KEPT_MAX {
-        let text = format!(
-            "a message names {named} file descriptors, but {} arrived",
-            came.len()
-        );
-        return Err(text);
-    }
-    let own = came.drain(..count).collect();
-    match came.is_empty() || !is_last {
-        true => Ok(own),
-        false => Err("it sent more file descriptors than its messages name".into()),
+    /// Handles every complete message: replies are delivered to callers.
+    fn process(
+        self: &Arc<Self>,
+        input: &mut Input,
+        jobs: &mut Vec<HandlerJob>,
+    ) -> Result<(), String> {
+        let Some(epoch) = input.link.as_ref().map(|link| link.epoch) else {
+            return Ok(());
+        };
+        let mut batch = Batch {
+            core: self,
+            epoch,
+            now: Instant::now(),
+            jobs,
+            wake: Vec::new(),
+            must_flush: false,
+            entry: None,
+        };
+        let result = input.decode(|message, descriptors| batch.message(message, descriptors));
+        let must_flush = batch.must_flush;
+        batch.wake.into_iter().for_each(Waker::wake);
+        if must_flush {
+            self.flush();
+        }
+        result
     }
 }
 
@@ -351,7 +324,9 @@ impl Batch<'_> {
         if let Some(pool) = &pool
             && (event.starts_with("block_") || event.starts_with("lock_"))
         {
-            self.core.blocks.event(&event, pool, e.text, &mut self.wake);
+            self.core
+                .resources
+                .event(&event, pool, e.text, &mut self.wake);
         }
         let watchers = lock(&self.core.watchers);
         // An event without a pool (draining) is for every watcher.

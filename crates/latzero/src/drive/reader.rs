@@ -5,8 +5,7 @@
 //! per call and no thread hop.
 
 use std::collections::VecDeque;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::task::{Context, Poll};
@@ -16,202 +15,11 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::drive::core::{Core, DriverKind};
-use crate::drive::handlers::{self, HandlerJob};
-use crate::drive::inbound;
 use crate::drive::threads;
 use crate::interrupt::is_over;
 use crate::sync::{lock, thread_waker};
-use crate::wire::connection::{Link, RECV_TIMEOUT, timespec};
-
-/// Initial size of the receive buffer in bytes. It grows with what arrives, not with what is
-/// announced.
-const BUFFER_BYTES: usize = 64 * 1024;
-
-/// A receive buffer above this size in bytes is freed once it is empty. Like the send buffer, it
-/// can hold one large message, rounded up to a power of two.
-const BUFFER_BYTES_KEPT: usize = 32 * 1024 * 1024;
-
-/// The receiving side, with the bytes that were not decoded yet.
-#[derive(Debug)]
-pub(crate) struct Input {
-    pub(crate) link: Option<Arc<Link>>,
-    pub(crate) buf: Vec<u8>,
-    pub(crate) start: usize,
-    pub(crate) end: usize,
-    /// Received descriptors that no message has taken yet, in order.
-    pub(crate) descriptors: Vec<OwnedFd>,
-    /// Whether the buffer has bytes that came with the handshake and were not decoded yet.
-    pub(crate) is_fresh: bool,
-    /// Why the connection ends, once the bytes in the buffer are decoded.
-    lost: Option<String>,
-}
-
-/// The result of a read.
-#[derive(Debug)]
-pub(crate) enum Received {
-    /// Bytes; fewer than there was room for if `short`, so the socket is likely empty.
-    Bytes {
-        #[cfg_attr(
-            not(feature = "tokio"),
-            expect(dead_code, reason = "only that driver asks")
-        )]
-        short: bool,
-    },
-    /// Nothing, for now.
-    Nothing,
-    /// The connection is over.
-    Lost(String),
-}
-
-impl Input {
-    fn new() -> Self {
-        Input {
-            link: None,
-            buf: Vec::new(),
-            start: 0,
-            end: 0,
-            descriptors: Vec::new(),
-            is_fresh: false,
-            lost: None,
-        }
-    }
-
-    /// Makes sure that the current connection is read. False if there is none.
-    pub(crate) fn attach(&mut self, core: &Core) -> bool {
-        if self.link.is_some() {
-            return true;
-        }
-        self.link = core.outbox.link();
-        let Some(link) = &self.link else { return false };
-        self.lost = None;
-        let early = std::mem::take(&mut *lock(&link.early));
-        self.descriptors = std::mem::take(&mut *lock(&link.early_descriptors));
-        self.buf.clear();
-        self.buf.resize(BUFFER_BYTES.max(early.len()), 0);
-        self.buf[..early.len()].copy_from_slice(&early);
-        (self.start, self.end) = (0, early.len());
-        self.is_fresh = !early.is_empty();
-        true
-    }
-
-    /// Makes room after the buffered bytes.
-    fn make_room(&mut self) {
-        if self.start == self.end {
-            (self.start, self.end) = (0, 0);
-            if self.buf.len() > BUFFER_BYTES_KEPT {
-                self.buf.truncate(BUFFER_BYTES);
-                self.buf.shrink_to_fit();
-            }
-        } else if self.end == self.buf.len() {
-            if self.start > 0 {
-                self.buf.copy_within(self.start..self.end, 0);
-                (self.start, self.end) = (0, self.end - self.start);
-            } else {
-                // One frame fills the buffer: it grows by as much as has arrived.
-                self.buf.resize(self.buf.len() * 2, 0);
-            }
-        }
-    }
-
-    fn received(&mut self, result: io::Result<usize>) -> Received {
-        match result {
-            Ok(0) => Received::Lost("the server closed it".into()),
-            Ok(n) => {
-                self.end += n;
-                Received::Bytes {
-                    short: self.end < self.buf.len(),
-                }
-            }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Received::Nothing,
-            Err(e) => Received::Lost(e.to_string()),
-        }
-    }
-
-    /// Takes everything that was read from the socket and decrypted, and an error that follows it:
-    /// no poll would report them.
-    fn received_by_tls(&mut self, link: &Link, result: io::Result<usize>) -> Received {
-        let received = self.received(result);
-        if !matches!(received, Received::Bytes { .. }) {
-            return received;
-        }
-        while link.has_buffered() {
-            self.make_room();
-            let more = link.try_recv(&mut self.buf[self.end..], &mut self.descriptors);
-            match self.received(more) {
-                Received::Bytes { .. } => {}
-                Received::Nothing => break,
-                Received::Lost(why) => {
-                    self.lost = Some(why);
-                    break;
-                }
-            }
-        }
-        Received::Bytes {
-            short: !link.may_have_more(),
-        }
-    }
-
-    /// Reads available bytes.
-    pub(crate) fn try_receive(&mut self) -> Received {
-        if std::mem::take(&mut self.is_fresh) {
-            return Received::Bytes { short: false };
-        }
-        self.make_room();
-        let Some(link) = &self.link else {
-            return Received::Nothing;
-        };
-        let result = link.try_recv(&mut self.buf[self.end..], &mut self.descriptors);
-        if link.is_tls() {
-            let link = Arc::clone(link);
-            return self.received_by_tls(&link, result);
-        }
-        self.received(result)
-    }
-
-    /// Waits for bytes, up to [`RECV_TIMEOUT`].
-    pub(crate) fn receive(&mut self) -> Received {
-        if std::mem::take(&mut self.is_fresh) {
-            return Received::Bytes { short: false };
-        }
-        self.make_room();
-        let Some(link) = &self.link else {
-            return Received::Nothing;
-        };
-        let result = link.recv(&mut self.buf[self.end..], &mut self.descriptors);
-        if link.is_tls() {
-            let link = Arc::clone(link);
-            return self.received_by_tls(&link, result);
-        }
-        self.received(result)
-    }
-
-    /// Decodes what was read, or handles the loss of the connection.
-    pub(crate) fn settle(
-        &mut self,
-        core: &Arc<Core>,
-        received: Received,
-        jobs: &mut Vec<HandlerJob>,
-    ) {
-        let lost = match received {
-            Received::Nothing => return,
-            Received::Bytes { .. } => {
-                let processed = inbound::process(core, self, jobs);
-                // Here, so that they are taken in the order that they came in.
-                for job in jobs.extract_if(.., |job| job.is_detached()) {
-                    handlers::run(core, job, Instant::now());
-                }
-                processed.err().or_else(|| self.lost.take())
-            }
-            Received::Lost(why) => Some(why),
-        };
-        if let Some(why) = lost
-            && let Some(link) = self.link.take()
-        {
-            self.descriptors.clear();
-            core.lost(&link, &why);
-        }
-    }
-}
+use crate::wire::input::{Input, Received};
+use crate::wire::wait::{RECV_TIMEOUT, timespec};
 
 /// The reading role and its waiters.
 #[derive(Debug)]
@@ -340,11 +148,11 @@ impl Core {
                 self.reader.turns.fetch_add(1, Ordering::Relaxed);
             }
             let done = loop {
-                if !input.attach(self) {
+                if !input.attach(&self.outbox) {
                     break None;
                 }
                 let received = self.receive_until(&mut input, deadline);
-                input.settle(self, received, &mut jobs);
+                self.settle(&mut input, received, &mut jobs);
                 self.push_jobs(&mut jobs);
                 if let Poll::Ready(value) = attempt(cx) {
                     break Some(Some(value));
@@ -452,30 +260,4 @@ impl Core {
 fn wait_time(deadline: Option<Instant>) -> Duration {
     let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
     left.unwrap_or(RECV_TIMEOUT).min(RECV_TIMEOUT)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io::Write as _;
-
-    use super::*;
-    use crate::wire::tls::tests::{Clients, connection};
-
-    #[test]
-    fn data_before_a_tls_failure_is_read() {
-        let (link, server) = connection(Clients::All);
-        let (mut theirs, mut tls) = server.join().unwrap();
-        tls.write(&mut theirs, b"last words").unwrap();
-        // A record that nobody can have encrypted (RFC 8446, section 5.1).
-        theirs.write_all(&[0x17, 3, 3, 0, 20]).unwrap();
-        theirs.write_all(&[0; 20]).unwrap();
-        let mut input = Input {
-            link: Some(Arc::new(link)),
-            buf: vec![0; 100],
-            ..Input::new()
-        };
-        assert!(matches!(input.try_receive(), Received::Bytes { .. }));
-        assert_eq!(&input.buf[..input.end], b"last words");
-        assert!(input.lost.is_some());
-    }
 }

@@ -62,7 +62,7 @@ fn reconnect(core: &Arc<Core>) {
                 // If the app has ended in the meantime, the connection is dropped.
                 if core.install(link).is_ok() {
                     core.notify_driver();
-                    core.blocks.restore(core);
+                    core.resources.restore(core);
                 }
                 return;
             }

@@ -1,7 +1,7 @@
 //! A call as its handler sees it.
 
+use std::any::Any;
 use std::borrow::Cow;
-use std::future::poll_fn;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -14,14 +14,11 @@ use latzero_protocol::{Code, Envelope, InstanceId, Raw, Refusal, encode, frame};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::drive::core::{Core, Leave};
+use crate::drive::core::Core;
 use crate::error::{Error, HandlerError};
-use crate::face::app::App;
-use crate::face::block::{Block, Current};
 use crate::payload::{self, Body, FromPayload, IntoPayload, Payload};
 use crate::sync::{lock, set_waker};
 use crate::wire::message::Message;
-use crate::wire::outbox::By;
 use crate::wire::sealed::SealedReply;
 
 /// The caller or sender, as confirmed by the server.
@@ -67,16 +64,17 @@ pub(crate) struct Ticket {
     pub(crate) sealed: std::sync::OnceLock<SealedReply>,
     /// Blocks that came with the call: each with its name and, until it is used, its description
     /// and descriptor.
-    blocks: std::sync::OnceLock<Vec<Lent>>,
+    pub(crate) blocks: std::sync::OnceLock<Vec<Lent>>,
 }
 
 /// A block that came with a call.
 #[derive(Debug)]
-struct Lent {
-    id: String,
-    description: Value,
-    descriptor: std::sync::Mutex<Option<OwnedFd>>,
-    block: std::sync::Mutex<Option<Block>>,
+pub(crate) struct Lent {
+    pub(crate) id: String,
+    pub(crate) description: Value,
+    pub(crate) descriptor: std::sync::Mutex<Option<OwnedFd>>,
+    /// What the API made of it.
+    pub(crate) handle: std::sync::Mutex<Option<Box<dyn Any + Send + Sync>>>,
 }
 
 #[derive(Debug)]
@@ -145,7 +143,7 @@ impl Ticket {
         drop(waker);
     }
 
-    fn poll_credit(&self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+    pub(crate) fn poll_credit(&self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let mut state = lock(&self.state);
         if self.is_cancelled() {
             return Poll::Ready(Err(cancelled()));
@@ -164,7 +162,7 @@ impl Ticket {
     }
 }
 
-fn cancelled() -> Error {
+pub(crate) fn cancelled() -> Error {
     Error::new(Code::Cancelled, "the caller no longer wants the answer")
 }
 
@@ -262,43 +260,10 @@ impl Request {
                 None
             }),
             description,
-            block: std::sync::Mutex::new(None),
+            handle: std::sync::Mutex::new(None),
         });
         // Called once, before anybody else has the request.
         let _ = self.ticket.blocks.set(lent.collect());
-    }
-
-    /// The names of the memory blocks that the caller passed.
-    #[must_use]
-    pub fn block_ids(&self) -> Vec<&str> {
-        let lent = self.ticket.blocks.get().into_iter().flatten();
-        lent.map(|lent| lent.id.as_str()).collect()
-    }
-
-    /// A memory block that the caller passed, for use during the call.
-    ///
-    /// # Errors
-    /// `no_block` if the caller passed no such block.
-    pub fn block(&self, id: &str) -> Result<Block, Error> {
-        let lent = self.ticket.blocks.get().into_iter().flatten();
-        let Some(lent) = lent.into_iter().find(|lent| lent.id == id) else {
-            return Err(Error::new(
-                Code::NoBlock,
-                format!(
-                    "the caller passed no block '{id}', but {:?}",
-                    self.block_ids()
-                ),
-            ));
-        };
-        let mut place = lock(&lent.block);
-        if let Some(block) = &*place {
-            return Ok(block.clone());
-        }
-        let descriptor = lock(&lent.descriptor).take();
-        let current = Current::new(&self.core, &lent.description, descriptor, self.ticket.epoch)?;
-        let block = Block::lent(&self.app(), current);
-        *place = Some(block.clone());
-        Ok(block)
     }
 
     fn part(&self, range: &Range<usize>) -> &str {
@@ -427,51 +392,6 @@ impl Request {
         self.ticket.is_cancelled()
     }
 
-    /// The app that handles this, for further calls. A handler that captured a handle of its app
-    /// would keep the app alive forever; this one does not.
-    #[must_use]
-    pub fn app(&self) -> App {
-        App::lent(&self.core)
-    }
-
-    /// Sends one item of a streamed answer, once the caller has room for it.
-    ///
-    /// # Errors
-    /// `cancelled` if the caller has gone, `bad_message` if the item cannot be encoded.
-    pub async fn partial<T: IntoPayload + ?Sized>(&self, item: &T) -> Result<(), Error> {
-        let mut sending = self.sending("partial", payload::write(item)?)?;
-        poll_fn(|cx| sending.poll(self, cx)).await
-    }
-
-    /// Reports the progress of the work. Reports are not items: the caller may see only the newest,
-    /// and none in an encrypted pool.
-    ///
-    /// # Errors
-    /// `cancelled` if the caller has gone, `bad_message` if the report cannot be encoded.
-    pub async fn progress<T: IntoPayload + ?Sized>(&self, report: &T) -> Result<(), Error> {
-        if self.ticket.sealed.get().is_some() {
-            return Ok(());
-        }
-        let mut sending = self.sending("progress", payload::write(report)?)?;
-        sending.has_credit = true;
-        poll_fn(|cx| sending.poll(self, cx)).await
-    }
-
-    pub(crate) fn sending(&self, status: &'static str, payload: Payload) -> Result<Sending, Error> {
-        let payload = match self.ticket.sealed.get() {
-            Some(sealed) => Payload::Bytes(sealed.seal(status, &payload)?),
-            None => payload,
-        };
-        let mut message = Message::new("response");
-        message.string("in_reply_to", self.ticket.id().unwrap_or(""));
-        message.string("status", status);
-        message.payload("response", payload);
-        Ok(Sending {
-            message,
-            has_credit: false,
-        })
-    }
-
     /// Answers with a refusal of this library.
     pub(crate) fn refuse(&self, refusal: &Refusal) {
         if let Some(id) = self.ticket.id() {
@@ -479,36 +399,6 @@ impl Request {
                 encode::refusal(out, Some(id), refusal)
             });
         }
-    }
-}
-
-/// An item or report that is being sent.
-pub(crate) struct Sending {
-    message: Message,
-    pub(crate) has_credit: bool,
-}
-
-impl Sending {
-    pub(crate) fn poll(
-        &mut self,
-        request: &Request,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<(), Error>> {
-        if request.ticket.is_cancelled() {
-            return Poll::Ready(Err(cancelled()));
-        }
-        if request.is_emit() {
-            return Poll::Ready(Ok(()));
-        }
-        if !self.has_credit {
-            std::task::ready!(request.ticket.poll_credit(cx))?;
-            self.has_credit = true;
-        }
-        let by = By::Connection(request.ticket.epoch);
-        request
-            .core
-            .poll_submit(&mut self.message, by, Leave::Soon, cx)
-            .map(|result| result.map(|_| ()))
     }
 }
 

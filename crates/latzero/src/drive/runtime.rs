@@ -17,9 +17,9 @@ use tokio::time::Sleep;
 
 use crate::drive::core::{Core, TICK};
 use crate::drive::handlers::{self, HandlerJob};
-use crate::drive::reader::Received;
 use crate::sync::{lock, set_waker};
-use crate::wire::connection::Link;
+use crate::wire::input::Received;
+use crate::wire::link::Link;
 use crate::wire::outbox::Flushed;
 
 /// How many reads it makes in one turn before other tasks run.
@@ -147,7 +147,7 @@ impl Drive {
             let mut input = core.reader.take();
             if input.link.is_none() {
                 self.socket = None;
-                if !input.attach(&core) {
+                if !input.attach(&core.outbox) {
                     return has_run;
                 }
             }
@@ -159,7 +159,7 @@ impl Drive {
                 place => match watch(link.clone()) {
                     Ok(socket) => place.insert(socket),
                     Err(e) => {
-                        input.settle(&core, Received::Lost(e.to_string()), &mut self.jobs);
+                        core.settle(&mut input, Received::Lost(e.to_string()), &mut self.jobs);
                         continue;
                     }
                 },
@@ -186,7 +186,7 @@ impl Drive {
                     Err(e) => Received::Lost(e.to_string()),
                 }
             };
-            input.settle(&core, received, &mut self.jobs);
+            core.settle(&mut input, received, &mut self.jobs);
             drop(input);
             has_run |= self.run_jobs();
         }

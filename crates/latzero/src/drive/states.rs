@@ -1,15 +1,13 @@
 //! How an app follows its own connection: every loss, every reconnect and the end.
 
 use std::collections::VecDeque;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, Weak};
-use std::task::{Context, Poll, Waker};
+use std::task::Waker;
 
 use latzero_protocol::Code;
 
-use crate::drive::core::Core;
 use crate::error::Error;
-use crate::sync::{lock, set_waker};
+use crate::sync::lock;
 
 /// How many changes wait to be read. Beyond that the oldest are dropped, so that the newest state
 /// is always among them.
@@ -59,9 +57,9 @@ impl State {
 
 /// The changes that one reader has not read yet.
 #[derive(Debug, Default)]
-struct Unread {
-    states: VecDeque<State>,
-    waker: Option<Waker>,
+pub(crate) struct Unread {
+    pub(crate) states: VecDeque<State>,
+    pub(crate) waker: Option<Waker>,
 }
 
 /// Those who follow an app's connection.
@@ -97,60 +95,13 @@ impl Followers {
     }
 
     /// A reader of all changes from now on. If the app has ended, that is the only one.
-    fn follow(&mut self) -> Arc<Mutex<Unread>> {
+    pub(crate) fn follow(&mut self) -> Arc<Mutex<Unread>> {
         let reader = Arc::new(Mutex::new(Unread {
             states: self.end.into_iter().collect(),
             waker: None,
         }));
         self.readers.push(Arc::downgrade(&reader));
         reader
-    }
-}
-
-/// The changes of an app's connection from now on, ending with [`State::Displaced`] or
-/// [`State::Closed`]; returned by [`App::states`](crate::App::states). It does not keep the app
-/// open.
-#[derive(Debug)]
-pub struct States {
-    pub(crate) core: Arc<Core>,
-    unread: Arc<Mutex<Unread>>,
-    is_over: bool,
-}
-
-impl States {
-    pub(crate) fn new(core: &Arc<Core>) -> Self {
-        States {
-            unread: lock(&core.followers).follow(),
-            core: core.clone(),
-            is_over: false,
-        }
-    }
-
-    /// The next change; `None` after the last one.
-    pub async fn next(&mut self) -> Option<State> {
-        std::future::poll_fn(|cx| self.poll_next_state(cx)).await
-    }
-
-    /// Like [`futures_core::Stream::poll_next`], without the pin.
-    pub fn poll_next_state(&mut self, cx: &mut Context<'_>) -> Poll<Option<State>> {
-        if self.is_over {
-            return Poll::Ready(None);
-        }
-        let mut unread = lock(&self.unread);
-        if let Some(state) = unread.states.pop_front() {
-            self.is_over = state.is_final();
-            return Poll::Ready(Some(state));
-        }
-        set_waker(&mut unread.waker, cx.waker());
-        Poll::Pending
-    }
-}
-
-impl futures_core::Stream for States {
-    type Item = State;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<State>> {
-        self.poll_next_state(cx)
     }
 }
 

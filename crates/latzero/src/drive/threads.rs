@@ -20,10 +20,10 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::drive::core::{Core, TICK};
 use crate::drive::handlers::{self, HandlerJob, SLOW};
-use crate::drive::reader::{Input, Received};
 use crate::error::Error;
 use crate::sync::lock;
-use crate::wire::connection::timespec;
+use crate::wire::input::{Input, Received};
+use crate::wire::wait::timespec;
 
 /// A thread without work ends after this time.
 const IDLE: Duration = Duration::from_secs(10);
@@ -401,14 +401,14 @@ fn lead(core: &Arc<Core>, lease: u64) {
             continue;
         };
         away = AWAY_MIN;
-        if !input.attach(core) {
+        if !input.attach(&core.outbox) {
             drop(input);
             stay_away(core, TICK);
             continue;
         }
         let received = receive(core, &mut input, is_quiet);
         is_quiet = matches!(received, Received::Nothing);
-        input.settle(core, received, &mut jobs);
+        core.settle(&mut input, received, &mut jobs);
         drop(input);
         core.reader.pass_on();
         // A single job is run directly; several are queued, so that other threads can take them if

@@ -2,8 +2,8 @@
 
 use std::future::Future;
 use std::os::fd::{AsRawFd as _, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use latzero_crypto::proof::{self, Side};
@@ -12,17 +12,18 @@ use latzero_protocol::message::Strategy;
 use latzero_protocol::{Code, InstanceId, Ran, TriggerName};
 use serde_json::{Value, json};
 
-use crate::drive::answers::Answers;
-use crate::drive::core::Core;
-use crate::drive::events::{Emission, Events, Presence, Queue};
+use crate::drive::core::{Core, Owner};
+use crate::drive::events::{Emission, Presence, Queue};
 use crate::drive::handlers::{Entry, Kind, Registered, Spec, listener};
 use crate::drive::request::{Request, Unanswered};
-use crate::drive::states::States;
 use crate::error::{Error, HandlerError};
+use crate::face::answers::Answers;
 use crate::face::block::BlockName;
 use crate::face::blocking;
 use crate::face::builder::{Builder, on_thread};
 use crate::face::call::{Call, Calling, Emit};
+use crate::face::events::Events;
+use crate::face::states::States;
 use crate::face::stream::Stream;
 use crate::keys::Keys;
 use crate::payload::{self, FromPayload, IntoPayload, Payload, Reply};
@@ -33,19 +34,6 @@ use crate::wire::prove::{binary, check_bound, exchange};
 
 /// How long a clean close waits for running handlers, and for the server to take their answers.
 pub(crate) const CLOSE_TIME: Duration = Duration::from_secs(5);
-
-/// Keeps an app alive: when the last handle is dropped, this ends the app.
-#[derive(Debug)]
-pub(crate) struct Owner {
-    core: Arc<Core>,
-}
-
-impl Drop for Owner {
-    fn drop(&mut self) {
-        self.core.outbox.flush();
-        self.core.end(&Core::closed_error());
-    }
-}
 
 /// One app's connection: calls triggers, serves triggers, sends and receives events. Cheap to
 /// clone; when the last clone is dropped, the connection closes.
@@ -711,51 +699,4 @@ fn undo_failed(app: &App, name: &str, registered: Result<(), Error>) -> Result<(
 
 fn write<T: IntoPayload>(answer: &T) -> Result<Payload, HandlerError> {
     payload::write(answer).map_err(HandlerError::from)
-}
-
-/// Ends listening to a trigger without listeners.
-pub(crate) fn forget_emissions(app: &App, queue: &Arc<Queue<Emission>>) {
-    let gone = app.core().handlers.unlisten(queue);
-    if !gone.is_empty() {
-        let mut message = Message::new("trigger_unregister");
-        message.json("triggers", json!(gone).to_string().as_bytes());
-        app.core().send_oneway(message);
-    }
-}
-
-/// Ends watching a pool without watchers.
-pub(crate) fn forget_presence(app: &App, queue: &Arc<Queue<Presence>>) {
-    let mut gone = Vec::new();
-    lock(&app.core().watchers).retain(|pool, queues| {
-        queues.retain(|q: &Weak<_>| {
-            q.strong_count() > 0 && !std::ptr::eq(q.as_ptr(), Arc::as_ptr(queue))
-        });
-        if queues.is_empty() {
-            gone.push(pool.clone());
-        }
-        !queues.is_empty()
-    });
-    for pool in gone {
-        let mut message = Message::new("unwatch");
-        message.string("pool", &pool);
-        app.core().send_oneway(message);
-    }
-}
-
-impl Core {
-    /// Sends a message without a reply, if there is a connection. Such messages are small, and
-    /// their number is bounded by that of earlier requests.
-    pub(crate) fn send_oneway(&self, message: Message) {
-        self.append(message);
-        self.flush_soon();
-    }
-
-    /// Like [`Core::tell`], but the caller flushes.
-    pub(crate) fn append(&self, mut message: Message) {
-        if let Some(link) = self.outbox.link() {
-            self.outbox.append(link.epoch, |out, link| {
-                message.finish(None, link.attachments, out);
-            });
-        }
-    }
 }

@@ -143,7 +143,7 @@ impl BlockName {
         let core = self.app.core();
         let uid = request["block_uid"].as_str().map(str::to_owned);
         // Locked until the handle is added, so that a concurrent drop does not detach it.
-        let mut opening = core.blocks.open(core, self.pool.as_deref(), &self.id);
+        let mut opening = Blocks::of(core).open(core, self.pool.as_deref(), &self.id);
         let reply = Calling::of_message(&self.app, message, Ok)
             .within(MOVE_TIME)
             .await;
@@ -275,7 +275,7 @@ impl Drop for Inner {
         let core = self.app.core();
         // The server detaches a block that came with a call, unless it was attached again.
         let is_attached = self.shared.is_attached.load(Ordering::Acquire);
-        core.blocks.forget(core, &self.shared, is_attached);
+        Blocks::of(core).forget(core, &self.shared, is_attached);
     }
 }
 
@@ -305,7 +305,7 @@ impl Block {
 
     fn make(app: &App, access: Access, current: Current, is_lent: bool) -> Block {
         let shared = Arc::new(BlockState::new(app.core(), current, !is_lent));
-        app.core().blocks.add(&shared, access, is_lent);
+        Blocks::of(app.core()).add(&shared, access, is_lent);
         Block {
             inner: Arc::new(Inner {
                 app: app.clone(),

@@ -26,11 +26,12 @@ use latzero_protocol::{Code, InstanceId};
 use serde_json::{Value, json};
 
 use crate::drive::answers::Answer;
-use crate::drive::events::{Emission, Lossy, Presence};
+use crate::drive::events::{Emission, Presence};
 use crate::drive::states::State;
 use crate::error::{Error, HandlerError};
 use crate::face::app::CLOSE_TIME;
 use crate::face::builder;
+use crate::face::events::Event;
 use crate::face::stream::ItemOrProgress;
 use crate::payload::{self, Bytes, FromPayload, IntoPayload, Reply};
 use crate::wire::message::Message;
@@ -596,13 +597,13 @@ impl<R: FromPayload> Iterator for Stream<R> {
     private_bounds,
     reason = "the two kinds of events are this crate's own"
 )]
-pub struct Events<T: Lossy>(crate::Events<T>);
+pub struct Events<T: Event>(crate::Events<T>);
 
 #[allow(
     private_bounds,
     reason = "the two kinds of events are this crate's own"
 )]
-impl<T: Lossy> Events<T> {
+impl<T: Event> Events<T> {
     /// The next event; `None` after the app was closed.
     pub fn recv(&mut self) -> Option<T> {
         let core = self.0.app.core();
@@ -634,7 +635,7 @@ impl<T: Lossy> Events<T> {
     private_bounds,
     reason = "the two kinds of events are this crate's own"
 )]
-impl<T: Lossy> Iterator for Events<T> {
+impl<T: Event> Iterator for Events<T> {
     type Item = T;
 
     fn next(&mut self) -> Option<T> {

@@ -1,4 +1,4 @@
-//! How an app connects.
+//! Connecting an app.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,58 +9,14 @@ use std::time::Duration;
 use latzero_protocol::{Code, PoolName, Ran};
 use serde_json::Value;
 
+use crate::config::{Config, HANDLER_THREADS, Reconnect};
 use crate::drive::core::Core;
 use crate::error::Error;
 use crate::face::app::App;
+use crate::face::block::Blocks;
 use crate::keys::{AppKey, Keys};
 use crate::sync::{lock, set_waker};
 use crate::url::Url;
-
-/// Threads that run blocking handlers, by default.
-pub(crate) const HANDLER_THREADS: usize = 16;
-
-/// Whether and how to reconnect after the connection was lost.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reconnect {
-    /// Whether to reconnect at all; if not, a lost connection ends the app.
-    pub enabled: bool,
-    /// The first pause is a random time up to this. It doubles with each attempt.
-    pub pause_min: Duration,
-    /// The limit of the doubled pause.
-    pub pause_max: Duration,
-}
-
-impl Default for Reconnect {
-    fn default() -> Self {
-        Reconnect {
-            enabled: true,
-            pause_min: Duration::from_millis(50),
-            pause_max: Duration::from_secs(5),
-        }
-    }
-}
-
-/// The configuration of an app before it connects.
-#[derive(Debug, Clone)]
-pub(crate) struct Config {
-    pub(crate) url: Url,
-    pub(crate) exclusive: bool,
-    pub(crate) takeover: bool,
-    pub(crate) rehydrate: bool,
-    pub(crate) transient: bool,
-    pub(crate) meta: Option<Value>,
-    pub(crate) app_key: Option<AppKey>,
-    /// The keys of encrypted pools.
-    pub(crate) keys: Vec<(PoolName, Keys)>,
-    /// Whether to send proofs over a connection that they are not bound to.
-    pub(crate) unbound: bool,
-    /// Where the accepted state of encrypted pools is stored.
-    pub(crate) state_dir: Option<PathBuf>,
-    pub(crate) reconnect: Reconnect,
-    pub(crate) handler_threads: usize,
-    pub(crate) connect_timeout: Duration,
-    pub(crate) call_timeout: Duration,
-}
 
 /// An app that is about to connect; created by [`App::builder`].
 #[derive(Debug, Clone)]
@@ -225,13 +181,13 @@ impl Builder {
     pub async fn connect(self) -> Result<App, Error> {
         let config = self.config?;
         // Resolving names and connecting sockets block, so a thread does it.
-        let core = on_thread(move || Core::connect(config)).await?;
+        let core = on_thread(move || Core::connect(config, Box::<Blocks>::default())).await?;
         core.start(true)?;
         Ok(App::owning(core))
     }
 
     pub(crate) fn connect_blocking(self) -> Result<App, Error> {
-        let core = Core::connect(self.config?)?;
+        let core = Core::connect(self.config?, Box::<Blocks>::default())?;
         core.start(false)?;
         Ok(App::owning(core))
     }

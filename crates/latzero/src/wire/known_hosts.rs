@@ -102,7 +102,7 @@ fn find_in(path: &Path, host: &str, port: u16) -> Result<Option<Pin>, Error> {
 /// # Errors
 /// If no server answers there, or it does not use TLS.
 pub fn fetch_pin(host: &str, port: u16, timeout: Duration) -> Result<Pin, Error> {
-    crate::wire::connection::fetch_pin(host, port, timeout)
+    crate::wire::connect::fetch_pin(host, port, timeout)
 }
 
 /// Trusts a server from now on, instead of the one that was trusted there before. Returns the file.

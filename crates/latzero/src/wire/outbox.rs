@@ -15,7 +15,7 @@ use latzero_protocol::{Code, Ran};
 
 use crate::error::Error;
 use crate::sync::lock;
-use crate::wire::connection::Link;
+use crate::wire::link::Link;
 use crate::wire::message::Message;
 use crate::wire::pending::{Id, Key, Name, Pending, SentCall};
 

@@ -16,8 +16,9 @@ use serde_json::{Value, json};
 use crate::error::Error;
 use crate::interrupt;
 use crate::keys::{AppKey, Keys, now_ms, random};
-use crate::wire::connection::{HandshakeTimeout, Link, RECV_TIMEOUT};
+use crate::wire::link::Link;
 use crate::wire::sealed::{Joined, SealedPool};
+use crate::wire::wait::{HandshakeTimeout, RECV_TIMEOUT};
 
 /// A connection that is not in use yet: it sends requests one at a time and waits for each reply.
 pub(crate) struct Talk<'a> {

@@ -1,39 +1,27 @@
 //! TLS on a connection: which servers the client accepts, and reading and writing records.
 
 use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use latzero_crypto::proof::ChannelBinding;
 use latzero_protocol::{Code, Ran};
 use latzero_tls::client::{self, Fault, Seen, SetupError, Trust};
 use latzero_tls::{Pin, Stream, Unfinished};
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fd::{AsFd, BorrowedFd};
+use rustix::event::PollFlags;
+use rustix::fd::BorrowedFd;
 use rustix::net::{RecvFlags, SendFlags};
 
 use crate::error::Error;
-use crate::interrupt;
 use crate::sync::lock;
-use crate::wire::connection::{HandshakeTimeout, RECV_TIMEOUT, timespec};
+use crate::url::TlsOptions;
 use crate::wire::known_hosts;
+use crate::wire::wait::{HandshakeTimeout, wait};
 
 /// How many bytes are read from the socket at once: four records.
 const READ_BYTES: usize = 64 * 1024;
-
-/// What an address says about TLS.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct TlsOptions {
-    /// The server's key.
-    pub(crate) pin: Option<Pin>,
-    /// The authorities of the server's certificate.
-    pub(crate) ca: Option<PathBuf>,
-    /// The client's own certificate, and its key.
-    pub(crate) cert: Option<PathBuf>,
-    pub(crate) key: Option<PathBuf>,
-}
 
 /// Bytes from the socket that were not decrypted yet.
 #[derive(Debug)]
@@ -317,37 +305,21 @@ fn unusable(error: SetupError) -> Error {
     Error::new(Code::BadMessage, format!("cannot set up TLS: {error}")).with_ran(Ran::No)
 }
 
-/// Waits until a socket is ready, or for a while: whoever calls this looks again. Fails when the
-/// time is over, or [`interruptible`](crate::blocking::interruptible) ends the wait.
-pub(crate) fn wait(socket: BorrowedFd<'_>, what: PollFlags, deadline: Instant) -> io::Result<()> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() || interrupt::is_due() {
-        return Err(io::Error::new(io::ErrorKind::TimedOut, HandshakeTimeout));
-    }
-    let mut fds = [PollFd::from_borrowed_fd(socket.as_fd(), what)];
-    // One that fails or ends early is followed by another look.
-    let _ = poll(
-        &mut fds,
-        Some(&timespec(
-            left.clamp(Duration::from_millis(1), RECV_TIMEOUT),
-        )),
-    );
-    Ok(())
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use std::fs::{self, Permissions};
     use std::os::unix::fs::PermissionsExt as _;
     use std::os::unix::net::UnixStream;
     use std::thread::JoinHandle;
+    use std::time::Duration;
 
     use latzero_tls::pem::Origin;
     use latzero_tls::server::{Acceptor, self_signed};
+    use rustix::fd::AsFd as _;
     use rustix::net::sockopt;
 
     use super::*;
-    use crate::wire::connection::Link;
+    use crate::wire::link::Link;
     use crate::wire::prove::Talk;
 
     /// Whom a server accepts.

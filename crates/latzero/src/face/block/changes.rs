@@ -23,7 +23,7 @@ pub struct Changes {
 
 impl Changes {
     pub(super) async fn open(block: &Block) -> Result<Changes, Error> {
-        block.app().core().blocks.begin_subscription(block.shared());
+        Blocks::of(block.app().core()).begin_subscription(block.shared());
         let mut changes = Changes {
             block: block.clone(),
             seen: 0,
@@ -166,6 +166,6 @@ impl Stream for Changes {
 impl Drop for Changes {
     fn drop(&mut self) {
         let core = self.block.app().core();
-        core.blocks.end_subscription(core, self.block.shared());
+        Blocks::of(core).end_subscription(core, self.block.shared());
     }
 }

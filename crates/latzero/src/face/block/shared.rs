@@ -1,5 +1,6 @@
 //! The state that all handles of one block share, and how events from the server reach it.
 
+use std::any::Any;
 use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -13,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::message;
 use super::sealed::{self, SealedAs, SealedBlock};
-use crate::drive::core::Core;
+use crate::drive::core::{Core, Resources};
 use crate::error::Error;
 use crate::face::app::App;
 use crate::face::call::Calling;
@@ -364,7 +365,7 @@ impl BlockState {
         }
         // The subscriber may have been dropped in the meantime.
         let core = app.core();
-        core.blocks.settle_subscription(core, self);
+        Blocks::of(core).settle_subscription(core, self);
     }
 
     fn wake(&self, wake: &mut Vec<Waker>) {
@@ -444,7 +445,7 @@ pub(super) struct Opening<'a> {
 
 impl Drop for Opening<'_> {
     fn drop(&mut self) {
-        let mut state = lock(&self.core.blocks.state);
+        let mut state = lock(&Blocks::of(self.core).state);
         if let Some(at) = state.opening.iter().position(|id| id == self.id) {
             state.opening.swap_remove(at);
         }
@@ -484,11 +485,17 @@ pub(super) struct AttachWaiter(Arc<Core>);
 
 impl Drop for AttachWaiter {
     fn drop(&mut self) {
-        self.0.blocks.waiting.fetch_sub(1, Ordering::AcqRel);
+        Blocks::of(&self.0).waiting.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
 impl Blocks {
+    /// The blocks of an app.
+    pub(super) fn of(core: &Core) -> &Blocks {
+        let resources: &dyn Any = &*core.resources;
+        resources.downcast_ref().expect("the builder passes them")
+    }
+
     /// A guard to hold while a block is attached, until its handle is added.
     pub(super) fn open<'a>(
         &self,
@@ -564,7 +571,7 @@ impl Blocks {
     /// Room for one more thread that waits for a future.
     pub(super) fn begin_wait(core: &Arc<Core>) -> Result<AttachWaiter, Error> {
         let guard = AttachWaiter(core.clone());
-        if core.blocks.waiting.fetch_add(1, Ordering::AcqRel) < WAITS_MAX {
+        if Blocks::of(core).waiting.fetch_add(1, Ordering::AcqRel) < WAITS_MAX {
             return Ok(guard);
         }
         Err(Error::new(
@@ -574,9 +581,11 @@ impl Blocks {
             ),
         ))
     }
+}
 
+impl Resources for Blocks {
     /// The first messages over a new connection, which renew the attachments and subscriptions.
-    pub(crate) fn reattach(&self) -> Vec<Message> {
+    fn renewal(&self) -> Vec<Message> {
         let mut messages = Vec::new();
         let live: Vec<_> = lock(&self.state).live().collect();
         for (shared, access) in live {
@@ -592,7 +601,7 @@ impl Blocks {
 
     /// Attaches every block over a new connection, so that mappings, versions and removed blocks
     /// are known before anybody needs them. Waits for the server.
-    pub(crate) fn restore(&self, core: &Arc<Core>) {
+    fn restore(&self, core: &Arc<Core>) {
         let live: Vec<_> = lock(&self.state).live().collect();
         if live.is_empty() || core.is_ended() {
             return;
@@ -611,7 +620,7 @@ impl Blocks {
     }
 
     /// Takes an event about a block.
-    pub(crate) fn event(&self, event: &str, pool: &str, text: &str, wake: &mut Vec<Waker>) {
+    fn event(&self, event: &str, pool: &str, text: &str, wake: &mut Vec<Waker>) {
         let known: Vec<Arc<BlockState>> = lock(&self.state)
             .known
             .iter()
@@ -630,7 +639,7 @@ impl Blocks {
     }
 
     /// Wakes everybody, at the end of the connection or of the app.
-    pub(crate) fn wake_all(&self, wake: &mut Vec<Waker>) {
+    fn wake_all(&self, wake: &mut Vec<Waker>) {
         let known: Vec<_> = lock(&self.state)
             .known
             .iter()
