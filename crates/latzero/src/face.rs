@@ -8,6 +8,8 @@ pub(crate) mod builder;
 pub(crate) mod call;
 pub(crate) mod events;
 mod keys;
+pub(crate) mod outgoing;
 mod request;
 pub(crate) mod states;
 pub(crate) mod stream;
+mod unsent;

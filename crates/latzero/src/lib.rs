@@ -72,8 +72,9 @@ pub use face::block::{
 };
 pub use face::blocking;
 pub use face::builder::Builder;
-pub use face::call::{Call, Calling, Emit, Emitting, Parked, Parking};
+pub use face::call::{Call, Emit, Emitting};
 pub use face::events::Events;
+pub use face::outgoing::{Calling, Parked, Parking};
 pub use face::states::States;
 pub use face::stream::{ItemOrProgress, Stream};
 pub use keys::{AppKey, Keys};

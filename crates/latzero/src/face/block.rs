@@ -39,7 +39,7 @@ use serde_json::{Value, json};
 use crate::error::Error;
 use crate::face::app::App;
 use crate::face::builder::on_thread;
-use crate::face::call::Calling;
+use crate::face::outgoing::Calling;
 use crate::keys::random;
 use crate::payload::{Payload, Reply};
 use crate::sync::lock;

@@ -6,13 +6,10 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use latzero_crypto::envelope::Body;
 use latzero_crypto::events::Act;
-use latzero_crypto::meta::{CallMeta, LentBlock};
-use latzero_protocol::encode::append_str;
-use latzero_protocol::limits::{ID_BYTES_MAX, PARKED_TTL_MAX_MS, TTL_MAX_MS};
+use latzero_protocol::limits::{PARKED_TTL_MAX_MS, TTL_MAX_MS};
 use latzero_protocol::message::{IDEMPOTENCY_KEY, Park};
-use latzero_protocol::{Code, InstanceId, Ran};
+use latzero_protocol::{InstanceId, Ran};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -20,230 +17,11 @@ use crate::drive::core::Leave;
 use crate::error::Error;
 use crate::face::app::App;
 use crate::face::block::Block;
+use crate::face::outgoing::{Calling, Outgoing, Parking, Stage};
 use crate::face::stream::Stream;
-use crate::payload::{Bytes, FromPayload, IntoPayload, Payload, Reply};
-use crate::sync::lock;
-use crate::wire::message::Message;
+use crate::face::unsent::{GRACE, ParkOptions, Unsent, check_id, too_late};
+use crate::payload::{Bytes, FromPayload, IntoPayload, Reply};
 use crate::wire::outbox::By;
-use crate::wire::pending::{Id, Key, Name, silence};
-use crate::wire::sealed::{SealedCall, Unsealed};
-
-/// How long to wait for the server's `timeout` after a call's time has ended: half of that time,
-/// within these bounds.
-const GRACE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-
-/// A message that is being built, or waits to be sent. Boxed from the start, so that builders and
-/// futures are cheap to move.
-#[derive(Debug)]
-struct Unsent {
-    app: App,
-    message: Message,
-    headers: Vec<u8>,
-    timeout: Duration,
-    deadline: Option<Instant>,
-    window: Option<u64>,
-    /// Blocks that are passed with a call, as JSON.
-    blocks: Vec<Value>,
-    parking: ParkOptions,
-    /// Its destination; only for an app with keys, which may have to seal it.
-    route: Option<Box<Route>>,
-    /// The keys to open its answer.
-    sealed: Option<SealedCall>,
-    failure: Option<Error>,
-}
-
-/// The fields of its envelope in addition to the content.
-#[derive(Debug, Default)]
-struct Route {
-    name: String,
-    pool: Option<String>,
-    destination: String,
-    key: Option<String>,
-}
-
-/// Options of a call that may outlive an attempt.
-#[derive(Debug, Default)]
-struct ParkOptions {
-    park: Park,
-    redeliver: bool,
-    attempts: Option<u32>,
-    idempotency_key: Option<String>,
-    id: Option<Box<str>>,
-}
-
-impl ParkOptions {
-    fn name(&self) -> Name<'_> {
-        match &self.id {
-            Some(id) => Name::Chosen(id),
-            None if self.park.is_allowed() => Name::Durable,
-            None => Name::Slot,
-        }
-    }
-}
-
-/// Checks an id that a caller chose.
-fn check_id(id: &str) -> Result<(), Error> {
-    let text = if id.is_empty() || id.len() > ID_BYTES_MAX {
-        format!(
-            "a call's id must have 1 to {ID_BYTES_MAX} bytes; this one has {}",
-            id.len()
-        )
-    } else if Id::parse(id).is_some() {
-        format!("id '{id}' has the form of generated ids; choose another")
-    } else {
-        return Ok(());
-    };
-    Err(Error::new(Code::BadMessage, text))
-}
-
-impl Unsent {
-    fn new(app: &App, message: Message) -> Box<Self> {
-        Box::new(Unsent {
-            app: app.clone(),
-            message,
-            headers: Vec::new(),
-            timeout: app.core().config.call_timeout,
-            deadline: None,
-            window: None,
-            blocks: Vec::new(),
-            parking: ParkOptions::default(),
-            route: None,
-            sealed: None,
-            failure: None,
-        })
-    }
-
-    fn with_data<T: IntoPayload + ?Sized>(
-        app: &App,
-        action: &str,
-        name: &str,
-        data: &T,
-    ) -> Box<Self> {
-        let mut message = Message::new(action);
-        message.string("process", name);
-        let failure = message.body("data", data).err();
-        let mut unsent = Self::new(app, message);
-        unsent.failure = failure;
-        unsent.route = app.core().has_sealed().then(|| {
-            let name = name.to_owned();
-            Box::new(Route {
-                name,
-                ..Route::default()
-            })
-        });
-        unsent
-    }
-
-    fn set_bytes(&mut self, bytes: Vec<u8>) {
-        self.message.replace_body("data", bytes);
-        self.failure = None;
-    }
-
-    fn set_pool(&mut self, pool: &str) {
-        if let Some(route) = &mut self.route {
-            route.pool = Some(pool.to_owned());
-        }
-        self.message.string("pool", pool);
-    }
-
-    fn set_key(&mut self, key: &str) {
-        if let Some(route) = &mut self.route {
-            route.key = Some(key.to_owned());
-        }
-        self.message.string("key", key);
-    }
-
-    /// Seals a message to an encrypted pool: data, headers, and a copy of the fields that the
-    /// server reads.
-    fn seal(&mut self, act: Act, ttl: Option<u64>) {
-        let Some(route) = self.route.take() else {
-            return;
-        };
-        let core = self.app.core().clone();
-        let Some(pool) = core.sealed_pool(route.pool.as_deref()) else {
-            return;
-        };
-        self.headers.push(b'}');
-        let headers = serde_json::from_slice(&std::mem::take(&mut self.headers));
-        let mut headers: serde_json::Map<String, Value> = headers.unwrap_or_default();
-        let key = headers.remove(IDEMPOTENCY_KEY);
-        let idempotency_key = key.and_then(|key| key.as_str().map(str::to_owned));
-        if let Some(key) = &idempotency_key {
-            // The server recognises repeats by this header.
-            self.header(IDEMPOTENCY_KEY, key);
-        }
-        let blocks = self.blocks.iter().map(|block| LentBlock {
-            block_id: block["block_id"].as_str().unwrap_or_default().to_owned(),
-            mode: block["mode"].as_str().unwrap_or_default().to_owned(),
-            block_uid: block["block_uid"].as_str().map(str::to_owned),
-        });
-        let meta = CallMeta {
-            headers,
-            ttl: ttl.unwrap_or(CallMeta::default().ttl),
-            window: self.window,
-            key: route.key.clone(),
-            idempotency_key,
-            blocks: blocks.collect(),
-        };
-        let body = self.message.take_body("data");
-        let unsealed = Unsealed {
-            act,
-            name: &route.name,
-            destination: &route.destination,
-            meta,
-            body: match &body {
-                Payload::None => Body::Empty,
-                Payload::Json(json) => Body::Json(json),
-                Payload::Bytes(bytes) => Body::Bytes(bytes),
-            },
-        };
-        match pool.seal(&unsealed) {
-            Ok((envelope, call)) => {
-                self.message.replace_body("data", envelope);
-                self.sealed = call;
-            }
-            Err(error) => self.failure = self.failure.take().or(Some(error)),
-        }
-    }
-
-    fn set_app(&mut self, app_id: &str) {
-        self.set_destination(app_id);
-        self.message.string("destination", app_id);
-    }
-
-    fn set_destination(&mut self, app_id: &str) {
-        if let Some(route) = &mut self.route {
-            app_id.clone_into(&mut route.destination);
-        }
-    }
-
-    fn set_instance(&mut self, app_id: &str, instance: InstanceId) {
-        self.set_destination(app_id);
-        let destination = serde_json::json!({ "app_id": app_id, "instance": instance });
-        self.message
-            .json("destination", destination.to_string().as_bytes());
-    }
-
-    fn header(&mut self, name: &str, value: &str) {
-        self.headers
-            .push(if self.headers.is_empty() { b'{' } else { b',' });
-        append_str(&mut self.headers, name);
-        self.headers.push(b':');
-        append_str(&mut self.headers, value);
-    }
-
-    /// Adds the headers, once all are known.
-    fn finish(&mut self) {
-        if !self.headers.is_empty() {
-            self.headers.push(b'}');
-            self.message.json("headers", &self.headers);
-        }
-        if !self.blocks.is_empty() {
-            let blocks = Value::Array(std::mem::take(&mut self.blocks));
-            self.message.json("blocks", blocks.to_string().as_bytes());
-        }
-    }
-}
 
 /// A call that has not been sent yet. Awaiting it sends it and returns the answer as a JSON value;
 /// [`Call::send`] returns it as any type.
@@ -391,117 +169,9 @@ impl Call {
         self
     }
 
-    /// Sends the call; the future returns the answer as `R`. Dropping the future cancels the call.
-    pub fn send<R: FromPayload>(self) -> Calling<R> {
-        Calling {
-            outgoing: Outgoing::of_call(self, None),
-            read: Reply::into,
-            result: PhantomData,
-        }
-    }
-
-    /// Sends the call to be stored by the server until it is answered, as with [`Call::park`]. The
-    /// future completes once the call is on disk, or answered if a handler takes it at once;
-    /// dropping the future before that cancels the call. The handle that it returns may be dropped:
-    /// the call continues, and its answer goes to [`App::answers`], in later processes of the app
-    /// too.
-    ///
-    /// ```no_run
-    /// # async fn example() -> Result<(), latzero::Error> {
-    /// use std::time::Duration;
-    ///
-    /// let app = latzero::App::connect("latzero://shop?pool=alpha").await?;
-    /// let parked = app
-    ///     .call("ship", &"order 17")
-    ///     .id("order-17")
-    ///     .timeout(Duration::from_secs(3600))
-    ///     .send_parked()
-    ///     .await?;
-    /// let receipt: String = parked.answer().await?;
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub fn send_parked(self) -> Parking {
-        let call = match self.unsent.parking.park {
-            Park::No => self.park(),
-            Park::IfNeeded | Park::Always => self,
-        };
-        Parking(Outgoing::of_call(call, None))
-    }
-
-    /// Sends the call; the future returns the answer as received, with its headers.
-    pub fn reply(self) -> Calling<Reply> {
-        Calling {
-            outgoing: Outgoing::of_call(self, None),
-            read: Ok,
-            result: PhantomData,
-        }
-    }
-
-    /// Sends the call; the future returns the answer's raw bytes.
-    pub fn bytes(self) -> Calling<Bytes> {
-        self.send()
-    }
-
-    /// Opens a streamed answer. The call is sent when the first item is requested; its time covers
-    /// the whole stream.
-    pub fn stream<R: FromPayload>(mut self) -> Stream<R> {
-        let window = self.window;
-        self.unsent.message.number("window", window);
-        Stream::new(
-            self.unsent.app.clone(),
-            Outgoing::of_call(self, Some(window)),
-            window,
-        )
-    }
-}
-
-impl IntoFuture for Call {
-    type Output = Result<Value, Error>;
-    type IntoFuture = Calling<Value>;
-
-    fn into_future(self) -> Calling<Value> {
-        self.send()
-    }
-}
-
-/// A request that waits to be sent, or for its reply.
-#[derive(Debug)]
-pub(crate) struct Outgoing(State);
-
-#[derive(Debug)]
-enum State {
-    Unsent(Box<Unsent>),
-    Sent(SentRequest),
-    Done,
-}
-
-/// A request that was sent.
-#[derive(Debug)]
-struct SentRequest {
-    app: App,
-    key: Key,
-    /// When the client gives up, if the server does not.
-    deadline: Instant,
-    /// The id that its caller chose.
-    chosen: Option<Box<str>>,
-    /// The keys to open the answer, in an encrypted pool.
-    sealed: Option<SealedCall>,
-    at_drop: AtDrop,
-}
-
-/// What happens to a request when its owner is dropped.
-#[derive(Debug)]
-enum AtDrop {
-    /// A cancel is sent to the server.
-    Cancel,
-    /// The request with this id continues.
-    Leave(Box<str>),
-}
-
-impl Outgoing {
-    fn of_call(call: Call, window: Option<u64>) -> Self {
-        let mut unsent = call.unsent;
+    /// Adds what follows from its options; it is complete then.
+    fn outgoing(self, window: Option<u64>) -> Outgoing {
+        let mut unsent = self.unsent;
         unsent.window = window;
         let parking = &mut unsent.parking;
         match parking.park {
@@ -542,346 +212,83 @@ impl Outgoing {
         unsent.finish();
         unsent.message.number("ttl", ttl);
         unsent.failure = unsent.failure.map(|error| error.with_ran(Ran::No));
-        Outgoing(State::Unsent(unsent))
+        Outgoing(Stage::Unsent(unsent))
     }
 
-    pub(crate) fn of_message(app: &App, message: Message) -> Self {
-        Outgoing(State::Unsent(Unsent::new(app, message)))
-    }
-
-    /// The app and the key of a request that was sent and has not ended.
-    pub(crate) fn sent(&self) -> Option<(&App, Key)> {
-        match &self.0 {
-            State::Sent(sent) => Some((&sent.app, sent.key)),
-            _ => None,
+    /// Sends the call; the future returns the answer as `R`. Dropping the future cancels the call.
+    pub fn send<R: FromPayload>(self) -> Calling<R> {
+        Calling {
+            outgoing: self.outgoing(None),
+            read: Reply::into,
+            result: PhantomData,
         }
     }
 
-    /// The keys to open answers and items, in an encrypted pool.
-    pub(crate) fn sealed(&self) -> Option<&SealedCall> {
-        match &self.0 {
-            State::Sent(sent) => sent.sealed.as_ref(),
-            _ => None,
+    /// Sends the call to be stored by the server until it is answered, as with [`Call::park`]. The
+    /// future completes once the call is on disk, or answered if a handler takes it at once;
+    /// dropping the future before that cancels the call. The handle that it returns may be dropped:
+    /// the call continues, and its answer goes to [`App::answers`], in later processes of the app
+    /// too.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), latzero::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let app = latzero::App::connect("latzero://shop?pool=alpha").await?;
+    /// let parked = app
+    ///     .call("ship", &"order 17")
+    ///     .id("order-17")
+    ///     .timeout(Duration::from_secs(3600))
+    ///     .send_parked()
+    ///     .await?;
+    /// let receipt: String = parked.answer().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn send_parked(self) -> Parking {
+        let call = match self.unsent.parking.park {
+            Park::No => self.park(),
+            Park::IfNeeded | Park::Always => self,
+        };
+        Parking(call.outgoing(None))
+    }
+
+    /// Sends the call; the future returns the answer as received, with its headers.
+    pub fn reply(self) -> Calling<Reply> {
+        Calling {
+            outgoing: self.outgoing(None),
+            read: Ok,
+            result: PhantomData,
         }
     }
 
-    pub(crate) fn app(&self) -> Option<&App> {
-        match &self.0 {
-            State::Unsent(unsent) => Some(&unsent.app),
-            State::Sent(sent) => Some(&sent.app),
-            State::Done => None,
-        }
+    /// Sends the call; the future returns the answer's raw bytes.
+    pub fn bytes(self) -> Calling<Bytes> {
+        self.send()
     }
 
-    /// When a blocked caller gives up, if neither the server nor the driver does.
-    pub(crate) fn wait_until(&self) -> Option<Instant> {
-        match &self.0 {
-            State::Unsent(unsent) => Some(Instant::now() + unsent.timeout + grace(unsent.timeout)),
-            State::Sent(sent) => Some(sent.deadline),
-            State::Done => None,
-        }
-    }
-
-    /// Notes that the reply was taken.
-    pub(crate) fn done(&mut self) {
-        self.0 = State::Done;
-    }
-
-    /// Sends the request, unless that is done; returns its key.
-    pub(crate) fn poll_sent(
-        &mut self,
-        leave: Leave,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<Key, Error>> {
-        let unsent = match &mut self.0 {
-            State::Sent(sent) => return Poll::Ready(Ok(sent.key)),
-            State::Done => panic!("polled after it ended"),
-            State::Unsent(unsent) => unsent,
-        };
-        if let Some(error) = unsent.failure.take() {
-            self.0 = State::Done;
-            return Poll::Ready(Err(error));
-        }
-        let now = Instant::now();
-        let deadline = *unsent.deadline.get_or_insert(now + unsent.timeout);
-        let given_up = deadline + grace(unsent.timeout);
-        let by = By::Call {
-            deadline: given_up,
-            window: unsent.window,
-            name: unsent.parking.name(),
-        };
-        let core = unsent.app.core();
-        let submitted = match core.poll_submit(&mut unsent.message, by, leave, cx) {
-            Poll::Ready(Ok(submitted)) => submitted,
-            Poll::Ready(Err(error)) => {
-                self.0 = State::Done;
-                return Poll::Ready(Err(error));
-            }
-            Poll::Pending if now < deadline => return Poll::Pending,
-            Poll::Pending => {
-                let error = too_late(core.is_connected());
-                self.0 = State::Done;
-                return Poll::Ready(Err(error));
-            }
-        };
-        if leave == Leave::Soon {
-            core.arm_tick();
-        }
-        let key = submitted.key.expect("a call has a key");
-        let State::Unsent(unsent) = std::mem::replace(&mut self.0, State::Done) else {
-            unreachable!("it was just seen");
-        };
-        self.0 = State::Sent(SentRequest {
-            app: unsent.app,
-            key,
-            deadline: given_up,
-            chosen: unsent.parking.id,
-            sealed: unsent.sealed,
-            at_drop: AtDrop::Cancel,
-        });
-        Poll::Ready(Ok(key))
-    }
-
-    /// Sends the request and waits for its reply.
-    pub(crate) fn poll_reply(
-        &mut self,
-        leave: Leave,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<Reply, Error>> {
-        let key = match std::task::ready!(self.poll_sent(leave, cx)) {
-            Ok(key) => key,
-            Err(error) => return Poll::Ready(Err(error)),
-        };
-        let State::Sent(sent) = &self.0 else {
-            unreachable!("it was just sent")
-        };
-        let reply = std::task::ready!(sent.app.core().poll_reply(key, cx));
-        let reply = match &sent.sealed {
-            Some(sealed) => open_reply(sealed, reply),
-            None => reply,
-        };
-        self.0 = State::Done;
-        Poll::Ready(reply)
-    }
-
-    /// Sends the request and waits until the server has stored it, or it is answered.
-    fn poll_parked(&mut self, leave: Leave, cx: &mut Context<'_>) -> Poll<Result<Parked, Error>> {
-        let key = match std::task::ready!(self.poll_sent(leave, cx)) {
-            Ok(key) => key,
-            Err(error) => return Poll::Ready(Err(error)),
-        };
-        let State::Sent(sent) = &mut self.0 else {
-            unreachable!("it was just sent")
-        };
-        let core = sent.app.core();
-        let parked = lock(&core.pending).poll_parked(key, cx);
-        if let Err(error) = std::task::ready!(parked) {
-            self.0 = State::Done;
-            return Poll::Ready(Err(error));
-        }
-        // Nobody else may be watching the time.
-        core.arm_tick();
-        let id = match sent.chosen.take() {
-            Some(id) => id,
-            None => {
-                let life = Some(lock(&core.pending).life);
-                Id { key, life }.text()
-            }
-        };
-        sent.at_drop = AtDrop::Leave(id.clone());
-        let outgoing = Outgoing(std::mem::replace(&mut self.0, State::Done));
-        Poll::Ready(Ok(Parked { outgoing, id }))
+    /// Opens a streamed answer. The call is sent when the first item is requested; its time covers
+    /// the whole stream.
+    pub fn stream<R: FromPayload>(mut self) -> Stream<R> {
+        let window = self.window;
+        self.unsent.message.number("window", window);
+        Stream::new(self.unsent.app.clone(), self.outgoing(Some(window)), window)
     }
 }
 
-/// Opens the end of a call in an encrypted pool.
-pub(crate) fn open_reply(sealed: &SealedCall, reply: Result<Reply, Error>) -> Result<Reply, Error> {
-    let mut reply = reply.map_err(|error| sealed.open_error(error))?;
-    let answer = sealed.open("ok", &reply.payload)?;
-    (reply.payload, reply.headers) = (answer.payload, answer.headers);
-    Ok(reply)
+impl IntoFuture for Call {
+    type Output = Result<Value, Error>;
+    type IntoFuture = Calling<Value>;
+
+    fn into_future(self) -> Calling<Value> {
+        self.send()
+    }
 }
 
 /// Whether a call may live longer than the time window of messages: its envelope says when it
 /// expires.
 fn may_outlive_window(parking: &ParkOptions) -> bool {
     parking.park.is_allowed() || parking.redeliver
-}
-
-impl Drop for Outgoing {
-    fn drop(&mut self) {
-        if let State::Sent(sent) = &self.0 {
-            match &sent.at_drop {
-                AtDrop::Cancel => sent.app.core().forget(sent.key),
-                AtDrop::Leave(id) => sent.app.core().leave(sent.key, id),
-            }
-        }
-    }
-}
-
-fn grace(timeout: Duration) -> Duration {
-    (timeout / 2).clamp(GRACE.0, GRACE.1)
-}
-
-fn too_late(is_connected: bool) -> Error {
-    let error = match is_connected {
-        true => Error::new(
-            Code::Overloaded,
-            "the call's time ended while it waited to be sent: too many calls are waiting",
-        ),
-        false => Error::new(
-            Code::Disconnected,
-            "there was no connection to the server within the call's time; is it running?",
-        ),
-    };
-    error.with_ran(Ran::No)
-}
-
-/// A call whose answer is awaited. Dropping it cancels the call, unless it belongs to a [`Parked`].
-#[derive(Debug)]
-#[must_use = "a call is sent when it is awaited"]
-pub struct Calling<R> {
-    outgoing: Outgoing,
-    read: fn(Reply) -> Result<R, Error>,
-    result: PhantomData<fn() -> R>,
-}
-
-impl<R> Calling<R> {
-    pub(crate) fn of_message(
-        app: &App,
-        message: Message,
-        read: fn(Reply) -> Result<R, Error>,
-    ) -> Self {
-        Calling {
-            outgoing: Outgoing::of_message(app, message),
-            read,
-            result: PhantomData,
-        }
-    }
-
-    /// Sets another time limit for the answer than the app's default.
-    pub(crate) fn within(mut self, timeout: Duration) -> Self {
-        if let Outgoing(State::Unsent(unsent)) = &mut self.outgoing {
-            unsent.timeout = timeout;
-        }
-        self
-    }
-
-    /// Like the poll of its future, without the pin.
-    pub(crate) fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Result<R, Error>> {
-        let read = self.read;
-        let reply = self.outgoing.poll_reply(Leave::Soon, cx);
-        reply.map(|reply| reply.and_then(read))
-    }
-
-    /// Cancels the request but still waits for its answer; false if it was not sent.
-    pub(crate) fn cancel(&self) -> bool {
-        let Some((app, key)) = self.outgoing.sent() else {
-            return false;
-        };
-        let core = app.core();
-        let in_flight = lock(&core.pending).in_flight(key);
-        if let Some(call) = in_flight {
-            core.cancel(&call);
-        }
-        true
-    }
-
-    /// Waits for the answer on this thread.
-    pub(crate) fn wait(mut self) -> Result<R, Error> {
-        let app = self.outgoing.app().cloned().expect("it was not polled yet");
-        let deadline = self.outgoing.wait_until();
-        let poll = |cx: &mut Context<'_>| self.outgoing.poll_reply(Leave::Now, cx);
-        match app.core().block_on(deadline, poll) {
-            Some(reply) => reply.and_then(self.read),
-            None => Err(silence()),
-        }
-    }
-}
-
-impl<R> Future for Calling<R> {
-    type Output = Result<R, Error>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.poll_reply(cx)
-    }
-}
-
-/// A call that is sent to be stored by the server. Dropping it cancels the call.
-#[derive(Debug)]
-#[must_use = "a call is sent when it is awaited"]
-pub struct Parking(Outgoing);
-
-impl Parking {
-    /// Waits on this thread until the call is on disk, or answered.
-    pub(crate) fn wait(mut self) -> Result<Parked, Error> {
-        let app = self.0.app().cloned().expect("it was not polled yet");
-        let deadline = self.0.wait_until();
-        app.core()
-            .block_on(deadline, |cx| self.0.poll_parked(Leave::Now, cx))
-            .unwrap_or_else(|| Err(silence()))
-    }
-}
-
-impl Future for Parking {
-    type Output = Result<Parked, Error>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.0.poll_parked(Leave::Soon, cx)
-    }
-}
-
-/// A call that the server stores until it is answered, or that is already answered. The call
-/// continues if this, or the wait for its answer, is dropped: its answer then goes to
-/// [`App::answers`].
-#[derive(Debug)]
-pub struct Parked {
-    outgoing: Outgoing,
-    id: Box<str>,
-}
-
-impl Parked {
-    /// The call's id, by which [`App::answers`] names it, in later processes of the app too.
-    #[must_use]
-    pub fn id(&self) -> &str {
-        &self.id
-    }
-
-    /// Waits for the answer as `R`. A lost connection does not end the wait; closing the app or the
-    /// call's deadline does.
-    pub fn answer<R: FromPayload>(self) -> Calling<R> {
-        Calling {
-            outgoing: self.outgoing,
-            read: Reply::into,
-            result: PhantomData,
-        }
-    }
-
-    /// Like [`Parked::answer`], but returns the answer as received, with its headers.
-    pub fn reply(self) -> Calling<Reply> {
-        Calling {
-            outgoing: self.outgoing,
-            read: Ok,
-            result: PhantomData,
-        }
-    }
-
-    /// Cancels the call: the server removes it, or cancels it at its handler. If there is no
-    /// connection, the cancel is sent over the next one.
-    pub fn cancel(mut self) {
-        if let State::Sent(sent) = &mut self.outgoing.0 {
-            sent.at_drop = AtDrop::Cancel;
-        }
-    }
-}
-
-impl IntoFuture for Parked {
-    type Output = Result<Value, Error>;
-    type IntoFuture = Calling<Value>;
-
-    fn into_future(self) -> Calling<Value> {
-        self.answer()
-    }
 }
 
 /// An emit that has not been sent yet; awaiting it sends it.
@@ -945,7 +352,7 @@ impl Emit {
         self.0.seal(Act::Emit, None);
         self.0.finish();
         Calling {
-            outgoing: Outgoing(State::Unsent(self.0)),
+            outgoing: Outgoing(Stage::Unsent(self.0)),
             read: |reply| reply.into::<Delivered>().map(|d| d.delivered),
             result: PhantomData,
         }

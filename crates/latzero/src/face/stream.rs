@@ -11,7 +11,7 @@ use latzero_protocol::{Code, frame};
 use crate::drive::core::Leave;
 use crate::error::Error;
 use crate::face::app::App;
-use crate::face::call::{Outgoing, open_reply};
+use crate::face::outgoing::{Outgoing, open_reply};
 use crate::payload::{self, FromPayload, Payload, Reply};
 use crate::sync::lock;
 use crate::wire::pending::Next;

@@ -17,7 +17,7 @@ use crate::error::Error;
 use crate::sync::lock;
 use crate::wire::link::Link;
 use crate::wire::message::Message;
-use crate::wire::pending::{Id, Key, Name, Pending, SentCall};
+use crate::wire::pending::{Id, Key, Name, OpenCall, Pending};
 
 /// How many bytes may wait to be sent before callers wait too. One message may exceed it.
 pub(crate) const OUTBOX_BYTES_MAX: usize = 8 * 1024 * 1024;
@@ -229,14 +229,7 @@ impl Outbox {
                 }
                 std::task::ready!(pending.poll_room(cx));
                 submitted.alone = pending.waiting() == 0;
-                let sent = SentCall {
-                    epoch,
-                    // Known once the frame is finished with its id, below.
-                    end: u64::MAX,
-                    deadline,
-                    window,
-                };
-                let key = pending.insert(sent, name);
+                let key = pending.insert(OpenCall::new(epoch, deadline, window, name));
                 inner.append_message(message, pending.id(key, name), attachments);
                 pending.set_end(key, inner.appended);
                 submitted.key = Some(key);

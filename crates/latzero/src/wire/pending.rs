@@ -131,47 +131,67 @@ pub(crate) enum Name<'a> {
     Chosen(&'a str),
 }
 
-/// What is known about a call when its frame is appended.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct SentCall {
+/// A call that is not answered yet.
+#[derive(Debug)]
+pub(crate) struct OpenCall {
     /// The connection that it is sent over.
     pub(crate) epoch: u32,
     /// Where its frame ends in that connection's outgoing bytes.
-    pub(crate) end: u64,
+    end: u64,
     /// When to give up, if the server does not.
-    pub(crate) deadline: Instant,
-    /// Whether items of a stream are kept, and how many at most.
-    pub(crate) window: Option<u64>,
-}
-
-#[derive(Debug)]
-struct PendingCall {
-    sent: SentCall,
+    deadline: Instant,
     waker: Option<Waker>,
-    stream: Option<Box<Items>>,
-    /// The state of a call that is not named by its index alone.
-    parked: Option<Box<ParkedCall>>,
-}
-
-impl PendingCall {
-    fn is_parked(&self) -> bool {
-        self.parked.as_ref().is_some_and(|l| l.is_parked)
-    }
-
-    fn is_unwanted(&self) -> bool {
-        self.parked.as_ref().is_some_and(|l| l.is_unwanted)
-    }
-}
-
-/// What is known about a call that may outlive its connection, or whose id was chosen.
-#[derive(Debug, Default)]
-struct ParkedCall {
+    /// What arrived of its stream, if it has one.
+    items: Option<Box<Items>>,
+    /// The id that its caller chose.
     chosen: Option<Box<str>>,
-    /// The server has stored the call, whatever happens to the connection.
+    /// Whether it may outlive its connection: it is not named by its index alone.
+    lasts: bool,
+    /// The server has stored it, whatever happens to the connection.
     is_parked: bool,
     /// Its owner no longer wants the answer. Its slot is kept until the server has ended it, so
     /// that its answer is recognised and its id is not reused.
     is_unwanted: bool,
+}
+
+impl OpenCall {
+    /// A call that is about to be sent. `window` is how many items of a stream are kept at most.
+    pub(crate) fn new(epoch: u32, deadline: Instant, window: Option<u64>, name: Name<'_>) -> Self {
+        OpenCall {
+            epoch,
+            // Known once the frame is finished with its id.
+            end: u64::MAX,
+            deadline,
+            waker: None,
+            items: window.map(|window| {
+                Box::new(Items {
+                    window,
+                    ..Items::default()
+                })
+            }),
+            chosen: match name {
+                Name::Chosen(id) => Some(id.into()),
+                Name::Slot | Name::Durable => None,
+            },
+            lasts: !matches!(name, Name::Slot),
+            is_parked: false,
+            is_unwanted: false,
+        }
+    }
+
+    /// Its id as JSON.
+    fn id_json(&self, key: Key, life: u64) -> Vec<u8> {
+        let mut id = Vec::with_capacity(64);
+        if let Some(chosen) = &self.chosen {
+            append_str(&mut id, chosen);
+        } else {
+            let life = self.lasts.then_some(life);
+            id.push(b'"');
+            Id { key, life }.append(&mut id);
+            id.push(b'"');
+        }
+        id
+    }
 }
 
 /// A call in flight, as the server identifies it.
@@ -186,6 +206,8 @@ pub(crate) struct InFlight {
 /// What a streamed call received and its owner has not read.
 #[derive(Debug, Default)]
 struct Items {
+    /// How many are kept at most.
+    window: u64,
     queue: VecDeque<Payload>,
     progress: Option<Payload>,
     end: Option<Result<Reply, Error>>,
@@ -194,7 +216,7 @@ struct Items {
 #[derive(Debug)]
 enum State {
     Free { next: u32 },
-    Waiting(PendingCall),
+    Waiting(OpenCall),
     Done(Result<Reply, Error>),
 }
 
@@ -264,8 +286,7 @@ impl Pending {
             Some(Id { key, life }) if life == Some(self.life) => key,
             _ => *self.chosen.get(id)?,
         };
-        matches!(&self.find(key)?.state, State::Waiting(waiting) if waiting.parked.is_some())
-            .then_some(key)
+        matches!(&self.find(key)?.state, State::Waiting(call) if call.lasts).then_some(key)
     }
 
     /// Calls that wait for their reply.
@@ -282,79 +303,59 @@ impl Pending {
         Poll::Pending
     }
 
-    pub(crate) fn insert(&mut self, sent: SentCall, name: Name<'_>) -> Key {
-        let chosen = match name {
-            Name::Slot => return self.insert_with(sent, None),
-            Name::Durable => None,
-            Name::Chosen(id) => Some(Box::<str>::from(id)),
+    pub(crate) fn insert(&mut self, call: OpenCall) -> Key {
+        self.waiting += 1;
+        let chosen = call.chosen.clone();
+        let state = State::Waiting(call);
+        let slot = if self.free == NONE {
+            let slot = u32::try_from(self.slots.len()).expect("in_flight_max is far below 2^32");
+            self.slots.push(Slot {
+                generation: 0,
+                state,
+            });
+            slot
+        } else {
+            let slot = self.free;
+            let place = &mut self.slots[slot as usize];
+            let State::Free { next } = std::mem::replace(&mut place.state, state) else {
+                unreachable!("the free list holds only free slots");
+            };
+            self.free = next;
+            slot
         };
-        let parked = ParkedCall {
-            chosen: chosen.clone(),
-            ..ParkedCall::default()
+        let key = Key {
+            slot,
+            generation: self.slots[slot as usize].generation,
         };
-        let key = self.insert_with(sent, Some(Box::new(parked)));
         if let Some(id) = chosen {
             self.chosen.insert(id, key);
         }
         key
     }
 
-    fn insert_with(&mut self, sent: SentCall, parked: Option<Box<ParkedCall>>) -> Key {
-        self.waiting += 1;
-        let state = State::Waiting(PendingCall {
-            sent,
-            waker: None,
-            stream: sent.window.map(|_| Box::default()),
-            parked,
-        });
-        if self.free == NONE {
-            let slot = u32::try_from(self.slots.len()).expect("in_flight_max is far below 2^32");
-            self.slots.push(Slot {
-                generation: 0,
-                state,
-            });
-            return Key {
-                slot,
-                generation: 0,
-            };
-        }
-        let slot = self.free;
-        let place = &mut self.slots[slot as usize];
-        let State::Free { next } = std::mem::replace(&mut place.state, state) else {
-            unreachable!("the free list holds only free slots");
-        };
-        self.free = next;
-        Key {
-            slot,
-            generation: place.generation,
+    /// The call with this key, while it waits for its reply.
+    fn open(&mut self, key: Key) -> Option<&mut OpenCall> {
+        match &mut self.find(key)?.state {
+            State::Waiting(call) => Some(call),
+            _ => None,
         }
     }
 
     /// How the server identifies a call, while it waits for its reply.
     pub(crate) fn in_flight(&mut self, key: Key) -> Option<InFlight> {
         let life = self.life;
-        let State::Waiting(waiting) = &self.find(key)?.state else {
-            return None;
-        };
-        let mut id = Vec::with_capacity(64);
-        match &waiting.parked {
-            Some(parked) if let Some(chosen) = &parked.chosen => append_str(&mut id, chosen),
-            parked => {
-                let life = parked.as_ref().map(|_| life);
-                id.push(b'"');
-                Id { key, life }.append(&mut id);
-                id.push(b'"');
-            }
-        }
-        let epoch = (!waiting.is_parked()).then_some(waiting.sent.epoch);
-        Some(InFlight { epoch, id })
+        let call = self.open(key)?;
+        Some(InFlight {
+            epoch: (!call.is_parked).then_some(call.epoch),
+            id: call.id_json(key, life),
+        })
     }
 
     /// Abandoned calls that a server may still have stored.
     pub(crate) fn unwanted(&mut self) -> Vec<InFlight> {
         let keys: Vec<Key> = (0_u32..)
             .zip(&self.slots)
-            .filter(|(_, place)| matches!(&place.state, State::Waiting(w) if w.is_unwanted()))
+            .filter(|(_, place)| matches!(&place.state, State::Waiting(call) if call.is_unwanted))
             .map(|(slot, place)| Key {
                 slot,
                 generation: place.generation,
@@ -367,12 +368,9 @@ impl Pending {
 
     /// Notes that the server has stored a call until it is answered.
     pub(crate) fn parked(&mut self, key: Key, wake: &mut Vec<Waker>) {
-        let Some(State::Waiting(waiting)) = self.find(key).map(|slot| &mut slot.state) else {
-            return;
-        };
-        if let Some(parked) = &mut waiting.parked {
-            parked.is_parked = true;
-            wake.extend(waiting.waker.take());
+        if let Some(call) = self.open(key).filter(|call| call.lasts) {
+            call.is_parked = true;
+            wake.extend(call.waker.take());
         }
     }
 
@@ -383,7 +381,7 @@ impl Pending {
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), Error>> {
         match self.find(key).map(|slot| &mut slot.state) {
-            Some(State::Waiting(waiting)) if waiting.is_parked() => Poll::Ready(Ok(())),
+            Some(State::Waiting(call)) if call.is_parked => Poll::Ready(Ok(())),
             Some(State::Done(Ok(_))) => Poll::Ready(Ok(())),
             _ => self.poll(key, cx).map(|result| result.map(drop)),
         }
@@ -410,12 +408,8 @@ impl Pending {
 
     /// Notes where a call's frame ends, once it is appended.
     pub(crate) fn set_end(&mut self, key: Key, end: u64) {
-        if let Some(Slot {
-            state: State::Waiting(waiting),
-            ..
-        }) = self.find(key)
-        {
-            waiting.sent.end = end;
+        if let Some(call) = self.open(key) {
+            call.end = end;
         }
     }
 
@@ -431,8 +425,10 @@ impl Pending {
         place.generation = place.generation.wrapping_add(1);
         let state = std::mem::replace(&mut place.state, State::Free { next: self.free });
         self.free = key.slot;
-        if let State::Waiting(waiting) = &state
-            && let Some(chosen) = waiting.parked.as_ref().and_then(|l| l.chosen.as_ref())
+        if let State::Waiting(OpenCall {
+            chosen: Some(chosen),
+            ..
+        }) = &state
         {
             self.chosen.remove(chosen);
         }
@@ -458,7 +454,7 @@ impl Pending {
     pub(crate) fn poll_next(&mut self, key: Key, cx: &mut Context<'_>) -> Poll<Next> {
         match self.find(key).map(|slot| &mut slot.state) {
             Some(State::Waiting(waiting)) => {
-                let items = waiting.stream.as_deref_mut().expect("a stream has items");
+                let items = waiting.items.as_deref_mut().expect("a stream has items");
                 // Progress may overtake the items.
                 if let Some(progress) = items.progress.take() {
                     return Poll::Ready(Next::Progress(progress));
@@ -488,21 +484,21 @@ impl Pending {
     /// Removes a call; returns how the server identifies it, if it is still in flight.
     pub(crate) fn forget(&mut self, key: Key, wake: &mut Vec<Waker>) -> Option<InFlight> {
         let in_flight = self.in_flight(key);
-        if let State::Waiting(waiting) = &mut self.find(key)?.state {
-            let stream = waiting.stream.take();
-            let has_ended = stream.is_some_and(|items| items.end.is_some());
-            match &mut waiting.parked {
-                Some(parked) if !has_ended => parked.is_unwanted = true,
-                _ => {
-                    self.release(key);
-                    self.waiting -= 1;
-                    wake.extend(self.queue.pop_front());
-                }
-            }
-            return in_flight.filter(|_| !has_ended);
+        self.find(key)?;
+        let Some(call) = self.open(key) else {
+            self.release(key);
+            return None;
+        };
+        let items = call.items.take();
+        let has_ended = items.is_some_and(|items| items.end.is_some());
+        if call.lasts && !has_ended {
+            call.is_unwanted = true;
+        } else {
+            self.release(key);
+            self.waiting -= 1;
+            wake.extend(self.queue.pop_front());
         }
-        self.release(key);
-        None
+        in_flight.filter(|_| !has_ended)
     }
 
     /// Ends a call. A call that already ended is left as it is.
@@ -517,19 +513,15 @@ impl Pending {
             return;
         };
         wake.extend(waiting.waker.take());
-        if waiting.is_unwanted() {
+        if waiting.is_unwanted {
             self.release(key);
             self.waiting -= 1;
             wake.extend(self.queue.pop_front());
             return;
         }
         // The id is free for another call once the answer has arrived.
-        let chosen = waiting.parked.as_mut().and_then(|l| l.chosen.take());
-        if let Some(items) = waiting
-            .stream
-            .as_deref_mut()
-            .filter(|i| !i.queue.is_empty())
-        {
+        let chosen = waiting.chosen.take();
+        if let Some(items) = waiting.items.as_deref_mut().filter(|i| !i.queue.is_empty()) {
             // The end follows the items that wait to be read.
             if items.end.is_none() {
                 items.end = Some(result);
@@ -547,43 +539,30 @@ impl Pending {
     /// Keeps an item of a streamed call. Items of other calls, and items beyond the window, are
     /// dropped.
     pub(crate) fn item(&mut self, key: Key, item: Payload, wake: &mut Vec<Waker>) {
-        let Some(Slot {
-            state: State::Waiting(waiting),
-            ..
-        }) = self.find(key)
-        else {
+        let Some(call) = self.open(key) else { return };
+        let Some(items) = call.items.as_deref_mut() else {
             return;
         };
-        let window = waiting.sent.window.unwrap_or(0);
-        let Some(items) = waiting.stream.as_deref_mut() else {
-            return;
-        };
-        if items.end.is_none() && (items.queue.len() as u64) < window {
+        if items.end.is_none() && (items.queue.len() as u64) < items.window {
             items.queue.push_back(item);
-            wake.extend(waiting.waker.take());
+            wake.extend(call.waker.take());
         }
     }
 
     /// Keeps the newest progress report of a streamed call.
     pub(crate) fn progress(&mut self, key: Key, report: Payload, wake: &mut Vec<Waker>) {
-        let Some(Slot {
-            state: State::Waiting(waiting),
-            ..
-        }) = self.find(key)
-        else {
-            return;
-        };
-        let Some(items) = waiting.stream.as_deref_mut() else {
+        let Some(call) = self.open(key) else { return };
+        let Some(items) = call.items.as_deref_mut() else {
             return;
         };
         items.progress = Some(report);
-        wake.extend(waiting.waker.take());
+        wake.extend(call.waker.take());
     }
 
     fn end_where(
         &mut self,
         wake: &mut Vec<Waker>,
-        mut end: impl FnMut(&PendingCall) -> Option<Error>,
+        mut end: impl FnMut(&OpenCall) -> Option<Error>,
     ) {
         for slot in 0..self.slots.len() {
             let State::Waiting(waiting) = &self.slots[slot].state else {
@@ -612,30 +591,27 @@ impl Pending {
         wake: &mut Vec<Waker>,
     ) {
         use latzero_protocol::Ran;
-        self.end_where(wake, |waiting| {
-            let sent = &waiting.sent;
-            let ran = if sent.end > attempted {
+        self.end_where(wake, |call| {
+            let ran = if call.end > attempted {
                 Ran::No
             } else {
                 Ran::Unknown
             };
-            (sent.epoch == epoch && !waiting.is_parked()).then(|| error.clone().with_ran(ran))
+            (call.epoch == epoch && !call.is_parked).then(|| error.clone().with_ran(ran))
         });
     }
 
     /// Ends, for this process, every call that the server has stored.
     pub(crate) fn end_parked(&mut self, error: &Error, wake: &mut Vec<Waker>) {
         use latzero_protocol::Ran;
-        self.end_where(wake, |waiting| {
-            waiting
-                .is_parked()
-                .then(|| error.clone().with_ran(Ran::Unknown))
+        self.end_where(wake, |call| {
+            call.is_parked.then(|| error.clone().with_ran(Ran::Unknown))
         });
     }
 
     /// Ends every call whose deadline passed without an answer.
     pub(crate) fn expire(&mut self, now: Instant, wake: &mut Vec<Waker>) {
-        self.end_where(wake, |waiting| (waiting.sent.deadline <= now).then(silence));
+        self.end_where(wake, |call| (call.deadline <= now).then(silence));
     }
 }
 
@@ -653,13 +629,11 @@ mod tests {
     use latzero_protocol::Ran;
     use std::time::Duration;
 
-    fn sent(end: u64, window: Option<u64>) -> SentCall {
+    fn call(end: u64, window: Option<u64>, name: Name<'_>) -> OpenCall {
         let deadline = Instant::now() + Duration::from_secs(60);
-        SentCall {
-            epoch: 1,
+        OpenCall {
             end,
-            deadline,
-            window,
+            ..OpenCall::new(1, deadline, window, name)
         }
     }
 
@@ -706,8 +680,8 @@ mod tests {
     fn replies_come_in_any_order_and_late_ones_find_nothing() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
         let (a, b) = (
-            p.insert(sent(1, None), Name::Slot),
-            p.insert(sent(2, None), Name::Slot),
+            p.insert(call(1, None, Name::Slot)),
+            p.insert(call(2, None, Name::Slot)),
         );
         assert!(poll(&mut p, a).is_none() && poll(&mut p, b).is_none());
         p.complete(b, reply(2), &mut wake);
@@ -716,7 +690,7 @@ mod tests {
             poll(&mut p, b).unwrap().unwrap().payload,
             Payload::Json("2".into())
         );
-        let c = p.insert(sent(3, None), Name::Slot);
+        let c = p.insert(call(3, None, Name::Slot));
         assert_eq!((c.slot, c.generation), (b.slot, 1));
         p.complete(b, reply(9), &mut wake);
         assert!(poll(&mut p, c).is_none());
@@ -729,8 +703,8 @@ mod tests {
     fn an_error_after_a_lost_connection_says_what_may_have_run() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
         let (a, b) = (
-            p.insert(sent(100, None), Name::Slot),
-            p.insert(sent(200, None), Name::Slot),
+            p.insert(call(100, None, Name::Slot)),
+            p.insert(call(200, None, Name::Slot)),
         );
         p.end_connection(1, 150, &Error::new(Code::Disconnected, "gone"), &mut wake);
         assert_eq!(
@@ -744,7 +718,7 @@ mod tests {
     #[test]
     fn items_come_before_the_end_and_never_beyond_the_window() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
-        let a = p.insert(sent(1, Some(2)), Name::Slot);
+        let a = p.insert(call(1, Some(2), Name::Slot));
         for n in 0..5 {
             p.item(a, Payload::Json(n.to_string()), &mut wake);
         }
@@ -763,7 +737,7 @@ mod tests {
         p.in_flight_max = 1;
         let cx = &mut Context::from_waker(Waker::noop());
         assert!(p.poll_room(cx).is_ready());
-        let a = p.insert(sent(1, None), Name::Slot);
+        let a = p.insert(call(1, None, Name::Slot));
         assert!(p.poll_room(cx).is_pending());
         p.complete(a, reply(1), &mut wake);
         assert_eq!(wake.len(), 1);
@@ -795,8 +769,8 @@ mod tests {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
         let error = Error::new(Code::Disconnected, "gone");
         let (a, b) = (
-            p.insert(sent(1, None), Name::Durable),
-            p.insert(sent(2, None), Name::Chosen("order-17")),
+            p.insert(call(1, None, Name::Durable)),
+            p.insert(call(2, None, Name::Chosen("order-17"))),
         );
         assert!(p.has_chosen("order-17"));
         let cx = &mut Context::from_waker(Waker::noop());
@@ -817,7 +791,7 @@ mod tests {
     #[test]
     fn a_parked_call_without_a_waiter_keeps_its_id_until_its_end() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
-        let a = p.insert(sent(1, None), Name::Chosen("a\"b"));
+        let a = p.insert(call(1, None, Name::Chosen("a\"b")));
         p.parked(a, &mut wake);
         let in_flight = p.forget(a, &mut wake).unwrap();
         assert_eq!(
@@ -829,9 +803,9 @@ mod tests {
         p.complete(a, reply(1), &mut wake);
         assert!(!p.has_chosen("a\"b") && p.waiting() == 0 && p.unwanted().is_empty());
         // Detaching takes an answer that has arrived, and frees the slot.
-        let b = p.insert(sent(1, None), Name::Durable);
+        let b = p.insert(call(1, None, Name::Durable));
         assert!(p.leave(b, &mut wake).is_none());
-        let c = p.insert(sent(1, None), Name::Durable);
+        let c = p.insert(call(1, None, Name::Durable));
         p.complete(c, reply(1), &mut wake);
         assert!(p.leave(c, &mut wake).is_some());
         assert_eq!((c.slot, p.waiting()), (b.slot, 0));

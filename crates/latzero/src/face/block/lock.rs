@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::{Block, number};
 use crate::error::Error;
-use crate::face::call::Calling;
+use crate::face::outgoing::Calling;
 use crate::payload::Reply;
 use crate::sync::lock;
 

@@ -17,7 +17,7 @@ use super::sealed::{self, SealedAs, SealedBlock};
 use crate::drive::core::{Core, Resources};
 use crate::error::Error;
 use crate::face::app::App;
-use crate::face::call::Calling;
+use crate::face::outgoing::Calling;
 use crate::payload::Reply;
 use crate::sync::lock;
 use crate::wire::message::Message;
