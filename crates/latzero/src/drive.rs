@@ -5,7 +5,10 @@ pub(crate) mod answers;
 pub(crate) mod core;
 pub(crate) mod events;
 pub(crate) mod handlers;
+mod handover;
 mod inbound;
+#[cfg(test)]
+mod interleavings;
 mod reader;
 mod reconnect;
 pub(crate) mod request;
@@ -13,3 +16,9 @@ pub(crate) mod request;
 mod runtime;
 pub(crate) mod states;
 mod threads;
+
+/// What the hand-over is made of; its tests use those of a model checker.
+mod cells {
+    pub(super) use std::sync::{Mutex, MutexGuard};
+    pub(super) use std::thread::{Thread, current};
+}

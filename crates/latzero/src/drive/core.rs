@@ -1,8 +1,8 @@
 //! The state that all handles of one app share, and the steps that every driver takes with it.
 //!
 //! An app is driven by a caller that blocks, a background thread, or a task on the caller's
-//! runtime. They share one role, reading, which the holder of the [`Reader`]'s lock has.
-//! Lock order: input → followers → outbox → pending → job queue; except wakers, no user code runs
+//! runtime. They share one role, reading, which a [`Handover`] passes on.
+//! Lock order: followers → outbox → pending → job queue; except wakers, no user code runs
 //! under any of them.
 
 use std::any::Any;
@@ -19,7 +19,7 @@ use crate::config::Config;
 use crate::drive::answers::{Answer, Unclaimed};
 use crate::drive::events::{Presence, Queue};
 use crate::drive::handlers::{HandlerJob, Handlers};
-use crate::drive::reader::Reader;
+use crate::drive::handover::Handover;
 #[cfg(feature = "tokio")]
 use crate::drive::runtime::Signal;
 use crate::drive::states::{Followers, State};
@@ -28,6 +28,7 @@ use crate::error::Error;
 use crate::payload::Reply;
 use crate::sync::lock;
 use crate::wire::connect;
+use crate::wire::input::Input;
 use crate::wire::link::{Ack, Link};
 use crate::wire::message::Message;
 use crate::wire::outbox::{By, Flushed, Outbox, Phase, Submitted};
@@ -97,7 +98,7 @@ pub(crate) struct Core {
     pub(crate) pending: Mutex<Pending>,
     /// Answers to calls that nobody here waits for.
     pub(crate) answers: Unclaimed,
-    pub(crate) reader: Reader,
+    pub(super) reader: Handover<Input>,
     pub(crate) handlers: Handlers,
     pub(crate) watchers: Mutex<Watchers>,
     pub(crate) resources: Box<dyn Resources>,
@@ -153,7 +154,7 @@ impl Core {
             outbox: Outbox::new(),
             pending: Mutex::new(Pending::new()),
             answers: Unclaimed::default(),
-            reader: Reader::new(),
+            reader: Handover::new(Input::new()),
             handlers: Handlers::default(),
             watchers: Mutex::default(),
             resources,
@@ -346,7 +347,7 @@ impl Core {
     /// Makes the driver check the outbox, the connection, and whether the app has ended.
     pub(crate) fn notify_driver(&self) {
         match self.driver_kind() {
-            DriverKind::Threads => self.workers.notify(),
+            DriverKind::Threads => self.notify_workers(),
             #[cfg(feature = "tokio")]
             DriverKind::Tokio => self.signal.wake(),
         }
@@ -555,7 +556,7 @@ impl Core {
         self.resources.wake_all(&mut wake);
         wake.into_iter().for_each(Waker::wake);
         self.handlers.close();
-        self.workers.stop();
+        self.stop_workers();
         #[cfg(feature = "tokio")]
         self.signal.wake();
         let wake = std::mem::take(&mut *lock(&self.end_lock));

@@ -1,15 +1,9 @@
-//! Reading: one role, held by one thread or task at a time.
-//!
-//! A caller that blocks takes the role if it is free, reads, resolves other calls' replies on the
-//! way, and passes the role on when it has its own reply. So a lone blocking caller pays one `recv`
-//! per call and no thread hop.
+//! Blocked callers. One reads if nobody else does, and resolves other calls' replies on the way: a
+//! lone blocking caller pays one `recv` per call and no thread hop.
 
-use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -17,88 +11,12 @@ use rustix::event::{PollFd, PollFlags, poll};
 use crate::drive::core::{Core, DriverKind};
 use crate::drive::threads;
 use crate::interrupt::is_over;
-use crate::sync::{lock, thread_waker};
+use crate::sync::thread_waker;
 use crate::wire::input::{Input, Received};
 use crate::wire::wait::{RECV_TIMEOUT, timespec};
 
-/// The reading role and its waiters.
-#[derive(Debug)]
-pub(crate) struct Reader {
-    input: Mutex<Input>,
-    waiting: Mutex<VecDeque<Thread>>,
-    waiting_count: AtomicUsize,
-    /// How many times a blocked caller took the role.
-    turns: AtomicU64,
-}
-
-impl Reader {
-    pub(crate) fn new() -> Self {
-        Reader {
-            input: Mutex::new(Input::new()),
-            waiting: Mutex::default(),
-            waiting_count: AtomicUsize::new(0),
-            turns: AtomicU64::new(0),
-        }
-    }
-
-    /// Takes the role, if it is free.
-    pub(crate) fn try_take(&self) -> Option<MutexGuard<'_, Input>> {
-        match self.input.try_lock() {
-            Ok(input) => Some(input),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
-    }
-
-    /// Takes the role, for a driver that does not share it.
-    #[cfg(feature = "tokio")]
-    pub(crate) fn take(&self) -> MutexGuard<'_, Input> {
-        lock(&self.input)
-    }
-
-    /// How many times a blocked caller has taken the role so far.
-    pub(crate) fn turns(&self) -> u64 {
-        self.turns.load(Ordering::Relaxed)
-    }
-
-    /// Whether a blocked caller waits for the role.
-    pub(crate) fn is_wanted(&self) -> bool {
-        fence(Ordering::SeqCst);
-        self.waiting_count.load(Ordering::SeqCst) > 0
-    }
-
-    /// Lets the next waiting caller try for the role; called after releasing it.
-    pub(crate) fn pass_on(&self) {
-        // Pairs with the fence at the start of a wait: one of the two sees the other.
-        if !self.is_wanted() {
-            return;
-        }
-        let next = {
-            let mut waiting = lock(&self.waiting);
-            let next = waiting.pop_front();
-            self.waiting_count.store(waiting.len(), Ordering::SeqCst);
-            next
-        };
-        if let Some(thread) = next {
-            thread.unpark();
-        }
-    }
-
-    fn begin_waiting(&self) {
-        let mut waiting = lock(&self.waiting);
-        waiting.push_back(std::thread::current());
-        self.waiting_count.store(waiting.len(), Ordering::SeqCst);
-        drop(waiting);
-        fence(Ordering::SeqCst);
-    }
-
-    fn end_waiting(&self) {
-        let me = std::thread::current().id();
-        let mut waiting = lock(&self.waiting);
-        waiting.retain(|thread| thread.id() != me);
-        self.waiting_count.store(waiting.len(), Ordering::SeqCst);
-    }
-}
+/// How long a caller waits for a connection before it looks again.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(20);
 
 impl Core {
     /// Blocks until `attempt` is ready, and reads in the meantime if nobody else does. `None` if
@@ -117,78 +35,47 @@ impl Core {
             return self.park_on(deadline, cx, attempt);
         }
         let nested = threads::Nested::enter(self);
+        // A handler's own call does not mean that callers read: the leader takes the role back at
+        // once.
+        let is_turn = !nested.is_nested();
+        let mut caller = self.reader.caller(is_turn);
         let mut jobs = Vec::new();
-        let mut waited = false;
-        let result = loop {
-            let Some(mut input) = self.reader.try_take() else {
-                self.reader.begin_waiting();
-                waited = true;
-                self.workers.interrupt();
-                // Between the two, the role may have become free without anybody being notified.
-                if let Some(input) = self.reader.try_take() {
-                    drop(input);
-                } else if let Poll::Ready(value) = attempt(cx) {
-                    self.reader.end_waiting();
-                    break Some(value);
-                } else {
+        loop {
+            let mut input = match caller.take() {
+                Ok(input) => input,
+                Err(queued) => {
+                    if queued.must_interrupt {
+                        self.workers.ring();
+                    }
                     self.park(deadline);
+                    if let Some(result) = end_of_wait(&mut attempt, cx, deadline) {
+                        return result;
+                    }
+                    continue;
                 }
-                self.reader.end_waiting();
-                if let Poll::Ready(value) = attempt(cx) {
-                    break Some(value);
-                }
-                if is_over(deadline) {
-                    break None;
-                }
-                continue;
             };
-            // A handler's own call does not mean that callers read: the leader takes the role back
-            // at once.
-            if !nested.is_nested() {
-                self.reader.turns.fetch_add(1, Ordering::Relaxed);
+            // Whoever read before may have received the reply.
+            if let Poll::Ready(value) = attempt(cx) {
+                return Some(value);
             }
-            let done = loop {
-                if !input.attach(&self.outbox) {
-                    break None;
-                }
+            while input.attach(&self.outbox) {
                 let received = self.receive_until(&mut input, deadline);
                 self.settle(&mut input, received, &mut jobs);
                 self.push_jobs(&mut jobs);
-                if let Poll::Ready(value) = attempt(cx) {
-                    break Some(Some(value));
-                }
-                if is_over(deadline) {
-                    break Some(None);
-                }
-            };
-            drop(input);
-            match done {
-                Some(result) => {
-                    waited = true;
-                    break result;
-                }
-                // No connection: the next one, or the end of the app, wakes this wait.
-                None => {
-                    self.reader.pass_on();
-                    if let Poll::Ready(value) = attempt(cx) {
-                        break Some(value);
-                    }
-                    if is_over(deadline) {
-                        break None;
-                    }
-                    std::thread::park_timeout(wait_time(deadline).min(Duration::from_millis(20)));
-                    if let Poll::Ready(value) = attempt(cx) {
-                        break Some(value);
-                    }
+                if let Some(result) = end_of_wait(&mut attempt, cx, deadline) {
+                    return result;
                 }
             }
-        };
-        drop(nested);
-        // Passes on the role, whether it was held or offered.
-        if waited {
-            self.reader.pass_on();
+            drop(input);
+            // No connection: the next one, or the end of the app, wakes this wait.
+            if let Some(result) = end_of_wait(&mut attempt, cx, deadline) {
+                return result;
+            }
+            std::thread::park_timeout(wait_time(deadline).min(RECONNECT_PAUSE));
+            if let Some(result) = end_of_wait(&mut attempt, cx, deadline) {
+                return result;
+            }
         }
-        result
     }
 
     /// Blocks beside a task that reads.
@@ -253,6 +140,18 @@ impl Core {
             return Received::Nothing;
         }
         input.try_receive()
+    }
+}
+
+/// What ends a wait: the value, or nothing if it is over.
+fn end_of_wait<T>(
+    attempt: &mut impl FnMut(&mut Context<'_>) -> Poll<T>,
+    cx: &mut Context<'_>,
+    deadline: Option<Instant>,
+) -> Option<Option<T>> {
+    match attempt(cx) {
+        Poll::Ready(value) => Some(Some(value)),
+        Poll::Pending => is_over(deadline).then_some(None),
     }
 }
 

@@ -144,7 +144,10 @@ impl Drive {
         let core = self.core.clone();
         let mut has_run = false;
         for _ in 0..READS_MAX {
-            let mut input = core.reader.take();
+            let Some(mut input) = core.reader.try_take() else {
+                cx.waker().wake_by_ref();
+                return has_run;
+            };
             if input.link.is_none() {
                 self.socket = None;
                 if !input.attach(&core.outbox) {

@@ -11,7 +11,7 @@
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::drive::core::{Core, TICK};
 use crate::drive::handlers::{self, HandlerJob, SLOW};
+use crate::drive::handover::Reading;
 use crate::error::Error;
 use crate::sync::lock;
 use crate::wire::input::{Input, Received};
@@ -49,6 +50,8 @@ struct State {
     /// Handlers that wait for their own calls.
     nested: usize,
     has_leader: bool,
+    /// Whether the leader does not read for now.
+    is_away: bool,
     is_stopped: bool,
 }
 
@@ -65,10 +68,6 @@ pub(crate) struct Workers {
     wake: Condvar,
     /// Interrupts the leader's poll.
     bell: OwnedFd,
-    /// Whether the leader is, or is about to be, in a poll that the bell can interrupt.
-    is_polling: AtomicBool,
-    /// Whether the leader waits for the reading role.
-    is_away: AtomicBool,
     /// Incremented each time that the lead passes to another thread.
     lease: AtomicU64,
     /// When the leader's current handler began, in nanoseconds since `born`; 0 is none.
@@ -105,12 +104,11 @@ impl Workers {
                 idle: 0,
                 nested: 0,
                 has_leader: false,
+                is_away: false,
                 is_stopped: false,
             }),
             wake: Condvar::new(),
             bell,
-            is_polling: AtomicBool::new(false),
-            is_away: AtomicBool::new(false),
             lease: AtomicU64::new(0),
             busy_since: AtomicU64::new(0),
             runs: AtomicU64::new(0),
@@ -166,23 +164,13 @@ impl Workers {
         drop(dropped);
     }
 
-    /// Interrupts the leader if it waits for the socket.
-    pub(crate) fn interrupt(&self) {
-        fence(Ordering::SeqCst);
-        if self.is_polling.load(Ordering::SeqCst) {
-            // A full counter already interrupts the poll.
-            let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
-        }
+    /// Interrupts the leader, which waits for the socket.
+    pub(super) fn ring(&self) {
+        // A full counter already interrupts the poll.
+        let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
     }
 
-    /// Makes the leader check everything again.
-    pub(crate) fn notify(&self) {
-        drop(lock(&self.state));
-        self.wake.notify_all();
-        self.interrupt();
-    }
-
-    pub(crate) fn stop(&self) {
+    fn stop(&self) {
         let jobs = {
             let mut state = lock(&self.state);
             state.is_stopped = true;
@@ -191,7 +179,6 @@ impl Workers {
         };
         drop(jobs);
         self.wake.notify_all();
-        self.interrupt();
     }
 
     fn wait<'a>(&self, state: MutexGuard<'a, State>, time: Duration) -> MutexGuard<'a, State> {
@@ -234,6 +221,27 @@ impl Workers {
     }
 }
 
+impl Core {
+    /// Makes the leader check everything again.
+    pub(super) fn notify_workers(&self) {
+        drop(lock(&self.workers.state));
+        self.workers.wake.notify_all();
+        self.interrupt();
+    }
+
+    /// Ends every thread of the app, after what they run now.
+    pub(super) fn stop_workers(&self) {
+        self.workers.stop();
+        self.interrupt();
+    }
+
+    fn interrupt(&self) {
+        if self.reader.must_interrupt() {
+            self.workers.ring();
+        }
+    }
+}
+
 fn start_thread(core: &Arc<Core>) -> bool {
     let core = core.clone();
     std::thread::Builder::new()
@@ -253,9 +261,8 @@ pub(crate) fn spawn_worker(core: &Arc<Core>) -> Result<(), Error> {
 /// Makes sure that a thread runs the queued jobs.
 pub(crate) fn ensure_worker(core: &Arc<Core>) {
     let workers = &core.workers;
-    fence(Ordering::SeqCst);
-    if workers.is_polling.load(Ordering::SeqCst) {
-        workers.interrupt();
+    if core.reader.must_interrupt() {
+        workers.ring();
     } else {
         workers.another(core);
     }
@@ -382,15 +389,8 @@ fn lead(core: &Arc<Core>, lease: u64) {
             tick = Instant::now();
             core.tick();
         }
-        let input = match core.reader.is_wanted() {
-            true => None,
-            false => core.reader.try_take(),
-        };
-        let turns = core.reader.turns();
-        let Some(mut input) = input.filter(|_| turns == turns_seen) else {
+        let Some(mut input) = core.reader.try_lead(&mut turns_seen) else {
             // Callers read for themselves.
-            core.reader.pass_on();
-            turns_seen = turns;
             stay_away(core, away);
             let max = if core.handlers.is_empty() {
                 AWAY_MAX.1
@@ -410,7 +410,6 @@ fn lead(core: &Arc<Core>, lease: u64) {
         is_quiet = matches!(received, Received::Nothing);
         core.settle(&mut input, received, &mut jobs);
         drop(input);
-        core.reader.pass_on();
         // A single job is run directly; several are queued, so that other threads can take them if
         // one is stuck.
         if jobs.len() > 1 {
@@ -425,7 +424,7 @@ fn lead(core: &Arc<Core>, lease: u64) {
 
 /// Waits for bytes: only in `recv` while calls arrive, so that each costs one system call; else in
 /// a poll that can be interrupted.
-fn receive(core: &Arc<Core>, input: &mut Input, is_quiet: bool) -> Received {
+fn receive(core: &Core, input: &mut Reading<'_, Input>, is_quiet: bool) -> Received {
     let workers = &core.workers;
     if input.is_fresh {
         return input.try_receive();
@@ -441,12 +440,10 @@ fn receive(core: &Arc<Core>, input: &mut Input, is_quiet: bool) -> Received {
     let Some(link) = input.link.clone() else {
         return Received::Nothing;
     };
-    workers.is_polling.store(true, Ordering::SeqCst);
-    fence(Ordering::SeqCst);
+    let may_sleep =
+        input.begin_sleep() && workers.queued.load(Ordering::Acquire) == 0 && !core.is_ended();
     let mut received = Received::Nothing;
-    let must_look =
-        core.reader.is_wanted() || workers.queued.load(Ordering::Acquire) > 0 || core.is_ended();
-    if !must_look {
+    if may_sleep {
         let is_blocked = core.outbox.is_blocked();
         let wanted = if is_blocked {
             PollFlags::IN | PollFlags::OUT
@@ -471,7 +468,7 @@ fn receive(core: &Arc<Core>, input: &mut Input, is_quiet: bool) -> Received {
             received = input.try_receive();
         }
     }
-    workers.is_polling.store(false, Ordering::SeqCst);
+    input.end_sleep();
     received
 }
 
@@ -490,11 +487,11 @@ fn stay_away(core: &Arc<Core>, time: Duration) {
     if !state.queue.is_empty() || state.is_stopped {
         return;
     }
-    workers.is_away.store(true, Ordering::SeqCst);
+    state.is_away = true;
     state.idle += 1;
     state = workers.wait(state, time);
     state.idle -= 1;
-    workers.is_away.store(false, Ordering::SeqCst);
+    state.is_away = false;
 }
 
 /// Runs a job and the queued ones behind it; returns whether this thread still leads.
@@ -558,9 +555,13 @@ impl Drop for Nested<'_> {
     fn drop(&mut self) {
         let Some(core) = self.0 else { return };
         let workers = &core.workers;
-        lock(&workers.state).nested -= 1;
+        let is_away = {
+            let mut state = lock(&workers.state);
+            state.nested -= 1;
+            state.is_away
+        };
         // The reading role is free again, and the leader may be waiting for it.
-        if workers.is_away.load(Ordering::SeqCst) {
+        if is_away {
             workers.wake.notify_all();
         }
     }
