@@ -9,11 +9,13 @@ mod handover;
 mod inbound;
 #[cfg(test)]
 mod interleavings;
+pub(crate) mod outside;
 mod reader;
 mod reconnect;
 pub(crate) mod request;
 #[cfg(feature = "tokio")]
 mod runtime;
+mod signal;
 pub(crate) mod states;
 mod threads;
 

@@ -61,6 +61,7 @@ mod wire;
 pub use config::Reconnect;
 pub use drive::answers::{ANSWERS_BYTES_MAX, ANSWERS_MAX, Answer};
 pub use drive::events::{Emission, Presence};
+pub use drive::outside::Driver;
 pub use drive::request::{Origin, Request, Unanswered};
 pub use drive::states::{STATES_MAX, State};
 pub use error::{Error, HandlerError};

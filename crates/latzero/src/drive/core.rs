@@ -20,8 +20,7 @@ use crate::drive::answers::{Answer, Unclaimed};
 use crate::drive::events::{Presence, Queue};
 use crate::drive::handlers::{HandlerJob, Handlers};
 use crate::drive::handover::Handover;
-#[cfg(feature = "tokio")]
-use crate::drive::runtime::Signal;
+use crate::drive::signal::Signal;
 use crate::drive::states::{Followers, State};
 use crate::drive::threads::Workers;
 use crate::error::Error;
@@ -43,9 +42,9 @@ pub(crate) const TICK: Duration = Duration::from_millis(250);
 pub(crate) enum DriverKind {
     /// Threads of this crate.
     Threads,
-    /// A task on the caller's tokio runtime.
-    #[cfg(feature = "tokio")]
-    Tokio,
+    /// A task on the caller's tokio runtime, or its own event loop: it is woken, and alone reads
+    /// and runs handlers.
+    Woken,
 }
 
 /// When a message is sent.
@@ -113,10 +112,8 @@ pub(crate) struct Core {
     /// The joined pools, as last acknowledged by the server and changed since.
     pub(crate) pools: Mutex<Vec<String>>,
     pub(crate) workers: Workers,
-    #[cfg(feature = "tokio")]
     pub(crate) signal: Signal,
-    #[cfg(feature = "tokio")]
-    on_tokio: AtomicBool,
+    is_woken: AtomicBool,
     /// The last acknowledgement of the server.
     pub(crate) ack: Mutex<Ack>,
     pub(crate) owner: Mutex<Weak<Owner>>,
@@ -163,10 +160,8 @@ impl Core {
             followers: Mutex::default(),
             pools: Mutex::default(),
             workers: Workers::new(config.handler_threads)?,
-            #[cfg(feature = "tokio")]
             signal: Signal::default(),
-            #[cfg(feature = "tokio")]
-            on_tokio: AtomicBool::new(false),
+            is_woken: AtomicBool::new(false),
             ack: Mutex::default(),
             owner: Mutex::new(Weak::new()),
             epoch: AtomicU32::new(0),
@@ -310,11 +305,10 @@ impl Core {
 
     /// What reads when no caller does.
     pub(crate) fn driver_kind(&self) -> DriverKind {
-        #[cfg(feature = "tokio")]
-        if self.on_tokio.load(Ordering::Acquire) {
-            return DriverKind::Tokio;
+        match self.is_woken.load(Ordering::Acquire) {
+            true => DriverKind::Woken,
+            false => DriverKind::Threads,
         }
-        DriverKind::Threads
     }
 
     /// Starts what drives the app while nobody waits: a task on the caller's runtime if there is
@@ -322,21 +316,30 @@ impl Core {
     pub(crate) fn start(self: &Arc<Self>, may_use_runtime: bool) -> Result<(), Error> {
         #[cfg(feature = "tokio")]
         if may_use_runtime && crate::drive::runtime::has_runtime() {
-            self.on_tokio.store(true, Ordering::Release);
+            self.is_woken.store(true, Ordering::Release);
             crate::drive::runtime::spawn(self.clone());
             return Ok(());
         }
         #[cfg(not(feature = "tokio"))]
         let _ = may_use_runtime;
-        self.start_threads()
+        crate::drive::threads::spawn_worker(self)
     }
 
-    /// Starts the background thread, when connecting or when the runtime that drove the app has
-    /// ended.
-    pub(crate) fn start_threads(self: &Arc<Self>) -> Result<(), Error> {
-        #[cfg(feature = "tokio")]
-        self.on_tokio.store(false, Ordering::Release);
-        crate::drive::threads::spawn_worker(self)
+    /// Notes that an event loop of the program drives the app, which `waker` wakes.
+    pub(super) fn drive_outside(&self, waker: &Waker) {
+        self.signal.set_waker(waker);
+        self.is_woken.store(true, Ordering::Release);
+    }
+
+    /// Continues with a thread after the runtime or event loop that drove the app has ended. If
+    /// that cannot be started, the app ends.
+    pub(super) fn drive_on(self: &Arc<Self>) {
+        self.is_woken.store(false, Ordering::Release);
+        if !self.is_ended()
+            && let Err(error) = crate::drive::threads::spawn_worker(self)
+        {
+            self.end(&error);
+        }
     }
 
     /// Whether the app ended permanently.
@@ -348,8 +351,7 @@ impl Core {
     pub(crate) fn notify_driver(&self) {
         match self.driver_kind() {
             DriverKind::Threads => self.notify_workers(),
-            #[cfg(feature = "tokio")]
-            DriverKind::Tokio => self.signal.wake(),
+            DriverKind::Woken => self.signal.wake(),
         }
     }
 
@@ -361,8 +363,7 @@ impl Core {
         self.workers.push(jobs);
         match self.driver_kind() {
             DriverKind::Threads => crate::drive::threads::ensure_worker(self),
-            #[cfg(feature = "tokio")]
-            DriverKind::Tokio => self.signal.wake(),
+            DriverKind::Woken => self.signal.wake(),
         }
     }
 
@@ -394,8 +395,7 @@ impl Core {
     pub(crate) fn flush_soon(&self) {
         match self.driver_kind() {
             DriverKind::Threads => self.flush(),
-            #[cfg(feature = "tokio")]
-            DriverKind::Tokio => self.signal.flush_due(),
+            DriverKind::Woken => self.signal.flush_due(),
         }
     }
 
@@ -557,7 +557,6 @@ impl Core {
         wake.into_iter().for_each(Waker::wake);
         self.handlers.close();
         self.stop_workers();
-        #[cfg(feature = "tokio")]
         self.signal.wake();
         let wake = std::mem::take(&mut *lock(&self.end_lock));
         self.end_signal.notify_all();

@@ -446,6 +446,21 @@ pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instan
     }
 }
 
+impl Core {
+    /// Runs `jobs` and those that are queued now, for a driver that runs handlers itself; returns
+    /// whether there were any. A task that wakes itself waits for the next turn.
+    pub(super) fn run_jobs(self: &Arc<Self>, jobs: &mut Vec<HandlerJob>) -> bool {
+        let queued = (0..self.workers.queued()).map_while(|_| self.workers.pop());
+        let mut has_run = false;
+        let mut now = Instant::now();
+        for job in jobs.drain(..).chain(queued) {
+            now = run(self, job, now);
+            has_run = true;
+        }
+        has_run
+    }
+}
+
 /// A handler's future, with its call.
 pub(crate) struct Task {
     core: Weak<Core>,

@@ -117,10 +117,6 @@ impl<T> Handover<T> {
     }
 
     /// Takes the role if it is free, for a driver that does not share it.
-    #[cfg_attr(
-        not(feature = "tokio"),
-        expect(dead_code, reason = "only that driver does")
-    )]
     pub(super) fn try_take(&self) -> Option<Reading<'_, T>> {
         let input = self.state().free.take()?;
         Some(self.reading(input))

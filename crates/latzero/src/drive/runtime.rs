@@ -6,48 +6,21 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll, Waker};
-use std::time::Instant;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::Handle;
 use tokio::time::Sleep;
 
 use crate::drive::core::{Core, TICK};
-use crate::drive::handlers::{self, HandlerJob};
-use crate::sync::{lock, set_waker};
+use crate::drive::handlers::HandlerJob;
 use crate::wire::input::Received;
 use crate::wire::link::Link;
 use crate::wire::outbox::Flushed;
 
 /// How many reads it makes in one turn before other tasks run.
 const READS_MAX: usize = 16;
-
-/// How others wake the task.
-#[derive(Debug, Default)]
-pub(crate) struct Signal {
-    waker: Mutex<Option<Waker>>,
-    is_due: AtomicBool,
-}
-
-impl Signal {
-    pub(crate) fn wake(&self) {
-        // Cloned, so that the waker runs outside the lock and stays for the next time.
-        let waker = lock(&self.waker).clone();
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-
-    /// Makes the task flush the outbox on its next poll.
-    pub(crate) fn flush_due(&self) {
-        if !self.is_due.swap(true, Ordering::AcqRel) {
-            self.wake();
-        }
-    }
-}
 
 /// Whether the caller is on a tokio runtime.
 pub(crate) fn has_runtime() -> bool {
@@ -91,16 +64,16 @@ impl Future for Drive {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = self.get_mut();
-        set_waker(&mut lock(&this.core.signal.waker), cx.waker());
+        this.core.signal.set_waker(cx.waker());
         if this.core.is_ended() {
             this.is_done = true;
             this.socket = None;
             return Poll::Ready(());
         }
-        let mut must_flush = this.run_jobs();
+        let mut must_flush = this.core.run_jobs(&mut this.jobs);
         must_flush |= this.read(cx);
         // A flush that is due waits one turn, so that tasks that are ready now can add to it.
-        if this.core.signal.is_due.load(Ordering::Acquire) && !must_flush {
+        if this.core.signal.is_due() && !must_flush {
             if this.has_yielded {
                 must_flush = true;
             } else {
@@ -110,7 +83,7 @@ impl Future for Drive {
         }
         if must_flush {
             this.has_yielded = false;
-            this.core.signal.is_due.store(false, Ordering::Release);
+            this.core.signal.flush_begins();
             this.core.outbox.flush();
         }
         this.write(cx);
@@ -120,25 +93,6 @@ impl Future for Drive {
 }
 
 impl Drive {
-    /// Runs what is queued; returns whether there was anything.
-    fn run_jobs(&mut self) -> bool {
-        let mut has_run = false;
-        let mut now = Instant::now();
-        for job in self.jobs.drain(..) {
-            now = handlers::run(&self.core, job, now);
-            has_run = true;
-        }
-        // Bounded by what is queued now: a task that wakes itself waits for the next turn.
-        for _ in 0..self.core.workers.queued() {
-            let Some(job) = self.core.workers.pop() else {
-                break;
-            };
-            now = handlers::run(&self.core, job, now);
-            has_run = true;
-        }
-        has_run
-    }
-
     /// Reads available messages and runs their handlers; returns whether anything ran.
     fn read(&mut self, cx: &mut Context<'_>) -> bool {
         let core = self.core.clone();
@@ -191,7 +145,7 @@ impl Drive {
             };
             core.settle(&mut input, received, &mut self.jobs);
             drop(input);
-            has_run |= self.run_jobs();
+            has_run |= core.run_jobs(&mut self.jobs);
         }
         cx.waker().wake_by_ref();
         has_run
@@ -228,13 +182,8 @@ impl Drive {
 impl Drop for Drive {
     fn drop(&mut self) {
         self.socket = None;
-        // The runtime is shutting down while the app is in use: a thread continues. If that cannot
-        // be started, the app ends.
-        if !self.is_done
-            && !self.core.is_ended()
-            && let Err(error) = self.core.start_threads()
-        {
-            self.core.end(&error);
+        if !self.is_done {
+            self.core.drive_on();
         }
     }
 }

@@ -146,7 +146,6 @@ impl Workers {
     }
 
     /// How many jobs wait.
-    #[cfg(feature = "tokio")]
     pub(crate) fn queued(&self) -> usize {
         self.queued.load(Ordering::Acquire)
     }

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::config::{Config, HANDLER_THREADS, Reconnect};
 use crate::drive::core::Core;
+use crate::drive::outside::Driver;
 use crate::error::Error;
 use crate::face::app::App;
 use crate::face::block::Blocks;
@@ -184,6 +185,19 @@ impl Builder {
         let core = on_thread(move || Core::connect(config, Box::<Blocks>::default())).await?;
         core.start(true)?;
         Ok(App::owning(core))
+    }
+
+    /// Connects an app that an event loop of the program drives, without other threads; see
+    /// [`Driver`].
+    ///
+    /// # Errors
+    /// As [`Builder::connect`].
+    pub async fn connect_driven(self) -> Result<(App, Driver), Error> {
+        let config = self.config?;
+        let connect = move || Core::connect(config, Box::<Blocks>::default());
+        let core = on_thread(connect).await?;
+        let driver = Driver::new(&core)?;
+        Ok((App::owning(core), driver))
     }
 
     pub(crate) fn connect_blocking(self) -> Result<App, Error> {

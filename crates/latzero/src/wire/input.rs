@@ -40,13 +40,7 @@ pub(crate) struct Input {
 #[derive(Debug)]
 pub(crate) enum Received {
     /// Bytes; fewer than there was room for if `short`, so the socket is likely empty.
-    Bytes {
-        #[cfg_attr(
-            not(feature = "tokio"),
-            expect(dead_code, reason = "only that driver asks")
-        )]
-        short: bool,
-    },
+    Bytes { short: bool },
     /// Nothing, for now.
     Nothing,
     /// The connection is over.
