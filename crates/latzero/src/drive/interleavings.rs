@@ -15,7 +15,8 @@ use handover::Handover;
 #[path = "handover.rs"]
 #[allow(
     dead_code,
-    reason = "a task on a runtime does not share the role, so it is not tested"
+    clippy::duplicate_mod,
+    reason = "it is made of other parts here, and a task on a runtime does not share the role"
 )]
 mod handover;
 
