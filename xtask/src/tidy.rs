@@ -97,6 +97,21 @@ const NOT_IN_PURE_CRATES: &[&str] = &[
     "eprintln!",
 ];
 
+/// The layers of the client, and what the files of each must not use. Files beside them are the
+/// base of all; only the crate's root shows what the layers offer.
+const LAYERS: &[(&str, &[&str])] = &[
+    (
+        "crates/latzero/src/wire",
+        &["crate::drive", "crate::face", "crate::App"],
+    ),
+    ("crates/latzero/src/drive", &["crate::face", "crate::App"]),
+    ("crates/latzero/src/face", &[]),
+    (
+        "crates/latzero/src/",
+        &["crate::wire", "crate::drive", "crate::face"],
+    ),
+];
+
 /// Where `unsafe` is allowed: memory that other processes change is accessed through pointers
 /// there, and Python and Node are called.
 const UNSAFE: &[&str] = &[
@@ -152,6 +167,7 @@ pub(crate) fn check() -> Done {
                 ));
             }
         }
+        layers(&shown, &text, &mut faults);
         if !text.starts_with("//!") {
             faults.push(format!("{shown}: a file opens with its idea (`//!`)"));
         }
@@ -171,6 +187,20 @@ pub(crate) fn check() -> Done {
         Ok(())
     } else {
         Err(format!("untidy:\n  {}", faults.join("\n  ")))
+    }
+}
+
+/// Checks that a file of the client uses nothing of a layer above its own. Documentation may link
+/// there.
+fn layers(shown: &str, text: &str, faults: &mut Vec<String>) {
+    let Some((_, not)) = LAYERS.iter().find(|(layer, _)| shown.starts_with(layer)) else {
+        return;
+    };
+    let code = text.lines().enumerate();
+    for (i, line) in code.filter(|(_, line)| !line.trim_start().starts_with("//")) {
+        for above in not.iter().filter(|above| line.contains(**above)) {
+            faults.push(format!("{shown}:{}: '{above}' is a layer above", i + 1));
+        }
     }
 }
 
@@ -282,6 +312,21 @@ fn files(dir: &Path, endings: &[&str]) -> Result<Vec<PathBuf>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn layers_use_only_what_is_below() {
+        let check = |file: &str, line: &str, expected: usize| {
+            let mut faults = Vec::new();
+            layers(&format!("crates/latzero/src/{file}"), line, &mut faults);
+            assert_eq!(faults.len(), expected, "{file}: {line}");
+        };
+        check("wire/link.rs", "use crate::drive::core::Core;", 1);
+        check("wire.rs", "use crate::wire::link::Link;", 0);
+        check("drive/core.rs", "    crate::face::app::close();", 1);
+        check("drive/core.rs", "/// See [`App`](crate::App).", 0);
+        check("face/app.rs", "use crate::drive::core::Core;", 0);
+        check("error.rs", "use crate::wire::link::Link;", 1);
+    }
 
     #[test]
     fn long_lines_are_found() {

@@ -109,6 +109,33 @@ fn a_reconnecting_app_is_restored() {
 }
 
 #[test]
+fn a_held_trigger_is_served_once_it_is_registered_again() {
+    let mut net = Net::new();
+    let a = net.app("a", r#""pools":["p"],"triggers":["t","u"]"#);
+    net.hang_up(a);
+    let b = net.app("b", r#""pools":["p"]"#);
+    net.ask(b, r#"{"action":"watch","pool":"p"}"#);
+    let (a, seen) = net.hello("a", r#""hold_triggers":true"#);
+    assert_eq!(seen, r#"hello ["p"] ["t","u"] rehydrated"#);
+    assert_eq!(net.sees(b), "app_online p a");
+    assert_eq!(net.call(b, "1", ""), "1 failed: no_handler ran=no");
+    net.ask(a, r#"{"action":"trigger_register","triggers":["t"]}"#);
+    assert_eq!(net.sees(b), "trigger_added p a t");
+    assert_eq!(net.call(b, "2", ""), "");
+    assert_eq!(net.sees(a), "call t from b: null");
+    // What was held stays in the registration. Without a registration nothing is held.
+    net.hang_up(a);
+    assert_eq!(net.hello("a", "").1, r#"hello ["p"] ["u","t"] rehydrated"#);
+    let c = net.app(
+        "c",
+        r#""pools":["p"],"triggers":["t"],"hold_triggers":true"#,
+    );
+    net.ask(b, r#"{"action":"ping"}"#);
+    assert_eq!(net.call(b, "3", r#""destination":"c""#), "");
+    assert_eq!(net.sees(c), "call t from b: null");
+}
+
+#[test]
 fn changes_made_while_connected_are_remembered() {
     let mut net = Net::new();
     let a = net.app("a", r#""pools":["p"],"triggers":["t"]"#);

@@ -107,6 +107,8 @@ pub struct Handshake<'a> {
     pub takeover: bool,
     /// The app is forgotten when its last instance disconnects.
     pub transient: bool,
+    /// Restored triggers are served only once the app registers them again.
+    pub hold_triggers: bool,
 }
 
 /// Optional parts of the protocol, which are used if both sides named them.
@@ -697,6 +699,7 @@ fn handshake<'a>(e: &Envelope<'a>, bounds: &ListBounds) -> Result<Handshake<'a>,
         exclusive: fields.flag("exclusive")?,
         takeover: fields.flag("takeover")?,
         transient: fields.flag("transient")?,
+        hold_triggers: fields.flag("hold_triggers")?,
     })
 }
 

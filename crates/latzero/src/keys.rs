@@ -18,7 +18,6 @@ use latzero_protocol::{Code, Ran};
 use serde_json::{Value, json};
 
 use crate::error::Error;
-use crate::sealed::{DescriptorFile, SealedPool};
 
 /// A key file has at most this many bytes.
 const FILE_BYTES_MAX: u64 = 64 * 1024;
@@ -52,21 +51,6 @@ impl Keys {
         let set = KeySet::from_tokens(tokens);
         let set = set.map_err(|error| Error::new(Code::KeyFormat, error.to_string()))?;
         Ok(Keys(Arc::new(set)))
-    }
-
-    /// Deletes the accepted state of a pool, so that an older state is accepted once. A person
-    /// decides this after a backup was restored on purpose. Returns whether there was any.
-    ///
-    /// # Errors
-    /// `storage` if it cannot be deleted.
-    pub fn accept_restore(&self, pool: &str) -> Result<bool, Error> {
-        let stored = DescriptorFile::of(&SealedPool::new(pool, self.clone(), None));
-        stored
-            .map_or(Ok(false), |stored| stored.forget())
-            .map_err(|error| {
-                let text = format!("what was accepted of pool '{pool}' can't be removed: {error}");
-                Error::new(Code::Storage, text).with_source(error)
-            })
     }
 
     /// The request that creates an encrypted pool with these keys, which must be all three. In a

@@ -46,57 +46,42 @@
 //! else on one background thread, with any executor. The public API has no types of a runtime. This
 //! crate knows the wire protocol, but not how a server makes its decisions.
 
-mod answers;
-mod app;
-mod block;
-pub mod blocking;
-mod builder;
-mod call;
-mod connection;
-mod core;
-mod driver_thread;
-#[cfg(feature = "tokio")]
-mod driver_tokio;
+mod config;
+mod drive;
 mod error;
-mod events;
-mod handlers;
-mod inbound;
+mod face;
 mod interrupt;
 mod keys;
-pub mod known_hosts;
-mod local;
-mod message;
-mod outbox;
 mod payload;
-mod pending;
-mod prove;
-mod reader;
-mod reconnect;
-mod request;
-mod sealed;
-mod states;
-mod stream;
 mod sync;
 pub mod testing;
-mod tls;
 mod url;
+mod wire;
 
-pub use answers::{ANSWERS_BYTES_MAX, ANSWERS_MAX, Answer, Answers};
-pub use app::{App, Handler};
-pub use block::{
+pub use config::Reconnect;
+pub use drive::answers::{ANSWERS_BYTES_MAX, ANSWERS_MAX, Answer};
+pub use drive::events::{Emission, Presence};
+pub use drive::outside::Driver;
+pub use drive::request::{Origin, Request, Unanswered};
+pub use drive::states::{STATES_MAX, State};
+pub use error::{Error, HandlerError};
+pub use face::answers::Answers;
+pub use face::app::{App, Handler};
+pub use face::block::{
     Block, BlockLock, BlockName, BlockWriter, Changes, CreateBlock, Draft, Element, Exposed,
     LOCKS_VARIABLE, OwnedView, TypedBlock, View, Writing,
 };
-pub use builder::{Builder, Reconnect};
-pub use call::{Call, Calling, Emit, Emitting, Parked, Parking};
-pub use connection::HandshakeTimeout;
-pub use error::{Error, HandlerError};
-pub use events::{Emission, Events, Presence};
+pub use face::blocking;
+pub use face::builder::Builder;
+pub use face::call::{Call, Emit, Emitting};
+pub use face::events::Events;
+pub use face::outgoing::{Calling, Parked, Parking};
+pub use face::states::States;
+pub use face::stream::{ItemOrProgress, Stream};
 pub use keys::{AppKey, Keys};
 pub use latzero_protocol::memory::LockMode;
 pub use latzero_protocol::message::Strategy;
 pub use latzero_protocol::{Code, InstanceId, Ran};
 pub use payload::{Bytes, Data, FromPayload, IntoPayload, Reply, check_json};
-pub use request::{Origin, Request, Unanswered};
-pub use states::{STATES_MAX, State, States};
-pub use stream::{ItemOrProgress, Stream};
+pub use wire::known_hosts;
+pub use wire::wait::HandshakeTimeout;

@@ -363,6 +363,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn floats_are_exact() {
+        // Some of these differ in the last bit without `float_roundtrip` of serde_json.
+        for float in [
+            1.4186613525849614e134,
+            -7.571968556055867e-74,
+            10_928_588.983213553,
+            2.2250738585072014e-308,
+        ] {
+            let written = write(&float).unwrap();
+            assert_eq!(read::<f64>(written.clone()).unwrap(), float);
+            assert_eq!(read::<Value>(written).unwrap(), Value::from(float));
+        }
+    }
+
+    #[test]
     fn payloads_read_back() {
         assert_eq!(write(&1).unwrap(), Payload::Json("1".into()));
         assert_eq!(read::<u8>(Payload::Json("1".into())).unwrap(), 1);

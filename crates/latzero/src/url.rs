@@ -7,7 +7,6 @@ use latzero_protocol::{AppId, Code, PoolName};
 use latzero_tls::Pin;
 
 use crate::error::Error;
-use crate::tls::TlsOptions;
 
 /// The address of the server.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +19,18 @@ pub(crate) enum Endpoint {
     Tcp(String, u16),
     /// A host and port, with TLS.
     Tls(String, u16, TlsOptions),
+}
+
+/// What an address says about TLS.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct TlsOptions {
+    /// The server's key.
+    pub(crate) pin: Option<Pin>,
+    /// The authorities of the server's certificate.
+    pub(crate) ca: Option<PathBuf>,
+    /// The client's own certificate, and its key.
+    pub(crate) cert: Option<PathBuf>,
+    pub(crate) key: Option<PathBuf>,
 }
 
 /// A parsed address.

@@ -169,7 +169,11 @@ impl<D: Driver> Session<D> {
         self.ready = Some(Ready {
             app: handshake.app_id.clone(),
             instance,
-            triggers,
+            // Those that are held stay in the registration, but this instance serves none of them.
+            triggers: match rehydrated && handshake.hold_triggers {
+                true => Vec::new(),
+                false => triggers,
+            },
         });
         for entrance in pools {
             let watch = watches

@@ -10,6 +10,7 @@ mod fake;
 
 mod blocking;
 mod blocks;
+mod driven;
 mod executor;
 mod loss;
 mod parked;

@@ -1,0 +1,632 @@
+//! The state that all handles of one app share, and the steps that every driver takes with it.
+//!
+//! An app is driven by a caller that blocks, a background thread, or a task on the caller's
+//! runtime. They share one role, reading, which a [`Handover`] passes on.
+//! Lock order: followers → outbox → pending → job queue; except wakers, no user code runs
+//! under any of them.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use latzero_protocol::{Code, Ran};
+use serde_json::{Value, json};
+
+use crate::config::Config;
+use crate::drive::answers::{Answer, Unclaimed};
+use crate::drive::events::{Presence, Queue};
+use crate::drive::handlers::{HandlerJob, Handlers};
+use crate::drive::handover::Handover;
+use crate::drive::signal::Signal;
+use crate::drive::states::{Followers, State};
+use crate::drive::threads::Workers;
+use crate::error::Error;
+use crate::payload::Reply;
+use crate::sync::lock;
+use crate::wire::connect;
+use crate::wire::input::Input;
+use crate::wire::link::{Ack, Link};
+use crate::wire::message::Message;
+use crate::wire::outbox::{By, Flushed, Outbox, Phase, Submitted};
+use crate::wire::pending::{InFlight, Key, Pending};
+use crate::wire::sealed::SealedPool;
+
+/// How often deadlines are checked that the server itself does not enforce.
+pub(crate) const TICK: Duration = Duration::from_millis(250);
+
+/// What reads when no caller does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DriverKind {
+    /// Threads of this crate.
+    Threads,
+    /// A task on the caller's tokio runtime, or its own event loop: it is woken, and alone reads
+    /// and runs handlers.
+    Woken,
+}
+
+/// When a message is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Leave {
+    /// With the next flush of the driver, if that is soon; else at once.
+    Soon,
+    /// At once.
+    Now,
+}
+
+/// The watchers of each pool's events.
+type Watchers = HashMap<Box<str>, Vec<Weak<Queue<Presence>>>>;
+
+/// What the API has at the server in addition to the registration. The server drops it with a
+/// connection, so it has to be renewed.
+pub(crate) trait Resources: Any + Send + Sync {
+    /// The first messages over a new connection.
+    fn renewal(&self) -> Vec<Message>;
+
+    /// Continues after a reconnect. It may wait for the server.
+    fn restore(&self, core: &Arc<Core>);
+
+    /// Takes an event of a pool, and adds who waits for it.
+    fn event(&self, event: &str, pool: &str, text: &str, wake: &mut Vec<Waker>);
+
+    /// Adds everybody who waits, at the end of the app.
+    fn wake_all(&self, wake: &mut Vec<Waker>);
+}
+
+/// Keeps an app alive: when the last handle is dropped, this ends the app.
+#[derive(Debug)]
+pub(crate) struct Owner {
+    pub(crate) core: Arc<Core>,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.core.outbox.flush();
+        self.core.end(&Core::closed_error());
+    }
+}
+
+/// The state that all handles of one app share.
+pub(crate) struct Core {
+    /// The process that connected: a forked child has copies of everything but the threads.
+    pub(crate) process: u32,
+    pub(crate) config: Config,
+    pub(crate) outbox: Outbox,
+    pub(crate) pending: Mutex<Pending>,
+    /// Answers to calls that nobody here waits for.
+    pub(crate) answers: Unclaimed,
+    pub(super) reader: Handover<Input>,
+    pub(crate) handlers: Handlers,
+    pub(crate) watchers: Mutex<Watchers>,
+    pub(crate) resources: Box<dyn Resources>,
+    /// The encrypted pools.
+    sealed: Vec<Arc<SealedPool>>,
+    /// How many emits and pushes the server dropped that have not been reported yet.
+    pub(crate) lost: AtomicU64,
+    /// How many emits and pushes were dropped since the app connected first.
+    pub(crate) lost_ever: AtomicU64,
+    /// Who follows the connection. Held while it changes, so that all see the same order.
+    pub(crate) followers: Mutex<Followers>,
+    /// The joined pools, as last acknowledged by the server and changed since.
+    pub(crate) pools: Mutex<Vec<String>>,
+    pub(crate) workers: Workers,
+    pub(crate) signal: Signal,
+    is_woken: AtomicBool,
+    /// The last acknowledgement of the server.
+    pub(crate) ack: Mutex<Ack>,
+    pub(crate) owner: Mutex<Weak<Owner>>,
+    epoch: AtomicU32,
+    tick_armed: AtomicBool,
+    is_closing: AtomicBool,
+    ended: AtomicBool,
+    /// Who is woken at the end; reconnects wait for the signal.
+    end_lock: Mutex<Vec<Waker>>,
+    end_signal: Condvar,
+}
+
+impl std::fmt::Debug for Core {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Core")
+            .field("app_id", &self.config.url.app_id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Core {
+    /// Connects; blocks for at most the configured time. Nothing drives the app yet.
+    pub(crate) fn connect(
+        config: Config,
+        resources: Box<dyn Resources>,
+    ) -> Result<Arc<Core>, Error> {
+        let sealed = config.keys.iter();
+        let sealed = sealed.map(|(pool, keys)| {
+            let state_dir = config.state_dir.clone();
+            Arc::new(SealedPool::new(pool.as_str(), keys.clone(), state_dir))
+        });
+        let core = Core {
+            process: std::process::id(),
+            sealed: sealed.collect(),
+            outbox: Outbox::new(),
+            pending: Mutex::new(Pending::new()),
+            answers: Unclaimed::default(),
+            reader: Handover::new(Input::new()),
+            handlers: Handlers::default(),
+            watchers: Mutex::default(),
+            resources,
+            lost: AtomicU64::new(0),
+            lost_ever: AtomicU64::new(0),
+            followers: Mutex::default(),
+            pools: Mutex::default(),
+            workers: Workers::new(config.handler_threads)?,
+            signal: Signal::default(),
+            is_woken: AtomicBool::new(false),
+            ack: Mutex::default(),
+            owner: Mutex::new(Weak::new()),
+            epoch: AtomicU32::new(0),
+            tick_armed: AtomicBool::new(false),
+            is_closing: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            end_lock: Mutex::default(),
+            end_signal: Condvar::new(),
+            config,
+        };
+        let link = core.dial(&core.first_handshake())?;
+        core.install(link)?;
+        Ok(Arc::new(core))
+    }
+
+    /// Opens a new connection, which is not used yet.
+    pub(crate) fn dial(&self, handshake: &str) -> Result<Link, Error> {
+        let epoch = self.epoch.fetch_add(1, Ordering::Relaxed);
+        connect::connect(&self.config, handshake, epoch, &self.sealed)
+    }
+
+    /// Starts to use a new connection, and renews the state that the server drops with a
+    /// connection.
+    pub(crate) fn install(&self, link: Link) -> Result<(), Error> {
+        let mut first = Vec::new();
+        for pool in lock(&self.watchers).keys() {
+            let mut message = Message::new("watch");
+            message.string("pool", pool);
+            message.finish(None, link.attachments, &mut first);
+        }
+        for mut message in self.resources.renewal() {
+            message.finish(None, link.attachments, &mut first);
+        }
+        let mut pools = link.ack.pools.clone();
+        pools.extend(self.sealed.iter().map(|pool| pool.name().to_owned()));
+        *lock(&self.pools) = pools;
+        lock(&self.ack).clone_from(&link.ack);
+        let max = link
+            .ack
+            .limits
+            .max_in_flight
+            .unwrap_or(crate::wire::pending::IN_FLIGHT_MAX);
+        lock(&self.pending).in_flight_max = max.clamp(1, crate::wire::pending::IN_FLIGHT_MAX);
+        let mut wake = Vec::new();
+        {
+            let mut followers = lock(&self.followers);
+            self.outbox.up(Arc::new(link), &first)?;
+            followers.tell(State::Connected, &mut wake);
+        }
+        wake.into_iter().for_each(Waker::wake);
+        // After that, so that a later cancel finds the connection.
+        let unwanted = lock(&self.pending).unwanted();
+        unwanted.iter().for_each(|call| self.append_cancel(call));
+        self.outbox.flush();
+        self.outbox.wake_waiting();
+        Ok(())
+    }
+
+    fn first_handshake(&self) -> String {
+        let config = &self.config;
+        let mut handshake = self.handshake_fields();
+        if !config.rehydrate {
+            let plain = config
+                .url
+                .pools
+                .iter()
+                .filter(|pool| !self.is_sealed(pool.as_str()));
+            let plain: Vec<_> = plain.collect();
+            if !plain.is_empty() {
+                handshake["pools"] = json!(plain);
+            }
+            self.name_encrypted(&mut handshake);
+            handshake["triggers"] = json!([]);
+        } else {
+            // Until they are served here, calls wait at the server or go to other instances.
+            handshake["hold_triggers"] = json!(true);
+        }
+        handshake["exclusive"] = json!(config.exclusive);
+        handshake["takeover"] = json!(config.takeover);
+        handshake.to_string()
+    }
+
+    /// The handshake of a reconnect: the present registration. It displaces nobody: another
+    /// instance that connected in the meantime stays.
+    pub(crate) fn next_handshake(&self) -> String {
+        let mut handshake = self.handshake_fields();
+        let mut pools = lock(&self.pools).clone();
+        pools.retain(|pool| !self.is_sealed(pool));
+        handshake["pools"] = json!(pools);
+        self.name_encrypted(&mut handshake);
+        handshake["triggers"] = Value::Array(self.handlers.specs());
+        handshake["exclusive"] = json!(self.config.exclusive);
+        handshake.to_string()
+    }
+
+    fn name_encrypted(&self, handshake: &mut Value) {
+        if !self.sealed.is_empty() {
+            handshake["encrypted_pools"] = self.sealed.iter().map(|pool| pool.name()).collect();
+        }
+    }
+
+    fn is_sealed(&self, pool: &str) -> bool {
+        self.sealed.iter().any(|sealed| sealed.name() == pool)
+    }
+
+    /// Whether the app has keys for any pool.
+    pub(crate) fn has_sealed(&self) -> bool {
+        !self.sealed.is_empty()
+    }
+
+    /// The encrypted pool that a message is sent to: the one that it names, else the only pool that
+    /// the app is in.
+    pub(crate) fn sealed_pool(&self, pool: Option<&str>) -> Option<&Arc<SealedPool>> {
+        if self.sealed.is_empty() {
+            return None;
+        }
+        let only = || match &lock(&self.pools)[..] {
+            [only] => Some(only.clone()),
+            _ => None,
+        };
+        let name = pool.map(str::to_owned).or_else(only)?;
+        self.sealed.iter().find(|sealed| sealed.name() == name)
+    }
+
+    fn handshake_fields(&self) -> Value {
+        let mut handshake = json!({
+            "action": "handshake",
+            "id": "h",
+            "protocol": latzero_protocol::limits::PROTOCOL_VERSION,
+            "app_id": self.config.url.app_id,
+            "features": ["attachments", "fd_passing"],
+        });
+        if let Some(meta) = &self.config.meta {
+            handshake["meta"] = meta.clone();
+        }
+        if self.config.transient {
+            handshake["transient"] = json!(true);
+        }
+        handshake
+    }
+
+    /// What reads when no caller does.
+    pub(crate) fn driver_kind(&self) -> DriverKind {
+        match self.is_woken.load(Ordering::Acquire) {
+            true => DriverKind::Woken,
+            false => DriverKind::Threads,
+        }
+    }
+
+    /// Starts what drives the app while nobody waits: a task on the caller's runtime if there is
+    /// one and `may_use_runtime` is set, else a thread.
+    pub(crate) fn start(self: &Arc<Self>, may_use_runtime: bool) -> Result<(), Error> {
+        #[cfg(feature = "tokio")]
+        if may_use_runtime && crate::drive::runtime::has_runtime() {
+            self.is_woken.store(true, Ordering::Release);
+            crate::drive::runtime::spawn(self.clone());
+            return Ok(());
+        }
+        #[cfg(not(feature = "tokio"))]
+        let _ = may_use_runtime;
+        crate::drive::threads::spawn_worker(self)
+    }
+
+    /// Notes that an event loop of the program drives the app, which `waker` wakes.
+    pub(super) fn drive_outside(&self, waker: &Waker) {
+        self.signal.set_waker(waker);
+        self.is_woken.store(true, Ordering::Release);
+    }
+
+    /// Continues with a thread after the runtime or event loop that drove the app has ended. If
+    /// that cannot be started, the app ends.
+    pub(super) fn drive_on(self: &Arc<Self>) {
+        self.is_woken.store(false, Ordering::Release);
+        if !self.is_ended()
+            && let Err(error) = crate::drive::threads::spawn_worker(self)
+        {
+            self.end(&error);
+        }
+    }
+
+    /// Whether the app ended permanently.
+    pub(crate) fn is_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// Makes the driver check the outbox, the connection, and whether the app has ended.
+    pub(crate) fn notify_driver(&self) {
+        match self.driver_kind() {
+            DriverKind::Threads => self.notify_workers(),
+            DriverKind::Woken => self.signal.wake(),
+        }
+    }
+
+    /// Passes jobs to the driver.
+    pub(crate) fn push_jobs(self: &Arc<Self>, jobs: &mut Vec<HandlerJob>) {
+        if jobs.is_empty() {
+            return;
+        }
+        self.workers.push(jobs);
+        match self.driver_kind() {
+            DriverKind::Threads => crate::drive::threads::ensure_worker(self),
+            DriverKind::Woken => self.signal.wake(),
+        }
+    }
+
+    /// Sends a message; see [`Outbox::poll_submit`].
+    pub(crate) fn poll_submit(
+        &self,
+        message: &mut Message,
+        by: By<'_>,
+        leave: Leave,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Submitted, Error>> {
+        let may_wait = leave == Leave::Soon && self.driver_kind() != DriverKind::Threads;
+        let now = |submitted: &Submitted| !may_wait || submitted.alone;
+        let polled = self.outbox.poll_submit(&self.pending, message, by, now, cx);
+        if polled.is_pending() {
+            self.arm_tick();
+            return Poll::Pending;
+        }
+        let (submitted, flushed) = std::task::ready!(polled)?;
+        if flushed == Flushed::Blocked {
+            self.notify_driver();
+        } else if !now(&submitted) {
+            self.flush_soon();
+        }
+        Poll::Ready(Ok(submitted))
+    }
+
+    /// Sends what was appended; if a runtime drives the app, with its next flush.
+    pub(crate) fn flush_soon(&self) {
+        match self.driver_kind() {
+            DriverKind::Threads => self.flush(),
+            DriverKind::Woken => self.signal.flush_due(),
+        }
+    }
+
+    /// Sends what was appended; the driver sends what the socket does not accept now.
+    pub(crate) fn flush(&self) {
+        if self.outbox.flush() == Flushed::Blocked {
+            self.notify_driver();
+        }
+    }
+
+    /// Makes sure that deadlines are checked as long as anything waits.
+    pub(crate) fn arm_tick(&self) {
+        if !self.tick_armed.load(Ordering::Relaxed) && !self.tick_armed.swap(true, Ordering::AcqRel)
+        {
+            self.notify_driver();
+        }
+    }
+
+    /// Whether deadlines must be checked.
+    pub(crate) fn is_tick_armed(&self) -> bool {
+        self.tick_armed.load(Ordering::Acquire)
+    }
+
+    /// Checks the deadlines.
+    pub(crate) fn tick(&self) {
+        let mut wake = Vec::new();
+        self.tick_armed.store(false, Ordering::Release);
+        let is_needed = {
+            let mut pending = lock(&self.pending);
+            pending.expire(Instant::now(), &mut wake);
+            pending.waiting() > 0
+        };
+        if is_needed || self.outbox.has_waiting() {
+            self.tick_armed.store(true, Ordering::Release);
+        }
+        wake.into_iter().for_each(Waker::wake);
+        self.outbox.wake_waiting();
+    }
+
+    /// Ends a call that its owner has dropped; cancels it at the server if it is still in flight.
+    pub(crate) fn forget(&self, key: Key) {
+        let mut wake = Vec::new();
+        let in_flight = lock(&self.pending).forget(key, &mut wake);
+        wake.into_iter().for_each(Waker::wake);
+        if let Some(call) = in_flight {
+            // A call that the server has stored may end only at its deadline.
+            self.arm_tick();
+            self.cancel(&call);
+        }
+    }
+
+    /// Detaches a parked call; its answer goes to [`App::answers`](crate::App::answers).
+    pub(crate) fn leave(&self, key: Key, id: &str) {
+        let mut wake = Vec::new();
+        let answer = lock(&self.pending).leave(key, &mut wake);
+        if let Some(result) = answer {
+            wake.extend(self.answers.push(Answer::new(id, None, result)));
+        }
+        wake.into_iter().for_each(Waker::wake);
+    }
+
+    /// Sends the server a cancel for a call.
+    pub(crate) fn cancel(&self, call: &InFlight) {
+        self.append_cancel(call);
+        self.flush_soon();
+    }
+
+    fn append_cancel(&self, call: &InFlight) {
+        let Some(epoch) = call.epoch.or_else(|| self.epoch_now()) else {
+            return;
+        };
+        self.outbox.append(epoch, |out, _| {
+            latzero_protocol::frame::append(out, |out| {
+                out.extend_from_slice(b"{\"action\":\"cancel\",\"id\":");
+                out.extend_from_slice(&call.id);
+                out.push(b'}');
+            });
+        });
+    }
+
+    /// The reply to a call.
+    pub(crate) fn poll_reply(&self, key: Key, cx: &mut Context<'_>) -> Poll<Result<Reply, Error>> {
+        lock(&self.pending).poll(key, cx)
+    }
+
+    /// A connection was lost: ends its calls, except those that the server has stored, and
+    /// reconnects.
+    pub(crate) fn lost(self: &Arc<Self>, link: &Link, why: &str) {
+        let is_closing = self.is_closing.load(Ordering::Acquire);
+        let mut wake = Vec::new();
+        let attempted = {
+            let mut followers = lock(&self.followers);
+            let Some(attempted) = self.outbox.down(link.epoch) else {
+                return;
+            };
+            // The end of a clean close is no loss.
+            if !is_closing {
+                followers.tell(State::Disconnected, &mut wake);
+            }
+            attempted
+        };
+        link.end();
+        wake.into_iter().for_each(Waker::wake);
+        let error = Error::new(
+            Code::Disconnected,
+            format!("the connection to the server was lost ({why}); the app reconnects by itself"),
+        );
+        self.end_calls(link.epoch, attempted, &error);
+        if self.is_ended() {
+            return;
+        }
+        if is_closing {
+            self.end(&Core::closed_error());
+            return;
+        }
+        if !self.config.reconnect.enabled {
+            self.end(&Error::new(
+                Code::Disconnected,
+                format!("the connection to the server was lost ({why}), and reconnecting is off"),
+            ));
+        } else if let Err(error) = crate::drive::reconnect::spawn(self) {
+            self.end(&error);
+        }
+        self.notify_driver();
+    }
+
+    fn end_calls(&self, epoch: u32, attempted: u64, error: &Error) {
+        let mut wake = Vec::new();
+        lock(&self.pending).end_connection(epoch, attempted, error, &mut wake);
+        wake.into_iter().for_each(Waker::wake);
+        self.handlers.cancel_all();
+    }
+
+    /// Ends the app: every call and every wait fails with `error`, threads and tasks stop.
+    pub(crate) fn end(&self, error: &Error) {
+        self.ended.store(true, Ordering::Release);
+        let mut wake = Vec::new();
+        let ended = {
+            let mut followers = lock(&self.followers);
+            let ended = self.outbox.end(error.clone());
+            followers.tell_end(error, &mut wake);
+            ended
+        };
+        if let Some((link, attempted)) = ended {
+            link.end();
+            self.end_calls(link.epoch, attempted, error);
+        }
+        lock(&self.pending).end_parked(error, &mut wake);
+        wake.extend(self.answers.close());
+        wake.into_iter().for_each(Waker::wake);
+        for queues in lock(&self.watchers).values() {
+            queues
+                .iter()
+                .filter_map(Weak::upgrade)
+                .for_each(|queue| queue.close());
+        }
+        let mut wake = Vec::new();
+        self.resources.wake_all(&mut wake);
+        wake.into_iter().for_each(Waker::wake);
+        self.handlers.close();
+        self.stop_workers();
+        self.signal.wake();
+        let wake = std::mem::take(&mut *lock(&self.end_lock));
+        self.end_signal.notify_all();
+        wake.into_iter().for_each(Waker::wake);
+    }
+
+    /// Waits for `time` or the end of the app, whichever is first; whether it ended.
+    pub(crate) fn wait_for_end(&self, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
+        let mut guard = lock(&self.end_lock);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.is_ended() || left.is_zero() {
+                return self.is_ended();
+            }
+            guard = self
+                .end_signal
+                .wait_timeout(guard, left)
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Ready if the app has ended permanently; else registers a waker for its end.
+    pub(crate) fn poll_ended(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut wakers = lock(&self.end_lock);
+        if self.is_ended() {
+            return Poll::Ready(());
+        }
+        if !wakers.iter().any(|waker| waker.will_wake(cx.waker())) {
+            wakers.push(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    /// The next loss of the connection is the server's part of a clean close.
+    pub(crate) fn begin_close(&self) {
+        self.is_closing.store(true, Ordering::Release);
+    }
+
+    /// The error for operations after the last handle was dropped or `close` was called.
+    pub(crate) fn closed_error() -> Error {
+        Error::new(Code::Disconnected, "the app was closed").with_ran(Ran::No)
+    }
+
+    /// The number of the current connection.
+    pub(crate) fn epoch_now(&self) -> Option<u32> {
+        self.outbox.link().map(|link| link.epoch)
+    }
+
+    /// Whether there is a connection now.
+    pub(crate) fn is_connected(&self) -> bool {
+        matches!(self.outbox.phase(), Phase::Up(_))
+    }
+}
+
+impl Core {
+    /// Sends a message without a reply, if there is a connection. Such messages are small, and
+    /// their number is bounded by that of earlier requests.
+    pub(crate) fn send_oneway(&self, message: Message) {
+        self.append(message);
+        self.flush_soon();
+    }
+
+    /// Like [`Core::send_oneway`], but the caller flushes.
+    pub(crate) fn append(&self, mut message: Message) {
+        if let Some(link) = self.outbox.link() {
+            self.outbox.append(link.epoch, |out, link| {
+                message.finish(None, link.attachments, out);
+            });
+        }
+    }
+}
