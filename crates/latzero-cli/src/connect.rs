@@ -556,6 +556,10 @@ impl ServerArgs {
                     addresses.join(" and ")
                 ));
             }
+            if !failure.details.is_empty() {
+                return failure
+                    .with_help("correct the address, or leave it out to use that server");
+            }
             let start = match (self.port, &self.socket) {
                 (Some(port), _) => format!(" with `latzero start --port {port}`"),
                 (_, Some(socket)) => {

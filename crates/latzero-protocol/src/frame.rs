@@ -83,7 +83,7 @@ fn hint(announced: u64) -> &'static str {
         | [b'H', b'E', b'A', b'D']
         | [b'P', b'U', b'T', b' ']
         | [b'O', b'P', b'T', b'I']
-        | [b'H', b'T', b'T', b'P'] => "; this looks like HTTP, which this port does not support",
+        | [b'H', b'T', b'T', b'P'] => "; this looks like HTTP, not like LatZero's protocol",
         _ => "",
     }
 }

@@ -234,12 +234,14 @@ pub fn diagnose(facts: &Facts) -> Vec<Finding> {
         descriptor_limit(facts),
         file_size(facts),
     ];
-    // The other findings say more, so the refusal is shown only if none of them explains it.
+    // The other findings say more, so the refusal is shown only if none of them explains it. Such a
+    // file system has no free space either.
     let is_explained = findings
         .iter()
-        .any(|finding| finding.status == Status::Fail);
+        .any(|finding| finding.status == Status::Fail && finding.name != "free space");
     if let Some((part, refusal)) = facts.refusal.as_ref().filter(|_| !is_explained) {
         let command = match *part {
+            "file system" => "latzero start --data-dir /var/tmp/latzero".to_owned(),
             "port" => "latzero start --host 127.0.0.1".to_owned(),
             "socket" => "LATZERO_SOCKET=auto latzero start".to_owned(),
             "tls" => "latzero config show".to_owned(),

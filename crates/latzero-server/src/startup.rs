@@ -89,6 +89,16 @@ pub enum StartupError {
         /// The file system: `NFS`, `SMB`, `FUSE`, …
         kind: &'static str,
     },
+    /// The directory is in a file system of the kernel, such as /proc.
+    #[error(
+        "{path} is in a kernel file system, which cannot store files; \
+         choose another directory with --data-dir",
+        path = path.display()
+    )]
+    KernelFileSystem {
+        /// The directory.
+        path: PathBuf,
+    },
     /// Another server uses the data directory.
     #[error("{}", another_server(data_dir, holder))]
     AnotherServer {
@@ -223,6 +233,7 @@ impl StartupError {
             | StartupError::PrivilegedPort { .. } => 77,
             StartupError::NotADirectory { .. }
             | StartupError::NetworkFileSystem { .. }
+            | StartupError::KernelFileSystem { .. }
             | StartupError::BadHost { .. }
             | StartupError::SocketPathTooLong { .. }
             | StartupError::SocketPathTaken { .. }
@@ -247,6 +258,9 @@ impl StartupError {
             StartupError::SocketPathTooLong { .. }
             | StartupError::SocketPathTaken { .. }
             | StartupError::SocketInUse { .. } => "socket",
+            StartupError::NetworkFileSystem { .. } | StartupError::KernelFileSystem { .. } => {
+                "file system"
+            }
             _ => "data directory",
         }
     }

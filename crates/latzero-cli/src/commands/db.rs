@@ -87,6 +87,24 @@ fn check(args: &DbCheckArgs, output: &Output) -> CommandResult {
     Ok(exit)
 }
 
+/// An error in the query rather than in the message that carried it.
+fn explained(mut failure: Failure) -> Failure {
+    let wire = failure
+        .wire
+        .as_ref()
+        .filter(|wire| wire["code"] == "bad_message");
+    let message = wire.and_then(|wire| wire["message"].as_str());
+    if let Some((what, _)) = message.and_then(|message| message.rsplit_once("; ")) {
+        failure.errors = vec![what.to_owned()];
+        failure.help = Some(
+            "a query is one SELECT; `latzero db query 'select sql from sqlite_schema'` shows the \
+             tables"
+                .to_owned(),
+        );
+    }
+    failure
+}
+
 fn query(args: &DbQueryArgs, output: &Output) -> CommandResult {
     let answer = match args
         .reach
@@ -94,7 +112,8 @@ fn query(args: &DbQueryArgs, output: &Output) -> CommandResult {
     {
         Ok(reached) => {
             let request = json!({"action": "db_query", "sql": args.sql});
-            output.while_working("running the query", || reached.administer(&request))?
+            let answer = output.while_working("running the query", || reached.administer(&request));
+            answer.map_err(explained)?
         }
         Err(failure) if failure.exit == Exit::NotRunning && !args.reach.is_elsewhere() => {
             let offline = take_offline(&args.reach, failure)?;

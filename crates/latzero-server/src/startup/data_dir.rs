@@ -180,12 +180,9 @@ fn check_file_system(path: &Path) -> Result<(), StartupError> {
     let magic = file_system_magic(path)
         .map_err(|cause| StartupError::of_io("reading the file system of", path, cause))?;
     if KERNEL_FILE_SYSTEMS.contains(&magic) {
-        let cause = io::Error::new(
-            io::ErrorKind::Unsupported,
-            "it is in a kernel file system, which cannot store files; \
-             choose another directory with --data-dir",
-        );
-        return Err(StartupError::of_io("writing in", path, cause));
+        return Err(StartupError::KernelFileSystem {
+            path: path.to_owned(),
+        });
     }
     match refused_file_system(magic) {
         Some(kind) => Err(StartupError::NetworkFileSystem {
