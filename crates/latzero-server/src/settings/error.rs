@@ -168,8 +168,11 @@ impl SettingsErrors {
     /// Whether the only problem is that permission was denied.
     #[must_use]
     pub fn is_denied(&self) -> bool {
-        let is_denied = |error: &SettingsError| matches!(error.problem, Problem::Unreadable { is_denied, .. } if is_denied);
-        self.0.iter().all(is_denied)
+        let is_denied = |problem: &Problem| match problem {
+            Problem::Unreadable { is_denied, .. } => *is_denied,
+            _ => false,
+        };
+        self.0.iter().all(|error| is_denied(&error.problem))
     }
 
     /// The errors; there is at least one.
