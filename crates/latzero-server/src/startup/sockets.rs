@@ -503,7 +503,7 @@ mod tests {
     fn a_foreign_host_is_named() {
         // A literal, so that no name is looked up. 192.0.2.0/24 is for documentation (RFC 5737).
         let error = bind_tcp("192.0.2.1", 0).unwrap_err();
-        assert_eq!(error.exit_code(), 1);
+        assert_eq!(error.exit_code(), 2);
         let text = error.to_string();
         assert!(text.starts_with("cannot listen on 192.0.2.1: "), "{text}");
         assert!(
