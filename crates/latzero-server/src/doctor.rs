@@ -790,7 +790,10 @@ mod tests {
         let json = serde_json::to_value(other).unwrap();
         assert_eq!(json["status"], "warn");
         let command = json["command"].as_str().unwrap();
-        assert!(command.starts_with("latzero stop --data-dir /"), "{command}");
+        assert!(
+            command.starts_with("latzero stop --data-dir /"),
+            "{command}"
+        );
     }
 
     #[test]
