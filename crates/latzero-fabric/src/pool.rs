@@ -260,6 +260,7 @@ impl<D: Driver> Pool<D> {
             return false;
         }
         self.end_calls_of(key, turn);
+        self.durable().end_orphans_of(key, turn);
         self.repeats.leave(key);
         self.blocks().leave(key, turn);
         let member = self.members.at_mut(key).expect("checked above");

@@ -487,6 +487,28 @@ fn large_calls_are_redelivered_over_several_steps() {
 }
 
 #[test]
+fn a_call_that_waits_for_another_handler_ends_with_its_caller() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    let first = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let text = "x".repeat(1 << 20);
+    for id in ["1", "2"] {
+        net.call(caller, id, &format!(r#""redeliver":true,"data":"{text}""#));
+    }
+    let second = join(&mut net, "handler", r#""triggers":["t"]"#);
+    net.hang_up(first);
+    assert_eq!(calls(&mut net, second).len(), 1);
+    // Both are answered, the one that runs and the one that waits.
+    net.say(caller, r#"{"action":"pool_leave","pool":"default"}"#);
+    let mut ended = answers(&mut net, caller);
+    ended.sort();
+    assert_eq!(ended, ["1:cancelled", "2:cancelled"]);
+    net.advance(1);
+    assert_eq!(calls(&mut net, second).len(), 0);
+    net.world.check();
+}
+
+#[test]
 fn busy_handlers_get_parked_calls_in_order_as_room_allows() {
     let mut net = Net::new();
     let caller = net.app("caller", "");

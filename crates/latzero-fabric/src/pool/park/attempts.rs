@@ -281,14 +281,21 @@ impl<D: Driver> DurableCalls<'_, D> {
         turn: &mut Turn<'_, D>,
     ) -> bool {
         let found = self.parked.orphans.iter().position(|o| o.is(caller, id));
-        let Some(orphan) = found.and_then(|at| self.parked.orphans.remove(at)) else {
-            return false;
-        };
-        self.drop_repeats_of(&orphan.durable, turn);
-        if let Some(member) = self.members.at(caller) {
-            member.refuse(id, &refusals::call_cancelled().with_ran(Ran::Unknown), turn);
+        let orphan = found.and_then(|at| self.parked.orphans.remove(at));
+        let refusal = refusals::call_cancelled().with_ran(Ran::Unknown);
+        let cancel = |orphan| self.refuse_orphan(orphan, &refusal, turn);
+        orphan.map(cancel).is_some()
+    }
+
+    /// A caller leaves: its calls do not wait for another handler any more.
+    pub(in crate::pool) fn end_orphans_of(&mut self, caller: MemberKey, turn: &mut Turn<'_, D>) {
+        let orphans = std::mem::take(&mut self.parked.orphans).into_iter();
+        let is_own = |o: &Orphan| o.caller == caller && o.durable.number.is_none();
+        let (own, others): (VecDeque<_>, _) = orphans.partition(is_own);
+        self.parked.orphans = others;
+        for orphan in own {
+            self.refuse_orphan(orphan, &refusals::caller_left(), turn);
         }
-        true
     }
 
     /// The pool is removed: notifies the callers of calls whose handler died.
@@ -300,11 +307,14 @@ impl<D: Driver> DurableCalls<'_, D> {
                 self.parked.change(number, |parked| parked.state = state);
                 continue;
             }
-            self.drop_repeats_of(&orphan.durable, turn);
-            let Some((member, id)) = self.members.at(orphan.caller).zip(orphan.id) else {
-                continue;
-            };
-            member.refuse(&id, &refusals::pool_removed(), turn);
+            self.refuse_orphan(orphan, &refusals::pool_removed(), turn);
+        }
+    }
+
+    fn refuse_orphan(&mut self, orphan: Orphan, refusal: &Refusal, turn: &mut Turn<'_, D>) {
+        self.drop_repeats_of(&orphan.durable, turn);
+        if let Some((member, id)) = self.members.at(orphan.caller).zip(orphan.id) {
+            member.refuse(&id, refusal, turn);
         }
     }
 }
