@@ -91,7 +91,10 @@ fn load(settings: &Settings, data_dir: &Path) -> Result<Acceptor, StartupError> 
     let client_ca = client_ca.map(PathBuf::as_path);
     Acceptor::load(&certificate, &key, client_ca, origin).map_err(|error| match error {
         PemError::Io { path, source } if source.kind() == io::ErrorKind::NotFound => {
-            StartupError::Certificate(format!("there is no file {}", path.display()))
+            StartupError::Certificate(format!(
+                "there is no file {}; correct its path, or create it",
+                path.display()
+            ))
         }
         PemError::Io { path, source } => StartupError::of_io("reading", &path, source),
         other => StartupError::Certificate(other.to_string()),
