@@ -311,7 +311,7 @@ fn remedy(code: Code, message: &str) -> String {
         Code::Unauthenticated => {
             "give the keys of the pool with --keys FILE, or the key of the app with --app-key FILE"
         }
-        Code::Forbidden if !message.contains("administ") => {
+        Code::Forbidden if !needs_admin(message) => {
             "use an app, keys or a user that may do it; `latzero pools info` shows the policy"
         }
         Code::Forbidden => {
@@ -356,6 +356,16 @@ fn remedy(code: Code, message: &str) -> String {
         }
     };
     text.to_owned()
+}
+
+/// Whether only administrators may do what was refused.
+fn needs_admin(message: &str) -> bool {
+    let beginnings = [
+        "only an administrator",
+        "only the server's user",
+        "nobody administers",
+    ];
+    beginnings.iter().any(|text| message.starts_with(text))
 }
 
 /// The field that the server suggests for a pool with members.

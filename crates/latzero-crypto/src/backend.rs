@@ -68,7 +68,7 @@ impl Backend for Faster {
     }
 
     fn open(&self, key: &[u8; 32], nonce: &[u8; 12], aad: &[u8], sealed: &mut [u8]) -> bool {
-        if sealed.len() <= SHORT_BYTES_MAX {
+        if sealed.len() <= SHORT_BYTES_MAX + TAG_BYTES {
             RustCrypto.open(key, nonce, aad, sealed)
         } else {
             AwsLc.open(key, nonce, aad, sealed)

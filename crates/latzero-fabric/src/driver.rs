@@ -185,13 +185,18 @@ pub trait Verifier {
     /// Whether the user of a connection may send a proof now; false if too many were refused.
     fn may_prove(&mut self, asker: &Self::Peer) -> bool;
 
-    /// Checks a proof of a connection, and counts it as [`Verifier::note_refused`] does if it is
-    /// wrong. Returns the result, or nothing if it comes later with
+    /// Checks a proof of a connection. If it is wrong and `is_guess`, counts it as
+    /// [`Verifier::note_refused`] does; what a member writes is no guess. Returns the result, or nothing if it comes later with
     /// [`crate::Session::handle_verified`]; until then the session takes no input.
     ///
     /// # Errors
     /// `overloaded`, if too many proofs wait to be checked.
-    fn verify(&mut self, asker: &Self::Peer, check: Check) -> Result<Option<bool>, Refusal>;
+    fn verify(
+        &mut self,
+        asker: &Self::Peer,
+        check: Check,
+        is_guess: bool,
+    ) -> Result<Option<bool>, Refusal>;
 
     /// A proof of a connection's user was refused.
     fn note_refused(&mut self, asker: &Self::Peer);

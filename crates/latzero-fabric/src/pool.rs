@@ -230,7 +230,7 @@ impl<D: Driver> Pool<D> {
         PoolStats {
             members: self.members.len(),
             triggers: self.triggers.len(),
-            calls_in_flight: self.calls.len(),
+            calls_in_flight: self.calls.len() + self.parked.orphans_in_flight(),
             calls: self.calls.total(),
             emits: self.emits_total,
             blocks: self.blocks.len(),
@@ -355,7 +355,7 @@ impl<D: Driver> Pool<D> {
         for &key in &keys {
             self.end_calls_of(key, turn);
         }
-        self.durable().drop_orphans(turn);
+        self.durable().drop_orphans(&refusals::pool_removed(), turn);
         self.close_held(turn);
         self.triggers = Triggers::default();
         let json = format!(

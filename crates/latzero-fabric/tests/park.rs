@@ -487,6 +487,80 @@ fn large_calls_are_redelivered_over_several_steps() {
 }
 
 #[test]
+fn other_calls_do_not_take_the_place_of_those_that_are_redelivered() {
+    let mut net = Net::with(|l| l.in_flight_max = 3);
+    let caller = net.app("caller", "");
+    let first = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let text = "x".repeat(1 << 20);
+    for id in ["1", "2", "3", "4", "5"] {
+        net.call(caller, id, &format!(r#""redeliver":true,"data":"{text}""#));
+    }
+    assert_eq!(calls(&mut net, first).len(), 3);
+    let second = join(&mut net, "handler", r#""triggers":["t"]"#);
+    net.hang_up(first);
+    net.advance(1);
+    let given = calls(&mut net, second);
+    let attempts: Vec<&Value> = given.iter().map(|call| &call["attempt"]).collect();
+    assert_eq!(attempts, [2, 2, 2]);
+    assert_eq!(answers(&mut net, caller), [""; 0]);
+    // The two that waited in the session follow.
+    for call in &given {
+        answer(&mut net, second, call);
+    }
+    assert_eq!(calls(&mut net, second).len(), 2);
+    net.world.check();
+}
+
+#[test]
+fn a_redelivered_call_waits_for_the_room_that_later_calls_took() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    let first = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let text = "x".repeat(1 << 20);
+    for id in ["1", "2"] {
+        net.call(caller, id, &format!(r#""redeliver":true,"data":"{text}""#));
+    }
+    let second = join(
+        &mut net,
+        "handler",
+        r#""triggers":[{"name":"t","concurrency":2}]"#,
+    );
+    net.hang_up(first);
+    net.call(caller, "late", "");
+    let taken = calls(&mut net, second);
+    assert_eq!(taken.len(), 2);
+    net.advance(1);
+    assert_eq!(calls(&mut net, second).len(), 0);
+    assert_eq!(answers(&mut net, caller), [""; 0]);
+    answer(&mut net, second, &taken[1]);
+    net.advance(100);
+    assert_eq!(calls(&mut net, second)[0]["attempt"], 2);
+    net.world.check();
+}
+
+#[test]
+fn items_are_allowed_to_a_call_that_waits_for_another_handler() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    let first = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let text = "x".repeat(1 << 20);
+    for id in ["1", "2"] {
+        net.call(
+            caller,
+            id,
+            &format!(r#""redeliver":true,"window":2,"data":"{text}""#),
+        );
+    }
+    let second = join(&mut net, "handler", r#""triggers":["t"]"#);
+    net.hang_up(first);
+    assert_eq!(calls(&mut net, second).len(), 1);
+    net.say(caller, r#"{"action":"ack","id":"1","count":3}"#);
+    net.say(caller, r#"{"action":"ack","id":"2","count":3}"#);
+    net.advance(1);
+    assert_eq!(calls(&mut net, second)[0]["window"], 5);
+}
+
+#[test]
 fn a_call_that_waits_for_another_handler_ends_with_its_caller() {
     let mut net = Net::new();
     let caller = net.app("caller", "");

@@ -305,9 +305,15 @@ impl Verifier for IoHost {
         user.is_none_or(|user| self.shared.attempts().may(user, self.now.monotonic))
     }
 
-    fn verify(&mut self, asker: &Arc<Peer>, check: Check) -> Result<Option<bool>, Refusal> {
+    fn verify(
+        &mut self,
+        asker: &Arc<Peer>,
+        check: Check,
+        is_guess: bool,
+    ) -> Result<Option<bool>, Refusal> {
         let verifier = &self.shared.access.verifier;
-        verifier.pass_on(&self.shared, asker, check).map(|()| None)
+        let passed = verifier.pass_on(&self.shared, asker, check, is_guess);
+        passed.map(|()| None)
     }
 
     fn note_refused(&mut self, asker: &Arc<Peer>) {

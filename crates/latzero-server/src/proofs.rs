@@ -28,6 +28,8 @@ struct Job {
     peer: Arc<Peer>,
     user: User,
     check: Check,
+    /// Whether it counts among its user's attempts.
+    is_guess: bool,
 }
 
 impl Job {
@@ -37,11 +39,12 @@ impl Job {
             peer,
             user,
             check,
+            is_guess,
         } = self;
         let now = shared.clock.now();
-        let may = shared.attempts().may(user, now);
+        let may = !is_guess || shared.attempts().may(user, now);
         let verdict = may.then(check).ok_or_else(Refusal::too_many_refused);
-        if verdict == Ok(false) {
+        if is_guess && verdict == Ok(false) {
             shared.attempts().note(user, now);
         }
         shared.loops.mailboxes[peer.home].send(Command::Verified(peer, verdict));
@@ -153,6 +156,7 @@ impl Verifier {
         shared: &Arc<ServerState>,
         peer: &Arc<Peer>,
         check: Check,
+        is_guess: bool,
     ) -> Result<(), Refusal> {
         let user = peer.socket.as_ref().map_or(User::Unknown, Socket::user);
         let job = Job {
@@ -160,6 +164,7 @@ impl Verifier {
             peer: Arc::clone(peer),
             user,
             check,
+            is_guess,
         };
         if !self.queue.waiting().push(user, job) {
             let message = "too many proofs wait to be checked; try again";

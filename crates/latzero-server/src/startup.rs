@@ -116,6 +116,16 @@ pub enum StartupError {
     /// The certificate of the TLS port cannot be used.
     #[error("cannot use TLS: {0}")]
     Certificate(String),
+    /// The certificate of the TLS port, or its key, may not be read.
+    #[error(
+        "permission denied: cannot read {}; give {} access to it",
+        path.display(),
+        user()
+    )]
+    CertificateDenied {
+        /// The file.
+        path: PathBuf,
+    },
     /// The port is taken.
     #[error("{}", port_in_use(*port, host, listener.as_ref()))]
     PortInUse {
@@ -228,6 +238,7 @@ impl StartupError {
             | StartupError::PortInUse { .. }
             | StartupError::SocketInUse { .. } => 75,
             StartupError::PermissionDenied { .. }
+            | StartupError::CertificateDenied { .. }
             | StartupError::OtherOwner { .. }
             | StartupError::OthersMayWrite { .. }
             | StartupError::PrivilegedPort { .. } => 77,
@@ -251,7 +262,9 @@ impl StartupError {
     #[must_use]
     pub(crate) fn part(&self) -> &'static str {
         match self {
-            StartupError::HalfCertificate | StartupError::Certificate(_) => "tls",
+            StartupError::HalfCertificate
+            | StartupError::Certificate(_)
+            | StartupError::CertificateDenied { .. } => "tls",
             StartupError::PortInUse { .. }
             | StartupError::PrivilegedPort { .. }
             | StartupError::BadHost { .. } => "port",

@@ -67,12 +67,31 @@ impl Tls {
     }
 }
 
-/// The checks of a start that change nothing: a certificate that the user set.
+/// The checks of a start that change nothing: files that the user set.
 pub(crate) fn check(settings: &Settings) -> Result<(), StartupError> {
+    if !settings.enable_tls {
+        return Ok(());
+    }
     let is_own = [&settings.tls_cert, &settings.tls_key].map(|path| path == Path::new(AUTO));
-    match settings.enable_tls && is_own != [true, true] {
-        true => load(settings, &settings.data_dir).map(drop),
-        false => Ok(()),
+    if is_own != [true, true] {
+        return load(settings, &settings.data_dir).map(drop);
+    }
+    // Its own certificate may not be there yet.
+    let client_ca = Some(&settings.tls_client_ca).filter(|path| *path != Path::new(OFF));
+    let opened = client_ca.map(|path| File::open(path).map_err(|error| unreadable(path, error)));
+    opened.transpose().map(drop)
+}
+
+fn unreadable(path: &Path, source: io::Error) -> StartupError {
+    match source.kind() {
+        io::ErrorKind::NotFound => StartupError::Certificate(format!(
+            "there is no file {}; correct its path, or create it",
+            path.display()
+        )),
+        io::ErrorKind::PermissionDenied => StartupError::CertificateDenied {
+            path: path.to_owned(),
+        },
+        _ => StartupError::Certificate(format!("{}: {source}", path.display())),
     }
 }
 
@@ -90,13 +109,7 @@ fn load(settings: &Settings, data_dir: &Path) -> Result<Acceptor, StartupError> 
     let client_ca = Some(&settings.tls_client_ca).filter(|path| *path != Path::new(OFF));
     let client_ca = client_ca.map(PathBuf::as_path);
     Acceptor::load(&certificate, &key, client_ca, origin).map_err(|error| match error {
-        PemError::Io { path, source } if source.kind() == io::ErrorKind::NotFound => {
-            StartupError::Certificate(format!(
-                "there is no file {}; correct its path, or create it",
-                path.display()
-            ))
-        }
-        PemError::Io { path, source } => StartupError::of_io("reading", &path, source),
+        PemError::Io { path, source } => unreadable(&path, source),
         other => StartupError::Certificate(other.to_string()),
     })
 }

@@ -1047,7 +1047,12 @@ impl Verifier for World {
         true
     }
 
-    fn verify(&mut self, asker: &Line, check: Check) -> Result<Option<bool>, Refusal> {
+    fn verify(
+        &mut self,
+        asker: &Line,
+        check: Check,
+        _is_guess: bool,
+    ) -> Result<Option<bool>, Refusal> {
         match &mut self.proofs {
             None => Ok(Some(check())),
             Some(waiting) if waiting.len() >= PROOFS_HELD_MAX => {

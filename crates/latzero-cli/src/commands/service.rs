@@ -52,7 +52,8 @@ fn unit(settings: &SettingsArgs) -> Result<String, Failure> {
     let mut words = vec![program.to_string_lossy().into_owned(), "start".to_owned()];
     for setting in settings.overrides() {
         // The service has another working directory.
-        let is_word = ["auto", "off"].contains(&setting.value.as_str());
+        let is_word =
+            ["auto", "off"].contains(&setting.value.as_str()) && setting.name != "data_dir";
         let value = match is_path(&setting.name) && !is_word {
             true => absolute(&expand_home(&setting.value))?,
             false => setting.value,

@@ -8,6 +8,7 @@ use super::park::{ParkedCalls, ParkedCounts};
 use super::repeats::Repeats;
 use crate::driver::Driver;
 use crate::now::Time;
+use crate::refusals;
 use crate::turn::Turn;
 
 /// What a rotation to the next epoch ended.
@@ -50,7 +51,7 @@ impl<D: Driver> DurableCalls<'_, D> {
     /// nobody in the new epoch can open them.
     pub fn purge(&mut self, turn: &mut Turn<'_, D>) -> Purged {
         let counts = self.parked.counts();
-        self.drop_orphans(turn);
+        self.drop_orphans(&refusals::handler_gone(), turn);
         self.close(turn);
         let mut repeats = 0;
         while self.repeats.forget_oldest() {

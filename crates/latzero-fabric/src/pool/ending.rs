@@ -184,7 +184,7 @@ impl<D: Driver> Pool<D> {
     /// Allows `count` further items of a stream; false if the caller has no such call here.
     pub fn ack(&mut self, caller: MemberKey, id: &str, count: u64, turn: &mut Turn<'_, D>) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
-            return false;
+            return self.durable().ack_orphan(caller, id, count);
         };
         let call_id = self.calls.id(key);
         let call = self.calls.at_mut(key).expect("just found");
@@ -279,7 +279,8 @@ impl<D: Driver> Pool<D> {
                     self.parked.interrupted(number, durable, now);
                 }
                 (Some(_), Some(_)) if is_orphan => {
-                    self.durable().orphan((NOBODY, None), durable, call.member)
+                    self.durable()
+                        .orphan((NOBODY, None), (durable, None), call.member)
                 }
                 (Some(number), Some(_)) if matches!(how, EndReason::TimedOut) => {
                     self.durable().parked_too_late(number, turn);
@@ -305,11 +306,9 @@ impl<D: Driver> Pool<D> {
             let mut durable = call.durable.take().expect("just seen");
             // The caller counts the items of all attempts together.
             durable.window = call.credit;
-            let peer = caller.peer.clone();
-            turn.call_ended(Some(&peer), end);
             let id = call.id.as_deref().map(Into::into);
             self.durable()
-                .orphan((call.caller, id), durable, call.member);
+                .orphan((call.caller, id), (durable, Some(end)), call.member);
             return;
         }
         if let (Some(refusal), Some(id)) = (&refusal, &call.id) {

@@ -106,7 +106,8 @@ impl<D: Driver> Session<D> {
         check: Check,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
-        match turn.driver.verify(&self.peer, check)? {
+        let is_guess = !matches!(proof, Proof::Write(_));
+        match turn.driver.verify(&self.peer, check, is_guess)? {
             Some(is_good) => self.decide(id, proof, is_good, turn),
             None => {
                 self.proofs.pending = Some((id.map(Into::into), proof));
@@ -164,7 +165,6 @@ impl<D: Driver> Session<D> {
         manifest: Manifest,
         turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
-        self.check_attempts(turn)?;
         let seal = slot.seal;
         let check = move || manifest.is_signed(&seal);
         match self.verify(id, Proof::Write(Box::new(slot)), Box::new(check), turn)? {

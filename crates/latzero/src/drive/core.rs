@@ -1,7 +1,7 @@
 //! The state that all handles of one app share, and the steps that every driver takes with it.
 //!
-//! An app is driven by a caller that blocks, a background thread, or a task on the caller's
-//! runtime. They share one role, reading, which a [`Handover`] passes on.
+//! An app is driven by a caller that blocks, a background thread, a task on the caller's runtime,
+//! or the program's own loop. They share one role, reading, which a [`Handover`] passes on.
 //! Lock order: followers → outbox → pending → job queue; except wakers, no user code runs
 //! under any of them.
 

@@ -1,7 +1,7 @@
 //! Who reads the connection: at most one at a time, and never nobody while a blocked caller waits.
 //!
-//! Three kinds of readers share the role. A blocked caller reads until it has its own reply. The
-//! leading thread reads while no caller does. A task on a runtime never shares it. The role is the
+//! A blocked caller reads until it has its own reply, and the leading thread reads while no caller
+//! does. A task on a runtime, or the program's own loop, never shares the role. The role is the
 //! possession of what is read, so nobody can read without it.
 //!
 //! All of its state is under one lock, so that each step is atomic:

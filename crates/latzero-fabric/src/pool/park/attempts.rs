@@ -3,26 +3,26 @@
 //! A parked call pauses after each failed attempt, [`PAUSE_MS`] at first and four times as long
 //! each time. It is then queued behind the calls that were parked in the meantime, so that a call
 //! that kills its handlers does not delay others. After its last attempt it is dead. Its caller is
-//! notified, and the call
-//! stays stored for [`crate::limits::Limits::dead_ttl_ms`], so that an operator can inspect it and
+//! notified, and the call stays stored for [`crate::limits::Limits::dead_ttl_ms`], so that an operator can inspect it and
 //! run it again.
 
 use std::collections::VecDeque;
 
+use latzero_protocol::limits::WINDOW_MAX;
 use latzero_protocol::message::Trigger;
-use latzero_protocol::{Ran, Refusal, encode};
+use latzero_protocol::{Code, Refusal};
 
-use super::super::Pool;
 use super::super::durable::DurableCalls;
 use super::super::members::MemberKey;
+use super::super::{CallError, Pool};
 use super::answers::AnswerReceiver;
 use super::durable::DurableCall;
 use super::{
     Death, GIVEN_AT_ONCE_MAX, GIVEN_BYTES_AT_ONCE, Parked, ParkedCalls, State, StoreChange, soon,
 };
 use crate::driver::Driver;
+use crate::effects::CallEnd;
 use crate::now::Time;
-use crate::outbox::Class;
 use crate::refusals;
 use crate::turn::Turn;
 
@@ -46,6 +46,9 @@ pub(super) struct Orphan {
     durable: Box<DurableCall>,
     /// What happened to its handler.
     cause: String,
+    /// How its attempt ended. It is in flight for its caller until it is given to another handler
+    /// or refused, so that other calls do not take its place.
+    ended: Option<CallEnd>,
 }
 
 impl Orphan {
@@ -55,6 +58,11 @@ impl Orphan {
 }
 
 impl ParkedCalls {
+    /// Calls that wait for another handler and are in flight for their callers.
+    pub(in crate::pool) fn orphans_in_flight(&self) -> usize {
+        self.orphans.iter().filter(|o| o.ended.is_some()).count()
+    }
+
     /// Bytes of the calls that wait for another handler.
     pub(in crate::pool) fn orphan_bytes(&self) -> u64 {
         let held = self.orphans.iter().filter_map(|o| o.durable.held.as_ref());
@@ -88,7 +96,7 @@ impl<D: Driver> DurableCalls<'_, D> {
     pub(in crate::pool) fn orphan(
         &mut self,
         (caller, id): (MemberKey, Option<Box<str>>),
-        durable: Box<DurableCall>,
+        (durable, ended): (Box<DurableCall>, Option<CallEnd>),
         handler: MemberKey,
     ) {
         let app = self.members.at(handler).map_or("?", |m| m.app.as_str());
@@ -98,7 +106,29 @@ impl<D: Driver> DurableCalls<'_, D> {
             id,
             durable,
             cause,
+            ended,
         });
+    }
+
+    /// An attempt of a call counts as ended.
+    fn attempt_ended(&mut self, orphan: &mut Orphan, turn: &mut Turn<'_, D>) {
+        if let Some(end) = orphan.ended.take() {
+            let caller = self.members.at(orphan.caller).map(|m| m.peer.clone());
+            turn.call_ended(caller.as_ref(), end);
+        }
+    }
+
+    /// Allows `count` further items of a call that waits for another handler; false if there is
+    /// none with that id.
+    pub(in crate::pool) fn ack_orphan(&mut self, caller: MemberKey, id: &str, count: u64) -> bool {
+        let mut orphans = self.parked.orphans.iter_mut();
+        let Some(orphan) = orphans.find(|o| o.is(caller, id)) else {
+            return false;
+        };
+        if let Some(window) = &mut orphan.durable.window {
+            *window = window.saturating_add(count).min(WINDOW_MAX);
+        }
+        true
     }
 
     fn park_orphan(
@@ -282,13 +312,16 @@ impl<D: Driver> DurableCalls<'_, D> {
     ) -> bool {
         let found = self.parked.orphans.iter().position(|o| o.is(caller, id));
         let orphan = found.and_then(|at| self.parked.orphans.remove(at));
-        let refusal = refusals::call_cancelled().with_ran(Ran::Unknown);
+        let refusal = refusals::call_cancelled();
         let cancel = |orphan| self.refuse_orphan(orphan, &refusal, turn);
         orphan.map(cancel).is_some()
     }
 
     /// A caller leaves: its calls do not wait for another handler any more.
     pub(in crate::pool) fn end_orphans_of(&mut self, caller: MemberKey, turn: &mut Turn<'_, D>) {
+        if !self.parked.orphans.iter().any(|o| o.caller == caller) {
+            return;
+        }
         let orphans = std::mem::take(&mut self.parked.orphans).into_iter();
         let is_own = |o: &Orphan| o.caller == caller && o.durable.number.is_none();
         let (own, others): (VecDeque<_>, _) = orphans.partition(is_own);
@@ -298,8 +331,8 @@ impl<D: Driver> DurableCalls<'_, D> {
         }
     }
 
-    /// The pool is removed: notifies the callers of calls whose handler died.
-    pub(in crate::pool) fn drop_orphans(&mut self, turn: &mut Turn<'_, D>) {
+    /// Refuses calls whose handler died, because the pool is removed or moves to its next epoch.
+    pub(in crate::pool) fn drop_orphans(&mut self, refusal: &Refusal, turn: &mut Turn<'_, D>) {
         for orphan in std::mem::take(&mut self.parked.orphans) {
             if let Some(number) = orphan.durable.number {
                 // With the other parked calls.
@@ -307,11 +340,12 @@ impl<D: Driver> DurableCalls<'_, D> {
                 self.parked.change(number, |parked| parked.state = state);
                 continue;
             }
-            self.refuse_orphan(orphan, &refusals::pool_removed(), turn);
+            self.refuse_orphan(orphan, refusal, turn);
         }
     }
 
-    fn refuse_orphan(&mut self, orphan: Orphan, refusal: &Refusal, turn: &mut Turn<'_, D>) {
+    fn refuse_orphan(&mut self, mut orphan: Orphan, refusal: &Refusal, turn: &mut Turn<'_, D>) {
+        self.attempt_ended(&mut orphan, turn);
         self.drop_repeats_of(&orphan.durable, turn);
         if let Some((member, id)) = self.members.at(orphan.caller).zip(orphan.id) {
             member.refuse(&id, refusal, turn);
@@ -335,50 +369,84 @@ impl<D: Driver> Pool<D> {
 
     /// Gives calls whose handler died to others, as many as one step may give.
     fn give_orphans(&mut self, turn: &mut Turn<'_, D>) {
-        self.parked.orphans_due = None;
-        let (mut given, mut bytes) = (0, 0);
-        while !self.parked.orphans.is_empty() {
-            if given == GIVEN_AT_ONCE_MAX || bytes >= GIVEN_BYTES_AT_ONCE {
-                self.parked.orphans_due = Some(soon(turn.time()));
-                return;
+        let bytes = |o: &Orphan| o.durable.bytes() as u64;
+        let parked = &mut self.parked;
+        // Where one step is not enough, later calls may take the handlers' room meanwhile. Those
+        // that waited then wait on, because they would have had that room.
+        let all = parked.orphans.iter().map(bytes).sum::<u64>();
+        let is_split = parked.orphans_due.take().is_some()
+            || parked.orphans.len() > GIVEN_AT_ONCE_MAX
+            || all > GIVEN_BYTES_AT_ONCE;
+        let (mut given, mut left) = (0, parked.orphans.len());
+        for _ in 0..left.min(GIVEN_AT_ONCE_MAX) {
+            if given >= GIVEN_BYTES_AT_ONCE {
+                break;
             }
+            left -= 1;
             let orphan = self.parked.orphans.pop_front().expect("there is one");
-            (given, bytes) = (given + 1, bytes + orphan.durable.bytes() as u64);
-            self.redeliver(orphan, turn);
+            given += bytes(&orphan);
+            if let Some(orphan) = self.redeliver(orphan, is_split, turn) {
+                self.parked.orphans.push_back(orphan);
+                let again = turn.time().after_ms(PAUSE_MS);
+                let due = &mut self.parked.orphans_due;
+                *due = Some(due.map_or(again, |at| at.min(again)));
+            }
+        }
+        if left > 0 {
+            self.parked.orphans_due = Some(soon(turn.time()));
         }
     }
 
     /// Gives those that did not fit into the step before.
     pub(in crate::pool) fn go_on_with_orphans(&mut self, turn: &mut Turn<'_, D>) {
-        if self
-            .parked
-            .orphans_due
-            .is_some_and(|due| due <= turn.time())
-        {
+        let due = self.parked.orphans_due;
+        if due.is_some_and(|due| due <= turn.time()) {
             self.give_orphans(turn);
         }
     }
 
     /// Redelivers a call to another handler; else parks it if it may wait, or notifies its caller.
-    fn redeliver(&mut self, orphan: Orphan, turn: &mut Turn<'_, D>) {
+    /// If it `waits_on`, it is returned when all handlers are busy.
+    fn redeliver(
+        &mut self,
+        mut orphan: Orphan,
+        waits_on: bool,
+        turn: &mut Turn<'_, D>,
+    ) -> Option<Orphan> {
+        self.durable().attempt_ended(&mut orphan, turn);
+        if self.members.at(orphan.caller).is_none() {
+            self.durable().drop_repeats_of(&orphan.durable, turn);
+            return None;
+        }
+        if orphan.durable.deadline <= turn.time() {
+            let refusal = refusals::no_answer();
+            self.durable().refuse_orphan(orphan, &refusal, turn);
+            return None;
+        }
         let Orphan {
             caller,
             id,
-            durable,
+            mut durable,
             cause,
+            ended,
         } = orphan;
-        let Some(member) = self.members.at(caller) else {
-            self.durable().drop_repeats_of(&durable, turn);
-            return;
-        };
-        let peer = member.peer.clone();
         let is_last = durable.attempt >= durable.attempts;
-        let mut durable = durable;
         if !is_last {
             match self.dispatch(Some(caller), durable, turn) {
                 Ok((key, durable)) => {
                     self.calls.at_mut(key).expect("just begun").durable = Some(durable);
-                    return;
+                    return None;
+                }
+                Err((back, CallError::Refused(refusal)))
+                    if waits_on && refusal.code == Code::Overloaded =>
+                {
+                    return Some(Orphan {
+                        caller,
+                        id,
+                        durable: back,
+                        cause,
+                        ended,
+                    });
                 }
                 Err((back, _)) => durable = back,
             }
@@ -388,19 +456,22 @@ impl<D: Driver> Pool<D> {
         });
         if let Some(Some(Ok(number))) = parked {
             self.durable().attempt_failed(number, durable, &cause, turn);
-            return;
+            return None;
         }
-        self.durable().drop_repeats_of(&durable, turn);
         let refusal = if is_last {
             exhausted(durable.attempt, &cause)
         } else {
             refusals::no_other_handler(&cause)
         };
-        if let Some(id) = &id {
-            turn.send(&peer, Class::Control, 512, |out| {
-                encode::refusal(out, Some(id), &refusal);
-            });
-        }
+        let orphan = Orphan {
+            caller,
+            id,
+            durable,
+            cause,
+            ended,
+        };
+        self.durable().refuse_orphan(orphan, &refusal, turn);
+        None
     }
 }
 

@@ -77,7 +77,7 @@ impl ParkedCalls {
 }
 
 impl<D: Driver> Pool<D> {
-    /// Handles what is left at the end of a step: calls whose handler left, and handlers with room.
+    /// Handles what is left at the end of a step: handlers with room.
     pub(crate) fn settle(&mut self, turn: &mut Turn<'_, D>) {
         while let Some(process) = self.parked.room.pop_first() {
             self.dispatch_parked(process.as_str(), turn);
