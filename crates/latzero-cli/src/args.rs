@@ -623,6 +623,9 @@ pub(crate) struct DeliveryArgs {
     /// A header for the handler; may be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse::pair)]
     pub(crate) header: Vec<(String, String)>,
+    /// Sign it with the OblivionSeal of an encrypted pool, for privileged triggers
+    #[arg(long)]
+    pub(crate) privileged: bool,
 }
 
 /// The payload of a call or an event.
@@ -797,6 +800,9 @@ pub(crate) struct ServeArgs {
     /// Description of the triggers, shown when they are listed
     #[arg(long, value_name = "TEXT")]
     pub(crate) doc: Option<String>,
+    /// Take only calls and emits that a writer of an encrypted pool signed
+    #[arg(long)]
+    pub(crate) privileged: bool,
     #[command(flatten)]
     pub(crate) reach: ServerArgs,
 }

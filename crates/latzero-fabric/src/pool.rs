@@ -294,6 +294,11 @@ impl<D: Driver> Pool<D> {
         self.dispatch_parked(spec.name.as_str(), turn);
     }
 
+    /// Whether only members that may write can call a trigger or emit to it.
+    pub(crate) fn is_privileged(&self, name: &str) -> bool {
+        self.triggers.is_privileged(name)
+    }
+
     /// Removes a handler of a trigger. Calls in flight may still be answered.
     pub fn unserve(&mut self, key: MemberKey, name: &TriggerName, turn: &mut Turn<'_, D>) {
         let Some(member) = self.members.at_mut(key) else {

@@ -107,6 +107,12 @@ refusals! {
     Forbidden removal_needs_write(pool) "removing pool '{pool}' needs the role 'write' in it"
     Forbidden role_not_proved(role, pool)
         "this needs the role '{role}' in pool '{pool}'; prove it with the keys that have it"
+    Forbidden trigger_is_privileged(trigger, pool)
+        "trigger '{trigger}' of pool '{pool}' is privileged: only members that may write can \
+         call it or emit to it"
+    BadMessage privileged_in_plain_pool(trigger, pool)
+        "trigger '{trigger}' is privileged, and pool '{pool}' is not encrypted: name encrypted \
+         pools alone in 'pools'"
     Forbidden triggers_in_system_pool(trigger, pool)
         "trigger '{trigger}' cannot be served in pool '{pool}', which belongs to the server"
     Forbidden may_not_serve(app, pool)

@@ -14,6 +14,7 @@ mod pools;
 mod registered;
 mod sealed;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
@@ -126,28 +127,46 @@ pub struct Grant {
     pub suite: Suite,
 }
 
-impl Grant {
-    /// Whether a trigger may be served with these roles.
-    fn serves(self, spec: &TriggerSpec) -> bool {
-        match self.roles {
-            Roles::Write => true,
-            Roles::Read => spec.concurrency == Some(0),
-            Roles::Join => false,
-        }
+/// How a member serves a trigger in a pool, if at all. In an encrypted pool readers may listen, but
+/// not keep other readers from sending; elsewhere nothing can be privileged.
+fn served_as(grant: Option<Grant>, spec: &TriggerSpec) -> Option<Cow<'_, TriggerSpec>> {
+    match grant.map(|grant| grant.roles) {
+        None => (!spec.privileged).then_some(Cow::Borrowed(spec)),
+        Some(Roles::Write) => Some(Cow::Borrowed(spec)),
+        Some(Roles::Read) if spec.concurrency == Some(0) => Some(Cow::Owned(TriggerSpec {
+            privileged: false,
+            ..spec.clone()
+        })),
+        Some(Roles::Read | Roles::Join) => None,
     }
 }
 
 impl<D: Driver> Entrance<D> {
-    /// Whether a trigger is served here.
-    pub(crate) fn serves(&self, spec: &TriggerSpec) -> bool {
-        self.may_serve && self.grant.is_none_or(|grant| grant.serves(spec))
+    /// How a trigger is served here, if it is.
+    pub(crate) fn served_as<'a>(&self, spec: &'a TriggerSpec) -> Option<Cow<'a, TriggerSpec>> {
+        let spec = self.may_serve.then_some(spec)?;
+        served_as(self.grant, spec)
     }
 }
 
 impl<D: Driver> Membership<D> {
-    /// Whether a trigger may be served here: readers may listen.
-    pub(crate) fn serves(&self, spec: &TriggerSpec) -> bool {
-        self.may_serve && self.grant.is_none_or(|grant| grant.serves(spec))
+    /// How a trigger is served here, if it is.
+    pub(crate) fn served_as<'a>(&self, spec: &'a TriggerSpec) -> Option<Cow<'a, TriggerSpec>> {
+        let spec = self.may_serve.then_some(spec)?;
+        served_as(self.grant, spec)
+    }
+
+    /// Checks a call or an emit of a member to a trigger that may be privileged.
+    ///
+    /// # Errors
+    /// `forbidden` if it is, and the member did not prove that it may write.
+    pub(crate) fn check_privilege(&self, pool: &crate::Pool<D>, name: &str) -> Result<(), Refusal> {
+        match self.grant {
+            Some(grant) if grant.roles != Roles::Write && pool.is_privileged(name) => {
+                Err(refusals::trigger_is_privileged(name, &self.name))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether the proved roles are sufficient.

@@ -458,7 +458,11 @@ impl<D: Driver> Session<D> {
         let m = self.current_membership(trigger.pool.as_deref(), turn)?;
         m.check_roles(Roles::Read)?;
         m.check_body(trigger.body)?;
-        match turn.with_pool(&m.pool, |pool, turn| pool.call(m.member, trigger, turn)) {
+        let routed = turn.with_pool(&m.pool, |pool, turn| {
+            m.check_privilege(pool, &trigger.process)?;
+            pool.call(m.member, trigger, turn)
+        });
+        match routed {
             Ok(Routed::Begun) => Ok(()),
             Ok(routed @ (Routed::Parked(number) | Routed::ParkedBefore(number))) => {
                 let pool = m.pool.clone();
@@ -582,7 +586,10 @@ impl<D: Driver> Session<D> {
         let m = self.current_membership(emit.pool.as_deref(), turn)?;
         m.check_roles(Roles::Read)?;
         m.check_body(emit.body)?;
-        let delivered = turn.with_pool(&m.pool, |pool, turn| pool.emit(m.member, emit, turn))?;
+        let delivered = turn.with_pool(&m.pool, |pool, turn| {
+            m.check_privilege(pool, &emit.process)?;
+            pool.emit(m.member, emit, turn)
+        })?;
         Ok(format!("{{\"delivered\":{delivered}}}"))
     }
 

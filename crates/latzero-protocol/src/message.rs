@@ -196,6 +196,9 @@ pub struct TriggerSpec {
     pub concurrency: Option<u32>,
     /// What it does, for people.
     pub doc: Option<String>,
+    /// Whether only writers of an encrypted pool may call it or emit to it. It is served in
+    /// encrypted pools alone.
+    pub privileged: bool,
 }
 
 impl TriggerSpec {
@@ -208,16 +211,21 @@ impl TriggerSpec {
             strategy: Strategy::default(),
             concurrency: None,
             doc: None,
+            privileged: false,
         }
     }
 
     /// The trigger as an object on the wire.
     #[must_use]
     pub fn to_json(&self) -> serde_json::Value {
-        serde_json::json!({
+        let mut json = serde_json::json!({
             "name": self.name, "pools": self.pools, "strategy": self.strategy.as_str(),
             "concurrency": self.concurrency, "doc": self.doc,
-        })
+        });
+        if self.privileged {
+            json["privileged"] = true.into();
+        }
+        json
     }
 
     /// How many of the bytes that an app may register it uses: name, pools and doc.
@@ -1091,6 +1099,7 @@ fn trigger_spec(raw: Raw<'_>, bounds: &ListBounds) -> Result<TriggerSpec, Refusa
         strategy,
         concurrency: concurrency.and_then(|n| u32::try_from(n).ok()),
         doc,
+        privileged: fields.flag("privileged")?,
     })
 }
 

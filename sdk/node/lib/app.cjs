@@ -26,10 +26,11 @@ const INTERNAL = Symbol('internal')
 const DAYS = 0x7fffffff
 
 const SEND = [
-  'timeoutMs', 'to', 'pool', 'key', 'headers', 'idempotencyKey', 'redeliver', 'attempts', 'id'
+  'timeoutMs', 'to', 'pool', 'key', 'headers', 'idempotencyKey', 'redeliver', 'attempts', 'id',
+  'privileged'
 ]
-const EMIT = ['to', 'pool', 'key', 'headers', 'one', 'count']
-const SERVE = ['pools', 'strategy', 'concurrency', 'doc']
+const EMIT = ['to', 'pool', 'key', 'headers', 'one', 'count', 'privileged']
+const SERVE = ['pools', 'strategy', 'concurrency', 'doc', 'privileged']
 const CONNECT = [
   'pools', 'exclusive', 'takeover', 'rehydrate', 'transient', 'meta', 'reconnect',
   'connectTimeoutMs', 'callTimeoutMs'

@@ -65,6 +65,8 @@ export interface CallOptions {
   attempts?: number
   /** The call's id, by which its answer is known after a restart. */
   id?: string
+  /** Sign the call, for a privileged trigger of an encrypted pool. */
+  privileged?: boolean
 }
 
 export interface StreamOptions extends CallOptions {
@@ -82,6 +84,8 @@ export interface EmitOptions {
   one?: boolean
   /** Resolve with the number of handlers that it went to. */
   count?: boolean
+  /** Sign it, for privileged handlers of an encrypted pool. */
+  privileged?: boolean
 }
 
 export interface ServeOptions {
@@ -93,6 +97,8 @@ export interface ServeOptions {
   concurrency?: number
   /** What the trigger does, for people. */
   doc?: string
+  /** Take only calls and emits that a writer of an encrypted pool signed. */
+  privileged?: boolean
 }
 
 /**

@@ -100,6 +100,7 @@ pub(crate) struct Send {
     headers: BTreeMap<String, String>,
     idempotency_key: Option<String>,
     redeliver: bool,
+    privileged: bool,
     attempts: Option<u32>,
     id: Option<String>,
     pub(crate) window: Option<u64>,
@@ -138,6 +139,9 @@ impl Send {
         if self.redeliver {
             call = call.redeliver();
         }
+        if self.privileged {
+            call = call.privileged();
+        }
         if let Some(attempts) = self.attempts {
             call = call.attempts(attempts);
         }
@@ -164,6 +168,9 @@ impl Send {
         for (name, value) in &self.headers {
             emit = emit.header(name, value);
         }
+        if self.privileged {
+            emit = emit.privileged();
+        }
         Ok(if self.one { emit.one() } else { emit })
     }
 }
@@ -176,6 +183,7 @@ pub(crate) struct Serve {
     strategy: Option<String>,
     concurrency: Option<u32>,
     doc: Option<String>,
+    privileged: bool,
 }
 
 impl Serve {
@@ -193,6 +201,9 @@ impl Serve {
         }
         if let Some(pools) = self.pools {
             handler = handler.pools(pools);
+        }
+        if self.privileged {
+            handler = handler.privileged();
         }
         Ok(handler)
     }

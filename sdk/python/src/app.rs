@@ -88,7 +88,15 @@ macro_rules! address {
                 $sending = $sending.header(&name, &value);
             }
         }
+        if flag($options, "privileged")? {
+            $sending = $sending.privileged();
+        }
     };
+}
+
+fn flag(options: &Bound<'_, PyDict>, name: &str) -> PyResult<bool> {
+    let value = options.get_item(name)?;
+    value.map_or(Ok(false), |value| value.is_truthy())
 }
 
 pub(crate) fn text(options: &Bound<'_, PyDict>, name: &str) -> PyResult<Option<String>> {
@@ -144,9 +152,7 @@ impl PyApp {
         if let Some(key) = text(options, "idempotency_key")? {
             call = call.idempotency_key(&key);
         }
-        if let Some(redeliver) = options.get_item("redeliver")?
-            && redeliver.is_truthy()?
-        {
+        if flag(options, "redeliver")? {
             call = call.redeliver();
         }
         if let Some(id) = text(options, "id")? {
@@ -368,6 +374,9 @@ impl PyApp {
         let concurrency: Option<u32> = codec::take(options, "concurrency")?.extract()?;
         if let Some(concurrency) = concurrency {
             serving = serving.concurrency(concurrency);
+        }
+        if codec::take(options, "privileged")?.is_truthy()? {
+            serving = serving.privileged();
         }
         if let Some(doc) = text(options, "doc")? {
             serving = serving.doc(&doc);

@@ -40,6 +40,9 @@ macro_rules! with_flags {
         for (name, value) in &args.delivery.header {
             call = call.header(name, value);
         }
+        if args.delivery.privileged {
+            call = call.privileged();
+        }
         if args.redeliver {
             call = call.redeliver();
         }

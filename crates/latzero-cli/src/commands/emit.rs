@@ -31,6 +31,9 @@ pub(crate) fn run(args: &EmitArgs, output: &Output) -> CommandResult {
     for (name, value) in &args.delivery.header {
         emit = emit.header(name, value);
     }
+    if args.delivery.privileged {
+        emit = emit.privileged();
+    }
     let delivered = emit.counted().map_err(|error| {
         explain(
             &connection,

@@ -99,6 +99,9 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> CommandResult {
         if let Some(doc) = &args.doc {
             handler = handler.doc(doc);
         }
+        if args.privileged {
+            handler = handler.privileged();
+        }
         block_on(handler.serve(move |request| {
             let waiting = in_queue.push(request);
             async move { waiting?.await }

@@ -25,6 +25,8 @@ pub(super) struct Handler {
     pub(super) process: TriggerName,
     pub(super) in_flight: u32,
     pub(super) concurrency: u32,
+    /// Whether it takes only what members that may write send.
+    is_privileged: bool,
 }
 
 impl Handler {
@@ -83,6 +85,12 @@ impl Triggers {
         handlers.filter_map(|&handler| self.handlers.at(handler))
     }
 
+    /// Whether any handler of a trigger registered it as privileged.
+    pub(super) fn is_privileged(&self, name: &str) -> bool {
+        let served = self.get(name);
+        served.is_some_and(|served| self.handlers_of(served).any(|h| h.is_privileged))
+    }
+
     /// Adds a handler, or changes its settings; true if it is new.
     pub(super) fn serve(&mut self, member: MemberKey, spec: &TriggerSpec) -> bool {
         let concurrency = spec.concurrency.unwrap_or(u32::MAX);
@@ -106,6 +114,7 @@ impl Triggers {
         let known = known.find(|&h| self.handlers.at(h).is_some_and(|h| h.member == member));
         if let Some(handler) = known.and_then(|h| self.handlers.at_mut(h)) {
             handler.concurrency = concurrency;
+            handler.is_privileged = spec.privileged;
             return false;
         }
         served.handlers.push(self.handlers.insert(Handler {
@@ -113,6 +122,7 @@ impl Triggers {
             process: spec.name.clone(),
             in_flight: 0,
             concurrency,
+            is_privileged: spec.privileged,
         }));
         true
     }
@@ -172,11 +182,15 @@ impl Triggers {
                     })
                 })
                 .collect();
-            serde_json::json!({
+            let mut json = serde_json::json!({
                 "name": served.name, "strategy": served.strategy.as_str(), "doc": served.doc,
                 "handlers": handlers,
                 "handlers_total": served.handlers.len(),
-            })
+            });
+            if self.handlers_of(served).any(|h| h.is_privileged) {
+                json["privileged"] = true.into();
+            }
+            json
         };
         let mut bytes = 0;
         let fits = |trigger: &serde_json::Value| {

@@ -342,7 +342,9 @@ impl<D: Driver> Registry<D> {
         app_id: &AppId,
         triggers: &[TriggerSpec],
     ) -> Result<(), Refusal> {
-        for name in triggers.iter().flat_map(|spec| spec.pools.iter().flatten()) {
+        let named =
+            |spec: &'_ TriggerSpec| spec.pools.iter().flatten().map(move |pool| (spec, pool));
+        for (spec, name) in triggers.iter().flat_map(named) {
             let Some(entry) = self.pools.get(name) else {
                 continue;
             };
@@ -355,6 +357,9 @@ impl<D: Driver> Registry<D> {
             }
             if !entry.may_serve(app_id) {
                 return Err(refusals::may_not_serve(app_id, name));
+            }
+            if spec.privileged {
+                return Err(refusals::privileged_in_plain_pool(&spec.name, name));
             }
         }
         Ok(())

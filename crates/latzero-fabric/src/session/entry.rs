@@ -214,18 +214,16 @@ impl<D: Driver> Session<D> {
             attachments: self.attachments(),
             takes_descriptors: self.features.fd_passing,
         };
-        let own = |spec: &&TriggerSpec| {
-            spec.is_for(&entrance.name)
-                && entrance.serves(spec)
-                && (entrance.name.as_str() != SYSTEM_POOL
-                    || self.terms.transport == Transport::BuiltIn)
-        };
+        let is_open =
+            entrance.name.as_str() != SYSTEM_POOL || self.terms.transport == Transport::BuiltIn;
+        let own = |spec: &&TriggerSpec| is_open && spec.is_for(&entrance.name);
         let member = turn.with_pool(&entrance.pool, |pool, turn| {
             let member = pool.join(joining, turn)?;
             pool.watch(member, watch);
             pool.durable().deliver_answers(&ready.app, turn);
-            for spec in ready.triggers.iter().filter(own) {
-                pool.serve(member, spec, turn);
+            let own = ready.triggers.iter().filter(own);
+            for spec in own.filter_map(|spec| entrance.served_as(spec)) {
+                pool.serve(member, &spec, turn);
             }
             Some(member)
         });

@@ -52,10 +52,10 @@ impl<D: Driver> Session<D> {
             let reserved = m.name.as_str() == SYSTEM_POOL && transport != Transport::BuiltIn;
             turn.with_pool(&m.pool, |pool, turn| {
                 for spec in specs {
-                    if spec.is_for(&m.name) && m.serves(spec) && !reserved {
-                        pool.serve(m.member, spec, turn);
-                    } else {
-                        pool.unserve(m.member, &spec.name, turn);
+                    let here = Some(spec).filter(|spec| spec.is_for(&m.name) && !reserved);
+                    match here.and_then(|spec| m.served_as(spec)) {
+                        Some(spec) => pool.serve(m.member, &spec, turn),
+                        None => pool.unserve(m.member, &spec.name, turn),
                     }
                 }
             });

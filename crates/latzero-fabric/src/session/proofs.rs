@@ -428,10 +428,9 @@ impl<D: Driver> Session<D> {
         let ready = self.ready.as_ref().expect("only a ready session joins");
         turn.with_pool(&m.pool, |pool, turn| {
             for spec in ready.triggers.iter().filter(|spec| spec.is_for(&m.name)) {
-                if m.serves(spec) {
-                    pool.serve(m.member, spec, turn);
-                } else {
-                    pool.unserve(m.member, &spec.name, turn);
+                match m.served_as(spec) {
+                    Some(spec) => pool.serve(m.member, &spec, turn),
+                    None => pool.unserve(m.member, &spec.name, turn),
                 }
             }
         });

@@ -43,6 +43,8 @@ pub(crate) struct Spec {
     pub(crate) concurrency: Option<u32>,
     pub(crate) doc: Option<String>,
     pub(crate) pools: Vec<String>,
+    /// Whether it takes only what was signed by a writer of an encrypted pool.
+    pub(crate) is_privileged: bool,
 }
 
 impl Spec {
@@ -57,6 +59,9 @@ impl Spec {
         }
         if !self.pools.is_empty() {
             spec["pools"] = json!(self.pools);
+        }
+        if self.is_privileged {
+            spec["privileged"] = json!(true);
         }
         spec
     }
@@ -181,6 +186,14 @@ impl Handlers {
             .unwrap_or_else(PoisonError::into_inner)
             .get(name)
             .cloned()
+    }
+
+    /// Whether the handler of `name` takes only what was signed.
+    pub(crate) fn is_privileged(&self, name: &str) -> bool {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        entries
+            .get(name)
+            .is_some_and(|entry| entry.spec.is_privileged)
     }
 
     pub(crate) fn add(&self, entry: Entry) {

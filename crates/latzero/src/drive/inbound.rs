@@ -14,8 +14,8 @@ use crate::drive::answers::Answer;
 use crate::drive::core::Core;
 use crate::drive::events::{Emission, Full, Lossy, Presence, Queue};
 use crate::drive::handlers::{self, Entry, HandlerJob};
-use crate::drive::request::Request;
-use crate::error::Error;
+use crate::drive::request::{self, Request};
+use crate::error::{Error, HandlerError};
 use crate::payload::{Beside, Payload, Reply};
 use crate::sync::lock;
 use crate::wire::input::{Input, Received};
@@ -216,13 +216,15 @@ impl Batch<'_> {
     }
 
     /// A call or an emit as a handler sees it: decrypted, if it came in an encrypted pool.
-    fn request(&self, action: Action, e: &Envelope<'_>) -> Option<Request> {
+    fn request(&mut self, action: Action, e: &Envelope<'_>) -> Option<Request> {
         let core = self.core;
         let pool = e.pool.filter(|_| core.has_sealed()).and_then(Raw::as_str);
         let Some(pool) = pool.and_then(|pool| core.sealed_pool(Some(&pool)).cloned()) else {
             return Request::received(core, self.epoch, self.now, e);
         };
-        let plain = pool.open(action, e)?;
+        let name = e.process.and_then(Raw::as_str).unwrap_or_default();
+        let is_privileged = core.handlers.is_privileged(&name);
+        let plain = pool.open(action, is_privileged, e)?;
         let attachment = plain.bytes.as_deref();
         let envelope = match &plain.text {
             None => Envelope { attachment, ..*e },
@@ -236,6 +238,16 @@ impl Batch<'_> {
         let request = Request::received(core, self.epoch, self.now, &envelope)?;
         // Nobody else has the request yet.
         let _ = request.ticket.sealed.set(plain.reply);
+        if plain.is_unprivileged {
+            let text = format!(
+                "trigger '{name}' takes only privileged calls: send it as one (this needs the key \
+                OblivionSeal)"
+            );
+            let refused = Err(HandlerError::new(Code::Forbidden.as_str(), text));
+            request::answer(core, &request.ticket, refused);
+            self.must_flush = true;
+            return None;
+        }
         Some(request)
     }
 
@@ -254,6 +266,14 @@ impl Batch<'_> {
             self.entry = self.core.handlers.find(request.name());
         }
         match &self.entry {
+            Some(entry) if entry.spec.is_privileged && request.is_plain() => {
+                let text = format!(
+                    "trigger '{}' is privileged: it is served in encrypted pools alone",
+                    request.name()
+                );
+                request.refuse(&Refusal::new(Code::Forbidden, text));
+                self.must_flush = true;
+            }
             Some(entry) => self.jobs.push(HandlerJob::Start(entry.clone(), request)),
             None => {
                 let text = format!(
@@ -272,7 +292,10 @@ impl Batch<'_> {
         };
         let queues = self.core.handlers.listeners(request.name());
         if queues.is_empty() {
-            if let Some(entry) = self.core.handlers.find(request.name()) {
+            let entry = self.core.handlers.find(request.name());
+            // A server could pass an emit off as one of an unencrypted pool.
+            let entry = entry.filter(|entry| !(entry.spec.is_privileged && request.is_plain()));
+            if let Some(entry) = entry {
                 self.jobs.push(HandlerJob::Start(entry, request));
             }
             return;

@@ -393,6 +393,11 @@ impl Request {
     }
 
     /// Answers with a refusal of this library.
+    /// Whether it came in a pool that is not encrypted.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.ticket.sealed.get().is_none()
+    }
+
     pub(crate) fn refuse(&self, refusal: &Refusal) {
         if let Some(id) = self.ticket.id() {
             self.core.outbox.append(self.ticket.epoch, |out, _| {

@@ -343,6 +343,8 @@ impl Call {
         key(key: &str);
         /// Adds a header, which the handler receives unchanged.
         header(name: &str, value: &str);
+        /// Signs the call, for a privileged trigger; see [`crate::Call::privileged`].
+        privileged();
         /// If no handler can take the call now, the server keeps it on disk until one can; see
         /// [`crate::Call::park`].
         park();
@@ -539,6 +541,8 @@ impl Emit {
         key(key: &str);
         /// Adds a header, which the handlers receive unchanged.
         header(name: &str, value: &str);
+        /// Signs it, for privileged handlers; see [`crate::Call::privileged`].
+        privileged();
         /// Sends these bytes unchanged instead of the data, next to the JSON.
         raw_bytes(bytes: Vec<u8>);
     }
@@ -656,6 +660,9 @@ impl Handler {
         concurrency(calls: u32);
         /// A description of the trigger for people.
         doc(doc: &str);
+        /// Takes only what a writer of an encrypted pool signed; see
+        /// [`crate::Handler::privileged`].
+        privileged();
     }
 
     /// Serves only in these pools, rather than in every pool that the app is in.

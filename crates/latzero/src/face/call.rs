@@ -80,6 +80,16 @@ impl Call {
         self
     }
 
+    /// Signs the call, for a [privileged](crate::Handler::privileged) trigger. The answer is signed
+    /// too.
+    ///
+    /// It fails with `forbidden` if the app does not have the pool's OblivionSeal, and with
+    /// `bad_message` if the pool is not encrypted.
+    pub fn privileged(mut self) -> Self {
+        self.unsent.is_privileged = true;
+        self
+    }
+
     /// Lets the handler read a memory block of the call's pool during the call. The data refers to
     /// it by [`Block::reference`].
     pub fn block(self, block: &Block) -> Self {
@@ -328,6 +338,12 @@ impl Emit {
     /// The key by which a sticky trigger chooses a handler.
     pub fn key(mut self, key: &str) -> Self {
         self.0.set_key(key);
+        self
+    }
+
+    /// Signs it, for [privileged](crate::Handler::privileged) handlers; see [`Call::privileged`].
+    pub fn privileged(mut self) -> Self {
+        self.0.is_privileged = true;
         self
     }
 

@@ -35,6 +35,8 @@ pub(super) struct Unsent {
     /// Blocks that are passed with a call, as JSON.
     pub(super) blocks: Vec<Value>,
     pub(super) parking: ParkOptions,
+    /// Whether it is signed, which it can be in an encrypted pool alone.
+    pub(super) is_privileged: bool,
     /// Its destination; only for an app with keys, which may have to seal it.
     pub(super) route: Option<Box<Route>>,
     /// The keys to open its answer.
@@ -97,6 +99,7 @@ impl Unsent {
             window: None,
             blocks: Vec::new(),
             parking: ParkOptions::default(),
+            is_privileged: false,
             route: None,
             sealed: None,
             failure: None,
@@ -147,11 +150,11 @@ impl Unsent {
     /// server reads.
     pub(super) fn seal(&mut self, act: Act, ttl: Option<u64>) {
         let Some(route) = self.route.take() else {
-            return;
+            return self.check_plain();
         };
         let core = self.app.core().clone();
         let Some(pool) = core.sealed_pool(route.pool.as_deref()) else {
-            return;
+            return self.check_plain();
         };
         self.headers.push(b'}');
         let headers = serde_json::from_slice(&std::mem::take(&mut self.headers));
@@ -186,6 +189,7 @@ impl Unsent {
                 Payload::Json(json) => Body::Json(json),
                 Payload::Bytes(bytes) => Body::Bytes(bytes),
             },
+            is_privileged: self.is_privileged,
         };
         match pool.seal(&unsealed) {
             Ok((envelope, call)) => {
@@ -193,6 +197,15 @@ impl Unsent {
                 self.sealed = call;
             }
             Err(error) => self.failure = self.failure.take().or(Some(error)),
+        }
+    }
+
+    /// Checks a message to a pool that is not encrypted.
+    fn check_plain(&mut self) {
+        if self.is_privileged {
+            let text = "only a message to an encrypted pool can be privileged";
+            let refused = Error::new(Code::BadMessage, text).with_ran(Ran::No);
+            self.failure.get_or_insert(refused);
         }
     }
 

@@ -15,8 +15,8 @@ use latzero_crypto::descriptor::{Descriptor, Expected, History, NewEpoch, OldCon
 use latzero_crypto::envelope::{Body, Opened};
 use latzero_crypto::epochs::Epochs;
 use latzero_crypto::events::{
-    Act, Action, Answer, DEFERRED_MAX, Id, Incoming, IncomingAnswer, Outgoing, PendingCall,
-    Receiver, ReplyTo, Sender,
+    Act, Action, Answer, DEFERRED_MAX, Dropped, Id, Incoming, IncomingAnswer, Outgoing,
+    PendingCall, Receiver, ReplyTo, Sender,
 };
 use latzero_crypto::keys::Kind;
 use latzero_crypto::meta::{AnswerMeta, CallFrame, CallMeta, LentBlock};
@@ -68,6 +68,8 @@ pub(crate) struct Unsealed<'a> {
     pub(crate) destination: &'a str,
     pub(crate) meta: CallMeta,
     pub(crate) body: Body<'a>,
+    /// Whether it is signed, for a handler that takes nothing else.
+    pub(crate) is_privileged: bool,
 }
 
 /// A call in an encrypted pool whose answer is awaited.
@@ -92,6 +94,8 @@ pub(crate) struct Plain {
     pub(crate) text: Option<String>,
     pub(crate) bytes: Option<Vec<u8>>,
     pub(crate) reply: SealedReply,
+    /// Whether its signature is missing: the handler must not see it.
+    pub(crate) is_unprivileged: bool,
 }
 
 /// An answer in the form that it would have in an unencrypted pool.
@@ -303,11 +307,28 @@ impl SealedPool {
         Error::new(Code::StaleEpoch, text).with_ran(Ran::No)
     }
 
+    fn no_seal(&self) -> Error {
+        let text = format!(
+            "a privileged call or emit in pool '{}' is signed with its OblivionSeal, and the app \
+            has no such key",
+            self.name
+        );
+        Error::new(Code::Forbidden, text).with_ran(Ran::No)
+    }
+
     /// Seals a call or an emit; of a call the answer is awaited from then on.
+    ///
+    /// # Errors
+    /// `stale_epoch` without the keys of the epoch; `forbidden` if it is privileged and the key to
+    /// sign it is missing; `too_large`, `overloaded`.
     pub(crate) fn seal(
         self: &Arc<Self>,
         unsealed: &Unsealed<'_>,
     ) -> Result<(Vec<u8>, Option<SealedCall>), Error> {
+        let seal = match unsealed.is_privileged {
+            true => Some(self.seal_key().ok_or_else(|| self.no_seal())?),
+            false => None,
+        };
         let mut open = lock(&self.open);
         let open = open.as_mut().ok_or_else(|| self.not_open())?;
         let (msg_id, nonce) = id_and_nonce()?;
@@ -321,7 +342,7 @@ impl SealedPool {
             body: unsealed.body,
             nonce,
         };
-        let sealed = open.sender.seal(&open.epochs, &out, None);
+        let sealed = open.sender.seal(&open.epochs, &out, seal);
         let sealed = sealed.map_err(|error| unsealable(&error))?;
         if unsealed.act == Act::Emit {
             return Ok((sealed, None));
@@ -331,7 +352,7 @@ impl SealedPool {
             destination: Some(unsealed.destination.to_owned()).filter(|app| !app.is_empty()),
             idempotency_key: unsealed.meta.idempotency_key.clone(),
             deferred: unsealed.act == Act::DeferredCall,
-            signed: false,
+            signed: seal.is_some(),
             items: 0,
         };
         if !open.receiver.wait(msg_id, waiting) {
@@ -343,8 +364,14 @@ impl SealedPool {
     }
 
     /// Opens a call or an emit. One that cannot be opened is dropped and counted, because no member
-    /// sent it.
-    pub(crate) fn open(self: &Arc<Self>, action: Action, e: &Envelope<'_>) -> Option<Plain> {
+    /// sent it. One to a privileged handler that is not signed is counted too, and opened only to be
+    /// refused.
+    pub(crate) fn open(
+        self: &Arc<Self>,
+        action: Action,
+        is_privileged: bool,
+        e: &Envelope<'_>,
+    ) -> Option<Plain> {
         let sealed = envelope_of(&Payload::received(e, e.data))?;
         let string = |field: Option<Raw<'_>>| field.and_then(Raw::as_str).map(Cow::into_owned);
         let (process, key) = (string(e.process)?, string(e.key));
@@ -368,7 +395,7 @@ impl SealedPool {
                 mode: block["mode"].as_str().unwrap_or_default().to_owned(),
                 block_uid: block["block_uid"].as_str().map(str::to_owned),
             });
-        let incoming = Incoming {
+        let mut incoming = Incoming {
             action,
             process: &process,
             origin: &origin,
@@ -380,14 +407,23 @@ impl SealedPool {
                 idempotency_key: headers["idempotency-key"].as_str(),
                 blocks: lent.collect(),
             },
-            privileged: false,
+            privileged: is_privileged,
         };
+        let mut is_unprivileged = false;
         let received = {
             let mut open = lock(&self.open);
             let open = open.as_mut()?;
-            open.receiver
-                .receive(&open.epochs, &incoming, &sealed, now_ms())
-                .ok()?
+            let mut receive = |incoming: &Incoming<'_>| {
+                open.receiver
+                    .receive(&open.epochs, incoming, &sealed, now_ms())
+            };
+            match receive(&incoming) {
+                Err(Dropped::Unprivileged) if action == Action::Trigger => {
+                    (incoming.privileged, is_unprivileged) = (false, true);
+                    receive(&incoming).ok()?
+                }
+                received => received.ok()?,
+            }
         };
         let mut headers = received.meta.headers;
         if let Some(key) = received.meta.idempotency_key {
@@ -409,6 +445,7 @@ impl SealedPool {
                 items: AtomicU64::new(0),
                 finished: OnceLock::new(),
             },
+            is_unprivileged,
         })
     }
 }
@@ -821,6 +858,7 @@ mod tests {
                 ..CallMeta::default()
             },
             body,
+            is_privileged: false,
         }
     }
 
@@ -837,7 +875,7 @@ mod tests {
             attachment: Some(&sealed),
         };
         let envelope = Envelope::parse(frame).unwrap().unwrap();
-        let plain = worker.open(Action::Trigger, &envelope)?;
+        let plain = worker.open(Action::Trigger, false, &envelope)?;
         let text = plain.text.as_deref().unwrap_or(&json);
         Some((serde_json::from_str(text).unwrap(), plain.bytes.clone()))
     }
@@ -885,7 +923,7 @@ mod tests {
             attachment: Some(&sealed),
         };
         let envelope = Envelope::parse(frame).unwrap().unwrap();
-        let plain = worker.open(Action::Trigger, &envelope).unwrap();
+        let plain = worker.open(Action::Trigger, false, &envelope).unwrap();
         let answer = plain.reply.seal("ok", &Payload::Json("42".into())).unwrap();
         assert!(
             worker.seal_key.get().is_none(),

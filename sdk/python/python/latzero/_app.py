@@ -133,25 +133,26 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 def _calling(
     timeout: float | timedelta | None, to: str | None, pool: str | None, key: str | None,
-    headers: dict[str, str] | None, idempotency_key: str | None = None, redeliver: bool = False,
-    id: str | None = None,
+    headers: dict[str, str] | None, privileged: bool = False, idempotency_key: str | None = None,
+    redeliver: bool = False, id: str | None = None,
 ) -> dict[str, Any]:
     """The options of a call, as the binding takes them."""
     return {
         "timeout": _seconds(timeout), "to": to, "pool": pool, "key": key, "headers": headers,
-        "idempotency_key": idempotency_key, "redeliver": redeliver, "id": id,
+        "privileged": privileged, "idempotency_key": idempotency_key, "redeliver": redeliver,
+        "id": id,
     }
 
 
 def _serving(
     app: Any, function: Callable[..., Any], pools: list[str] | None, strategy: str,
-    concurrency: int | None, doc: str | None,
+    concurrency: int | None, doc: str | None, privileged: bool,
 ) -> dict[str, Any]:
     """The options of a handler, as the binding takes them."""
     about = doc if doc is not None else (inspect.getdoc(function) or "").split("\n\n")[0]
     return {
         "pools": pools, "strategy": strategy, "concurrency": concurrency, "doc": about or None,
-        "owner": weakref.ref(app),
+        "privileged": privileged, "owner": weakref.ref(app),
     }
 
 
@@ -469,11 +470,14 @@ class App:
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
         timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None,
-        idempotency_key: str | None = None, redeliver: bool = False, **fields: Any,
+        idempotency_key: str | None = None, redeliver: bool = False, privileged: bool = False,
+        **fields: Any,
     ) -> Any:
         """Calls the trigger `name` with `data`, or with the fields as an object; returns the
         answer, as a value of the type `into`."""
-        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
+        options = _calling(
+            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver
+        )
         read = _into(into)
         return read(self._inner.call(name, _payload(data, fields), options))
 
@@ -481,30 +485,37 @@ class App:
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
         to: str | None = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
-        redeliver: bool = False, **fields: Any,
+        redeliver: bool = False, privileged: bool = False, **fields: Any,
     ) -> Reply:
         """Like `call`, but returns the answer with its headers."""
-        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
+        options = _calling(
+            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver
+        )
         return Reply(*self._inner.reply(name, _payload(data, fields), options))
 
     def submit(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
         timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None,
-        idempotency_key: str | None = None, redeliver: bool = False, **fields: Any,
+        idempotency_key: str | None = None, redeliver: bool = False, privileged: bool = False,
+        **fields: Any,
     ) -> Pending[Any]:
         """Like `call`, but only sends the call: one thread can have many calls in flight."""
-        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
+        options = _calling(
+            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver
+        )
         return Pending(self._inner.call_op(name, _payload(data, fields), options), _into(into))
 
     def park(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
         to: str | None = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
-        redeliver: bool = False, id: str | None = None, **fields: Any,
+        redeliver: bool = False, privileged: bool = False, id: str | None = None, **fields: Any,
     ) -> Parked:
         """Sends a call that the server stores on disk until a handler answers it."""
-        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver, id)
+        options = _calling(
+            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, id
+        )
         return Parked(self._inner.park(name, _payload(data, fields), options).wait())
 
     def answers(self) -> Iterator[Answer]:
@@ -515,27 +526,30 @@ class App:
     def stream(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None, window: int = 64,
         timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
-        key: str | None = None, headers: dict[str, str] | None = None, **fields: Any,
+        key: str | None = None, headers: dict[str, str] | None = None, privileged: bool = False,
+        **fields: Any,
     ) -> Stream[Any]:
         """Calls for a streamed answer: iterate over it. Dropping it cancels the call."""
-        options = _calling(timeout, to, pool, key, headers)
+        options = _calling(timeout, to, pool, key, headers, privileged)
         items = self._inner.stream(name, _payload(data, fields), options, window)
         return Stream(items, _into(into))
 
     def emit(
         self, name: str, data: Any = _MISSING, /, *, one: bool = False, count: bool = False,
         to: str | None = None, pool: str | None = None, key: str | None = None,
-        headers: dict[str, str] | None = None, **fields: Any,
+        headers: dict[str, str] | None = None, privileged: bool = False, **fields: Any,
     ) -> int | None:
         """Sends an event to every handler of `name`, or to `one`. With `count` it returns how
         many."""
-        options = {"to": to, "pool": pool, "key": key, "headers": headers}
+        options = {
+            "to": to, "pool": pool, "key": key, "headers": headers, "privileged": privileged,
+        }
         return self._inner.emit(name, _payload(data, fields), options, one, count)
 
     def serve(
         self, name: str | Callable[..., Any] | None = None, function: Any = None, *,
         pools: list[str] | None = None, strategy: str = "round_robin",
-        concurrency: int | None = None, doc: str | None = None,
+        concurrency: int | None = None, doc: str | None = None, privileged: bool = False,
     ) -> Any:
         """Serves a trigger: `@app.serve`, `@app.serve("name")` or `app.serve("name", function)`.
         Plain functions and generators run on threads; `async` ones on one event loop, on a thread
@@ -544,7 +558,9 @@ class App:
             name, function = None, name
 
         def register(function: F) -> F:
-            options = _serving(self, function, pools, strategy, concurrency, doc)
+            options = _serving(
+                self, function, pools, strategy, concurrency, doc, privileged
+            )
             loop = self._async_loop() if _is_async(function) else None
             self._inner.serve(
                 name or function.__name__, _adapt(function), options, loop

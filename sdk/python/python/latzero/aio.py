@@ -608,11 +608,14 @@ class App:
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
         timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None,
-        idempotency_key: str | None = None, redeliver: bool = False, **fields: Any,
+        idempotency_key: str | None = None, redeliver: bool = False, privileged: bool = False,
+        **fields: Any,
     ) -> Any:
         """Calls the trigger `name` with `data`, or with the fields as an object; returns the
         answer. Cancelling the task cancels the call."""
-        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
+        options = _calling(
+            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver
+        )
         read = _into(into)
         return read(await self._start(self._inner.call_op(name, _payload(data, fields), options)))
 
@@ -620,10 +623,12 @@ class App:
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
         to: str | None = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
-        redeliver: bool = False, **fields: Any,
+        redeliver: bool = False, privileged: bool = False, **fields: Any,
     ) -> Reply:
         """Like `call`, but returns the answer with its headers."""
-        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
+        options = _calling(
+            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver
+        )
         op = self._inner.reply_op(name, _payload(data, fields), options)
         return Reply(*await self._start(op))
 
@@ -631,10 +636,13 @@ class App:
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
         timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None,
-        idempotency_key: str | None = None, redeliver: bool = False, **fields: Any,
+        idempotency_key: str | None = None, redeliver: bool = False, privileged: bool = False,
+        **fields: Any,
     ) -> Pending[Any]:
         """Like `call`, but only sends the call: one task can have many calls in flight."""
-        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
+        options = _calling(
+            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver
+        )
         op = self._inner.call_op(name, _payload(data, fields), options)
         return Pending(self._work.start(op), _into(into))
 
@@ -642,10 +650,12 @@ class App:
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
         to: str | None = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
-        redeliver: bool = False, id: str | None = None, **fields: Any,
+        redeliver: bool = False, privileged: bool = False, id: str | None = None, **fields: Any,
     ) -> Parked:
         """Sends a call that the server stores on disk until a handler answers it."""
-        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver, id)
+        options = _calling(
+            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, id
+        )
         return Parked(await self._start(self._inner.park(name, _payload(data, fields), options)))
 
     def answers(self) -> AsyncIterator[Answer]:
@@ -656,28 +666,32 @@ class App:
     def stream(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None, window: int = 64,
         timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
-        key: str | None = None, headers: dict[str, str] | None = None, **fields: Any,
+        key: str | None = None, headers: dict[str, str] | None = None, privileged: bool = False,
+        **fields: Any,
     ) -> Stream[Any]:
         """Calls for a streamed answer: iterate over it. Dropping it cancels the call."""
-        options = _calling(timeout, to, pool, key, headers)
+        options = _calling(timeout, to, pool, key, headers, privileged)
         items = self._inner.stream(name, _payload(data, fields), options, window)
         return Stream(items, _into(into))
 
     async def emit(
         self, name: str, data: Any = _MISSING, /, *, one: bool = False, count: bool = False,
         to: str | None = None, pool: str | None = None, key: str | None = None,
-        headers: dict[str, str] | None = None, **fields: Any,
+        headers: dict[str, str] | None = None, privileged: bool = False, **fields: Any,
     ) -> int | None:
         """Sends an event to every handler of `name`, or to `one`. With `count` it returns how
         many."""
-        options = {"to": to, "pool": pool, "key": key, "headers": headers}
+        options = {
+            "to": to, "pool": pool, "key": key, "headers": headers, "privileged": privileged,
+        }
         op = self._inner.emit_op(name, _payload(data, fields), options, one, count)
         return await self._start(op)
 
     def serve(
         self, name: str | Callable[..., Any] | None = None, function: Any = None, *,
         pools: list[str] | None = None, strategy: str = "round_robin",
-        concurrency: int | None = None, doc: str | None = None, inline: bool = False,
+        concurrency: int | None = None, doc: str | None = None, privileged: bool = False,
+        inline: bool = False,
     ) -> Any:
         """Serves a trigger: `@app.serve`, `@app.serve("name")` or `app.serve("name", function)`.
         `async` functions run as tasks of the loop, others on threads, or on the loop with
@@ -686,7 +700,9 @@ class App:
             name, function = None, name
 
         def register(function: F) -> F:
-            options = _serving(self, function, pools, strategy, concurrency, doc)
+            options = _serving(
+                self, function, pools, strategy, concurrency, doc, privileged
+            )
             on_loop = self._work.inner if inline or _is_async(function) else None
             self._register(self._inner.serve(
                 name or function.__name__, _adapt(function), options, on_loop
