@@ -186,8 +186,9 @@ pub trait Verifier {
     fn may_prove(&mut self, asker: &Self::Peer) -> bool;
 
     /// Checks a proof of a connection. If it is wrong and `is_guess`, counts it as
-    /// [`Verifier::note_refused`] does; what a member writes is no guess. Returns the result, or nothing if it comes later with
-    /// [`crate::Session::handle_verified`]; until then the session takes no input.
+    /// [`Verifier::note_refused`] does; what a member writes is no guess. Returns the result, or
+    /// nothing if it comes later with [`crate::Session::handle_verified`]; until then the session
+    /// takes no input.
     ///
     /// # Errors
     /// `overloaded`, if too many proofs wait to be checked.

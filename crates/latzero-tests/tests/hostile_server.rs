@@ -228,3 +228,76 @@ fn an_answer_belongs_to_its_call_and_the_server_s_own_word_is_marked() {
     assert!(!error.is_authenticated());
     assert_eq!(call(3).unwrap(), 3);
 }
+
+/// The kind of a message is not secret: a server could pass it on as one that needs no signature.
+#[test]
+fn a_privileged_handler_sees_nothing_that_the_server_changed() {
+    let (server, set) = vault();
+    let relay = Relay::new(&server);
+    let worker = relay.app(&server, "worker", keys(&set, WRITE));
+    let (heard, hears) = std::sync::mpsc::channel();
+    let serving = worker.handler("admin").privileged();
+    let serving = serving.serve(move |request| {
+        let number = request.data::<u64>()?;
+        let _ = heard.send(number);
+        Ok::<_, HandlerError>(number)
+    });
+    serving.unwrap();
+    let writer = member(&server, "writer", keys(&set, WRITE));
+    let call = |number: u64| {
+        let call = writer.call("admin", &number).privileged();
+        call.timeout(Duration::from_millis(200)).send::<u64>()
+    };
+    // Where the kind and its signature are in an envelope: section 9 of the description of keys.
+    const KIND: usize = 28;
+    let of_kind = |kind: u8, has_signature: bool| -> Change {
+        Box::new(move |(json, sealed)| {
+            let mut sealed = sealed.unwrap();
+            sealed[KIND] = kind;
+            if !has_signature {
+                sealed.truncate(sealed.len() - 64);
+            }
+            vec![(json, Some(sealed))]
+        })
+    };
+    let changes: [Change; 5] = [
+        of_kind(2, false),
+        of_kind(2, true),
+        of_kind(5, false),
+        of_kind(6, true),
+        Box::new(|(json, sealed)| {
+            let mut sealed = sealed.unwrap();
+            *sealed.last_mut().unwrap() ^= 1;
+            vec![(json, Some(sealed))]
+        }),
+    ];
+    for change in changes {
+        relay.change("trigger", change);
+        call(1).unwrap_err();
+    }
+    // As a call in a pool that is not encrypted, where nothing is checked.
+    relay.change("trigger", |(mut json, _)| {
+        json["pool"] = "default".into();
+        json["data"] = 1.into();
+        vec![(json, None)]
+    });
+    call(1).unwrap_err();
+    relay.change("emit", |(mut json, _)| {
+        json["pool"] = "default".into();
+        json["data"] = 1.into();
+        vec![(json, None)]
+    });
+    writer.emit("admin", &1).privileged().send().unwrap();
+    assert_eq!(call(2).unwrap(), 2);
+    assert_eq!(hears.try_iter().collect::<Vec<_>>(), [2]);
+    // The answer to a signed call is signed too.
+    let relay = Relay::new(&server);
+    let caller = relay.app(&server, "caller", keys(&set, WRITE));
+    relay.change("response", |(json, sealed)| {
+        let mut sealed = sealed.unwrap();
+        sealed.truncate(sealed.len() - 64);
+        vec![(json, Some(sealed))]
+    });
+    let error = caller.call("admin", &3).privileged().send::<u64>();
+    assert_eq!(error.unwrap_err().kind(), Code::Integrity);
+}

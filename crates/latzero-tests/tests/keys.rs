@@ -326,6 +326,8 @@ fn members_call_emit_and_stream_as_in_any_pool() {
     let mut stream = caller.call("count", &()).stream::<i64>();
     let items: Vec<_> = stream.by_ref().map(Result::unwrap).collect();
     assert_eq!(items, (0..10).collect::<Vec<_>>());
+    // Who takes no items still gets the end.
+    assert_eq!(caller.call("count", &()).send::<String>().unwrap(), "done");
     let once = || {
         caller
             .call("add", &[1])

@@ -342,9 +342,10 @@ impl<D: Driver> Registry<D> {
         app_id: &AppId,
         triggers: &[TriggerSpec],
     ) -> Result<(), Refusal> {
-        let named =
-            |spec: &'_ TriggerSpec| spec.pools.iter().flatten().map(move |pool| (spec, pool));
-        for (spec, name) in triggers.iter().flat_map(named) {
+        let named = triggers
+            .iter()
+            .flat_map(|spec| spec.pools.iter().flatten().map(move |pool| (spec, pool)));
+        for (spec, name) in named {
             let Some(entry) = self.pools.get(name) else {
                 continue;
             };

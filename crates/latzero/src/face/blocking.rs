@@ -32,6 +32,7 @@ use crate::error::{Error, HandlerError};
 use crate::face::app::CLOSE_TIME;
 use crate::face::builder;
 use crate::face::events::Event;
+use crate::face::request::Interim;
 use crate::face::stream::ItemOrProgress;
 use crate::payload::{self, Bytes, FromPayload, IntoPayload, Reply};
 use crate::wire::message::Message;
@@ -720,7 +721,7 @@ impl Request {
     /// # Errors
     /// `cancelled` if the caller has gone, `bad_message` if the item cannot be encoded.
     pub fn partial<T: IntoPayload + ?Sized>(&self, item: &T) -> Result<(), Error> {
-        self.send("partial", item)
+        self.send(Interim::Item, item)
     }
 
     /// Reports the progress of the work. Reports are not items: the caller may see only the newest,
@@ -729,15 +730,13 @@ impl Request {
     /// # Errors
     /// `cancelled` if the caller has gone, `bad_message` if the report cannot be encoded.
     pub fn progress<T: IntoPayload + ?Sized>(&self, report: &T) -> Result<(), Error> {
-        if self.0.ticket.sealed.get().is_some() {
-            return Ok(());
-        }
-        self.send("progress", report)
+        self.send(Interim::Progress, report)
     }
 
-    fn send<T: IntoPayload + ?Sized>(&self, status: &'static str, value: &T) -> Result<(), Error> {
-        let mut sending = self.0.sending(status, payload::write(value)?)?;
-        sending.has_credit = status == "progress";
+    fn send<T: IntoPayload + ?Sized>(&self, what: Interim, value: &T) -> Result<(), Error> {
+        let Some(mut sending) = self.0.sending(what, payload::write(value)?)? else {
+            return Ok(());
+        };
         self.0
             .core
             .block_on(None, |cx| sending.poll(&self.0, cx))

@@ -62,8 +62,7 @@ impl Request {
     /// # Errors
     /// `cancelled` if the caller has gone, `bad_message` if the item cannot be encoded.
     pub async fn partial<T: IntoPayload + ?Sized>(&self, item: &T) -> Result<(), Error> {
-        let mut sending = self.sending("partial", payload::write(item)?)?;
-        poll_fn(|cx| sending.poll(self, cx)).await
+        self.interim(Interim::Item, payload::write(item)?).await
     }
 
     /// Reports the progress of the work. Reports are not items: the caller may see only the newest,
@@ -72,34 +71,65 @@ impl Request {
     /// # Errors
     /// `cancelled` if the caller has gone, `bad_message` if the report cannot be encoded.
     pub async fn progress<T: IntoPayload + ?Sized>(&self, report: &T) -> Result<(), Error> {
-        if self.ticket.sealed.get().is_some() {
-            return Ok(());
-        }
-        let mut sending = self.sending("progress", payload::write(report)?)?;
-        sending.has_credit = true;
-        poll_fn(|cx| sending.poll(self, cx)).await
+        self.interim(Interim::Progress, payload::write(report)?)
+            .await
     }
 
-    pub(crate) fn sending(&self, status: &'static str, payload: Payload) -> Result<Sending, Error> {
+    async fn interim(&self, what: Interim, payload: Payload) -> Result<(), Error> {
+        match self.sending(what, payload)? {
+            Some(mut sending) => poll_fn(|cx| sending.poll(self, cx)).await,
+            None => Ok(()),
+        }
+    }
+
+    /// An item or report for the caller, unless it takes none.
+    pub(crate) fn sending(
+        &self,
+        what: Interim,
+        payload: Payload,
+    ) -> Result<Option<Sending>, Error> {
+        if self.ticket.is_cancelled() {
+            return Err(cancelled());
+        }
         let payload = match self.ticket.sealed.get() {
-            Some(sealed) => Payload::Bytes(sealed.seal(status, &payload)?),
             None => payload,
+            // An item that is sealed counts, so a caller without a stream would miss it at the end.
+            Some(sealed) if what == Interim::Item && self.ticket.has_window() => {
+                Payload::Bytes(sealed.seal(what.status(), &payload)?)
+            }
+            Some(_) => return Ok(None),
         };
         let mut message = Message::new("response");
         message.string("in_reply_to", self.ticket.id().unwrap_or(""));
-        message.string("status", status);
+        message.string("status", what.status());
         message.payload("response", payload);
-        Ok(Sending {
+        Ok(Some(Sending {
             message,
-            has_credit: false,
-        })
+            has_credit: what == Interim::Progress,
+        }))
+    }
+}
+
+/// What a handler sends before its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Interim {
+    Item,
+    Progress,
+}
+
+impl Interim {
+    fn status(self) -> &'static str {
+        match self {
+            Interim::Item => "partial",
+            Interim::Progress => "progress",
+        }
     }
 }
 
 /// An item or report that is being sent.
 pub(crate) struct Sending {
     message: Message,
-    pub(crate) has_credit: bool,
+    has_credit: bool,
 }
 
 impl Sending {

@@ -3,8 +3,8 @@
 //! A parked call pauses after each failed attempt, [`PAUSE_MS`] at first and four times as long
 //! each time. It is then queued behind the calls that were parked in the meantime, so that a call
 //! that kills its handlers does not delay others. After its last attempt it is dead. Its caller is
-//! notified, and the call stays stored for [`crate::limits::Limits::dead_ttl_ms`], so that an operator can inspect it and
-//! run it again.
+//! notified, and the call stays stored for [`crate::limits::Limits::dead_ttl_ms`], so that an
+//! operator can inspect it and run it again.
 
 use std::collections::VecDeque;
 
