@@ -78,11 +78,11 @@ pub(crate) fn check(settings: &Settings) -> Result<(), StartupError> {
     }
     // Its own certificate may not be there yet.
     let client_ca = Some(&settings.tls_client_ca).filter(|path| *path != Path::new(OFF));
-    let opened = client_ca.map(|path| File::open(path).map_err(|error| unreadable(path, error)));
+    let opened = client_ca.map(|path| File::open(path).map_err(|error| unreadable(path, &error)));
     opened.transpose().map(drop)
 }
 
-fn unreadable(path: &Path, source: io::Error) -> StartupError {
+fn unreadable(path: &Path, source: &io::Error) -> StartupError {
     match source.kind() {
         io::ErrorKind::NotFound => StartupError::Certificate(format!(
             "there is no file {}; correct its path, or create it",
@@ -109,7 +109,7 @@ fn load(settings: &Settings, data_dir: &Path) -> Result<Acceptor, StartupError> 
     let client_ca = Some(&settings.tls_client_ca).filter(|path| *path != Path::new(OFF));
     let client_ca = client_ca.map(PathBuf::as_path);
     Acceptor::load(&certificate, &key, client_ca, origin).map_err(|error| match error {
-        PemError::Io { path, source } => unreadable(&path, source),
+        PemError::Io { path, source } => unreadable(&path, &source),
         other => StartupError::Certificate(other.to_string()),
     })
 }

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 const SEALED: &str = "TFpFVgABAA";
 
-fn register(wire: &mut Wire, spec: Value) -> String {
+fn register(wire: &mut Wire, spec: &Value) -> String {
     let request = json!({"action": "trigger_register", "triggers": [spec]});
     code(&wire.request(request)).to_owned()
 }
@@ -52,9 +52,9 @@ fn the_server_passes_nothing_of_readers_to_a_privileged_trigger() {
         prove(&mut wire, &server, &set, app, roles);
         wire
     });
-    assert_eq!(register(&mut worker, json!("plain")), "ok");
+    assert_eq!(register(&mut worker, &json!("plain")), "ok");
     let spec = json!({"name": "admin", "privileged": true});
-    assert_eq!(register(&mut worker, spec.clone()), "ok");
+    assert_eq!(register(&mut worker, &spec), "ok");
     assert_eq!(shown(&mut reader, "admin"), true);
     assert_eq!(shown(&mut reader, "plain"), Value::Null);
     assert_eq!(call(&mut reader, "admin"), "forbidden");
@@ -64,11 +64,11 @@ fn the_server_passes_nothing_of_readers_to_a_privileged_trigger() {
     assert_eq!(call(&mut writer, "admin"), "timeout");
     assert_eq!(emit(&mut writer, "admin"), "ok");
     // One handler of several is enough, and the last one to go takes it along.
-    assert_eq!(register(&mut writer, json!("admin")), "ok");
+    assert_eq!(register(&mut writer, &json!("admin")), "ok");
     assert_eq!(call(&mut reader, "admin"), "forbidden");
-    assert_eq!(register(&mut worker, json!("admin")), "ok");
+    assert_eq!(register(&mut worker, &json!("admin")), "ok");
     assert_eq!(call(&mut reader, "admin"), "timeout");
-    assert_eq!(register(&mut worker, spec), "ok");
+    assert_eq!(register(&mut worker, &spec), "ok");
     assert_eq!(call(&mut reader, "admin"), "forbidden");
     drop(worker);
     drop(writer);
@@ -86,7 +86,7 @@ fn a_reader_can_not_keep_other_readers_from_sending() {
     }
     let [listener, reader] = &mut wires;
     let spec = json!({"name": "news", "concurrency": 0, "privileged": true});
-    assert_eq!(register(listener, spec), "ok");
+    assert_eq!(register(listener, &spec), "ok");
     assert_eq!(shown(reader, "news"), Value::Null);
     assert_eq!(emit(reader, "news"), "ok");
     assert_eq!(listener.receive()["process"], "news");
@@ -104,15 +104,15 @@ fn it_is_served_in_encrypted_pools_alone_and_comes_back_as_it_was() {
     let mut worker = server.app(Via::Unix, json!({"app_id": "worker", "pools": ["open"]}));
     prove(&mut worker, &server, &set, "worker", WRITE);
     let named = json!({"name": "admin", "privileged": true, "pools": ["open"]});
-    assert_eq!(register(&mut worker, named), "bad_message");
+    assert_eq!(register(&mut worker, &named), "bad_message");
     let everywhere = json!({"name": "admin", "privileged": true});
-    assert_eq!(register(&mut worker, everywhere), "ok");
+    assert_eq!(register(&mut worker, &everywhere), "ok");
     let mut caller = server.app(Via::Unix, json!({"app_id": "caller", "pools": ["open"]}));
     let plain = json!({"action": "trigger", "process": "admin", "pool": "open", "data": 1});
     assert_eq!(code(&caller.request(plain)), "no_handler");
     assert_eq!(shown(&mut worker, "admin"), true);
     let wrong = json!({"name": "admin", "privileged": "yes"});
-    assert_eq!(register(&mut worker, wrong), "bad_message");
+    assert_eq!(register(&mut worker, &wrong), "bad_message");
     server.kill();
     server.restart();
     let mut worker = server.connect(Via::Unix);

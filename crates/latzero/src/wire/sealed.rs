@@ -364,8 +364,8 @@ impl SealedPool {
     }
 
     /// Opens a call or an emit. One that cannot be opened is dropped and counted, because no member
-    /// sent it. One to a privileged handler that is not signed is counted too, and opened only to be
-    /// refused.
+    /// sent it. One to a privileged handler that is not signed is counted too, and opened only to
+    /// be refused.
     pub(crate) fn open(
         self: &Arc<Self>,
         action: Action,
