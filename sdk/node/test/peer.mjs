@@ -96,7 +96,8 @@ function optionsOf (command, names) {
 }
 
 const CALL = [
-  'to', 'pool', 'key', 'headers', 'idempotency_key', 'redeliver', 'timeout_ms', 'id', 'window'
+  'to', 'pool', 'key', 'headers', 'idempotency_key', 'redeliver', 'timeout_ms', 'id', 'window',
+  'privileged'
 ]
 const BLOCK = [
   'shape', 'dtype', 'size', 'create', 'write', 'pool', 'kind', 'slots', 'lifetime', 'readable_by',
@@ -210,7 +211,7 @@ const commands = {
     else await thing.return?.()
   },
   emit: (command, app) => app.emit(command.name, read(command.data),
-    optionsOf(command, ['to', 'headers', 'one', 'count'])),
+    optionsOf(command, ['to', 'headers', 'one', 'count', 'privileged'])),
   async events (command, app) {
     const events = app.events(command.name)
     await events.ready
@@ -226,7 +227,8 @@ const commands = {
     things.set(command.as, watching)
   },
   async serve (command, app) {
-    const options = optionsOf(command, ['pools', 'strategy', 'concurrency', 'doc'])
+    const options = optionsOf(command,
+      ['pools', 'strategy', 'concurrency', 'doc', 'privileged'])
     const way = ways[command.as]
     const { name } = command
     const served = await app.serve(name, (data, request) => way(data, request, name), options)

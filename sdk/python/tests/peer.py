@@ -131,7 +131,9 @@ class Peer:
 
     def calling(self, command: Any, *options: str) -> tuple[tuple[str, Any], dict[str, Any]]:
         """The arguments of a call."""
-        names = ("to", "pool", "key", "headers", "idempotency_key", "redeliver", *options)
+        names = (
+            "to", "pool", "key", "headers", "idempotency_key", "redeliver", "privileged", *options
+        )
         given = {name: command[name] for name in names if name in command}
         if "timeout_ms" in command:
             given["timeout"] = command["timeout_ms"] / 1000
@@ -234,7 +236,7 @@ class Peer:
         del self.things[command["of"]]
 
     async def do_emit(self, command: Any, app: Any) -> Any:
-        given = {name: command[name] for name in ("to", "headers", "one", "count")
+        given = {name: command[name] for name in ("to", "headers", "one", "count", "privileged")
                  if name in command}
         return await got(app.emit(command["name"], self.read(command.get("data")), **given))
 
@@ -253,8 +255,8 @@ class Peer:
     async def do_serve(self, command: Any, app: Any) -> Any:
         name = command["name"]
         handlers = LoopHandlers(name) if IS_AIO else Handlers(name)
-        options = {key: command[key] for key in ("pools", "strategy", "concurrency", "doc")
-                   if key in command}
+        names = ("pools", "strategy", "concurrency", "doc", "privileged")
+        options = {key: command[key] for key in names if key in command}
         app.serve(name, getattr(handlers, command["as"]), **options)
         if IS_AIO:
             await app.ready()

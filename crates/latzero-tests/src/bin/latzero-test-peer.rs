@@ -265,6 +265,9 @@ impl Peer {
         for (name, value) in command["headers"].as_object().into_iter().flatten() {
             call = call.header(name, value.as_str().unwrap());
         }
+        if command["privileged"] == true {
+            call = call.privileged();
+        }
         match command["redeliver"] == true {
             true => call.redeliver(),
             false => call,
@@ -307,6 +310,9 @@ impl Peer {
         if let Some(calls) = command["concurrency"].as_u64() {
             handler = handler.concurrency(u32::try_from(calls).unwrap());
         }
+        if command["privileged"] == true {
+            handler = handler.privileged();
+        }
         if let Some(doc) = command["doc"].as_str() {
             handler = handler.doc(doc);
         }
@@ -324,6 +330,9 @@ impl Peer {
         let mut emit = self.app(command).emit(text(command, "name"), &out.data);
         if command["one"] == true {
             emit = emit.one();
+        }
+        if command["privileged"] == true {
+            emit = emit.privileged();
         }
         if let Some(to) = command["to"].as_str() {
             emit = emit.to(to);
