@@ -4,7 +4,7 @@
 //! with keys of before a rotation. Verdicts may come later than other messages. The model knows
 //! which proof is good, and holds every message against it: nobody without a good proof on its
 //! connection gets a message of the pool or learns that it is there, and an app that comes back
-//! gets what it had behind its proof, and nothing before.
+//! gets what it had behind its proof, and nothing before. A privileged trigger hears writers alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,6 +23,9 @@ type Found = Result<(), String>;
 
 /// The pool's name, which is in no other message.
 const POOL: &str = "vault";
+
+/// The trigger that its handlers register as privileged.
+const PRIVILEGED: &str = "admin";
 
 /// How everything sealed begins, and nothing else.
 const SEALED: &str = "TFpFVgAB";
@@ -60,6 +63,11 @@ fn held(seeds: Seeds, roles: Roles) -> KeySet {
         .collect();
     let held = KeySet::from_tokens(tokens.iter().map(|token| token.as_str()));
     held.expect("they belong together")
+}
+
+/// What apps serve.
+fn triggers() -> Value {
+    json!(["work", "late", {"name": PRIVILEGED, "privileged": true}])
 }
 
 /// A challenge that an app was given.
@@ -173,7 +181,7 @@ impl Vault {
                 _ => {}
             }
             if self.prng.below(2) == 0 {
-                hello["triggers"] = json!(["work", "late"]);
+                hello["triggers"] = triggers();
             }
             self.say(at, world, &hello);
             return format!("comes: {hello}");
@@ -238,13 +246,14 @@ impl Vault {
         let id = self.id("v");
         let block = format!("b{}", self.prng.below(4));
         let data = format!("{SEALED}{}", "A".repeat(self.prng.below(40)));
+        let work = ["work", PRIVILEGED][self.prng.below(2)];
         let mut message = match self.prng.below(12) {
-            0..=1 => json!({"action": "trigger", "process": "work", "data": data}),
+            0..=1 => json!({"action": "trigger", "process": work, "data": data}),
             2..=3 => json!({
                 "action": "trigger", "process": "late", "data": data, "park": true,
                 "ttl": 20 * 24 * 3_600_000_u64,
             }),
-            4 => json!({"action": "emit", "process": "work", "data": data}),
+            4 => json!({"action": "emit", "process": work, "data": data}),
             5 => json!({"action": "watch"}),
             6 => json!({"action": "pool_info"}),
             7 => {
@@ -260,9 +269,8 @@ impl Vault {
                 return json!({"action": "pool_leave", "pool": POOL, "id": id});
             }
             _ => {
-                let triggers = json!(["work", "late"]);
                 return json!({"action": "trigger_register", "id": self.id("t"),
-                    "triggers": triggers});
+                    "triggers": triggers()});
             }
         };
         message["pool"] = POOL.into();
@@ -455,6 +463,14 @@ impl Vault {
             return Ok(());
         }
         let proved = self.apps[at].proved;
+        if matches!(action.as_str(), "trigger" | "emit") && field("process") == PRIVILEGED {
+            self.note("privileged");
+            let sender = json["origin"]["app_id"].as_str();
+            let sender = self.apps.iter().find(|app| sender == Some(&app.name));
+            if sender.is_none_or(|app| app.proved != Some(Roles::Write)) {
+                return Err("its sender is no writer".into());
+            }
+        }
         if action == "event" && field("event") == "pool_rotated" {
             return self.hear_rotation(at, json);
         }
