@@ -4,7 +4,7 @@
 //! Caller and handler are two apps of this process, so that the two pools differ only in the keys.
 //! Turns are interleaved, and the encrypted pool is reported as a multiple of the plain one. In
 //! addition, the time to seal a large message is compared with the cipher alone, and calls are
-//! timed beside clients that send wrong proofs.
+//! timed beside clients that try to send 10,000 wrong proofs a second.
 
 mod blocks;
 mod joins;
@@ -148,7 +148,7 @@ pub(crate) fn run(args: &KeysArgs) -> Result<Results, Failure> {
         Finding::new("its longest step", handshake.1, Unit::Micros)
             .expect_at_most(HANDSHAKE_MICROS_MAX),
         Finding::new(
-            "wrong proofs of a pool",
+            "wrong proofs that were answered, of 10,000 a second",
             median(rates).expect("there is a round"),
             Unit::PerSecond,
         ),

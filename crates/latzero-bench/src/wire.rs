@@ -95,6 +95,18 @@ impl Wire {
         frame::append(&mut self.out, |out| out.extend_from_slice(json.as_bytes()));
     }
 
+    /// Sends what was appended, as far as the socket takes it now; returns whether it took all.
+    pub(crate) fn flush_some(&mut self) -> Result<bool, Failure> {
+        while !self.out.is_empty() {
+            match self.stream.write(&self.out) {
+                Ok(written) => drop(self.out.drain(..written)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error).during("write to the server"),
+            }
+        }
+        Ok(true)
+    }
+
     pub(crate) fn flush(&mut self) -> Result<(), Failure> {
         let written = self.stream.write_all(&self.out);
         self.out.clear();

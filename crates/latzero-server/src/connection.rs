@@ -6,6 +6,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use latzero_crypto::proof::ChannelBinding;
@@ -491,9 +492,10 @@ impl Connection {
         }
     }
 
-    /// Whether it is not read, because too much waits in its session.
+    /// Whether it is not read, because too much waits in its session, or its user guesses.
     pub(crate) fn is_paused(&self, host: &IoHost) -> bool {
-        !self.is_ending && self.session.must_pause(&host.context().limits)
+        let is_full = !self.is_ending && self.session.must_pause(&host.context().limits);
+        is_full || self.peer.is_resting.load(Relaxed)
     }
 
     /// Ends the session and writes what is left; the connection is removed when that is done.

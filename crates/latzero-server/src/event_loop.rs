@@ -11,6 +11,7 @@
 //! reads. Those with TLS are always watched for both: TLS writes by itself too, and TCP reports
 //! "writable" only if it was full.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
@@ -25,6 +26,7 @@ use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 
+use crate::attempts::REST_MS;
 use crate::builtin::BuiltIn;
 use crate::connection::{Connection, Liveness, ReadOutcome, Timeouts};
 use crate::handover;
@@ -108,6 +110,8 @@ pub(crate) struct EventLoop {
     /// Connections of this loop to write to again, and when.
     crowded: Vec<Arc<Peer>>,
     crowded_at: Option<Time>,
+    /// Connections that are not read because their users guess, and until when.
+    resting: VecDeque<(Time, Arc<Peer>)>,
     front: Option<Front>,
     backoff: AcceptBackoff,
     /// When accepting continues, after the system refused.
@@ -154,6 +158,7 @@ impl EventLoop {
             sweep_at: None,
             crowded: Vec::new(),
             crowded_at: None,
+            resting: VecDeque::new(),
             front: None,
             backoff: AcceptBackoff::default(),
             accept_at: None,
@@ -245,6 +250,7 @@ impl EventLoop {
             timers,
             self.sweep_at,
             self.crowded_at,
+            self.resting.front().map(|(until, _)| *until),
             self.accept_at,
             self.watchdog_at,
             self.upkeep_at,
@@ -557,6 +563,9 @@ impl EventLoop {
         if let Some(at) = connection.session.next_deadline() {
             self.schedule_sweep(at.max(now.after_ms(SWEEP_EVERY_MS)));
         }
+        // It was not before: what rests is not read.
+        let rests = connection.peer.is_resting.load(Relaxed);
+        let rests = rests.then(|| Arc::clone(&connection.peer));
         match turn {
             ReadOutcome::Idle | ReadOutcome::Paused => self.connections[slot] = Some(connection),
             ReadOutcome::Starved => {
@@ -580,6 +589,11 @@ impl EventLoop {
                 self.host.flush();
                 self.remove(slot, *connection);
             }
+        }
+        if let Some(peer) = rests {
+            self.resting
+                .push_back((now.after_ms(REST_MS), Arc::clone(&peer)));
+            self.await_writable(&peer);
         }
     }
 
@@ -741,6 +755,13 @@ impl EventLoop {
             self.crowded_at = None;
             for peer in std::mem::take(&mut self.crowded) {
                 self.host.flush_peer(&peer);
+            }
+        }
+        while let Some((_, peer)) = self.resting.pop_front_if(|(until, _)| *until <= now) {
+            peer.is_resting.store(false, Relaxed);
+            self.await_writable(&peer);
+            if let Some(slot) = self.slot_of(&peer) {
+                self.read_later(slot);
             }
         }
         if self.sweep_at.is_some_and(|at| at <= now) {
@@ -973,6 +994,10 @@ impl EventLoop {
 /// The events that a connection is watched for.
 fn interest(peer: &Peer, is_blocked: bool) -> Interest {
     let is_tls = peer.socket.as_ref().is_some_and(Socket::is_tls);
+    if peer.is_resting.load(Relaxed) {
+        // What comes meanwhile wakes nobody.
+        return Interest::WRITABLE;
+    }
     match is_blocked || is_tls {
         true => Interest::READABLE | Interest::WRITABLE,
         false => Interest::READABLE,

@@ -302,7 +302,11 @@ impl Verifier for IoHost {
 
     fn may_prove(&mut self, asker: &Arc<Peer>) -> bool {
         let user = asker.socket.as_ref().map(Socket::user);
-        user.is_none_or(|user| self.shared.attempts().may(user, self.now.monotonic))
+        let may = user.is_none_or(|user| self.shared.attempts().may(user, self.now.monotonic));
+        if !may {
+            asker.is_resting.store(true, Relaxed);
+        }
+        may
     }
 
     fn verify(

@@ -26,6 +26,8 @@ pub(crate) struct Peer {
     pub(crate) is_outlived: AtomicBool,
     link: Mutex<Link<IoHost>>,
     in_flight: InFlight,
+    /// Whether it is not read for a while, because its user guesses.
+    pub(crate) is_resting: AtomicBool,
     /// Whether its other end has permanently stopped accepting data.
     pub(crate) write_failed: AtomicBool,
     /// The ticket of its last pending reply; see [`crate::persistence`].
@@ -42,6 +44,7 @@ impl Peer {
             socket,
             link: Mutex::new(Link::new(account)),
             in_flight: InFlight::default(),
+            is_resting: AtomicBool::new(false),
             write_failed: AtomicBool::new(false),
             last_promise: AtomicU64::new(0),
         })

@@ -240,6 +240,23 @@ fn guessing_over_tcp_is_rate_limited() {
         .filter(|code| *code == "unauthenticated")
         .count();
     assert_eq!(refused, 20, "{codes:?}");
+    // Whoever goes on is read again, though not at once; others are not affected.
+    let mut wire = server.connect(Via::Tcp);
+    for _ in 0..3 {
+        wire.send(&json!({"action": "challenge", "id": "c"}));
+        wire.send(&json!({
+            "id": "p", "action": "app_proof", "app_id": "a", "app_key": text::encode(&[1; 32]),
+            "client_nonce": text::encode(&[1; 32]), "sig": text::encode(&[1; 64]),
+            "cb_type": "none",
+        }));
+    }
+    App::connect_with(over_tcp(&server, "other")).unwrap();
+    for _ in 0..3 {
+        assert_eq!(code(&wire.receive()), "ok");
+        assert_eq!(code(&wire.receive()), "overloaded");
+    }
+    wire.send(&json!({"action": "handshake", "app_id": "late"}));
+    assert_eq!(wire.receive()["status"], "ok");
 }
 
 #[test]
