@@ -10,12 +10,13 @@ use latzero_tests::hostile::{Innocent, KINDS, Kind, MEMORY_MAX, RESIDENT_MAX, re
 use serde_json::{Value, json};
 
 const HELP: &str = "\
-cargo xtask hostile [--seconds N] [--only TEXT] [--json]
+cargo xtask hostile [--seconds N] [--only TEXT] [--everywhere] [--json]
 
 Measures calls of a well-behaved client without and with each kind of hostile client, and the
-server's peak resident memory. The first line has no hostile client, only busy processors: the
-server does not cause these times. N seconds for each kind [default: 3]; TEXT is part of a kind's
-name.
+server's peak resident memory. The hostile client has one processor, so that the times are the
+server's; with --everywhere it has all of them, and the kernel's time slices of some milliseconds
+count too. The first line has no hostile client, only busy processors: the server does not cause
+these times. N seconds for each kind [default: 3]; TEXT is part of a kind's name.
 ";
 
 /// No attack: what busy processors alone cost, to compare the others with.
@@ -32,6 +33,22 @@ const BUSY: Kind = Kind {
     },
     is_compared: false,
 };
+
+/// Leaves this thread, and those that it starts, one processor, if there are several.
+fn confine() {
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+    let Ok(all) = sched_getaffinity(None) else {
+        return;
+    };
+    let last = (0..CpuSet::MAX_CPU).rfind(|cpu| all.is_set(*cpu));
+    if let Some(last) = last.filter(|_| all.count() > 1) {
+        let mut one = CpuSet::new();
+        one.set(last);
+        if let Err(error) = sched_setaffinity(None, &one) {
+            eprintln!("the hostile client runs on every processor: {error}");
+        }
+    }
+}
 
 /// The longest that a call may take during an attack.
 const MAX_MS: f64 = 50.0;
@@ -68,7 +85,7 @@ fn calls(innocent: &mut Innocent, mut is_enough: impl FnMut() -> bool) -> Times 
 }
 
 /// Measures one kind: calls before the attack, calls during it, and the server's peak memory.
-fn measure(kind: &Kind, time: Duration) -> (Times, Times, u64) {
+fn measure(kind: &Kind, time: Duration, is_confined: bool) -> (Times, Times, u64) {
     let server = Server::with(&[MEMORY_MAX]);
     let mut innocent = Innocent::new(&server);
     let end = Instant::now() + time;
@@ -76,6 +93,9 @@ fn measure(kind: &Kind, time: Duration) -> (Times, Times, u64) {
     let is_over = AtomicBool::new(false);
     let beside = std::thread::scope(|scope| {
         scope.spawn(|| {
+            if is_confined {
+                confine();
+            }
             let end = Instant::now() + time;
             let mut held = Vec::new();
             while Instant::now() < end {
@@ -92,12 +112,16 @@ fn measure(kind: &Kind, time: Duration) -> (Times, Times, u64) {
 }
 
 fn main() -> ExitCode {
-    let (mut seconds, mut only, mut is_json) = (3, String::new(), false);
+    let (mut seconds, mut only, mut is_json, mut is_confined) = (3, String::new(), false, true);
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let taken = match arg.as_str() {
             "--json" => {
                 is_json = true;
+                true
+            }
+            "--everywhere" => {
+                is_confined = false;
                 true
             }
             "--seconds" => args
@@ -123,7 +147,7 @@ fn main() -> ExitCode {
     let mut is_well = true;
     let kinds = std::iter::once(&BUSY).chain(KINDS);
     for kind in kinds.filter(|kind| kind.name.contains(&only)) {
-        let (quiet, beside, peak) = measure(kind, Duration::from_secs(seconds));
+        let (quiet, beside, peak) = measure(kind, Duration::from_secs(seconds), is_confined);
         let ([q50, q99, q_max], [b50, b99, b_max]) = (quiet.figures(), beside.figures());
         let is_fast = b99 <= 2.0 * q99 + 2.0 && b_max < MAX_MS;
         let is_small = peak <= RESIDENT_MAX;
