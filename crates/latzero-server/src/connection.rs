@@ -28,8 +28,8 @@ const SLICE_BYTES: usize = 128 * 1024;
 
 /// How long one connection is handled before the others, and after how many frames the clock is
 /// read.
-const TIME_BUDGET: Duration = Duration::from_millis(1);
-const FRAMES_PER_LOOK: u32 = 16;
+const TIME_BUDGET: Duration = Duration::from_micros(250);
+const FRAMES_PER_LOOK: u32 = 4;
 
 /// How much is read at once when memory is short, in bytes.
 const SMALL_BYTES: usize = 16 * 1024;

@@ -55,9 +55,10 @@ const READ_BYTES: usize = 256 * 1024;
 /// and few enough that their handshakes are read before the limit is reached.
 const ACCEPTS_PER_TURN: usize = 16;
 
-/// How long a turn reads connections, in milliseconds; those that are left wait for the next turn,
-/// after those that become ready. The server's own user is not put off.
-const TURN_MS: u64 = 2;
+/// How long a turn reads connections, in microseconds; those that are left wait for the next turn,
+/// after those that become ready. The server's own user is not put off, so a call of that user
+/// waits for two turns at most: one for the call, one for the answer.
+const TURN_US: u64 = 500;
 
 /// How much time of one turn is spent on TLS handshakes; the rest of them wait for the next turn,
 /// after the connections that are ready then.
@@ -210,7 +211,7 @@ impl EventLoop {
             }
             let now = self.host.now.monotonic;
             self.handshaking = Duration::ZERO;
-            self.late_at = now.after_ms(TURN_MS);
+            self.late_at = Time(now.0 + TURN_US);
             for (at, event) in events.iter().enumerate() {
                 self.handle_event(now, event, at == 0);
             }

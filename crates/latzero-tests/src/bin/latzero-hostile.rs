@@ -13,9 +13,9 @@ const HELP: &str = "\
 cargo xtask hostile [--seconds N] [--only TEXT] [--everywhere] [--json]
 
 Measures calls of a well-behaved client without and with each kind of hostile client, and the
-server's peak resident memory. The hostile client has one processor, so that the times are the
-server's; with --everywhere it has all of them, and the kernel's time slices of some milliseconds
-count too. The first line has no hostile client, only busy processors: the server does not cause
+server's peak resident memory. The hostile client has a processor of its own, so that the times
+are the server's; with --everywhere all have all of them, and the kernel's time slices of some
+milliseconds count too. The first line has no hostile client, only busy processors: the server does not cause
 these times. N seconds for each kind [default: 3]; TEXT is part of a kind's name.
 ";
 
@@ -34,19 +34,34 @@ const BUSY: Kind = Kind {
     is_compared: false,
 };
 
-/// Leaves this thread, and those that it starts, one processor, if there are several.
-fn confine() {
+/// Whose processors a thread has, and the threads and processes that it starts.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    /// The server's and the well-behaved client's: all but the last.
+    Server,
+    /// The hostile client's: the last.
+    Hostile,
+}
+
+/// Leaves this thread the processors of a side, if there are several.
+fn confine(side: Side) {
     use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
-    let Ok(all) = sched_getaffinity(None) else {
+    // Once, because the threads of one side come from the other's.
+    static ALL: std::sync::OnceLock<Option<CpuSet>> = std::sync::OnceLock::new();
+    let Some(all) = ALL.get_or_init(|| sched_getaffinity(None).ok()) else {
         return;
     };
     let last = (0..CpuSet::MAX_CPU).rfind(|cpu| all.is_set(*cpu));
-    if let Some(last) = last.filter(|_| all.count() > 1) {
-        let mut one = CpuSet::new();
-        one.set(last);
-        if let Err(error) = sched_setaffinity(None, &one) {
-            eprintln!("the hostile client runs on every processor: {error}");
+    let mut own = CpuSet::new();
+    for cpu in (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)) {
+        if (side == Side::Hostile) == (last == Some(cpu)) {
+            own.set(cpu);
         }
+    }
+    if all.count() > 1
+        && let Err(error) = sched_setaffinity(None, &own)
+    {
+        eprintln!("server and hostile client share the processors: {error}");
     }
 }
 
@@ -86,6 +101,9 @@ fn calls(innocent: &mut Innocent, mut is_enough: impl FnMut() -> bool) -> Times 
 
 /// Measures one kind: calls before the attack, calls during it, and the server's peak memory.
 fn measure(kind: &Kind, time: Duration, is_confined: bool) -> (Times, Times, u64) {
+    if is_confined {
+        confine(Side::Server);
+    }
     let server = Server::with(&[MEMORY_MAX]);
     let mut innocent = Innocent::new(&server);
     let end = Instant::now() + time;
@@ -94,7 +112,7 @@ fn measure(kind: &Kind, time: Duration, is_confined: bool) -> (Times, Times, u64
     let beside = std::thread::scope(|scope| {
         scope.spawn(|| {
             if is_confined {
-                confine();
+                confine(Side::Hostile);
             }
             let end = Instant::now() + time;
             let mut held = Vec::new();
