@@ -318,11 +318,14 @@ Examples:
   latzero pools
   latzero pools create lab --durable
   latzero pools create lab --policy join=alice,bob --policy serve=alice
+  latzero pools create lab --policy write=uid:1000 --deny call=bob
   latzero pools info lab
   latzero pools remove lab
 
-A policy lists the apps that may join, or serve triggers; `*` means every app. Without a policy,
-every app may."
+A policy says who may join, serve, call, emit, read blocks, and write them. It names apps by AppID,
+users as uid:NUMBER, and apps with a key as key:PUBLIC-KEY; `*` means everybody. Everybody may do
+what it does not mention, and the pool's owner everything. A denied user is also denied over TCP,
+where the server does not know who connects."
     )]
     Pools(PoolsArgs),
     /// Print the presence events of a pool
@@ -1108,9 +1111,13 @@ pub(crate) struct PoolCreateArgs {
     /// Like --encrypted, but blocks are not encrypted; the keys decide who can open them
     #[arg(long)]
     pub(crate) gated: bool,
-    /// Which apps may join, or serve triggers, like join=alice,bob; may be repeated
-    #[arg(long, value_name = "RIGHT=APP,…", value_parser = parse::pair)]
+    /// Who alone may join, serve, call, emit, read or write, like join=alice,uid:1000; may be
+    /// repeated
+    #[arg(long, value_name = "RIGHT=WHO,…", value_parser = parse::pair)]
     pub(crate) policy: Vec<(String, String)>,
+    /// Who may not, like call=bob; may be repeated
+    #[arg(long, value_name = "RIGHT=WHO,…", value_parser = parse::pair)]
+    pub(crate) deny: Vec<(String, String)>,
     /// A property that every app can see; may be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse::pair)]
     pub(crate) property: Vec<(String, String)>,

@@ -117,6 +117,8 @@ refusals! {
         "trigger '{trigger}' cannot be served in pool '{pool}', which belongs to the server"
     Forbidden may_not_serve(app, pool)
         "app '{app}' may not serve triggers in pool '{pool}' (the pool's policy \"serve\")"
+    Forbidden right_is_denied(right, pool)
+        "the policy of pool '{pool}' does not give this app the right '{right}'"
     Storage policy_is_invalid(pool) "the policy of pool '{pool}' is invalid"
     Storage descriptor_is_damaged(pool) "the stored descriptor of pool '{pool}' is invalid"
     BadMessage pool_id_in_use()

@@ -21,7 +21,8 @@ use std::sync::{Arc, Weak};
 use latzero_crypto::Suite;
 use latzero_crypto::keys::Roles;
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
-use latzero_protocol::message::{EventSet, Policy, TriggerSpec, too_many};
+use latzero_protocol::message::{EventSet, TriggerSpec, too_many};
+use latzero_protocol::policy::{Actor, Policy, Right, Rights};
 use latzero_protocol::proof::is_sealed;
 use latzero_protocol::{AppId, BlockId, Body, InstanceId, PoolName, Refusal};
 use serde_json::Value;
@@ -112,8 +113,8 @@ pub struct Membership<D: Driver> {
     pub pool: D::Pool,
     /// The place.
     pub member: MemberKey,
-    /// Whether the app may serve triggers in it.
-    pub may_serve: bool,
+    /// What the pool's policy lets the app do.
+    pub rights: Rights,
     /// What was proved, where the pool is encrypted.
     pub grant: Option<Grant>,
 }
@@ -144,7 +145,7 @@ fn served_as(grant: Option<Grant>, spec: &TriggerSpec) -> Option<Cow<'_, Trigger
 impl<D: Driver> Entrance<D> {
     /// How a trigger is served here, if it is.
     pub(crate) fn served_as<'a>(&self, spec: &'a TriggerSpec) -> Option<Cow<'a, TriggerSpec>> {
-        let spec = self.may_serve.then_some(spec)?;
+        let spec = self.rights.have(Right::Serve).then_some(spec)?;
         served_as(self.grant, spec)
     }
 }
@@ -152,7 +153,7 @@ impl<D: Driver> Entrance<D> {
 impl<D: Driver> Membership<D> {
     /// How a trigger is served here, if it is.
     pub(crate) fn served_as<'a>(&self, spec: &'a TriggerSpec) -> Option<Cow<'a, TriggerSpec>> {
-        let spec = self.may_serve.then_some(spec)?;
+        let spec = self.rights.have(Right::Serve).then_some(spec)?;
         served_as(self.grant, spec)
     }
 
@@ -166,6 +167,18 @@ impl<D: Driver> Membership<D> {
                 Err(refusals::trigger_is_privileged(name, &self.name))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Whether the pool's policy lets the app do something.
+    ///
+    /// # Errors
+    /// `forbidden`.
+    #[inline]
+    pub(crate) fn check_right(&self, right: Right) -> Result<(), Refusal> {
+        match self.rights.have(right) {
+            true => Ok(()),
+            false => Err(refusals::right_is_denied(right.as_str(), &self.name)),
         }
     }
 
@@ -212,7 +225,7 @@ impl<D: Driver> Clone for Membership<D> {
             number: self.number,
             pool: self.pool.clone(),
             member: self.member,
-            may_serve: self.may_serve,
+            rights: self.rights,
             grant: self.grant,
         }
     }
@@ -226,8 +239,8 @@ pub struct Entrance<D: Driver> {
     pub number: u32,
     /// Its handle.
     pub pool: D::Pool,
-    /// Whether the app may serve triggers in it.
-    pub may_serve: bool,
+    /// What the pool's policy lets the app do.
+    pub rights: Rights,
     /// What was proved, where the pool is encrypted.
     pub grant: Option<Grant>,
 }
@@ -254,12 +267,16 @@ struct PoolEntry<D: Driver> {
 }
 
 impl<D: Driver> PoolEntry<D> {
-    fn admits(&self, app: &AppId) -> bool {
-        self.policy.join.contain(app) || self.owner.as_ref() == Some(app)
+    /// What an app may do here.
+    fn rights(&self, actor: &Actor<'_>) -> Rights {
+        match self.owner.as_ref() == Some(actor.app) {
+            true => Rights::ALL,
+            false => self.policy.rights(actor),
+        }
     }
 
-    fn may_serve(&self, app: &AppId) -> bool {
-        self.policy.serve.contain(app) || self.owner.as_ref() == Some(app)
+    fn admits(&self, actor: &Actor<'_>) -> bool {
+        self.rights(actor).have(Right::Join)
     }
 }
 

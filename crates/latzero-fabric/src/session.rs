@@ -23,6 +23,7 @@ use latzero_protocol::frame::{Accept, Frame, FrameError};
 use latzero_protocol::message::{
     Admin, AdminAction, CallRef, Emit, Features, Request, Response, Status, Trigger, TriggerSpec,
 };
+use latzero_protocol::policy::Right;
 use latzero_protocol::{
     Ahead, AppId, Body, CallId, Code, Envelope, InstanceId, PoolName, Ran, Raw, Refusal,
 };
@@ -456,6 +457,7 @@ impl<D: Driver> Session<D> {
             return Err(refusals::draining_calls());
         }
         let m = self.current_membership(trigger.pool.as_deref(), turn)?;
+        m.check_right(Right::Call)?;
         m.check_roles(Roles::Read)?;
         m.check_body(trigger.body)?;
         let routed = turn.with_pool(&m.pool, |pool, turn| {
@@ -577,6 +579,7 @@ impl<D: Driver> Session<D> {
         let ready = self.ready.as_ref().expect("only a ready session lists");
         View {
             app: &ready.app,
+            uid: self.who.uid,
             is_admin: self.terms.is_admin,
             instance: Some(ready.instance),
         }
@@ -584,6 +587,7 @@ impl<D: Driver> Session<D> {
 
     fn emit(&mut self, emit: &Emit<'_>, turn: &mut Turn<'_, D>) -> Result<String, Refusal> {
         let m = self.current_membership(emit.pool.as_deref(), turn)?;
+        m.check_right(Right::Emit)?;
         m.check_roles(Roles::Read)?;
         m.check_body(emit.body)?;
         let delivered = turn.with_pool(&m.pool, |pool, turn| {

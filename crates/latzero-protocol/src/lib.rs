@@ -18,6 +18,7 @@ pub mod memory;
 pub mod message;
 pub mod name;
 pub mod parked;
+pub mod policy;
 pub mod proof;
 pub mod scan;
 

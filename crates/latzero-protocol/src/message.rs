@@ -14,8 +14,8 @@ use crate::limits::{
     ATTEMPTS_DEFAULT, ATTEMPTS_MAX, DOC_BYTES_MAX, KEY_BYTES_MAX, ListBounds, PARKED_TTL_MAX_MS,
     TTL_DEFAULT_MS, TTL_MAX_MS, WINDOW_MAX,
 };
-use crate::memory::{Apps, apps};
 use crate::name::{AppId, PoolName, TriggerName};
+use crate::policy::Policy;
 use crate::proof::{self, AdminProof, AppProof, Chain, Sealed};
 use crate::scan;
 
@@ -418,38 +418,6 @@ pub struct PoolCreate<'a> {
     pub policy: Policy,
     /// The descriptor of an encrypted pool.
     pub sealed: Option<Sealed<'a>>,
-}
-
-/// Which apps may do what in a pool. Its owner may do everything.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Policy {
-    /// Who may be a member.
-    pub join: Apps,
-    /// Who may serve triggers in it.
-    pub serve: Apps,
-}
-
-impl Policy {
-    /// Reads the field `policy`.
-    ///
-    /// # Errors
-    /// `bad_message`, `invalid_name`, `too_large`.
-    pub fn parse(raw: Raw<'_>) -> Result<Policy, Refusal> {
-        if !raw.is_object() {
-            return Err(mistyped("policy", "an object", raw));
-        }
-        let fields = Fields::of(raw.text())?;
-        Ok(Policy {
-            join: apps(&fields, "join")?,
-            serve: apps(&fields, "serve")?,
-        })
-    }
-
-    /// The field as JSON text.
-    #[must_use]
-    pub fn to_json(&self) -> String {
-        serde_json::json!({"join": self.join.names(), "serve": self.serve.names()}).to_string()
-    }
 }
 
 /// Which events a watcher wants.
@@ -1179,6 +1147,23 @@ impl<'a> Fields<'a> {
         Ok(Fields(fields))
     }
 
+    /// Checks that there are no fields but these, where one that is misspelt would do harm.
+    ///
+    /// # Errors
+    /// `bad_message`.
+    pub(crate) fn check_names(&self, of: &str, known: &[&str]) -> Result<(), Refusal> {
+        let unknown = self.0.iter().find(|(name, _)| !known.contains(&&**name));
+        let Some((name, _)) = unknown else {
+            return Ok(());
+        };
+        let text = format!(
+            "there is no '{}' in {of}, only: {}",
+            shorten(name),
+            known.join(", ")
+        );
+        Err(Refusal::new(Code::BadMessage, text))
+    }
+
     /// A field with a value; `null` counts as absent.
     #[must_use]
     pub fn field(&self, name: &str) -> Option<Raw<'a>> {
@@ -1318,7 +1303,7 @@ mod tests {
         };
         check(
             &apps("a64"),
-            "too_large: field 'join' names more than 64 apps; use \"*\"",
+            "too_large: field 'join' of a policy names more than 64",
         );
         // Repetitions are bounded too.
         let pools = ["\"a\""; 49].join(",");

@@ -184,6 +184,7 @@ fn reply(
 ) -> Result<Reply, Refusal> {
     let view = View {
         app: caller,
+        uid: None,
         is_admin: false,
         instance: None,
     };

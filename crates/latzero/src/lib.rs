@@ -81,6 +81,7 @@ pub use face::stream::{ItemOrProgress, Stream};
 pub use keys::{AppKey, Keys};
 pub use latzero_protocol::memory::LockMode;
 pub use latzero_protocol::message::Strategy;
+pub use latzero_protocol::policy::Right;
 pub use latzero_protocol::{Code, InstanceId, Ran};
 pub use payload::{Bytes, Data, FromPayload, IntoPayload, Reply, check_json};
 pub use wire::known_hosts;

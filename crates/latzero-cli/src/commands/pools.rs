@@ -1,6 +1,6 @@
 //! `pools`: lists, creates, shows and removes pools.
 
-use latzero::Keys;
+use latzero::{Keys, Right};
 use serde_json::{Map, Value, json};
 
 use crate::args::{
@@ -10,9 +10,6 @@ use crate::connect::{ConnectOptions, Connection, ListKind, list};
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::names::{did_you_mean, nearest};
 use crate::output::{Cell, Output, Tone, ago, count, toned};
-
-/// The rights in a policy.
-const RIGHTS: [&str; 2] = ["join", "serve"];
 
 pub(crate) fn run(args: &PoolsArgs, output: &Output) -> CommandResult {
     match &args.command {
@@ -78,7 +75,7 @@ fn create(args: &PoolCreateArgs, output: &Output) -> CommandResult {
     } else if args.durable {
         request["durable"] = true.into();
     }
-    if let Some(policy) = policy(&args.policy)? {
+    if let Some(policy) = policy(&args.policy, &args.deny)? {
         request["policy"] = policy;
     }
     if !args.property.is_empty() {
@@ -102,22 +99,22 @@ fn create(args: &PoolCreateArgs, output: &Output) -> CommandResult {
     Ok(Exit::Ok)
 }
 
-fn policy(rights: &[(String, String)]) -> Result<Option<Value>, Failure> {
+/// The policy that allows and denies these rights, if any.
+fn policy(allow: &[(String, String)], deny: &[(String, String)]) -> Result<Option<Value>, Failure> {
     let mut policy: Map<String, Value> = Map::new();
-    for (right, apps) in rights {
-        if !RIGHTS.contains(&right.as_str()) {
-            let text = format!("there is no right '{right}' in a policy");
-            return Err(Failure::usage(text).with_help("write join=APP,… or serve=APP,…"));
+    for (list, rights) in [("allow", allow), ("deny", deny)] {
+        for (right, who) in rights {
+            if !Right::ALL.iter().any(|known| known.as_str() == right) {
+                let text = format!("there is no right '{right}' in a policy");
+                let rights = Right::ALL.map(Right::as_str).join(", ");
+                return Err(Failure::usage(text).with_help(format!("the rights are {rights}")));
+            }
+            let who = who.split(',').filter(|who| !who.is_empty());
+            let rule = policy.entry(right.clone()).or_insert_with(|| json!({}));
+            let mut all = rule[list].as_array().cloned().unwrap_or_default();
+            all.extend(who.map(Value::from));
+            rule[list] = all.into();
         }
-        let apps = apps
-            .split(',')
-            .filter(|app| !app.is_empty())
-            .map(Value::from);
-        let entry = policy.entry(right.clone()).or_insert_with(|| json!([]));
-        entry
-            .as_array_mut()
-            .into_iter()
-            .for_each(|all| all.extend(apps.clone()));
     }
     Ok((!policy.is_empty()).then(|| policy.into()))
 }
@@ -237,13 +234,22 @@ mod tests {
 
     #[test]
     fn policies_are_parsed() {
-        let read = |rights: &[(&str, &str)]| {
-            let rights: Vec<_> = rights.iter().map(|&(a, b)| (a.into(), b.into())).collect();
-            policy(&rights)
+        let pairs = |rights: &[(&str, &str)]| {
+            let pairs = rights.iter().map(|&(a, b)| (a.to_owned(), b.to_owned()));
+            pairs.collect::<Vec<_>>()
         };
-        assert_eq!(read(&[]).unwrap(), None);
-        let both = read(&[("join", "a,b"), ("serve", "a"), ("join", "c")]).unwrap();
-        assert_eq!(both, Some(json!({"join": ["a", "b", "c"], "serve": ["a"]})));
-        assert_eq!(read(&[("rule", "a")]).unwrap_err().exit, Exit::Usage);
+        let read = |allow: &[_], deny: &[_]| policy(&pairs(allow), &pairs(deny));
+        assert_eq!(read(&[], &[]).unwrap(), None);
+        let some = read(
+            &[("join", "a,uid:7"), ("serve", "a"), ("join", "c")],
+            &[("join", "d"), ("call", "b")],
+        );
+        let expected = json!({
+            "join": {"allow": ["a", "uid:7", "c"], "deny": ["d"]}, "serve": {"allow": ["a"]},
+            "call": {"deny": ["b"]},
+        });
+        assert_eq!(some.unwrap(), Some(expected));
+        let unknown = read(&[], &[("rule", "a")]).unwrap_err();
+        assert_eq!(unknown.exit, Exit::Usage);
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
 use latzero_protocol::message::{Handshake, TriggerSpec, too_many, too_many_bytes};
+use latzero_protocol::policy::{Actor, Right};
 use latzero_protocol::{AppId, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
@@ -42,6 +43,7 @@ impl<D: Driver> Registry<D> {
         let unix_ms = turn.unix_ms();
         let app_id = &handshake.app_id;
         self.check_identity(app_id, who, transport)?;
+        let actor = who.actor(app_id);
         // Instances that connected before the AppID had an owner are displaced by the owner.
         let is_known_now = who.uid.is_some() || who.proved.is_some();
         let stays = |instance: &Instance<D>| instance.is_known || !is_known_now;
@@ -71,11 +73,11 @@ impl<D: Driver> Registry<D> {
             registration.pools.retain(|name| {
                 let is_kept = self.is_reserved(app_id, name, now);
                 self.is_sealed(name)
-                    || !is_kept && self.pools.get(name).is_none_or(|p| p.admits(app_id))
+                    || !is_kept && self.pools.get(name).is_none_or(|p| p.admits(&actor))
             });
             // So are triggers that it may no longer serve.
             registration.triggers.retain(|spec| {
-                self.check_service(app_id, std::slice::from_ref(spec))
+                self.check_service(&actor, std::slice::from_ref(spec))
                     .is_ok()
             });
         }
@@ -93,7 +95,7 @@ impl<D: Driver> Registry<D> {
         if transport != Transport::BuiltIn {
             check_reserved(&registration.triggers)?;
         }
-        self.check_policies(app_id, &registration)?;
+        self.check_policies(&actor, &registration)?;
         let kept = |name: &&PoolName| self.is_reserved(app_id, name, now);
         if let Some(name) = registration.pools.iter().find(kept) {
             return Err(refusals::pool_not_open(app_id, name));
@@ -195,7 +197,7 @@ impl<D: Driver> Registry<D> {
         let subscriptions = subscriptions.cloned().collect();
         let pools = joined
             .into_iter()
-            .map(|name| self.enter(unix_ms, app_id, name, &mut places))
+            .map(|name| self.enter(unix_ms, &actor, name, &mut places))
             .collect();
         let triggers = registration.triggers.clone();
         let app = self.apps.get_mut(app_id).expect("it was created above");
@@ -318,7 +320,7 @@ impl<D: Driver> Registry<D> {
     /// Whether the policies of pools allow an app to join, and to serve its triggers where it says.
     pub(super) fn check_policies(
         &self,
-        app_id: &AppId,
+        actor: &Actor<'_>,
         registration: &Registration,
     ) -> Result<(), Refusal> {
         for name in registration
@@ -329,17 +331,17 @@ impl<D: Driver> Registry<D> {
             if self
                 .pools
                 .get(name)
-                .is_some_and(|entry| !entry.admits(app_id))
+                .is_some_and(|entry| !entry.admits(actor))
             {
-                return Err(refusals::pool_not_open(app_id, name));
+                return Err(refusals::pool_not_open(actor.app, name));
             }
         }
-        self.check_service(app_id, &registration.triggers)
+        self.check_service(actor, &registration.triggers)
     }
 
     pub(super) fn check_service(
         &self,
-        app_id: &AppId,
+        actor: &Actor<'_>,
         triggers: &[TriggerSpec],
     ) -> Result<(), Refusal> {
         let named = triggers
@@ -353,11 +355,11 @@ impl<D: Driver> Registry<D> {
             if entry.sealed.is_some() {
                 continue;
             }
-            if !entry.admits(app_id) {
-                return Err(refusals::pool_not_open(app_id, name));
+            if !entry.admits(actor) {
+                return Err(refusals::pool_not_open(actor.app, name));
             }
-            if !entry.may_serve(app_id) {
-                return Err(refusals::may_not_serve(app_id, name));
+            if !entry.rights(actor).have(Right::Serve) {
+                return Err(refusals::may_not_serve(actor.app, name));
             }
             if spec.privileged {
                 return Err(refusals::privileged_in_plain_pool(&spec.name, name));

@@ -5,6 +5,7 @@
 //! it.
 
 use latzero_protocol::limits::SYSTEM_APP;
+use latzero_protocol::policy::Actor;
 use latzero_protocol::{AppId, Refusal};
 
 use super::Registry;
@@ -27,6 +28,18 @@ pub struct Who {
     pub proved: Option<(AppId, [u8; 32])>,
     /// The AppIDs that its TLS certificate names, if it has presented one: it may use no others.
     pub certified: Option<Vec<AppId>>,
+}
+
+impl Who {
+    /// An app on this connection, as policies know it.
+    pub(crate) fn actor<'a>(&'a self, app: &'a AppId) -> Actor<'a> {
+        let key = self.proved.as_ref().filter(|(of, _)| of == app);
+        Actor {
+            app,
+            uid: self.uid,
+            key: key.map(|(_, key)| key),
+        }
+    }
 }
 
 /// The owner of an AppID.

@@ -6,6 +6,7 @@
 use std::ops::Bound;
 
 use latzero_protocol::message::{Page, TriggerSpec};
+use latzero_protocol::policy::Actor;
 use latzero_protocol::{AppId, InstanceId, PoolName, Refusal};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -53,6 +54,8 @@ pub struct Counts {
 pub struct View<'a> {
     /// Its app.
     pub app: &'a AppId,
+    /// Its user, if that is known.
+    pub uid: Option<u32>,
     /// Whether it may see what administrators may.
     pub is_admin: bool,
     /// Its instance, if any: an encrypted pool is visible to the instance that proved it.
@@ -63,8 +66,15 @@ impl<D: Driver> Registry<D> {
     /// Whether a pool is visible to this connection.
     pub(super) fn shows(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
         view.is_admin
-            || (entry.sealed.is_none() && entry.admits(view.app))
+            || (entry.sealed.is_none() && self.may_see(entry, view))
             || self.is_member(entry, view)
+    }
+
+    fn may_see(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
+        // An app with a key has proved it.
+        let key = self.key_of(view.app);
+        let (app, uid, key) = (view.app, view.uid, key.as_ref());
+        entry.admits(&Actor { app, uid, key })
     }
 
     fn is_member(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
@@ -327,7 +337,7 @@ fn pool_json<D: Driver>(name: &PoolName, entry: &PoolEntry<D>, is_inside: bool) 
     let mut description = json!({
         "pool": name, "kind": "local", "durable": entry.durable, "encrypted": false,
         "owner": entry.owner,
-        "policy": {"join": entry.policy.join.names(), "serve": entry.policy.serve.names()},
+        "policy": entry.policy.to_json(),
         "properties": entry.properties, "members": entry.members, "created": entry.created,
     });
     if let Some(sealed) = &entry.sealed {

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use latzero_crypto::descriptor::Descriptor;
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
-use latzero_protocol::memory::Apps;
-use latzero_protocol::message::{Policy, PoolCreate};
+use latzero_protocol::message::PoolCreate;
+use latzero_protocol::policy::{Actor, Policy};
 use latzero_protocol::{AppId, PoolName, Raw, Refusal};
 use serde_json::Value;
 
-use super::{Entrance, PoolEntry, Registry, Sealed, View, sealed};
+use super::{Entrance, PoolEntry, Registry, Sealed, View, Who, sealed};
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Reservation, Resource};
 use crate::now::Time;
@@ -39,7 +39,7 @@ impl NewPool {
     /// About how many bytes of memory it takes. A value takes some times the bytes of its text.
     pub fn bytes(&self) -> usize {
         let properties = self.properties.as_ref().map_or(0, |p| p.to_string().len());
-        1024 + 4 * (properties + self.policy.to_json().len())
+        1024 + 4 * (properties + self.policy.to_json().to_string().len())
     }
 }
 
@@ -73,10 +73,9 @@ impl<D: Driver> Registry<D> {
         let is_damaged = matches!(sealed, Some(None));
         let closed =
             closed.or_else(|| is_damaged.then(|| refusals::descriptor_is_damaged(&row.name)));
-        let policy = policy.filter(|_| !is_damaged).unwrap_or(Policy {
-            join: Apps::These(Vec::new()),
-            serve: Apps::These(Vec::new()),
-        });
+        let policy = policy
+            .filter(|_| !is_damaged)
+            .unwrap_or_else(Policy::closed);
         let entry = self.insert_pool(row.created, row.name, (true, true), None);
         entry.durable = true;
         // A pool that was encrypted never opens as a plain one.
@@ -148,7 +147,7 @@ impl<D: Driver> Registry<D> {
     /// `pool_exists`, `quota`, `too_large`.
     pub fn create_pool(
         &mut self,
-        owner: &AppId,
+        (owner, who): (&AppId, &Who),
         pool: NewPool,
         promise: &D::Peer,
         turn: &mut Turn<'_, D>,
@@ -165,7 +164,7 @@ impl<D: Driver> Registry<D> {
             if entry.sealed.is_some() {
                 return Err(Refusal::unproved());
             }
-            if !entry.admits(owner) {
+            if !entry.admits(&who.actor(owner)) {
                 return Err(refusals::pool_not_open(owner, &name));
             }
             return Err(refusals::pool_exists(&name));
@@ -189,7 +188,7 @@ impl<D: Driver> Registry<D> {
             let row = PoolRow {
                 name: name.clone(),
                 owner: Some(owner.clone()),
-                policy: policy.to_json(),
+                policy: policy.to_json().to_string(),
                 properties: properties.as_ref().map(Value::to_string),
                 created: unix_ms,
                 is_durable: durable,
@@ -301,7 +300,7 @@ impl<D: Driver> Registry<D> {
     pub(super) fn enter(
         &mut self,
         unix_ms: u64,
-        app: &AppId,
+        actor: &Actor<'_>,
         name: PoolName,
         places: &mut Vec<Reservation>,
     ) -> Entrance<D> {
@@ -316,7 +315,7 @@ impl<D: Driver> Registry<D> {
         Entrance {
             number: entry.number,
             pool: entry.pool.clone(),
-            may_serve: entry.may_serve(app),
+            rights: entry.rights(actor),
             grant: None,
             name,
         }

@@ -12,12 +12,13 @@ impl<D: Driver> Registry<D> {
     /// `quota`, `forbidden`.
     pub fn open(
         &mut self,
-        app_id: &AppId,
+        (app_id, who): (&AppId, &Who),
         name: &PoolName,
         promise: &D::Peer,
         turn: &mut Turn<'_, D>,
     ) -> Result<(Entrance<D>, bool), Refusal> {
         let unix_ms = turn.unix_ms();
+        let actor = who.actor(app_id);
         let registered = self.apps.get(app_id).map(|app| app.registration.get());
         let pools = registered.as_ref().map_or(&[][..], |r| &r.pools);
         if self.is_sealed(name) {
@@ -26,7 +27,7 @@ impl<D: Driver> Registry<D> {
         if self
             .pools
             .get(name)
-            .is_some_and(|entry| !entry.admits(app_id))
+            .is_some_and(|entry| !entry.admits(&actor))
         {
             return Err(refusals::pool_not_open(app_id, name));
         }
@@ -45,7 +46,7 @@ impl<D: Driver> Registry<D> {
             Some(place.map_err(Refusal::from)?)
         };
         let mut places = Vec::from_iter(place);
-        let entrance = self.enter(unix_ms, app_id, name.clone(), &mut places);
+        let entrance = self.enter(unix_ms, &actor, name.clone(), &mut places);
         let is_promised = self.remember(app_id, Some(promise), turn, |registration| {
             if !registration.pools.contains(name) {
                 registration.pools.push(name.clone());
@@ -136,7 +137,7 @@ impl<D: Driver> Registry<D> {
     /// `quota`, `forbidden`; nothing was changed.
     pub fn remember_triggers(
         &mut self,
-        app_id: &AppId,
+        (app_id, who): (&AppId, &Who),
         add: &[TriggerSpec],
         transport: Transport,
         promise: &D::Peer,
@@ -145,7 +146,7 @@ impl<D: Driver> Registry<D> {
         if transport != Transport::BuiltIn {
             check_reserved(add)?;
         }
-        self.check_service(app_id, add)?;
+        self.check_service(&who.actor(app_id), add)?;
         let Some(app) = self.apps.get(app_id) else {
             return Ok(false);
         };

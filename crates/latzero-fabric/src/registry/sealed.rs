@@ -13,7 +13,7 @@ use latzero_protocol::proof::Sealed as Asked;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 use serde_json::{Value, json};
 
-use super::{Entrance, Grant, Membership, PoolEntry, Registry, View};
+use super::{Entrance, Grant, Membership, PoolEntry, Registry, View, Who};
 use crate::driver::Driver;
 use crate::refusals;
 use crate::rows::{PoolRow, StoreChange};
@@ -173,7 +173,7 @@ impl<D: Driver> Registry<D> {
     /// `unauthenticated`, `forbidden`, `quota`.
     pub fn open_proved(
         &mut self,
-        app_id: &AppId,
+        (app_id, who): (&AppId, &Who),
         name: &PoolName,
         (descriptor, roles): (&Arc<Descriptor>, Roles),
         is_member: bool,
@@ -186,7 +186,8 @@ impl<D: Driver> Registry<D> {
         if !Arc::ptr_eq(&sealed.descriptor, descriptor) {
             return Err(Refusal::unproved());
         }
-        if !entry.admits(app_id) {
+        let actor = who.actor(app_id);
+        if !entry.admits(&actor) {
             return Err(refusals::pool_not_open(app_id, name));
         }
         let suite = sealed.descriptor.suite();
@@ -212,7 +213,7 @@ impl<D: Driver> Registry<D> {
         });
         let rehydrated = known.is_some();
         let entrance = (!is_member).then(|| {
-            let mut entrance = self.enter(unix_ms, app_id, name.clone(), &mut Vec::new());
+            let mut entrance = self.enter(unix_ms, &actor, name.clone(), &mut Vec::new());
             entrance.grant = Some(Grant { roles, suite });
             entrance
         });
@@ -337,7 +338,7 @@ fn row<D: Driver>(name: &PoolName, entry: &PoolEntry<D>) -> PoolRow {
     PoolRow {
         name: name.clone(),
         owner: entry.owner.clone(),
-        policy: entry.policy.to_json(),
+        policy: entry.policy.to_json().to_string(),
         properties: entry.properties.as_ref().map(Value::to_string),
         created: entry.created,
         is_durable: true,

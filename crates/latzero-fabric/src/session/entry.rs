@@ -231,7 +231,7 @@ impl<D: Driver> Session<D> {
             name,
             number,
             pool,
-            may_serve,
+            rights,
             grant,
         } = entrance;
         match member {
@@ -240,7 +240,7 @@ impl<D: Driver> Session<D> {
                 number,
                 pool,
                 member,
-                may_serve,
+                rights,
                 grant,
             }),
             // Removed after the registry's reply: handled as if it had been removed right

@@ -7,6 +7,7 @@ use latzero_crypto::{Suite, text};
 use latzero_protocol::encode::{self, Attachments};
 use latzero_protocol::limits::{READ_SLACK, SYSTEM_POOL};
 use latzero_protocol::memory::{Access, Action, Create, Kind, LockMode, Memory, Write};
+use latzero_protocol::policy::Right;
 use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 
 use super::Session;
@@ -230,11 +231,9 @@ impl<D: Driver> Session<D> {
     }
 }
 
-/// Checks whether the roles that were proved in an encrypted pool allow a request about blocks.
+/// Checks whether the pool's policy allows a request about blocks, and in an encrypted pool the
+/// roles that were proved.
 fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(), Refusal> {
-    let Some(grant) = m.grant else {
-        return Ok(());
-    };
     let needed = match action {
         Action::List(_)
         | Action::Info(_)
@@ -253,6 +252,14 @@ fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(),
         }
         | Action::Reoffer(_) => Roles::Read,
         _ => Roles::Write,
+    };
+    match needed {
+        Roles::Join => {}
+        Roles::Read => m.check_right(Right::Read)?,
+        Roles::Write => m.check_right(Right::Write)?,
+    }
+    let Some(grant) = m.grant else {
+        return Ok(());
     };
     m.check_roles(needed)?;
     match (grant.suite, action) {

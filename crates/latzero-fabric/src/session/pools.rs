@@ -31,8 +31,9 @@ impl<D: Driver> Session<D> {
         // The triggers of this instance count in addition to the app's registration, which another
         // instance may have replaced.
         crate::registry::check_triggers(&triggers, turn.limits())?;
+        let who = &self.who;
         let is_promised = turn.with_registry(|registry, turn| {
-            registry.remember_triggers(&ready.app, specs, transport, &peer, turn)
+            registry.remember_triggers((&ready.app, who), specs, transport, &peer, turn)
         })?;
         let known: BTreeMap<_, _> = ready.triggers.iter().map(|t| (&t.name, t)).collect();
         let is_news = specs
@@ -131,8 +132,9 @@ impl<D: Driver> Session<D> {
             .clone();
         let name = pool.name.clone();
         let peer = self.peer.clone();
+        let by = (&app, &self.who);
         let is_promised =
-            turn.with_registry(|registry, turn| registry.create_pool(&app, pool, &peer, turn))?;
+            turn.with_registry(|registry, turn| registry.create_pool(by, pool, &peer, turn))?;
         // It may be removed now; the reply is sent anyway.
         let made = turn.with_registry(|registry, _| registry.describe_new_pool(&name));
         let reply = made.map_or_else(
@@ -159,8 +161,9 @@ impl<D: Driver> Session<D> {
             .app
             .clone();
         let peer = self.peer.clone();
+        let by = (&app, &self.who);
         let (entrance, is_promised) =
-            turn.with_registry(|registry, turn| registry.open(&app, name, &peer, turn))?;
+            turn.with_registry(|registry, turn| registry.open(by, name, &peer, turn))?;
         self.enter(entrance, None, turn);
         if !self.settle(turn) {
             let _ = self.overtaken(turn);

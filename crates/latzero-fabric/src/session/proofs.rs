@@ -362,7 +362,13 @@ impl<D: Driver> Session<D> {
             subscriptions,
             restored_ms,
         } = turn.with_registry(|registry, turn| {
-            registry.open_proved(&app, pool, (descriptor, roles), is_member, turn)
+            registry.open_proved(
+                (&app, &self.who),
+                pool,
+                (descriptor, roles),
+                is_member,
+                turn,
+            )
         })?;
         let mut reply = json!({
             "roles": roles.number(), "descriptor": text::encode(descriptor.as_bytes()),

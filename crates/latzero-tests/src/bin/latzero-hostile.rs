@@ -15,8 +15,8 @@ cargo xtask hostile [--seconds N] [--only TEXT] [--everywhere] [--json]
 Measures calls of a well-behaved client without and with each kind of hostile client, and the
 server's peak resident memory. The hostile client has a processor of its own, so that the times
 are the server's; with --everywhere all have all of them, and the kernel's time slices of some
-milliseconds count too. The first line has no hostile client, only busy processors: the server does not cause
-these times. N seconds for each kind [default: 3]; TEXT is part of a kind's name.
+milliseconds count too. The first line has no hostile client, only busy processors: the server
+does not cause these times. N seconds for each kind [default: 3]; TEXT is part of a kind's name.
 ";
 
 /// No attack: what busy processors alone cost, to compare the others with.
