@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import atexit
 import contextvars
-import inspect
 import os
 import sys
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
-from typing import Any, Generic, Literal, TypeVar, cast
-from uuid import uuid4
 
 from . import _latzero
 from ._arrays import flat, numpy
-from ._block import Block, options as _block_options
-from ._decode import Decoder, Mismatch, decoder
+from ._block import Block, _seconds, options as _block_options
 from ._errors import BadRequest, Cancelled, Disconnected, LatZeroError
+from ._lean import TYPE_CHECKING, F, Generic, T
 
-F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from datetime import timedelta
+    from typing import Any, Literal
+
+    from ._decode import Decoder
+
+# Modules that only some programs need are imported where they are used: `import latzero` is to be
+# quick.
+
 _MISSING: Any = object()
 # How long the end of the process waits for running handlers.
 _END_SECONDS = 1.0
@@ -108,10 +110,6 @@ class Answer:
         return f"<latzero.Answer to {self.id!r}>"
 
 
-def _seconds(time: float | timedelta | None) -> float | None:
-    return time.total_seconds() if isinstance(time, timedelta) else time
-
-
 def _payload(data: Any, fields: dict[str, Any]) -> Any:
     if data is _MISSING:
         return fields or None
@@ -125,6 +123,8 @@ def _refuse(message: str) -> BadRequest:
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
+    import inspect
+
     call = getattr(function, "__call__", None)
     return any(
         inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in (function, call)
@@ -148,6 +148,8 @@ def _serving(
     concurrency: int | None, doc: str | None,
 ) -> dict[str, Any]:
     """The options of a handler, as the binding takes them."""
+    import inspect
+
     about = doc if doc is not None else (inspect.getdoc(function) or "").split("\n\n")[0]
     return {
         "pools": pools, "strategy": strategy, "concurrency": concurrency, "doc": about or None,
@@ -166,6 +168,7 @@ def _iterate(inflow: _latzero.Inflow, make: Callable[[Any], T]) -> Iterator[T]:
 
 def _listen(items: Iterator[Any], function: F, thread: str) -> F:
     """Calls `function` with each item, on a thread of this name."""
+    import threading
 
     def run() -> None:
         for item in items:
@@ -250,7 +253,8 @@ class Pending(Generic[T]):
         error = self._result[1]
         if error is not None:
             raise error
-        return cast(T, value)
+        result: T = value
+        return result
 
     def cancel(self) -> None:
         """Cancels the call."""
@@ -286,6 +290,8 @@ def _into(into: Any) -> Callable[[Any], Any]:
     """A function that converts an answer to what the caller wants."""
     if into is None:
         return _same
+    from ._decode import Mismatch, decoder
+
     decode = decoder(into)
 
     def read(value: Any) -> Any:
@@ -305,6 +311,10 @@ def _same(value: Any) -> Any:
 
 def _adapt(function: Callable[..., Any]) -> Callable[[_latzero.Request, Any], Any]:
     """`function` as the binding calls it: with the request and the payload."""
+    import inspect
+
+    from ._decode import Mismatch, decoder
+
     signature = inspect.signature(function, eval_str=True)
     is_async = _is_async(function)
     whole: str | None = None
@@ -385,6 +395,8 @@ class App:
     thread."""
 
     def __init__(self, arguments: tuple[str, dict[str, Any]]) -> None:
+        import threading
+
         self._arguments = arguments
         self._lock = threading.RLock()
         self._open()
@@ -392,6 +404,8 @@ class App:
         _live.add(self)
 
     def _open(self) -> None:
+        import threading
+
         self._closed = threading.Event()
         self._loop: Any = None
 
@@ -410,6 +424,8 @@ class App:
 
     def _forked(self, descriptor: int | None) -> None:
         """In a forked child: releases the parent's connection without a message to the server."""
+        import threading
+
         inner = self._connection
         if inner is not None:
             inner.leak()
@@ -619,7 +635,7 @@ class App:
         exists as long as the `Block`."""
         shape, dtype, data = _shared(array)
         block = self.block(
-            f"share-{uuid4().hex}", shape=shape, dtype=dtype, size=len(data), create="new",
+            f"share-{os.urandom(16).hex()}", shape=shape, dtype=dtype, size=len(data), create="new",
             pool=pool, lifetime="attached",
         )
         with block.write(keep=False) as target:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import timedelta
-from typing import Any
-
 from . import _arrays, _latzero
 from ._errors import BlockError, Timeout
+from ._lean import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import timedelta
+    from typing import Any
 
 # How long one step of a wait without a timeout takes.
 _LONG = 3600.0
 
 
 def _seconds(time: float | timedelta | None) -> Any:
-    return time.total_seconds() if isinstance(time, timedelta) else time
+    return time if time is None or isinstance(time, (int, float)) else time.total_seconds()
 
 
 class BlockInfo:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
 from datetime import timedelta
 from typing import Any, Generic, Literal, TypeVar
-from uuid import uuid4
 
 from . import _latzero
 from ._app import (
@@ -797,7 +797,7 @@ class App:
         exists as long as the `Block`."""
         shape, dtype, data = _shared(array)
         block = await self.block(
-            f"share-{uuid4().hex}", shape=shape, dtype=dtype, size=len(data), create="new",
+            f"share-{os.urandom(16).hex()}", shape=shape, dtype=dtype, size=len(data), create="new",
             pool=pool, lifetime="attached",
         )
         async with block.write(keep=False) as target:
