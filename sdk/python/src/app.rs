@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use latzero::{App, Call, Code, Data, Emit, Parked, Reply, Strategy};
+use latzero::{App, Call, Code, Data, Driver, Emit, Parked, Reply, Strategy};
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -14,8 +14,9 @@ use serde_json::Value;
 use crate::block;
 use crate::codec;
 use crate::errors::{self, exception, wait};
-use crate::handlers::{Trigger, answer, hand_over};
+use crate::handlers::{Trigger, answer, hand_over, run_on};
 use crate::op::{Loop, Op, done, lock, op, plain};
+use crate::pool::Pool;
 use crate::streams::{Inflow, PyItems};
 
 pub(crate) fn seconds(value: f64) -> PyResult<Duration> {
@@ -27,6 +28,18 @@ pub(crate) fn seconds(value: f64) -> PyResult<Duration> {
 pub(crate) struct PyApp {
     app: App,
     tracebacks: bool,
+    /// What drives it, until an event loop takes it.
+    driver: Mutex<Option<Driver>>,
+    /// The threads of plain functions, if an event loop drives the app.
+    pool: Option<Arc<Pool>>,
+}
+
+impl Drop for PyApp {
+    fn drop(&mut self) {
+        if let Some(pool) = &self.pool {
+            pool.stop();
+        }
+    }
 }
 
 fn builder(
@@ -65,7 +78,12 @@ pub(crate) fn connect(py: Python<'_>, url: &str, options: &Bound<'_, PyDict>) ->
     let (builder, tracebacks) = builder(py, url, options)?;
     let app = wait(py, || latzero::blocking::App::connect_with(builder))?;
     let app = app.as_async().clone();
-    Ok(PyApp { app, tracebacks })
+    Ok(PyApp {
+        app,
+        tracebacks,
+        driver: Mutex::default(),
+        pool: None,
+    })
 }
 
 /// Sets the options that calls and emits have in common.
@@ -121,6 +139,11 @@ fn read_value(py: Python<'_>, value: &Value) -> PyResult<Py<PyAny>> {
 }
 
 impl PyApp {
+    /// What drives the app, for the event loop that asks first.
+    pub(crate) fn take_driver(&self) -> Option<Driver> {
+        lock(&self.driver).take()
+    }
+
     fn calling(
         &self,
         name: &str,
@@ -261,7 +284,7 @@ impl PyApp {
     ) -> PyResult<Op> {
         let calling = self.calling(name, data, options)?.send::<Data>();
         let read = |py: Python<'_>, data| Ok(codec::read(py, &data)?.unbind());
-        Ok(op(&self.app, calling, read))
+        Ok(op(&self.app, calling, read).short())
     }
 
     fn reply_op(
@@ -271,7 +294,7 @@ impl PyApp {
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Op> {
         let calling = self.calling(name, data, options)?.reply();
-        Ok(op(&self.app, calling, read_reply))
+        Ok(op(&self.app, calling, read_reply).short())
     }
 
     fn park(
@@ -346,8 +369,8 @@ impl PyApp {
     ) -> PyResult<Op> {
         let emit = self.emitting(name, data, options, one)?;
         Ok(match count {
-            true => plain(&self.app, emit.counted()),
-            false => done(&self.app, emit.into_future()),
+            true => plain(&self.app, emit.counted()).short(),
+            false => done(&self.app, emit.into_future()).short(),
         })
     }
 
@@ -382,17 +405,21 @@ impl PyApp {
             tracebacks: self.tracebacks,
         });
         let _ = py;
-        Ok(match on_loop {
-            None => {
+        Ok(match (on_loop, self.pool.clone()) {
+            (Some(on_loop), _) => {
+                let mailbox = on_loop.mailbox.clone();
+                let take = move |call| hand_over(call, trigger.clone(), &mailbox);
+                done(&self.app, serving.serve_detached(take))
+            }
+            (None, Some(pool)) => {
+                let take = move |call| run_on(&pool, call, trigger.clone());
+                done(&self.app, serving.serve_detached(take))
+            }
+            (None, None) => {
                 let run = move |request: latzero::blocking::Request| {
-                    answer(request.into_async(), &trigger)
+                    answer(Arc::new(request.into_async()), &trigger)
                 };
                 done(&self.app, serving.serve_blocking(run))
-            }
-            Some(on_loop) => {
-                let mailbox = on_loop.mailbox.clone();
-                let run = move |request| hand_over(request, trigger.clone(), mailbox.clone());
-                done(&self.app, serving.serve(run))
             }
         })
     }
@@ -505,13 +532,19 @@ impl PyParked {
     }
 }
 
-/// Connects on a separate thread; an event loop waits for it.
+/// Connects on a separate thread; an event loop waits for it, and drives the app.
 #[pyfunction]
 pub(crate) fn connecting(py: Python<'_>, url: &str, options: &Bound<'_, PyDict>) -> PyResult<Op> {
     let (builder, tracebacks) = builder(py, url, options)?;
+    let threads = codec::take(options, "handler_threads")?.extract()?;
     Ok(Op::connecting(async move {
-        let app = builder.connect().await?;
-        Ok(PyApp { app, tracebacks })
+        let (app, driver) = builder.connect_driven().await?;
+        Ok(PyApp {
+            app,
+            tracebacks,
+            driver: Mutex::new(Some(driver)),
+            pool: Some(Pool::new(threads)),
+        })
     }))
 }
 

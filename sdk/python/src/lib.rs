@@ -9,6 +9,7 @@ mod errors;
 mod gil;
 mod handlers;
 mod op;
+mod pool;
 mod streams;
 
 use pyo3::prelude::*;

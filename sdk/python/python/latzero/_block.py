@@ -134,8 +134,10 @@ class Filling:
             self.array = _arrays.array(self._slot, layout)
             return
         self.array = _arrays.empty(length, layout)
-        if keep:
-            inner.read_into(self.offset, _arrays.flat(self.array))
+
+    def read(self, inner: _latzero.Block) -> None:
+        """Copies the previous version, if the array is not in place."""
+        inner.read_into(self.offset, _arrays.flat(self.array))
 
     def copy(self) -> bytes:
         """The bytes, if they are not in place."""
@@ -164,6 +166,8 @@ class Write:
         self._draft = self._inner.draft(self._wait).wait()
         try:
             self._filling = Filling(self._inner, self._draft, self._keep, self._part)
+            if self._keep and self._filling.is_copy:
+                self._filling.read(self._inner)
         except BaseException:
             self._draft.abandon()
             raise
@@ -196,6 +200,8 @@ class WriterWrite:
         self._version = self._writer.begin()
         try:
             self._filling = Filling(self._inner, self._version, self._keep, self._part)
+            if self._keep and self._filling.is_copy:
+                self._filling.read(self._inner)
         except BaseException:
             self._abandon()
             raise
