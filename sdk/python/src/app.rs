@@ -144,7 +144,7 @@ impl PyApp {
         lock(&self.driver).take()
     }
 
-    fn calling(
+    pub(crate) fn calling(
         &self,
         name: &str,
         data: &Bound<'_, PyAny>,
@@ -157,6 +157,10 @@ impl PyApp {
                 true => call.block_writable(&lent.block),
                 false => call.block(&lent.block),
             };
+        }
+        // As most calls.
+        if options.is_empty() {
+            return Ok(call);
         }
         address!(call, options);
         if let Some(timeout) = options.get_item("timeout")?

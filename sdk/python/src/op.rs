@@ -14,12 +14,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Instant;
 
-use latzero::{App, Driver, Error};
+use latzero::{App, Calling, Data, Driver, Error};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyString};
 use pyo3::{IntoPyObjectExt, intern};
 
 use crate::app::{PyApp, check_process, seconds};
+use crate::codec;
 use crate::errors::{exception, wait_any};
 use crate::gil::detach;
 use crate::handlers::{Incoming, PyAnswer};
@@ -110,12 +112,14 @@ impl Op {
 
     fn take(&self) -> PyResult<State> {
         match std::mem::replace(&mut *lock(&self.state), State::Taken) {
-            State::Taken => Err(PyRuntimeError::new_err(
-                "it is waited for already, or its result was taken",
-            )),
+            State::Taken => Err(taken()),
             state => Ok(state),
         }
     }
+}
+
+fn taken() -> PyErr {
+    PyRuntimeError::new_err("it is waited for already, or its result was taken")
 }
 
 #[pymethods]
@@ -188,8 +192,8 @@ fn finish(py: Python<'_>, result: Result<Make, Error>) -> PyResult<Py<PyAny>> {
 /// What the event loop has to do.
 #[derive(Default)]
 struct Ready {
-    /// Operations that can continue.
-    tokens: Vec<u64>,
+    /// The indices of operations that can continue.
+    woken: Vec<u32>,
     incoming: Vec<Incoming>,
     /// Apps whose driver was woken.
     drivers: Vec<u64>,
@@ -199,7 +203,7 @@ struct Ready {
 
 impl Ready {
     fn is_empty(&self) -> bool {
-        self.tokens.is_empty() && self.incoming.is_empty() && self.drivers.is_empty()
+        self.woken.is_empty() && self.incoming.is_empty() && self.drivers.is_empty()
     }
 }
 
@@ -231,24 +235,28 @@ impl Mailbox {
         ready.is_expected = !ready.is_empty();
         ready.is_expected.then(|| Ready {
             is_expected: true,
-            tokens: std::mem::take(&mut ready.tokens),
+            woken: std::mem::take(&mut ready.woken),
             incoming: std::mem::take(&mut ready.incoming),
             drivers: std::mem::take(&mut ready.drivers),
         })
     }
 }
 
-/// Wakes one operation.
+/// Wakes the operation at an index.
 struct Bell {
     mailbox: Arc<Mailbox>,
-    token: u64,
+    index: u32,
     is_queued: AtomicBool,
 }
 
 impl Wake for Bell {
     fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
         if !self.is_queued.swap(true, Ordering::AcqRel) {
-            self.mailbox.push(|ready| ready.tokens.push(self.token));
+            self.mailbox.push(|ready| ready.woken.push(self.index));
         }
     }
 }
@@ -273,13 +281,100 @@ impl Wake for DriverBell {
     }
 }
 
+/// What an operation in progress does.
+enum Work {
+    /// A call, the most frequent one, without the boxes of the others.
+    Call(Calling<Data>),
+    Any(Running),
+}
+
+/// The result of an operation, before it is a Python object.
+enum Made {
+    Data(Data),
+    Any(Make),
+}
+
+impl Work {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Made, Error>> {
+        match self {
+            Work::Call(calling) => Pin::new(calling).poll(cx).map_ok(Made::Data),
+            Work::Any(running) => running.as_mut().poll(cx).map_ok(Made::Any),
+        }
+    }
+}
+
 /// An operation in progress, with the asyncio future that waits for it.
 struct Task {
-    running: Running,
+    work: Work,
+    /// Whether polling it takes so little time that the GIL is kept.
     is_short: bool,
     future: Py<PyAny>,
+}
+
+/// A place for a task. Its waker is made once: one that wakes a later task too early does no harm.
+struct Slot {
     bell: Arc<Bell>,
     waker: Waker,
+    /// How many tasks have left it, so that the token of a former one is recognised.
+    generation: u32,
+    /// None while it is polled, and if the slot is free.
+    task: Option<Task>,
+}
+
+/// The operations in progress.
+#[derive(Default)]
+struct Tasks {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+}
+
+impl Tasks {
+    /// A free slot; returns its index and its generation.
+    fn reserve(&mut self, mailbox: &Arc<Mailbox>) -> (u32, u32) {
+        if let Some(index) = self.free.pop() {
+            return (index, self.slots[index as usize].generation);
+        }
+        let index = u32::try_from(self.slots.len()).expect("memory ends before that");
+        let bell = Arc::new(Bell {
+            mailbox: mailbox.clone(),
+            index,
+            is_queued: AtomicBool::new(false),
+        });
+        self.slots.push(Slot {
+            waker: Waker::from(bell.clone()),
+            bell,
+            generation: 0,
+            task: None,
+        });
+        (index, 0)
+    }
+
+    /// Frees a slot after its task has ended.
+    fn release(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        slot.generation = slot.generation.wrapping_add(1);
+        self.free.push(index);
+    }
+
+    /// The task of a token is no longer wanted.
+    fn cancel(&mut self, token: u64) -> Option<Task> {
+        let (generation, index) = ((token >> 32) as u32, token as u32);
+        let slot = self.slots.get_mut(index as usize)?;
+        if slot.generation != generation {
+            return None;
+        }
+        match slot.task.take() {
+            Some(task) => {
+                self.release(index);
+                Some(task)
+            }
+            None => {
+                // It is polled now, and dropped after that.
+                slot.generation = generation.wrapping_add(1);
+                None
+            }
+        }
+    }
 }
 
 /// An app of the loop.
@@ -299,7 +394,7 @@ pub(crate) struct Loop {
     inbox: UnixStream,
     /// A weak reference to the Python object that asks the event loop.
     owner: Py<PyAny>,
-    tasks: Mutex<HashMap<u64, Task>>,
+    tasks: Mutex<Tasks>,
     drivers: Mutex<HashMap<u64, Driven>>,
     next: AtomicU64,
 }
@@ -348,23 +443,58 @@ impl Loop {
         Ok(result)
     }
 
-    /// Polls a task; keeps it if it is not done.
-    fn poll(&self, py: Python<'_>, token: u64, mut task: Task) -> PyResult<()> {
-        task.bell.is_queued.store(false, Ordering::Release);
-        let mut poll = || {
-            let cx = &mut Context::from_waker(&task.waker);
-            task.running.as_mut().poll(cx)
+    /// Starts an operation; returns its token.
+    fn begin_task(&self, py: Python<'_>, task: Task) -> PyResult<u64> {
+        let (index, generation) = lock(&self.tasks).reserve(&self.mailbox);
+        self.gather(py, || self.poll(py, index, generation, task))??;
+        Ok(u64::from(generation) << 32 | u64::from(index))
+    }
+
+    /// Polls the task at an index, if there is one.
+    fn poll_woken(&self, py: Python<'_>, index: u32) -> PyResult<()> {
+        let (task, generation) = {
+            let slot = &mut lock(&self.tasks).slots[index as usize];
+            slot.bell.is_queued.store(false, Ordering::Release);
+            (slot.task.take(), slot.generation)
         };
+        task.map_or(Ok(()), |task| self.poll(py, index, generation, task))
+    }
+
+    /// Polls a task; keeps it in its slot if it is not done.
+    fn poll(&self, py: Python<'_>, index: u32, generation: u32, mut task: Task) -> PyResult<()> {
+        let waker = lock(&self.tasks).slots[index as usize].waker.clone();
+        let mut poll = || task.work.poll(&mut Context::from_waker(&waker));
         let polled = match task.is_short {
             true => poll(),
             false => detach(py, poll),
         };
         let Poll::Ready(result) = polled else {
-            lock(&self.tasks).insert(token, task);
+            let mut tasks = lock(&self.tasks);
+            let slot = &mut tasks.slots[index as usize];
+            if slot.generation == generation {
+                slot.task = Some(task);
+                return Ok(());
+            }
+            tasks.free.push(index);
+            drop(tasks);
+            drop(task);
             return Ok(());
         };
+        {
+            let mut tasks = lock(&self.tasks);
+            if tasks.slots[index as usize].generation == generation {
+                tasks.release(index);
+            } else {
+                tasks.free.push(index);
+            }
+        }
         let future = task.future.bind(py);
-        let set = match finish(py, result) {
+        let made = match result {
+            Ok(Made::Data(data)) => codec::read(py, &data).map(Bound::unbind),
+            Ok(Made::Any(make)) => make(py),
+            Err(error) => Err(exception(py, &error)),
+        };
+        let set = match made {
             Ok(object) => future.call_method1(intern!(py, "set_result"), (object,)),
             Err(error) => {
                 let error = error.into_value(py);
@@ -419,11 +549,8 @@ impl Loop {
             for key in ready.drivers {
                 note(&mut done, self.drive_on(py, key));
             }
-            for token in ready.tokens {
-                let task = lock(&self.tasks).remove(&token);
-                if let Some(task) = task {
-                    note(&mut done, self.poll(py, token, task));
-                }
+            for index in ready.woken {
+                note(&mut done, self.poll_woken(py, index));
             }
             for incoming in ready.incoming {
                 note(&mut done, incoming.begin(py, self));
@@ -502,38 +629,48 @@ impl Loop {
 
     /// Starts an operation, whose result is set on `future`; returns its number, for `cancel`.
     fn start(&self, py: Python<'_>, op: &Op, future: Py<PyAny>) -> PyResult<u64> {
-        let token = self.number();
-        let bell = Arc::new(Bell {
-            mailbox: self.mailbox.clone(),
-            token,
-            is_queued: AtomicBool::new(false),
-        });
         op.app
             .as_ref()
             .map_or(Ok(()), |app| check_process(py, app))?;
         let running = match op.take()? {
             State::Running(running) => running,
             State::Ready(result) => Box::pin(std::future::ready(result)),
-            State::Taken => return Ok(token),
+            State::Taken => return Err(taken()),
         };
         let task = Task {
-            running,
+            work: Work::Any(running),
             is_short: op.is_short,
             future,
-            waker: Waker::from(bell.clone()),
-            bell,
         };
-        self.gather(py, || self.poll(py, token, task))??;
-        Ok(token)
+        self.begin_task(py, task)
+    }
+
+    /// Like `start`, for a call.
+    fn call(
+        &self,
+        app: &PyApp,
+        name: &Bound<'_, PyString>,
+        data: &Bound<'_, PyAny>,
+        options: &Bound<'_, PyDict>,
+        future: Py<PyAny>,
+    ) -> PyResult<u64> {
+        let py = name.py();
+        let calling = app.calling(name.to_str()?, data, options)?.send::<Data>();
+        let task = Task {
+            work: Work::Call(calling),
+            is_short: true,
+            future,
+        };
+        self.begin_task(py, task)
     }
 
     /// Ends an operation early, if it is in progress.
     fn cancel(&self, py: Python<'_>, token: u64) -> PyResult<()> {
-        let task = lock(&self.tasks).remove(&token);
-        let Some(Task { running, .. }) = task else {
+        let task = lock(&self.tasks).cancel(token);
+        let Some(Task { work, .. }) = task else {
             return Ok(());
         };
-        self.gather(py, || detach(py, || drop(running)))
+        self.gather(py, || detach(py, || drop(work)))
     }
 
     /// Answers a request.
@@ -578,10 +715,16 @@ impl Loop {
 
     /// Drops all operations. A thread drives the apps on that are still open.
     fn close(&self, py: Python<'_>) {
-        let tasks = std::mem::take(&mut *lock(&self.tasks));
+        let tasks = {
+            let mut tasks = lock(&self.tasks);
+            let slots = tasks.slots.iter_mut();
+            slots
+                .filter_map(|slot| slot.task.take())
+                .collect::<Vec<_>>()
+        };
         let drivers = std::mem::take(&mut *lock(&self.drivers));
         let incoming = std::mem::take(&mut lock(&self.mailbox.ready).incoming);
-        let running: Vec<_> = tasks.into_values().map(|task| task.running).collect();
-        detach(py, || drop((running, incoming, drivers)));
+        let work: Vec<_> = tasks.into_iter().map(|task| task.work).collect();
+        detach(py, || drop((work, incoming, drivers)));
     }
 }

@@ -138,6 +138,37 @@ def test_cancelling_a_task_cancels_the_call_and_its_handler(on_loop):
         assert await calls.ping() >= 0
 
 
+def test_answers_find_their_calls_while_others_are_cancelled(on_loop):
+    import random
+
+    @on_loop
+    async def test(serves, calls):
+        @serves.serve
+        async def later(n: int):
+            await asyncio.sleep(n % 7 / 1000)
+            return n
+
+        await serves.ready()
+        rng = random.Random(4)
+
+        async def one(n):
+            assert await calls.call("later", n=n) == n
+            return n
+
+        for _ in range(10):
+            tasks = [asyncio.create_task(one(n)) for n in range(200)]
+            cancelled = set()
+            for _ in range(6):
+                await asyncio.sleep(rng.random() / 400)
+                for n in rng.sample(range(200), 20):
+                    if tasks[n].cancel():
+                        cancelled.add(n)
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            for n, result in enumerate(results):
+                is_cancelled = isinstance(result, asyncio.CancelledError)
+                assert is_cancelled and n in cancelled or result == n
+
+
 def test_streams(on_loop):
     @on_loop
     async def test(serves, calls):

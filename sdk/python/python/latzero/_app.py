@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # quick.
 
 _MISSING: Any = object()
+_NONE_OF_THEM = (None,) * 7
+_NO_OPTIONS: dict[str, Any] = {}
 # How long the end of the process waits for running handlers.
 _END_SECONDS = 1.0
 # How often `App.wait` checks whether the app has ended.
@@ -137,6 +139,8 @@ def _calling(
     id: str | None = None,
 ) -> dict[str, Any]:
     """The options of a call, as the binding takes them."""
+    if not redeliver and (timeout, to, pool, key, headers, idempotency_key, id) == _NONE_OF_THEM:
+        return _NO_OPTIONS
     return {
         "timeout": _seconds(timeout), "to": to, "pool": pool, "key": key, "headers": headers,
         "idempotency_key": idempotency_key, "redeliver": redeliver, "id": id,

@@ -101,13 +101,18 @@ class _Loop:
 
     async def run(self, op: _latzero.Op) -> Any:
         """Waits for an operation. It ends early if this does."""
+        # Without a callback on the future, which would cost each operation a turn of the loop.
         future, token = self._begin_op(op)
         try:
             return await future
-        finally:
-            # Without a callback on the future, which would cost each call a turn of the loop.
-            if not future.done() or future.cancelled():
-                self.inner.cancel(token)
+        except BaseException:
+            self.cancel(token, future)
+            raise
+
+    def cancel(self, token: int, future: asyncio.Future[Any]) -> None:
+        """Ends an operation early, unless its wait ended by its own result."""
+        if not future.done() or future.cancelled():
+            self.inner.cancel(token)
 
     def _begin(
         self, handler: Callable[[Any, Any], Any], request: Request, data: Any,
@@ -673,9 +678,20 @@ class App:
         """Calls the trigger `name` with `data`, or with the fields as an object; returns the
         answer. Cancelling the task cancels the call."""
         options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
-        read = _into(into)
-        op = self._connection.call_op(name, _payload(data, fields), options)
-        return read(await self._start(op))
+        data = _payload(data, fields)
+        read = None if into is None else _into(into)
+        if self._registering:
+            self._raise_refusal()
+        # Like `_Loop.run`, which would cost another coroutine.
+        work = self._work
+        future = work.check().create_future()
+        token = work.inner.call(self._connection, name, data, options, future)
+        try:
+            result = await future
+        except BaseException:
+            work.cancel(token, future)
+            raise
+        return result if read is None else read(result)
 
     async def reply(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
@@ -768,10 +784,13 @@ class App:
     def _start(self, op: _latzero.Op) -> Coroutine[Any, Any, Any]:
         # A refusal is raised by the next thing that is awaited.
         if self._registering:
-            for future in [f for f in self._registering if f.done()]:
-                self._registering.discard(future)
-                future.result()
+            self._raise_refusal()
         return self._work.run(op)
+
+    def _raise_refusal(self) -> None:
+        for future in [f for f in self._registering if f.done()]:
+            self._registering.discard(future)
+            future.result()
 
     async def unserve(self, name: str) -> None:
         """Stops serving `name`. Running calls are finished."""
