@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use latzero::{App, Call, Code, Data, Driver, Emit, Parked, Reply, Strategy};
+use latzero::{App, Call, Calling, Code, Data, Driver, Emit, Parked, Reply, Strategy};
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -17,6 +17,7 @@ use crate::errors::{self, exception, wait};
 use crate::handlers::{Trigger, answer, hand_over, run_on};
 use crate::op::{Loop, Op, done, lock, op, plain};
 use crate::pool::Pool;
+use crate::share::Lent;
 use crate::streams::{Inflow, PyItems};
 
 pub(crate) fn seconds(value: f64) -> PyResult<Duration> {
@@ -127,6 +128,13 @@ pub(crate) fn headers_dict<'py>(
     Ok(dict)
 }
 
+/// The answer of a call, whose end is noted.
+pub(crate) async fn ending<T>(calling: Calling<T>, lent: Lent) -> Result<T, latzero::Error> {
+    let result = calling.await;
+    lent.end(&result);
+    result
+}
+
 /// The answer and its headers.
 fn read_reply(py: Python<'_>, reply: Reply) -> PyResult<Py<PyAny>> {
     let headers = headers_dict(py, reply.headers())?;
@@ -149,9 +157,10 @@ impl PyApp {
         name: &str,
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
-    ) -> PyResult<Call> {
+    ) -> PyResult<(Call, Lent)> {
         let (data, blocks) = codec::write_call(data)?;
         let mut call = self.app.call(name, &data);
+        let mut shares = Lent::of(blocks.iter().filter_map(|lent| lent.share.clone()));
         for lent in &blocks {
             call = match lent.is_writable {
                 true => call.block_writable(&lent.block),
@@ -160,7 +169,7 @@ impl PyApp {
         }
         // As most calls.
         if options.is_empty() {
-            return Ok(call);
+            return Ok((call, shares));
         }
         address!(call, options);
         if let Some(timeout) = options.get_item("timeout")?
@@ -175,11 +184,13 @@ impl PyApp {
             && redeliver.is_truthy()?
         {
             call = call.redeliver();
+            // An earlier handler may run on after another one has answered.
+            drop(std::mem::take(&mut shares));
         }
         if let Some(id) = text(options, "id")? {
             call = call.id(&id);
         }
-        Ok(call)
+        Ok((call, shares))
     }
 
     fn emitting(
@@ -260,9 +271,13 @@ impl PyApp {
         options: &Bound<'py, PyDict>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = name.py();
-        let call = self.calling(name.to_str()?, data, options)?;
+        let (call, lent) = self.calling(name.to_str()?, data, options)?;
         let call = latzero::blocking::Call::from(call);
-        let answer = wait(py, || call.send::<Data>())?;
+        let answer = wait(py, || {
+            let answer = call.send::<Data>();
+            lent.end(&answer);
+            answer
+        })?;
         codec::read(py, &answer)
     }
 
@@ -274,9 +289,13 @@ impl PyApp {
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Py<PyAny>> {
         let py = name.py();
-        let call = self.calling(name.to_str()?, data, options)?;
+        let (call, lent) = self.calling(name.to_str()?, data, options)?;
         let call = latzero::blocking::Call::from(call);
-        let reply = wait(py, || call.reply())?;
+        let reply = wait(py, || {
+            let reply = call.reply();
+            lent.end(&reply);
+            reply
+        })?;
         read_reply(py, reply)
     }
 
@@ -286,9 +305,9 @@ impl PyApp {
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Op> {
-        let calling = self.calling(name, data, options)?.send::<Data>();
+        let (call, lent) = self.calling(name, data, options)?;
         let read = |py: Python<'_>, data| Ok(codec::read(py, &data)?.unbind());
-        Ok(op(&self.app, calling, read).short())
+        Ok(op(&self.app, ending(call.send::<Data>(), lent), read).short())
     }
 
     fn reply_op(
@@ -297,8 +316,8 @@ impl PyApp {
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Op> {
-        let calling = self.calling(name, data, options)?.reply();
-        Ok(op(&self.app, calling, read_reply).short())
+        let (call, lent) = self.calling(name, data, options)?;
+        Ok(op(&self.app, ending(call.reply(), lent), read_reply).short())
     }
 
     fn park(
@@ -307,7 +326,7 @@ impl PyApp {
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Op> {
-        let parking = self.calling(name, data, options)?.send_parked();
+        let parking = self.calling(name, data, options)?.0.send_parked();
         let app = self.app.clone();
         Ok(op(&self.app, parking, move |py, parked| {
             let id = parked.id().to_owned();
@@ -342,7 +361,7 @@ impl PyApp {
         options: &Bound<'_, PyDict>,
         window: u64,
     ) -> PyResult<PyItems> {
-        let call = self.calling(name, data, options)?.window(window);
+        let call = self.calling(name, data, options)?.0.window(window);
         Ok(PyItems::new(&self.app, call.stream()))
     }
 

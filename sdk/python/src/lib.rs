@@ -10,6 +10,7 @@ mod gil;
 mod handlers;
 mod op;
 mod pool;
+mod share;
 mod streams;
 
 use pyo3::prelude::*;

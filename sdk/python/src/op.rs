@@ -20,7 +20,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 use pyo3::{IntoPyObjectExt, intern};
 
-use crate::app::{PyApp, check_process, seconds};
+use crate::app::{PyApp, check_process, ending, seconds};
 use crate::codec;
 use crate::errors::{exception, wait_any};
 use crate::gil::detach;
@@ -655,9 +655,18 @@ impl Loop {
         future: Py<PyAny>,
     ) -> PyResult<u64> {
         let py = name.py();
-        let calling = app.calling(name.to_str()?, data, options)?.send::<Data>();
+        let (call, lent) = app.calling(name.to_str()?, data, options)?;
+        let calling = call.send::<Data>();
+        let work = match lent.is_empty() {
+            true => Work::Call(calling),
+            false => Work::Any(Box::pin(async move {
+                let data = ending(calling, lent).await?;
+                let make: Make = Box::new(move |py| Ok(codec::read(py, &data)?.unbind()));
+                Ok(make)
+            })),
+        };
         let task = Task {
-            work: Work::Call(calling),
+            work,
             is_short: true,
             future,
         };

@@ -276,8 +276,13 @@ def test_blocks(on_loop):
         assert view.version == 5
         async with block.lock() as lock:
             assert lock.is_held
-        shared = await calls.share(np.arange(5, dtype="f8"))
-        assert await calls.call("mean", frame=shared) == 2
+        ids = set()
+        for _ in range(3):
+            shared = await calls.share(np.arange(5, dtype="f8"))
+            assert await calls.call("mean", frame=shared) == 2
+            ids.add(shared.id)
+            del shared
+        assert len(ids) == 1
         await block.resize(800)
         assert view.stale and (await block.info())["size"] == 800
         await block.remove()

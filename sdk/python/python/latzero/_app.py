@@ -10,7 +10,7 @@ import weakref
 
 from . import _latzero
 from ._arrays import flat, numpy
-from ._block import Block, _seconds, options as _block_options
+from ._block import Block, Shares, _seconds, is_ours_alone, options as _block_options
 from ._errors import BadRequest, Cancelled, Disconnected, LatZeroError
 from ._lean import TYPE_CHECKING, F, Generic, T
 
@@ -412,6 +412,7 @@ class App:
 
         self._closed = threading.Event()
         self._loop: Any = None
+        self._shares = Shares()
 
     @property
     def _inner(self) -> _latzero.App:
@@ -635,15 +636,30 @@ class App:
         return self._inner.blocks(pool).wait()
 
     def share(self, array: Any, *, pool: str | None = None) -> Block:
-        """Copies an array into a new block with a generated name, as an argument of calls. It
-        exists as long as the `Block`."""
+        """Copies an array into a block with a generated name, as an argument of calls. Once the
+        `Block` and its views are gone, and its calls were answered, a later `share` of this size
+        uses it again."""
         shape, dtype, data = _shared(array)
-        block = self.block(
-            f"share-{os.urandom(16).hex()}", shape=shape, dtype=dtype, size=len(data), create="new",
-            pool=pool, lifetime="attached",
+        key = pool, shape, dtype, len(data)
+        kept = self._shares.take(key)
+        if kept is not None:
+            try:
+                if is_ours_alone(kept.info().wait()):
+                    return self._fill(key, kept, data)
+            except LatZeroError:
+                pass  # It ended with an earlier connection.
+        options = _block_options(
+            shape, dtype, len(data), "new", None, pool, "shared", "snapshot", 2, None, None,
+            "attached",
         )
+        made = self._inner.block(f"share-{os.urandom(16).hex()}", options).wait()
+        return self._fill(key, made.kept(), data)
+
+    def _fill(self, key: Any, kept: _latzero.Block, data: memoryview) -> Block:
+        block = Block(kept.lend())
         with block.write(keep=False) as target:
             flat(target)[:] = data
+        self._shares.keep(key, kept)
         return block
 
     def join(self, pool: str) -> None:
@@ -693,6 +709,7 @@ class App:
     def _close(self, within: float | None) -> None:
         if not self._closed.is_set():
             self._closed.set()
+            self._shares.clear()
             try:
                 if self._connection is not None:
                     self._connection.close(within)

@@ -118,6 +118,44 @@ class BlockInfo:
         return bytes(target)
 
 
+class Shares:
+    """The blocks that `App.share` made last. One is filled again once nothing uses it: no handle,
+    no view, and no call whose handler may still run."""
+
+    __slots__ = ("_kept",)
+
+    # How many are kept for each app.
+    _COUNT_MAX = 4
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Any, _latzero.Block]] = []
+
+    def take(self, key: Any) -> _latzero.Block | None:
+        """One that nothing here uses any more; the server knows whether others do."""
+        for entry in list(self._kept):
+            if entry[0] == key and entry[1].is_free:
+                try:
+                    self._kept.remove(entry)
+                except ValueError:
+                    continue  # Another thread was faster.
+                return entry[1]
+        return None
+
+    def keep(self, key: Any, kept: _latzero.Block) -> None:
+        """Keeps one, and the newest of the others."""
+        self._kept.append((key, kept))
+        del self._kept[:-self._COUNT_MAX]
+
+    def clear(self) -> None:
+        """Keeps none."""
+        self._kept.clear()
+
+
+def is_ours_alone(info: dict[str, Any]) -> bool:
+    """Whether no other app is attached to a block."""
+    return bool(info["attachments_total"] == 1)
+
+
 class Filling:
     """The array of a version that is being written, in place if the block is mapped."""
 

@@ -22,7 +22,7 @@ from ._app import (
     _is_async, _live, _options, _payload, _same, _serving, _shared,
 )
 from ._arrays import flat
-from ._block import BlockInfo, Filling, _seconds
+from ._block import BlockInfo, Filling, Shares, _seconds, is_ours_alone
 from ._block import options as _block_options
 from ._errors import Cancelled, LatZeroError, Timeout
 from ._latzero import AioRequest as Request
@@ -609,6 +609,7 @@ class App:
         self._closed = asyncio.Event()
         self._work = _of_running_loop()
         self._work.drive(inner)
+        self._shares = Shares()
         self._registering: set[asyncio.Future[Any]] = set()
         _live.add(self)
 
@@ -875,15 +876,30 @@ class App:
         return await self._start(self._inner.blocks(pool))
 
     async def share(self, array: Any, *, pool: str | None = None) -> Block:
-        """Copies an array into a new block with a generated name, as an argument of calls. It
-        exists as long as the `Block`."""
+        """Copies an array into a block with a generated name, as an argument of calls. Once the
+        `Block` and its views are gone, and its calls were answered, a later `share` of this size
+        uses it again."""
         shape, dtype, data = _shared(array)
-        block = await self.block(
-            f"share-{os.urandom(16).hex()}", shape=shape, dtype=dtype, size=len(data), create="new",
-            pool=pool, lifetime="attached",
+        key = pool, shape, dtype, len(data)
+        kept = self._shares.take(key)
+        if kept is not None:
+            try:
+                if is_ours_alone(await self._start(kept.info())):
+                    return await self._fill(key, kept, data)
+            except LatZeroError:
+                pass  # It ended with an earlier connection.
+        options = _block_options(
+            shape, dtype, len(data), "new", None, pool, "shared", "snapshot", 2, None, None,
+            "attached",
         )
+        made = await self._start(self._inner.block(f"share-{os.urandom(16).hex()}", options))
+        return await self._fill(key, made.kept(), data)
+
+    async def _fill(self, key: Any, kept: _latzero.Block, data: memoryview) -> Block:
+        block = Block(kept.lend())
         async with block.write(keep=False) as target:
             flat(target)[:] = data
+        self._shares.keep(key, kept)
         return block
 
     async def join(self, pool: str) -> None:
@@ -924,6 +940,7 @@ class App:
         """Closes the connection, after waiting up to five seconds for running handlers."""
         if not self._closed.is_set():
             self._closed.set()
+            self._shares.clear()
             for future in self._registering:
                 future.cancel()
             await self._work.run(self._inner.close_op())
