@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import pickle
 import queue
 import subprocess
@@ -473,3 +474,60 @@ def test_share_makes_another_block_after_a_restart():
                     break
                 except latzero.Disconnected:
                     pass
+
+
+def in_debug(latzero_server, body, url):
+    """Runs a script with a block `b` of four bytes, which is called `url`, under LATZERO_DEBUG."""
+    script = (
+        "import latzero, numpy as np, sys, gc\n"
+        "app = latzero.connect(sys.argv[1], transient=True)\n"
+        "b = app.block(app.app_id, shape=4, dtype='u1', create=True)\n" + body
+    )
+    ran = subprocess.run(
+        [sys.executable, "-W", "always::ResourceWarning", "-c", script, latzero_server.url(url)],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "LATZERO_DEBUG": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout, ran.stderr
+
+
+@pytest.mark.parametrize("end", ["del s", "b.read()", "sys.exit()"])
+@pytest.mark.parametrize("how", ["b.write()", "w.write(keep=False)"])
+def test_debug_finds_a_write_after_the_end(latzero_server, end, how):
+    name = f"debug-{len(end)}-{len(how)}"
+    out, err = in_debug(latzero_server, f"""
+w = b.writer()
+if {how[0] == "w"}:
+    w.__enter__()
+with {how} as a:
+    a[:] = 1
+    s = a[1:]
+w.__exit__()
+s[:] = 9
+print(b.read().tolist(), a.flags.writeable, flush=True)
+del a
+{end}
+""", name)
+    assert out == "[1, 1, 1, 1] False\n"
+    assert f"ResourceWarning: an array of block default/{name} was written after" in err
+
+
+def test_debug_changes_nothing_else(latzero_server):
+    out, err = in_debug(latzero_server, """
+with b.write() as a:
+    a[:] = [1, 2, 3, 4]
+with b.write(part=slice(1, 3)) as a:
+    assert a.tolist() == [2, 3]
+    a *= 2
+with b.writer() as w:
+    with w.write() as a:
+        a += 1
+try:
+    with b.write() as a:
+        a[:] = 0
+        1 / 0
+except ZeroDivisionError:
+    pass
+print(b.read().tolist(), b.version)
+""", "debug-else")
+    assert (out, err) == ("[2, 5, 7, 5] 3\n", "")

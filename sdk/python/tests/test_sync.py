@@ -232,7 +232,10 @@ def test_ctrl_c_ends_a_waiting_call(pair):
 def test_the_app_reconnects(latzero_server):
     with latzero.testing.server() as server, latzero.connect(server.url("again")) as app:
         app.serve("f", lambda: 1)
+        told = queue.Queue()
+        app.on_state(told.put)
         server.restart()
+        assert [told.get(timeout=30) for _ in range(2)] == ["disconnected", "connected"]
         assert app.call("f", to="again", timeout=10) == 1
 
 

@@ -22,6 +22,8 @@ from ._program import find_program
 if TYPE_CHECKING:
     from typing import Any
 
+    from . import aio as aio
+
 __all__ = [
     "Answer", "App", "BadRequest", "Block", "BlockError", "Cancelled", "CryptoFailed",
     "Disconnected", "Event", "Failure", "Forbidden", "HandlerFailed", "LatZeroError", "Parked",

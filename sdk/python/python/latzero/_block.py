@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from . import _arrays, _latzero
 from ._errors import BlockError, Timeout
 from ._lean import TYPE_CHECKING
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 # How long one step of a wait without a timeout takes.
 _LONG = 3600.0
+# Whether writes after the end of a version are looked for.
+_IS_DEBUG = os.environ.get("LATZERO_DEBUG") == "1"
 
 
 def _seconds(time: float | timedelta | None) -> Any:
@@ -159,13 +163,21 @@ def is_ours_alone(info: dict[str, Any]) -> bool:
 class Filling:
     """The array of a version that is being written, in place if the block is mapped."""
 
-    __slots__ = ("array", "offset", "is_copy", "_slot")
+    __slots__ = ("array", "offset", "is_copy", "_slot", "_memory", "_name")
 
     def __init__(
         self, inner: _latzero.Block, target: Any, keep: bool, part: slice | None
     ) -> None:
         layout = inner.layout
         self.offset, length, layout = _arrays.part_of(part, inner.nbytes, layout)
+        self._memory: Any = None
+        if _IS_DEBUG:
+            from ._debug import Memory
+
+            self._slot, self.is_copy = None, True
+            self._memory, self._name = Memory(length), f"{inner.pool}/{inner.id}"
+            self.array = _arrays.array(self._memory, layout)
+            return
         self._slot = None if target is None else target.expose(self.offset, length, keep)
         self.is_copy = self._slot is None
         if self._slot is not None:
@@ -186,6 +198,13 @@ class Filling:
         _arrays.close(self.array)
         if self._slot is not None:
             self._slot.close()
+        if self._memory is not None:
+            self._memory.end(self._name)
+
+
+def begin(writer: _latzero.Writer) -> _latzero.Version | None:
+    """Begins a version; `None` if it is written by copying."""
+    return None if _IS_DEBUG else writer.begin()
 
 
 class Write:
@@ -235,7 +254,7 @@ class WriterWrite:
         self.version: int | None = None
 
     def __enter__(self) -> Any:
-        self._version = self._writer.begin()
+        self._version = begin(self._writer)
         try:
             self._filling = Filling(self._inner, self._version, self._keep, self._part)
             if self._keep and self._filling.is_copy:

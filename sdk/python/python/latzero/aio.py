@@ -22,7 +22,7 @@ from ._app import (
     _is_async, _live, _options, _payload, _same, _serving, _shared,
 )
 from ._arrays import flat
-from ._block import BlockInfo, Filling, Shares, _seconds, is_ours_alone
+from ._block import BlockInfo, Filling, Shares, _seconds, begin, is_ours_alone
 from ._block import options as _block_options
 from ._errors import Cancelled, LatZeroError, Timeout
 from ._latzero import AioRequest as Request
@@ -385,7 +385,7 @@ class WriterWrite:
         self.version: int | None = None
 
     async def __aenter__(self) -> Any:
-        self._version = self._writer.begin()
+        self._version = begin(self._writer)
         try:
             self._filling = await _fill(self._inner, self._version, self._keep, self._part)
         except BaseException:
