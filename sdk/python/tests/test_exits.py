@@ -58,22 +58,24 @@ for wait in (
     threading.Thread(target=run, daemon=True).start()
 for _ in range(5):
     inside.acquire(timeout=20)
-if way == "interrupted wait":
-    # Said inside of the wait: an interrupt before it is not the wait's.
-    waits = app._closed.wait
-    def wait(timeout):
+begun = []
+waits = app._closed.wait
+def wait(timeout):
+    # Inside of the wait: an interrupt before it is not the wait's.
+    if not begun:
+        begun.append(True)
         print("ready", flush=True)
-        return waits(timeout)
-    app._closed.wait = wait
-else:
+        if way == "handler":
+            begun.append(app.submit("interrupts", to=me))
+    return waits(timeout)
+app._closed.wait = wait
+if way not in ("interrupted wait", "handler"):
     print("ready", flush=True)
 if way == "exception":
     raise RuntimeError("the end")
 elif way == "interrupt":
     time.sleep(60)
 elif way != "normal":
-    if way == "handler":
-        last = app.submit("interrupts", to=me)
     try:
         app.wait()
     except latzero.Timeout:
