@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use latzero::{App, Call, Code, Data, Emit, Parked, Reply, Strategy};
+use latzero::{App, Call, Calling, Code, Data, Driver, Emit, Parked, Reply, Strategy};
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -14,8 +14,10 @@ use serde_json::Value;
 use crate::block;
 use crate::codec;
 use crate::errors::{self, exception, wait};
-use crate::handlers::{Trigger, answer, hand_over};
+use crate::handlers::{Trigger, answer, hand_over, run_on};
 use crate::op::{Loop, Op, done, lock, op, plain};
+use crate::pool::Pool;
+use crate::share::Lent;
 use crate::streams::{Inflow, PyItems};
 
 pub(crate) fn seconds(value: f64) -> PyResult<Duration> {
@@ -27,6 +29,18 @@ pub(crate) fn seconds(value: f64) -> PyResult<Duration> {
 pub(crate) struct PyApp {
     app: App,
     tracebacks: bool,
+    /// What drives it, until an event loop takes it.
+    driver: Mutex<Option<Driver>>,
+    /// The threads of plain functions, if an event loop drives the app.
+    pool: Option<Arc<Pool>>,
+}
+
+impl Drop for PyApp {
+    fn drop(&mut self) {
+        if let Some(pool) = &self.pool {
+            pool.stop();
+        }
+    }
 }
 
 fn builder(
@@ -65,7 +79,12 @@ pub(crate) fn connect(py: Python<'_>, url: &str, options: &Bound<'_, PyDict>) ->
     let (builder, tracebacks) = builder(py, url, options)?;
     let app = wait(py, || latzero::blocking::App::connect_with(builder))?;
     let app = app.as_async().clone();
-    Ok(PyApp { app, tracebacks })
+    Ok(PyApp {
+        app,
+        tracebacks,
+        driver: Mutex::default(),
+        pool: None,
+    })
 }
 
 /// Sets the options that calls and emits have in common.
@@ -117,6 +136,13 @@ pub(crate) fn headers_dict<'py>(
     Ok(dict)
 }
 
+/// The answer of a call, whose end is noted.
+pub(crate) async fn ending<T>(calling: Calling<T>, lent: Lent) -> Result<T, latzero::Error> {
+    let result = calling.await;
+    lent.end(&result);
+    result
+}
+
 /// The answer and its headers.
 fn read_reply(py: Python<'_>, reply: Reply) -> PyResult<Py<PyAny>> {
     let headers = headers_dict(py, reply.headers())?;
@@ -129,19 +155,29 @@ fn read_value(py: Python<'_>, value: &Value) -> PyResult<Py<PyAny>> {
 }
 
 impl PyApp {
-    fn calling(
+    /// What drives the app, for the event loop that asks first.
+    pub(crate) fn take_driver(&self) -> Option<Driver> {
+        lock(&self.driver).take()
+    }
+
+    pub(crate) fn calling(
         &self,
         name: &str,
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
-    ) -> PyResult<Call> {
+    ) -> PyResult<(Call, Lent)> {
         let (data, blocks) = codec::write_call(data)?;
         let mut call = self.app.call(name, &data);
+        let mut shares = Lent::of(blocks.iter().filter_map(|lent| lent.share.clone()));
         for lent in &blocks {
             call = match lent.is_writable {
                 true => call.block_writable(&lent.block),
                 false => call.block(&lent.block),
             };
+        }
+        // As most calls.
+        if options.is_empty() {
+            return Ok((call, shares));
         }
         address!(call, options);
         if let Some(timeout) = options.get_item("timeout")?
@@ -154,11 +190,13 @@ impl PyApp {
         }
         if flag(options, "redeliver")? {
             call = call.redeliver();
+            // An earlier handler may run on after another one has answered.
+            drop(std::mem::take(&mut shares));
         }
         if let Some(id) = text(options, "id")? {
             call = call.id(&id);
         }
-        Ok(call)
+        Ok((call, shares))
     }
 
     fn emitting(
@@ -239,9 +277,13 @@ impl PyApp {
         options: &Bound<'py, PyDict>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = name.py();
-        let call = self.calling(name.to_str()?, data, options)?;
+        let (call, lent) = self.calling(name.to_str()?, data, options)?;
         let call = latzero::blocking::Call::from(call);
-        let answer = wait(py, || call.send::<Data>())?;
+        let answer = wait(py, || {
+            let answer = call.send::<Data>();
+            lent.end(&answer);
+            answer
+        })?;
         codec::read(py, &answer)
     }
 
@@ -253,9 +295,13 @@ impl PyApp {
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Py<PyAny>> {
         let py = name.py();
-        let call = self.calling(name.to_str()?, data, options)?;
+        let (call, lent) = self.calling(name.to_str()?, data, options)?;
         let call = latzero::blocking::Call::from(call);
-        let reply = wait(py, || call.reply())?;
+        let reply = wait(py, || {
+            let reply = call.reply();
+            lent.end(&reply);
+            reply
+        })?;
         read_reply(py, reply)
     }
 
@@ -265,9 +311,9 @@ impl PyApp {
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Op> {
-        let calling = self.calling(name, data, options)?.send::<Data>();
+        let (call, lent) = self.calling(name, data, options)?;
         let read = |py: Python<'_>, data| Ok(codec::read(py, &data)?.unbind());
-        Ok(op(&self.app, calling, read))
+        Ok(op(&self.app, ending(call.send::<Data>(), lent), read).short())
     }
 
     fn reply_op(
@@ -276,8 +322,8 @@ impl PyApp {
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Op> {
-        let calling = self.calling(name, data, options)?.reply();
-        Ok(op(&self.app, calling, read_reply))
+        let (call, lent) = self.calling(name, data, options)?;
+        Ok(op(&self.app, ending(call.reply(), lent), read_reply).short())
     }
 
     fn park(
@@ -286,7 +332,7 @@ impl PyApp {
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Op> {
-        let parking = self.calling(name, data, options)?.send_parked();
+        let parking = self.calling(name, data, options)?.0.send_parked();
         let app = self.app.clone();
         Ok(op(&self.app, parking, move |py, parked| {
             let id = parked.id().to_owned();
@@ -321,7 +367,7 @@ impl PyApp {
         options: &Bound<'_, PyDict>,
         window: u64,
     ) -> PyResult<PyItems> {
-        let call = self.calling(name, data, options)?.window(window);
+        let call = self.calling(name, data, options)?.0.window(window);
         Ok(PyItems::new(&self.app, call.stream()))
     }
 
@@ -352,8 +398,8 @@ impl PyApp {
     ) -> PyResult<Op> {
         let emit = self.emitting(name, data, options, one)?;
         Ok(match count {
-            true => plain(&self.app, emit.counted()),
-            false => done(&self.app, emit.into_future()),
+            true => plain(&self.app, emit.counted()).short(),
+            false => done(&self.app, emit.into_future()).short(),
         })
     }
 
@@ -391,17 +437,21 @@ impl PyApp {
             tracebacks: self.tracebacks,
         });
         let _ = py;
-        Ok(match on_loop {
-            None => {
+        Ok(match (on_loop, self.pool.clone()) {
+            (Some(on_loop), _) => {
+                let mailbox = on_loop.mailbox.clone();
+                let take = move |call| hand_over(call, trigger.clone(), &mailbox);
+                done(&self.app, serving.serve_detached(take))
+            }
+            (None, Some(pool)) => {
+                let take = move |call| run_on(&pool, call, trigger.clone());
+                done(&self.app, serving.serve_detached(take))
+            }
+            (None, None) => {
                 let run = move |request: latzero::blocking::Request| {
-                    answer(request.into_async(), &trigger)
+                    answer(Arc::new(request.into_async()), &trigger)
                 };
                 done(&self.app, serving.serve_blocking(run))
-            }
-            Some(on_loop) => {
-                let mailbox = on_loop.mailbox.clone();
-                let run = move |request| hand_over(request, trigger.clone(), mailbox.clone());
-                done(&self.app, serving.serve(run))
             }
         })
     }
@@ -514,13 +564,19 @@ impl PyParked {
     }
 }
 
-/// Connects on a separate thread; an event loop waits for it.
+/// Connects on a separate thread; an event loop waits for it, and drives the app.
 #[pyfunction]
 pub(crate) fn connecting(py: Python<'_>, url: &str, options: &Bound<'_, PyDict>) -> PyResult<Op> {
     let (builder, tracebacks) = builder(py, url, options)?;
+    let threads = codec::take(options, "handler_threads")?.extract()?;
     Ok(Op::connecting(async move {
-        let app = builder.connect().await?;
-        Ok(PyApp { app, tracebacks })
+        let (app, driver) = builder.connect_driven().await?;
+        Ok(PyApp {
+            app,
+            tracebacks,
+            driver: Mutex::new(Some(driver)),
+            pool: Some(Pool::new(threads)),
+        })
     }))
 }
 

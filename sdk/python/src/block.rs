@@ -17,6 +17,7 @@ use crate::errors::{exception, raised, wait};
 use crate::gil::detach;
 use crate::handlers::Face;
 use crate::op::{Op, done, lock, op, plain};
+use crate::share::Share;
 use crate::streams::Inflow;
 
 /// How the bytes of a block are read: a dtype of numpy, and a shape.
@@ -43,6 +44,8 @@ impl Layout {
 #[pyclass(name = "Block", frozen, module = "latzero._latzero")]
 pub(crate) struct PyBlock {
     pub(crate) block: Block,
+    /// If `share` made it.
+    pub(crate) share: Option<Share>,
 }
 
 /// Opens a block: creates it, or attaches to it.
@@ -55,7 +58,7 @@ pub(crate) fn open(app: &App, id: &str, options: &Bound<'_, PyDict>) -> PyResult
     if let Some((dtype, shape)) = &layout {
         name = name.layout(dtype, shape);
     }
-    let wrap = |py: Python<'_>, block: Block| PyBlock { block }.into_py_any(py);
+    let wrap = |py: Python<'_>, block: Block| PyBlock::new(block).into_py_any(py);
     let create = text(options, "create")?;
     let Some(create) = create else {
         let write: Option<bool> = codec::take(options, "write")?.extract()?;
@@ -108,7 +111,7 @@ pub(crate) fn open(app: &App, id: &str, options: &Bound<'_, PyDict>) -> PyResult
 
 impl PyBlock {
     pub(crate) fn new(block: Block) -> Self {
-        PyBlock { block }
+        PyBlock { block, share: None }
     }
 
     /// The block in this API.
@@ -182,6 +185,28 @@ impl PyBlock {
         Layout::of(&self.block).to_python(py)
     }
 
+    /// The same block, as what `share` keeps.
+    fn kept(&self) -> PyBlock {
+        PyBlock {
+            block: self.block.clone(),
+            share: Some(Share::default()),
+        }
+    }
+
+    /// Of what `share` keeps: whether it may be filled again.
+    #[getter]
+    fn is_free(&self) -> bool {
+        self.share.as_ref().is_some_and(Share::is_free)
+    }
+
+    /// Of what `share` keeps: a handle of it.
+    fn lend(&self) -> PyBlock {
+        PyBlock {
+            block: self.block.clone(),
+            share: self.share.clone(),
+        }
+    }
+
     /// Copies a version from `offset` on into a buffer, on this thread and without the GIL; returns
     /// the version.
     fn read_into(&self, py: Python<'_>, offset: u64, out: &Bound<'_, PyAny>) -> PyResult<u64> {
@@ -191,7 +216,7 @@ impl PyBlock {
     }
 
     fn view(&self) -> Op {
-        let block = self.block.clone();
+        let (block, share) = (self.block.clone(), self.share.clone());
         self.op(
             async move |block| block.owned_view().await,
             move |py, view| {
@@ -203,6 +228,7 @@ impl PyBlock {
                     view,
                     layout,
                     form,
+                    _share: share,
                 }
                 .into_py_any(py)
             },

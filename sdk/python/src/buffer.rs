@@ -18,6 +18,7 @@ use pyo3::types::PyTuple;
 
 use crate::block::Layout;
 use crate::errors;
+use crate::share::Share;
 
 /// Fills in `view` with `length` bytes that lie at `start` and belong to `owner`.
 ///
@@ -146,6 +147,8 @@ pub(crate) struct PyView {
     pub(crate) view: OwnedView,
     pub(crate) layout: Layout,
     pub(crate) form: Option<Form>,
+    /// A block of `share` is not filled again while there is a view of it.
+    pub(crate) _share: Option<Share>,
 }
 
 #[pymethods]

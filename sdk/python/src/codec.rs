@@ -15,6 +15,7 @@ use serde_json::value::RawValue;
 use crate::block::{PyBlock, PyWritable};
 use crate::errors::bad_request;
 use crate::handlers::Face;
+use crate::share::Share;
 
 /// How many levels the data may nest: a message has 64 at most, and is one itself.
 const DEPTH_MAX: usize = 63;
@@ -96,9 +97,11 @@ struct Out {
 pub(crate) struct LentBlock {
     pub(crate) block: latzero::Block,
     pub(crate) is_writable: bool,
+    pub(crate) share: Option<Share>,
 }
 
-fn append_block(block: &latzero::Block, is_writable: bool, out: &mut Out) {
+fn append_block(object: &PyBlock, is_writable: bool, out: &mut Out) {
+    let block = &object.block;
     let reference = block.reference().to_string();
     out.json.extend_from_slice(reference.as_bytes());
     let is_same =
@@ -108,6 +111,7 @@ fn append_block(block: &latzero::Block, is_writable: bool, out: &mut Out) {
         None => out.blocks.push(LentBlock {
             block: block.clone(),
             is_writable,
+            share: object.share.clone(),
         }),
     }
 }
@@ -167,9 +171,9 @@ fn append(object: &Bound<'_, PyAny>, out: &mut Out, place: &Place<'_>) -> PyResu
     {
         return Err(place.refuse(py, "bytes inside JSON: send them whole, or as a block"));
     } else if let Ok(block) = object.cast::<PyBlock>() {
-        append_block(&block.get().block, false, out);
+        append_block(block.get(), false, out);
     } else if let Ok(block) = object.cast::<PyWritable>() {
-        append_block(&block.get().0.get().block, true, out);
+        append_block(block.get().0.get(), true, out);
     } else {
         // What the standard library and users define is turned into what JSON has by the face.
         let plain = py.import("latzero._encode")?.getattr("plain")?;

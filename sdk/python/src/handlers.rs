@@ -1,11 +1,11 @@
 //! Python functions as handlers: on threads that the client runs, and as tasks of an event loop.
 
-use std::pin::Pin;
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll, Waker};
+use std::task::{Wake, Waker};
 
-use latzero::{Data, HandlerError, Request};
+use latzero::{Data, HandlerError, Request, Unanswered};
 use pyo3::exceptions::PyStopIteration;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyIterator, PyTuple};
 
@@ -14,7 +14,8 @@ use crate::block::PyBlock;
 use crate::codec::{self, Lender};
 use crate::errors::{self, exception, handler_error};
 use crate::gil::{attach, call, detach};
-use crate::op::{Mailbox, Op, done, lock};
+use crate::op::{Loop, Mailbox, Op, done, lock};
+use crate::pool::Pool;
 
 /// The state that the requests of one trigger share.
 pub(crate) struct Trigger {
@@ -26,8 +27,7 @@ pub(crate) struct Trigger {
 }
 
 /// Runs a plain function on the thread that took the request.
-pub(crate) fn answer(request: Request, trigger: &Trigger) -> Result<Data, HandlerError> {
-    let request = Arc::new(request);
+pub(crate) fn answer(request: Arc<Request>, trigger: &Trigger) -> Result<Data, HandlerError> {
     let run = |py: Python<'_>| -> PyResult<Data> {
         let (incoming, data) = arrive(py, request.clone(), trigger, Face::Blocking)?;
         let arguments = (incoming, data).into_pyobject(py)?;
@@ -228,123 +228,83 @@ impl PyAioRequest {
     }
 }
 
-/// Where a task leaves its answer for the client.
-#[derive(Default)]
-struct Slot {
-    result: Option<Result<Data, HandlerError>>,
-    waker: Option<Waker>,
-    task: Option<Py<PyAny>>,
+/// A call that a task of an event loop answers.
+pub(crate) struct Begun {
+    call: Unanswered,
+    trigger: Arc<Trigger>,
 }
 
-/// The client's half: ready once the task has answered. Dropping it earlier cancels the task.
-pub(crate) struct Answering {
-    slot: Arc<Mutex<Slot>>,
+/// Cancels the task of a handler when its caller no longer wants the answer.
+struct CancelBell {
     mailbox: Arc<Mailbox>,
-    is_over: bool,
+    task: Mutex<Option<Py<PyAny>>>,
 }
 
-impl Future for Answering {
-    type Output = Result<Data, HandlerError>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let result = {
-            let mut slot = lock(&self.slot);
-            if slot.result.is_none() {
-                slot.waker = Some(cx.waker().clone());
-            }
-            slot.result.take()
-        };
-        match result {
-            Some(result) => {
-                self.is_over = true;
-                Poll::Ready(result)
-            }
-            None => Poll::Pending,
+impl Wake for CancelBell {
+    fn wake(self: Arc<Self>) {
+        if let Some(task) = lock(&self.task).take() {
+            self.mailbox.push_incoming(Incoming::Cancel(task));
         }
     }
-}
-
-impl Drop for Answering {
-    fn drop(&mut self) {
-        if !self.is_over {
-            self.mailbox.push_incoming(Incoming::Cancel(Unanswered {
-                slot: self.slot.clone(),
-            }));
-        }
-    }
-}
-
-/// The event loop's half of a request that has no answer yet.
-pub(crate) struct Unanswered {
-    slot: Arc<Mutex<Slot>>,
 }
 
 /// An event about a request, for an event loop.
 pub(crate) enum Incoming {
     /// A new request.
-    Begin {
-        request: Request,
-        trigger: Arc<Trigger>,
-        slot: Unanswered,
-    },
-    /// The caller no longer wants the answer.
-    Cancel(Unanswered),
+    Begin(Begun),
+    /// The caller no longer wants the answer of this task.
+    Cancel(Py<PyAny>),
 }
 
 /// Passes a request to an event loop.
-pub(crate) fn hand_over(
-    request: Request,
-    trigger: Arc<Trigger>,
-    mailbox: Arc<Mailbox>,
-) -> Answering {
-    let slot = Arc::new(Mutex::new(Slot::default()));
-    mailbox.push_incoming(Incoming::Begin {
-        request,
-        trigger,
-        slot: Unanswered { slot: slot.clone() },
-    });
-    Answering {
-        slot,
-        mailbox,
-        is_over: false,
-    }
+pub(crate) fn hand_over(call: Unanswered, trigger: Arc<Trigger>, mailbox: &Mailbox) {
+    mailbox.push_incoming(Incoming::Begin(Begun { call, trigger }));
+}
+
+/// Runs a plain function on a thread of `pool`.
+pub(crate) fn run_on(pool: &Arc<Pool>, call: Unanswered, trigger: Arc<Trigger>) {
+    pool.run(Box::new(move || {
+        let request = call.request().clone();
+        // Nobody waits for the answer of a call that was cancelled before it began.
+        if !request.is_cancelled() {
+            call.answer(answer(request, &trigger));
+        }
+    }));
 }
 
 impl Incoming {
-    /// Begins or cancels the task. `begin` makes the task of a handler, a request, its payload and
-    /// the place for the answer.
-    pub(crate) fn begin(self, py: Python<'_>, begin: &Bound<'_, PyAny>) -> PyResult<()> {
-        let (request, trigger, slot) = match self {
-            Incoming::Begin {
-                request,
-                trigger,
-                slot,
-            } => (request, trigger, slot.slot),
-            Incoming::Cancel(unanswered) => {
-                let task = lock(&unanswered.slot).task.take();
-                if let Some(task) = task {
-                    task.call_method0(py, "cancel")?;
-                }
+    /// Begins or cancels the task.
+    pub(crate) fn begin(self, py: Python<'_>, on: &Loop) -> PyResult<()> {
+        let Begun { call, trigger } = match self {
+            Incoming::Begin(begun) => begun,
+            Incoming::Cancel(task) => {
+                return task.call_method0(py, intern!(py, "cancel")).map(drop);
+            }
+        };
+        let request = call.request().clone();
+        if request.is_cancelled() {
+            return Ok(());
+        }
+        let arrived = arrive(py, request, &trigger, Face::Asyncio);
+        let (request, data) = match arrived {
+            Ok(arrived) => arrived,
+            Err(error) => {
+                call.answer::<Data>(Err(handler_error(py, &error, trigger.tracebacks)));
                 return Ok(());
             }
         };
         let place = PyAnswer {
-            slot: slot.clone(),
+            call: Mutex::new(Some(call)),
             tracebacks: trigger.tracebacks,
         };
-        let arrived = arrive(py, Arc::new(request), &trigger, Face::Asyncio);
-        let (request, data) = match arrived {
-            Ok(arrived) => arrived,
-            Err(error) => {
-                place.end(Err(handler_error(py, &error, trigger.tracebacks)));
-                return Ok(());
-            }
-        };
         let place = Bound::new(py, place)?;
-        let task = begin.call1((trigger.handler.bind(py), request, data, place))?;
-        let mut slot = lock(&slot);
-        if slot.result.is_none() {
-            slot.task = Some(task.unbind());
+        let task = on.begin(trigger.handler.bind(py), request, data, &place)?;
+        if let Some(call) = &*lock(&place.get().call) {
+            let bell = CancelBell {
+                mailbox: on.mailbox.clone(),
+                task: Mutex::new(Some(task.unbind())),
+            };
+            call.on_cancel(&Waker::from(Arc::new(bell)));
         }
         Ok(())
     }
@@ -353,36 +313,29 @@ impl Incoming {
 /// Where a task leaves its answer.
 #[pyclass(name = "Answer", frozen, module = "latzero._latzero")]
 pub(crate) struct PyAnswer {
-    slot: Arc<Mutex<Slot>>,
+    call: Mutex<Option<Unanswered>>,
     tracebacks: bool,
 }
 
 impl PyAnswer {
     fn end(&self, result: Result<Data, HandlerError>) {
-        let waker = {
-            let mut slot = lock(&self.slot);
-            slot.task = None;
-            slot.result = Some(result);
-            slot.waker.take()
-        };
-        if let Some(waker) = waker {
-            waker.wake();
+        let call = lock(&self.call).take();
+        if let Some(call) = call {
+            call.answer(result);
         }
     }
-}
 
-#[pymethods]
-impl PyAnswer {
     /// Answers.
-    fn send(&self, py: Python<'_>, result: &Bound<'_, PyAny>) {
+    pub(crate) fn send(&self, result: &Bound<'_, PyAny>) {
         match codec::write(result) {
             Ok(data) => self.end(Ok(data)),
-            Err(error) => self.end(Err(handler_error(py, &error, self.tracebacks))),
+            Err(error) => self.end(Err(handler_error(result.py(), &error, self.tracebacks))),
         }
     }
 
     /// Answers with what the handler raised.
-    fn fail(&self, py: Python<'_>, raised: Bound<'_, PyAny>) {
+    pub(crate) fn fail(&self, raised: Bound<'_, PyAny>) {
+        let py = raised.py();
         let error = PyErr::from_value(raised);
         self.end(Err(handler_error(py, &error, self.tracebacks)));
     }
@@ -391,15 +344,9 @@ impl PyAnswer {
 impl Drop for PyAnswer {
     fn drop(&mut self) {
         // A task that never ran, or was cancelled by its own side.
-        let is_open = {
-            let slot = lock(&self.slot);
-            slot.result.is_none()
-        };
-        if is_open {
-            self.end(Err(HandlerError::new(
-                "handler_error",
-                "the handler was cancelled before it answered",
-            )));
-        }
+        self.end(Err(HandlerError::new(
+            "handler_error",
+            "the handler was cancelled before it answered",
+        )));
     }
 }

@@ -9,6 +9,8 @@ mod errors;
 mod gil;
 mod handlers;
 mod op;
+mod pool;
+mod share;
 mod streams;
 
 use pyo3::prelude::*;

@@ -138,6 +138,37 @@ def test_cancelling_a_task_cancels_the_call_and_its_handler(on_loop):
         assert await calls.ping() >= 0
 
 
+def test_answers_find_their_calls_while_others_are_cancelled(on_loop):
+    import random
+
+    @on_loop
+    async def test(serves, calls):
+        @serves.serve
+        async def later(n: int):
+            await asyncio.sleep(n % 7 / 1000)
+            return n
+
+        await serves.ready()
+        rng = random.Random(4)
+
+        async def one(n):
+            assert await calls.call("later", n=n) == n
+            return n
+
+        for _ in range(10):
+            tasks = [asyncio.create_task(one(n)) for n in range(200)]
+            cancelled = set()
+            for _ in range(6):
+                await asyncio.sleep(rng.random() / 400)
+                for n in rng.sample(range(200), 20):
+                    if tasks[n].cancel():
+                        cancelled.add(n)
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            for n, result in enumerate(results):
+                is_cancelled = isinstance(result, asyncio.CancelledError)
+                assert is_cancelled and n in cancelled or result == n
+
+
 def test_streams(on_loop):
     @on_loop
     async def test(serves, calls):
@@ -245,8 +276,13 @@ def test_blocks(on_loop):
         assert view.version == 5
         async with block.lock() as lock:
             assert lock.is_held
-        shared = await calls.share(np.arange(5, dtype="f8"))
-        assert await calls.call("mean", frame=shared) == 2
+        ids = set()
+        for _ in range(3):
+            shared = await calls.share(np.arange(5, dtype="f8"))
+            assert await calls.call("mean", frame=shared) == 2
+            ids.add(shared.id)
+            del shared
+        assert len(ids) == 1
         await block.resize(800)
         assert view.stale and (await block.info())["size"] == 800
         await block.remove()
@@ -262,6 +298,170 @@ def test_use_from_another_loop_is_an_error(latzero_server):
 
     app = asyncio.run(connect())
     asyncio.run(use(app))
+
+
+def test_all_that_an_app_made_belongs_to_its_loop(latzero_server):
+    pytest.importorskip("numpy")
+
+    async def make():
+        app = await latzero.aio.connect(latzero_server.url("made"), transient=True)
+        block = await app.block("made", size=8, create=True)
+        return app, block, app.stream("nobody"), block.lock(), await app.events("e")
+
+    async def use(app, block, stream, lock, events):
+        for work in (
+            lambda: block.read(), lambda: block.read_at(0, 1), lambda: block.info(),
+            lambda: anext(stream), lambda: lock.__aenter__(), lambda: anext(events),
+            lambda: block.write().__aenter__(), lambda: app.ping(), lambda: app.close(),
+        ):
+            with pytest.raises(RuntimeError, match="another event loop"):
+                await asyncio.wait_for(work(), 10)
+
+    made = asyncio.run(make())
+    asyncio.run(use(*made))
+
+
+def native_threads():
+    import pathlib
+
+    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if name.startswith("latzero")]
+
+
+def test_the_loop_itself_reads_and_answers(latzero_server):
+    async def main():
+        async with latzero.aio.connect(latzero_server.url("alone"), transient=True) as app:
+            thread = threading.get_ident()
+
+            @app.serve
+            async def here():
+                return threading.get_ident()
+
+            await app.ready()
+            before = native_threads()
+            assert await app.call("here", to="alone") == thread
+            return before, native_threads()
+
+    gc.collect()
+    before, after = asyncio.run(main())
+    assert before == after and "latzero" not in [name.strip() for name in after]
+
+
+def test_more_than_a_socket_takes_at_once(on_loop):
+    @on_loop
+    async def test(serves, calls):
+        @serves.serve
+        async def echo(data, /):
+            return data
+
+        await serves.ready()
+        long = b"x" * 4_000_000
+        assert await calls.call("echo", long) == long
+        # While it is sent, and received, others have their turn.
+        many = await asyncio.gather(*(calls.call("echo", long[:500_000 + n]) for n in range(12)))
+        assert [len(data) for data in many] == [500_000 + n for n in range(12)]
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_a_loop_forgets_an_app_that_has_ended(latzero_server, end):
+    import os
+
+    async def main():
+        loop = asyncio.get_running_loop()
+
+        async def once():
+            app = await latzero.aio.connect(latzero_server.url("forgets"), transient=True)
+            app.serve("f", lambda: None)
+            await app.ready()
+            if end == "close":
+                await app.close()
+
+        await once()
+        gc.collect()
+        async with asyncio.timeout(20):
+            while latzero.aio._loops[loop].inner.apps:
+                await asyncio.sleep(0.01)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(10):
+            await once()
+        gc.collect()
+        async with asyncio.timeout(20):
+            while latzero.aio._loops[loop].inner.apps:
+                await asyncio.sleep(0.01)
+        assert len(os.listdir("/proc/self/fd")) <= before
+
+    asyncio.run(main())
+
+
+def test_calls_and_handlers_go_on_after_a_restart():
+    async def main():
+        with latzero.testing.server() as server:
+            async with (
+                latzero.aio.connect(server.url("serves")) as serves,
+                latzero.aio.connect(server.url("calls")) as calls,
+            ):
+                @serves.serve
+                async def double(n: int):
+                    return n * 2
+
+                @serves.serve
+                def plain(n: int):
+                    return -n
+
+                await serves.ready()
+                for _ in range(3):
+                    assert await calls.call("double", n=2) == 4
+                    await asyncio.to_thread(server.restart)
+                    async with asyncio.timeout(30):
+                        while True:
+                            try:
+                                assert await calls.call("plain", n=2) == -2
+                                break
+                            except latzero.LatZeroError:
+                                await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+
+
+def test_plain_functions_run_on_as_many_threads_as_asked(latzero_server):
+    async def main():
+        url = latzero_server.url("threads")
+        async with latzero.aio.connect(url, transient=True, handler_threads=3) as app:
+            together, seen = threading.Barrier(3), set()
+
+            @app.serve
+            def meet():
+                seen.add(threading.get_ident())
+                together.wait(20)
+
+            await app.ready()
+            await asyncio.gather(*(app.call("meet", to="threads") for _ in range(9)))
+            assert len(seen) == 3
+
+    asyncio.run(main())
+
+
+def test_a_child_of_a_running_loop_leaves_the_parent_s_connection(latzero_server):
+    import os
+
+    async def main():
+        async with latzero.aio.connect(latzero_server.url("forking"), transient=True) as app:
+            app.serve("double", lambda n: n * 2, inline=True)
+            await app.ready()
+            for _ in range(5):
+                child = os.fork()
+                if child == 0:
+                    try:
+                        del app
+                        gc.collect()
+                        os._exit(0)
+                    finally:
+                        os._exit(1)
+                _, status = await asyncio.to_thread(os.waitpid, child, 0)
+                assert status == 0
+                assert await app.call("double", n=2, to="forking") == 4
+
+    asyncio.run(main())
 
 
 def test_without_an_event_loop_an_error_names_the_way(latzero_server):

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import pickle
 import queue
 import subprocess
@@ -405,3 +406,128 @@ def test_many_blocks_leave_nothing(latzero_app):
         use()
     after = count()
     assert after[0] <= before[0] + 2 and after[1] <= before[1] + 4
+
+
+def test_share_uses_a_block_again_once_its_call_was_answered(pair):
+    serves, calls = pair
+    serves.serve("sum", lambda frame: float(frame.read().sum()))
+    seen = set()
+    for n in range(5):
+        block = calls.share(np.full(100, n, "f4"))
+        seen.add(block.id)
+        assert calls.call("sum", frame=block) == 100 * n
+        del block
+    assert len(seen) == 1
+    # Not while a handle or a view of it exists, and not for another size or type.
+    first = calls.share(np.zeros(100, "f4"))
+    view = first.view()
+    others = [calls.share(np.ones(n, t)) for n, t in ((100, "f4"), (50, "f8"), (400, "u1"))]
+    assert len({first.id, *(other.id for other in others)}) == 4
+    first_id = first.id
+    del first
+    assert calls.share(np.ones(100, "f4")).id != first_id
+    assert view.array.sum() == 0 and view.valid
+    assert calls.share(b"bytes").nbytes == 5
+
+
+def test_share_leaves_a_block_alone_that_a_handler_may_still_read(pair):
+    serves, calls = pair
+    inside, release, read = threading.Event(), threading.Event(), queue.Queue()
+
+    @serves.serve
+    def late(frame):
+        inside.set()
+        release.wait(20)
+        read.put(frame.read().tolist())
+
+    block = calls.share(np.full(3, 1, "u1"))
+    call = calls.submit("late", frame=block)
+    inside.wait(20)
+    first = block.id
+    del block
+    assert calls.share(np.full(3, 2, "u1")).id != first
+    # A cancelled call's handler runs on.
+    call.cancel()
+    assert calls.share(np.full(3, 3, "u1")).id != first
+    release.set()
+    assert read.get(timeout=20) == [1, 1, 1]
+
+    # Neither while another app is attached to it.
+    block = calls.share(np.full(3, 4, "u1"))
+    first, theirs = block.id, serves.block(block.id)
+    del block
+    assert calls.share(np.full(3, 5, "u1")).id != first
+    assert theirs.read().tolist() == [4, 4, 4]
+
+
+def test_share_makes_another_block_after_a_restart():
+    with latzero.testing.server() as server, latzero.connect(server.url("shares")) as app:
+        app.serve("sum", lambda frame: float(frame.read().sum()))
+        for n in range(3):
+            block = app.share(np.full(10, n, "f4"))
+            assert app.call("sum", frame=block, to="shares") == 10 * n
+            del block
+            server.restart()
+            while True:
+                try:
+                    app.ping()
+                    break
+                except latzero.Disconnected:
+                    pass
+
+
+def in_debug(latzero_server, body, url):
+    """Runs a script with a block `b` of four bytes, which is called `url`, under LATZERO_DEBUG."""
+    script = (
+        "import latzero, numpy as np, sys, gc\n"
+        "app = latzero.connect(sys.argv[1], transient=True)\n"
+        "b = app.block(app.app_id, shape=4, dtype='u1', create=True)\n" + body
+    )
+    ran = subprocess.run(
+        [sys.executable, "-W", "always::ResourceWarning", "-c", script, latzero_server.url(url)],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "LATZERO_DEBUG": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout, ran.stderr
+
+
+@pytest.mark.parametrize("end", ["del s", "b.read()", "sys.exit()"])
+@pytest.mark.parametrize("how", ["b.write()", "w.write(keep=False)"])
+def test_debug_finds_a_write_after_the_end(latzero_server, end, how):
+    name = f"debug-{len(end)}-{len(how)}"
+    out, err = in_debug(latzero_server, f"""
+w = b.writer()
+if {how[0] == "w"}:
+    w.__enter__()
+with {how} as a:
+    a[:] = 1
+    s = a[1:]
+w.__exit__()
+s[:] = 9
+print(b.read().tolist(), a.flags.writeable, flush=True)
+del a
+{end}
+""", name)
+    assert out == "[1, 1, 1, 1] False\n"
+    assert f"ResourceWarning: an array of block default/{name} was written after" in err
+
+
+def test_debug_changes_nothing_else(latzero_server):
+    out, err = in_debug(latzero_server, """
+with b.write() as a:
+    a[:] = [1, 2, 3, 4]
+with b.write(part=slice(1, 3)) as a:
+    assert a.tolist() == [2, 3]
+    a *= 2
+with b.writer() as w:
+    with w.write() as a:
+        a += 1
+try:
+    with b.write() as a:
+        a[:] = 0
+        1 / 0
+except ZeroDivisionError:
+    pass
+print(b.read().tolist(), b.version)
+""", "debug-else")
+    assert (out, err) == ("[2, 5, 7, 5] 3\n", "")

@@ -4,7 +4,7 @@
         print(app.call("double", 21))
 """
 
-from typing import Any
+from __future__ import annotations
 
 from . import _latzero
 from ._app import (
@@ -16,7 +16,13 @@ from ._errors import (
     HandlerFailed, LatZeroError, ServerFailed, Timeout, Unavailable,
 )
 from ._latzero import Request, View
+from ._lean import TYPE_CHECKING
 from ._program import find_program
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from . import aio as aio
 
 __all__ = [
     "Answer", "App", "BadRequest", "Block", "BlockError", "Cancelled", "CryptoFailed",

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import atexit
 import contextvars
-import inspect
 import os
 import sys
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
-from typing import Any, Generic, Literal, TypeVar, cast
-from uuid import uuid4
 
 from . import _latzero
 from ._arrays import flat, numpy
-from ._block import Block, options as _block_options
-from ._decode import Decoder, Mismatch, decoder
+from ._block import Block, Shares, _seconds, is_ours_alone, options as _block_options
 from ._errors import BadRequest, Cancelled, Disconnected, LatZeroError
+from ._lean import TYPE_CHECKING, F, Generic, T
 
-F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from datetime import timedelta
+    from typing import Any, Literal
+
+    from ._decode import Decoder
+
+# Modules that only some programs need are imported where they are used: `import latzero` is to be
+# quick.
+
 _MISSING: Any = object()
+_NONE_OF_THEM = (None,) * 7
+_NO_OPTIONS: dict[str, Any] = {}
 # How long the end of the process waits for running handlers.
 _END_SECONDS = 1.0
 # How often `App.wait` checks whether the app has ended.
@@ -108,10 +112,6 @@ class Answer:
         return f"<latzero.Answer to {self.id!r}>"
 
 
-def _seconds(time: float | timedelta | None) -> float | None:
-    return time.total_seconds() if isinstance(time, timedelta) else time
-
-
 def _payload(data: Any, fields: dict[str, Any]) -> Any:
     if data is _MISSING:
         return fields or None
@@ -125,6 +125,8 @@ def _refuse(message: str) -> BadRequest:
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
+    import inspect
+
     call = getattr(function, "__call__", None)
     return any(
         inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in (function, call)
@@ -137,6 +139,8 @@ def _calling(
     redeliver: bool = False, id: str | None = None,
 ) -> dict[str, Any]:
     """The options of a call, as the binding takes them."""
+    if not (redeliver or privileged) and (timeout, to, pool, key, headers, idempotency_key, id) == _NONE_OF_THEM:
+        return _NO_OPTIONS
     return {
         "timeout": _seconds(timeout), "to": to, "pool": pool, "key": key, "headers": headers,
         "privileged": privileged, "idempotency_key": idempotency_key, "redeliver": redeliver,
@@ -149,6 +153,8 @@ def _serving(
     concurrency: int | None, doc: str | None, privileged: bool,
 ) -> dict[str, Any]:
     """The options of a handler, as the binding takes them."""
+    import inspect
+
     about = doc if doc is not None else (inspect.getdoc(function) or "").split("\n\n")[0]
     return {
         "pools": pools, "strategy": strategy, "concurrency": concurrency, "doc": about or None,
@@ -167,6 +173,7 @@ def _iterate(inflow: _latzero.Inflow, make: Callable[[Any], T]) -> Iterator[T]:
 
 def _listen(items: Iterator[Any], function: F, thread: str) -> F:
     """Calls `function` with each item, on a thread of this name."""
+    import threading
 
     def run() -> None:
         for item in items:
@@ -251,7 +258,8 @@ class Pending(Generic[T]):
         error = self._result[1]
         if error is not None:
             raise error
-        return cast(T, value)
+        result: T = value
+        return result
 
     def cancel(self) -> None:
         """Cancels the call."""
@@ -287,6 +295,8 @@ def _into(into: Any) -> Callable[[Any], Any]:
     """A function that converts an answer to what the caller wants."""
     if into is None:
         return _same
+    from ._decode import Mismatch, decoder
+
     decode = decoder(into)
 
     def read(value: Any) -> Any:
@@ -306,6 +316,10 @@ def _same(value: Any) -> Any:
 
 def _adapt(function: Callable[..., Any]) -> Callable[[_latzero.Request, Any], Any]:
     """`function` as the binding calls it: with the request and the payload."""
+    import inspect
+
+    from ._decode import Mismatch, decoder
+
     signature = inspect.signature(function, eval_str=True)
     is_async = _is_async(function)
     whole: str | None = None
@@ -386,6 +400,8 @@ class App:
     thread."""
 
     def __init__(self, arguments: tuple[str, dict[str, Any]]) -> None:
+        import threading
+
         self._arguments = arguments
         self._lock = threading.RLock()
         self._open()
@@ -393,8 +409,11 @@ class App:
         _live.add(self)
 
     def _open(self) -> None:
+        import threading
+
         self._closed = threading.Event()
         self._loop: Any = None
+        self._shares = Shares()
 
     @property
     def _inner(self) -> _latzero.App:
@@ -411,6 +430,8 @@ class App:
 
     def _forked(self, descriptor: int | None) -> None:
         """In a forked child: releases the parent's connection without a message to the server."""
+        import threading
+
         inner = self._connection
         if inner is not None:
             inner.leak()
@@ -631,15 +652,30 @@ class App:
         return self._inner.blocks(pool).wait()
 
     def share(self, array: Any, *, pool: str | None = None) -> Block:
-        """Copies an array into a new block with a generated name, as an argument of calls. It
-        exists as long as the `Block`."""
+        """Copies an array into a block with a generated name, as an argument of calls. Once the
+        `Block` and its views are gone, and its calls were answered, a later `share` of this size
+        uses it again."""
         shape, dtype, data = _shared(array)
-        block = self.block(
-            f"share-{uuid4().hex}", shape=shape, dtype=dtype, size=len(data), create="new",
-            pool=pool, lifetime="attached",
+        key = pool, shape, dtype, len(data)
+        kept = self._shares.take(key)
+        if kept is not None:
+            try:
+                if is_ours_alone(kept.info().wait()):
+                    return self._fill(key, kept, data)
+            except LatZeroError:
+                pass  # It ended with an earlier connection.
+        options = _block_options(
+            shape, dtype, len(data), "new", None, pool, "shared", "snapshot", 2, None, None,
+            "attached",
         )
+        made = self._inner.block(f"share-{os.urandom(16).hex()}", options).wait()
+        return self._fill(key, made.kept(), data)
+
+    def _fill(self, key: Any, kept: _latzero.Block, data: memoryview) -> Block:
+        block = Block(kept.lend())
         with block.write(keep=False) as target:
             flat(target)[:] = data
+        self._shares.keep(key, kept)
         return block
 
     def join(self, pool: str) -> None:
@@ -689,6 +725,7 @@ class App:
     def _close(self, within: float | None) -> None:
         if not self._closed.is_set():
             self._closed.set()
+            self._shares.clear()
             try:
                 if self._connection is not None:
                     self._connection.close(within)

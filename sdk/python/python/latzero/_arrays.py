@@ -3,10 +3,10 @@ first array is made."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import re
-from typing import Any
+from ._lean import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
 
 Layout = tuple[str, list[int]]
 
@@ -32,6 +32,8 @@ def layout_of(shape: Any, dtype: Any) -> tuple[Layout, int] | None:
         return None
     if shape is None or dtype is None:
         raise TypeError("a layout has both `shape` and `dtype`")
+    import re
+
     shape = [shape] if isinstance(shape, int) else [int(length) for length in shape]
     found = re.fullmatch(r"([<|]?)([biufc])(\d+)", dtype) if isinstance(dtype, str) else None
     if found:
@@ -43,7 +45,14 @@ def layout_of(shape: Any, dtype: Any) -> tuple[Layout, int] | None:
             raise TypeError(f"without numpy a dtype is written as '<f4', not {dtype!r}")
         described = module.dtype(dtype)
         name, size = described.str, described.itemsize
-    return (name, shape), size * math.prod(shape)
+    return (name, shape), size * _product(shape)
+
+
+def _product(lengths: list[int]) -> int:
+    product = 1
+    for length in lengths:
+        product *= length
+    return product
 
 
 def array(buffer: Any, layout: Layout | None) -> Any:
@@ -53,7 +62,7 @@ def array(buffer: Any, layout: Layout | None) -> Any:
     if module is not None:
         if layout is not None:
             dtype = _dtype(module, layout, view.nbytes)
-            if dtype is not None and dtype.itemsize * math.prod(layout[1]) == view.nbytes:
+            if dtype is not None and dtype.itemsize * _product(layout[1]) == view.nbytes:
                 return module.ndarray(layout[1], dtype, buffer)
         return module.ndarray((view.nbytes,), "u1", buffer)
     if layout is None or view.nbytes == 0:
@@ -62,7 +71,7 @@ def array(buffer: Any, layout: Layout | None) -> Any:
     if format is None or layout[0].startswith(">"):
         return view
     flat = view.cast("B").cast(format)
-    return flat.cast("B").cast(format, layout[1]) if len(flat) == math.prod(layout[1]) else view
+    return flat.cast("B").cast(format, layout[1]) if len(flat) == _product(layout[1]) else view
 
 
 def _dtype(module: Any, layout: Layout, nbytes: int) -> Any:
@@ -70,7 +79,7 @@ def _dtype(module: Any, layout: Layout, nbytes: int) -> Any:
         return module.dtype(layout[0])
     except TypeError:
         # A type that numpy has no name for, such as bf16: as bytes of its size.
-        count = math.prod(layout[1])
+        count = _product(layout[1])
         return module.dtype(f"V{nbytes // count}") if count and nbytes % count == 0 else None
 
 
@@ -94,8 +103,10 @@ def close(target: Any) -> None:
     """Makes a later write through `target` an error."""
     if isinstance(target, memoryview):
         # Slices of it keep it open.
-        with contextlib.suppress(BufferError):
+        try:
             target.release()
+        except BufferError:
+            pass
     else:
         target.flags.writeable = False
 

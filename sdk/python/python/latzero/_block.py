@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import timedelta
-from typing import Any
+import os
 
 from . import _arrays, _latzero
 from ._errors import BlockError, Timeout
+from ._lean import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import timedelta
+    from typing import Any
 
 # How long one step of a wait without a timeout takes.
 _LONG = 3600.0
+# Whether writes after the end of a version are looked for.
+_IS_DEBUG = os.environ.get("LATZERO_DEBUG") == "1"
 
 
 def _seconds(time: float | timedelta | None) -> Any:
-    return time.total_seconds() if isinstance(time, timedelta) else time
+    return time if time is None or isinstance(time, (int, float)) else time.total_seconds()
 
 
 class BlockInfo:
@@ -116,24 +122,72 @@ class BlockInfo:
         return bytes(target)
 
 
+class Shares:
+    """The blocks that `App.share` made last. One is filled again once nothing uses it: no handle,
+    no view, and no call whose handler may still run."""
+
+    __slots__ = ("_kept",)
+
+    # How many are kept for each app.
+    _COUNT_MAX = 4
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Any, _latzero.Block]] = []
+
+    def take(self, key: Any) -> _latzero.Block | None:
+        """One that nothing here uses any more; the server knows whether others do."""
+        for entry in list(self._kept):
+            if entry[0] == key and entry[1].is_free:
+                try:
+                    self._kept.remove(entry)
+                except ValueError:
+                    continue  # Another thread was faster.
+                return entry[1]
+        return None
+
+    def keep(self, key: Any, kept: _latzero.Block) -> None:
+        """Keeps one, and the newest of the others."""
+        self._kept.append((key, kept))
+        del self._kept[:-self._COUNT_MAX]
+
+    def clear(self) -> None:
+        """Keeps none."""
+        self._kept.clear()
+
+
+def is_ours_alone(info: dict[str, Any]) -> bool:
+    """Whether no other app is attached to a block."""
+    return bool(info["attachments_total"] == 1)
+
+
 class Filling:
     """The array of a version that is being written, in place if the block is mapped."""
 
-    __slots__ = ("array", "offset", "is_copy", "_slot")
+    __slots__ = ("array", "offset", "is_copy", "_slot", "_memory", "_name")
 
     def __init__(
         self, inner: _latzero.Block, target: Any, keep: bool, part: slice | None
     ) -> None:
         layout = inner.layout
         self.offset, length, layout = _arrays.part_of(part, inner.nbytes, layout)
+        self._memory: Any = None
+        if _IS_DEBUG:
+            from ._debug import Memory
+
+            self._slot, self.is_copy = None, True
+            self._memory, self._name = Memory(length), f"{inner.pool}/{inner.id}"
+            self.array = _arrays.array(self._memory, layout)
+            return
         self._slot = None if target is None else target.expose(self.offset, length, keep)
         self.is_copy = self._slot is None
         if self._slot is not None:
             self.array = _arrays.array(self._slot, layout)
             return
         self.array = _arrays.empty(length, layout)
-        if keep:
-            inner.read_into(self.offset, _arrays.flat(self.array))
+
+    def read(self, inner: _latzero.Block) -> None:
+        """Copies the previous version, if the array is not in place."""
+        inner.read_into(self.offset, _arrays.flat(self.array))
 
     def copy(self) -> bytes:
         """The bytes, if they are not in place."""
@@ -144,6 +198,13 @@ class Filling:
         _arrays.close(self.array)
         if self._slot is not None:
             self._slot.close()
+        if self._memory is not None:
+            self._memory.end(self._name)
+
+
+def begin(writer: _latzero.Writer) -> _latzero.Version | None:
+    """Begins a version; `None` if it is written by copying."""
+    return None if _IS_DEBUG else writer.begin()
 
 
 class Write:
@@ -162,6 +223,8 @@ class Write:
         self._draft = self._inner.draft(self._wait).wait()
         try:
             self._filling = Filling(self._inner, self._draft, self._keep, self._part)
+            if self._keep and self._filling.is_copy:
+                self._filling.read(self._inner)
         except BaseException:
             self._draft.abandon()
             raise
@@ -191,9 +254,11 @@ class WriterWrite:
         self.version: int | None = None
 
     def __enter__(self) -> Any:
-        self._version = self._writer.begin()
+        self._version = begin(self._writer)
         try:
             self._filling = Filling(self._inner, self._version, self._keep, self._part)
+            if self._keep and self._filling.is_copy:
+                self._filling.read(self._inner)
         except BaseException:
             self._abandon()
             raise

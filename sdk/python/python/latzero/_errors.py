@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from ._lean import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = [
     "LatZeroError", "Unavailable", "Timeout", "Cancelled", "Disconnected", "HandlerFailed",

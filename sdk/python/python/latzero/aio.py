@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
 from datetime import timedelta
 from typing import Any, Generic, Literal, TypeVar
-from uuid import uuid4
 
 from . import _latzero
 from ._app import (
@@ -22,7 +22,7 @@ from ._app import (
     _is_async, _live, _options, _payload, _same, _serving, _shared,
 )
 from ._arrays import flat
-from ._block import BlockInfo, Filling, _seconds
+from ._block import BlockInfo, Filling, Shares, _seconds, begin, is_ours_alone
 from ._block import options as _block_options
 from ._errors import Cancelled, LatZeroError, Timeout
 from ._latzero import AioRequest as Request
@@ -38,14 +38,14 @@ _LONG = 3600.0
 
 
 class _Loop:
-    """The LatZero operations of an event loop."""
+    """The LatZero operations and apps of an event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.inner = _latzero.Loop()
-        # Weak: the event loop refers to this by its reader.
+        # Weak: the event loop refers to this by its readers.
         self._weak_loop = weakref.ref(loop)
+        self.inner = _latzero.Loop(weakref.ref(self))
         self._tasks: set[asyncio.Task[None]] = set()
-        loop.add_reader(self.inner.fileno(), self.inner.turn, self._begin)
+        loop.add_reader(self.inner.fileno(), self.inner.rung)
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:
@@ -53,10 +53,29 @@ class _Loop:
         assert loop is not None, "the event loop runs this"
         return loop
 
+    def drive(self, app: _latzero.App) -> None:
+        """From now on this event loop reads the connection of an app."""
+        # The descriptor stays the same when the app reconnects, and is readable too when the
+        # connection accepts bytes that wait.
+        descriptor, key = self.inner.drive(app)
+        self._loop.add_reader(descriptor, self.inner.turn_of, key)
+
+    def _undrive(self, descriptor: int) -> None:
+        """The app has ended."""
+        if not self._loop.is_closed():
+            self._loop.remove_reader(descriptor)
+
+    def _soon(self) -> None:
+        """After what is ready now: calls that are made until then leave in one write."""
+        self._loop.call_soon(self.inner.turn)
+
+    def _later(self, seconds: float, key: int) -> None:
+        """Deadlines of an app are to be checked."""
+        self._loop.call_later(seconds, self.inner.timed, key)
+
     def start(self, op: _latzero.Op) -> asyncio.Future[Any]:
-        """Starts an operation."""
-        future: asyncio.Future[Any] = self._loop.create_future()
-        token = self.inner.start(op, future)
+        """Starts an operation. Cancelling the future ends it early."""
+        future, token = self._begin_op(op)
 
         def end(done: asyncio.Future[Any]) -> None:
             if done.cancelled():
@@ -66,11 +85,40 @@ class _Loop:
             future.add_done_callback(end)
         return future
 
+    def check(self) -> asyncio.AbstractEventLoop:
+        """The event loop, on which this must be called: nothing else reads the connections."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._weak_loop():
+            raise RuntimeError(
+                "this app belongs to another event loop: connect on this one too, or use "
+                "asyncio.run_coroutine_threadsafe with the app's loop"
+            )
+        return loop
+
+    def _begin_op(self, op: _latzero.Op) -> tuple[asyncio.Future[Any], int]:
+        future = self.check().create_future()
+        return future, self.inner.start(op, future)
+
+    async def run(self, op: _latzero.Op) -> Any:
+        """Waits for an operation. It ends early if this does."""
+        # Without a callback on the future, which would cost each operation a turn of the loop.
+        future, token = self._begin_op(op)
+        try:
+            return await future
+        except BaseException:
+            self.cancel(token, future)
+            raise
+
+    def cancel(self, token: int, future: asyncio.Future[Any]) -> None:
+        """Ends an operation early, unless its wait ended by its own result."""
+        if not future.done() or future.cancelled():
+            self.inner.cancel(token)
+
     def _begin(
         self, handler: Callable[[Any, Any], Any], request: Request, data: Any,
         answer: _latzero.Answer,
     ) -> asyncio.Task[None]:
-        return self.spawn(_answer(handler, request, data, answer))
+        return self.spawn(_answer(self.inner, handler, request, data, answer))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that is kept until it ends."""
@@ -115,7 +163,8 @@ def _run(op: _latzero.Op) -> asyncio.Future[Any]:
 
 
 async def _answer(
-    handler: Callable[[Any, Any], Any], request: Request, data: Any, answer: _latzero.Answer
+    loop: _latzero.Loop, handler: Callable[[Any, Any], Any], request: Request, data: Any,
+    answer: _latzero.Answer,
 ) -> None:
     """Runs one handler."""
     try:
@@ -135,11 +184,11 @@ async def _answer(
     except asyncio.CancelledError:
         raise
     except BaseException as error:
-        answer.fail(error)
+        loop.fail(answer, error)
         if not isinstance(error, Exception):
             raise
     else:
-        answer.send(result)
+        loop.send(answer, result)
 
 
 class LoopThread:
@@ -171,10 +220,12 @@ class LoopThread:
             self._thread.join()
 
 
-async def _iterate(inflow: _latzero.Inflow, make: Callable[[Any], T]) -> AsyncIterator[T]:
+async def _iterate(
+    work: _Loop, inflow: _latzero.Inflow, make: Callable[[Any], T]
+) -> AsyncIterator[T]:
     """An iterator over arriving items, until it is closed."""
     try:
-        while (item := await _run(inflow.next())) is not None:
+        while (item := await work.run(inflow.next())) is not None:
             yield make(item[0])
     finally:
         inflow.close()
@@ -184,10 +235,10 @@ class Stream(Generic[T]):
     """A streamed answer: iterate over its items. Dropping it, and leaving `async with`, cancels
     the call."""
 
-    __slots__ = ("_items", "_decode")
+    __slots__ = ("_work", "_items", "_decode")
 
-    def __init__(self, items: _latzero.Items, decode: Callable[[Any], T]) -> None:
-        self._items, self._decode = items, decode
+    def __init__(self, work: _Loop, items: _latzero.Items, decode: Callable[[Any], T]) -> None:
+        self._work, self._items, self._decode = work, items, decode
 
     @property
     def progress(self) -> Any:
@@ -207,7 +258,7 @@ class Stream(Generic[T]):
         return self
 
     async def __anext__(self) -> T:
-        item = await _run(self._items.next())
+        item = await self._work.run(self._items.next())
         if item is None:
             raise StopAsyncIteration
         return self._decode(item[0])
@@ -252,10 +303,10 @@ class Parked:
     """A call that the server stores until it is answered. The call continues if this is dropped:
     `App.answers` then returns its answer."""
 
-    __slots__ = ("_inner",)
+    __slots__ = ("_work", "_inner")
 
-    def __init__(self, inner: _latzero.Parked) -> None:
-        self._inner = inner
+    def __init__(self, work: _Loop, inner: _latzero.Parked) -> None:
+        self._work, self._inner = work, inner
 
     @property
     def id(self) -> str:
@@ -264,7 +315,7 @@ class Parked:
 
     async def answer(self) -> Any:
         """Waits for the answer."""
-        return await _run(self._inner.answer())
+        return await self._work.run(self._inner.answer())
 
     def cancel(self) -> None:
         """Cancels the call."""
@@ -275,16 +326,17 @@ class Write:
     """A version that is being written: `async with block.write() as a: ...`. Leaving publishes it,
     an exception discards it. After that `version` is its number."""
 
-    __slots__ = ("_inner", "_keep", "_wait", "_part", "_draft", "_filling", "version")
+    __slots__ = ("_work", "_inner", "_keep", "_wait", "_part", "_draft", "_filling", "version")
 
     def __init__(
-        self, inner: _latzero.Block, keep: bool, wait: float, part: slice | None
+        self, work: _Loop, inner: _latzero.Block, keep: bool, wait: float, part: slice | None
     ) -> None:
-        self._inner, self._keep, self._wait, self._part = inner, keep, wait, part
+        self._work, self._inner = work, inner
+        self._keep, self._wait, self._part = keep, wait, part
         self.version: int | None = None
 
     async def __aenter__(self) -> Any:
-        self._draft = await _run(self._inner.draft(self._wait))
+        self._draft = await self._work.run(self._inner.draft(self._wait))
         try:
             self._filling = await _fill(self._inner, self._draft, self._keep, self._part)
         except BaseException:
@@ -301,30 +353,39 @@ class Write:
             return
         if bytes is not None:
             draft.write(filling.offset, bytes)
-        self.version = await _run(draft.commit())
+        self.version = await self._work.run(draft.commit())
 
 
 async def _fill(
     inner: _latzero.Block, target: Any, keep: bool, part: slice | None
 ) -> Filling:
-    if keep and (inner.nbytes > _COPY_BYTES or not inner.is_mapped):
-        return await asyncio.to_thread(Filling, inner, target, keep, part)
-    return Filling(inner, target, keep, part)
+    if keep and inner.nbytes > _COPY_BYTES:
+        filling = await asyncio.to_thread(Filling, inner, target, keep, part)
+    else:
+        filling = Filling(inner, target, keep, part)
+    if keep and filling.is_copy:
+        # It may ask the server, whose answer this thread reads.
+        await asyncio.to_thread(filling.read, inner)
+    return filling
 
 
 class WriterWrite:
     """A version that is being written under a writer's lock; see `Write`."""
 
-    __slots__ = ("_inner", "_writer", "_keep", "_part", "_version", "_filling", "version")
+    __slots__ = (
+        "_work", "_inner", "_writer", "_keep", "_part", "_version", "_filling", "version",
+    )
 
     def __init__(
-        self, inner: _latzero.Block, writer: _latzero.Writer, keep: bool, part: slice | None
+        self, work: _Loop, inner: _latzero.Block, writer: _latzero.Writer, keep: bool,
+        part: slice | None,
     ) -> None:
-        self._inner, self._writer, self._keep, self._part = inner, writer, keep, part
+        self._work, self._inner, self._writer = work, inner, writer
+        self._keep, self._part = keep, part
         self.version: int | None = None
 
     async def __aenter__(self) -> Any:
-        self._version = self._writer.begin()
+        self._version = begin(self._writer)
         try:
             self._filling = await _fill(self._inner, self._version, self._keep, self._part)
         except BaseException:
@@ -345,27 +406,27 @@ class WriterWrite:
         elif self._version is not None:
             self.version = self._version.publish()
         elif bytes is not None:
-            self.version = await _run(self._writer.write(filling.offset, bytes))
+            self.version = await self._work.run(self._writer.write(filling.offset, bytes))
 
 
 class Writer:
     """Writes many versions under one lock: `async with block.writer() as w:`."""
 
-    __slots__ = ("_inner", "_wait", "_writer")
+    __slots__ = ("_work", "_inner", "_wait", "_writer")
 
-    def __init__(self, inner: _latzero.Block, wait: float) -> None:
-        self._inner, self._wait = inner, wait
+    def __init__(self, work: _Loop, inner: _latzero.Block, wait: float) -> None:
+        self._work, self._inner, self._wait = work, inner, wait
         self._writer: _latzero.Writer | None = None
 
     async def __aenter__(self) -> Writer:
-        self._writer = await _run(self._inner.writer(self._wait))
+        self._writer = await self._work.run(self._inner.writer(self._wait))
         return self
 
     def write(self, *, keep: bool = True, part: slice | None = None) -> WriterWrite:
         """The next version; see `Block.write`."""
         if self._writer is None:
             raise RuntimeError("write inside of `async with block.writer() as w:`")
-        return WriterWrite(self._inner, self._writer, keep, part)
+        return WriterWrite(self._work, self._inner, self._writer, keep, part)
 
     async def __aexit__(self, *raised: object) -> None:
         if self._writer is not None:
@@ -376,16 +437,16 @@ class Writer:
 class Lock:
     """A block's lock: `async with block.lock():`."""
 
-    __slots__ = ("_inner", "_arguments", "_lock")
+    __slots__ = ("_work", "_inner", "_arguments", "_lock")
 
     def __init__(
-        self, inner: _latzero.Block, shared: bool, wait: float, lease: float | None
+        self, work: _Loop, inner: _latzero.Block, shared: bool, wait: float, lease: float | None
     ) -> None:
-        self._inner, self._arguments = inner, (shared, wait, lease)
+        self._work, self._inner, self._arguments = work, inner, (shared, wait, lease)
         self._lock: _latzero.Lock | None = None
 
     async def __aenter__(self) -> Lock:
-        self._lock = await _run(self._inner.lock(*self._arguments))
+        self._lock = await self._work.run(self._inner.lock(*self._arguments))
         return self
 
     @property
@@ -406,12 +467,12 @@ class Lock:
 
     async def renew(self, lease: float | timedelta | None = None) -> None:
         """Renews its lease. A lock without a lease is held until the connection ends."""
-        await _run(self._held.renew(_seconds(lease)))
+        await self._work.run(self._held.renew(_seconds(lease)))
 
     async def __aexit__(self, kind: Any, *raised: object) -> None:
         held, self._lock = self._held, None
         if kind is None:
-            await _run(held.unlock())
+            await self._work.run(held.unlock())
         else:
             held.close()
 
@@ -419,13 +480,13 @@ class Lock:
 class _View:
     """A view that is about to be taken: awaitable, and an async context manager."""
 
-    __slots__ = ("_inner", "_view")
+    __slots__ = ("_work", "_inner", "_view")
 
-    def __init__(self, inner: _latzero.Block) -> None:
-        self._inner = inner
+    def __init__(self, work: _Loop, inner: _latzero.Block) -> None:
+        self._work, self._inner = work, inner
 
     def __await__(self) -> Generator[Any, None, _latzero.View]:
-        return _run(self._inner.view()).__await__()
+        return self._work.run(self._inner.view()).__await__()
 
     async def __aenter__(self) -> Any:
         self._view = await self
@@ -438,7 +499,11 @@ class _View:
 class Block(BlockInfo):
     """A block that this app is attached to, returned by `App.block`."""
 
-    __slots__ = ()
+    __slots__ = ("_work",)
+
+    def __init__(self, handle: _latzero.Block) -> None:
+        super().__init__(handle)
+        self._work = _of_running_loop()
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -449,17 +514,19 @@ class Block(BlockInfo):
     async def read(self, out: Any = None) -> Any:
         """A private copy of the newest version: an array, or a `memoryview` without numpy. `out`
         is filled instead of new memory."""
+        self._work.check()
         return await asyncio.to_thread(self._read, out)
 
     async def read_at(self, offset: int, length: int) -> bytes:
         """Some bytes of the newest version."""
+        self._work.check()
         return await asyncio.to_thread(self._read_at, offset, length)
 
     def view(self) -> _View:
         """The newest version in place, read-only: `v = await block.view()`, or
         `async with block.view() as a:`, which raises `BlockError` (`contended`) on leaving if the
         version was overwritten in the meantime."""
-        return _View(self._inner)
+        return _View(self._work, self._inner)
 
     def write(
         self, *, keep: bool = True, wait: float | timedelta = 1.0, part: slice | None = None
@@ -467,29 +534,29 @@ class Block(BlockInfo):
         """The next version, under the block's lock: `async with block.write() as a:`. With `keep`
         the array starts as a copy of the previous version; otherwise it has old bytes and all must
         be written. `part` selects rows. The array and its slices must not be used later."""
-        return Write(self._inner, keep, _seconds(wait), part)
+        return Write(self._work, self._inner, keep, _seconds(wait), part)
 
     def writer(self, *, wait: float | timedelta = 1.0) -> Writer:
         """Takes the lock for many versions: `async with block.writer() as w:`, then
         `w.write()`."""
-        return Writer(self._inner, _seconds(wait))
+        return Writer(self._work, self._inner, _seconds(wait))
 
     async def write_at(self, offset: int, data: bytes, *, if_version: int | None = None) -> int:
         """Writes bytes through the server; returns the version. With `if_version` the block must
         have that version."""
-        return await _run(self._inner.write_at(offset, bytes(data), if_version))
+        return await self._work.run(self._inner.write_at(offset, bytes(data), if_version))
 
     async def cas(self, offset: int, expected: bytes, data: bytes) -> bytes | None:
         """Writes `data` and returns `None` if the block has the bytes `expected` there; else
         returns the bytes that it has."""
-        return await _run(self._inner.cas(offset, bytes(expected), bytes(data)))
+        return await self._work.run(self._inner.cas(offset, bytes(expected), bytes(data)))
 
     def lock(
         self, *, shared: bool = False, wait: float | timedelta = 1.0,
         lease: float | timedelta | None = None,
     ) -> Lock:
         """The block's lock: `async with block.lock():`."""
-        return Lock(self._inner, shared, _seconds(wait), _seconds(lease))
+        return Lock(self._work, self._inner, shared, _seconds(wait), _seconds(lease))
 
     async def wait(
         self, beyond: int | None = None, timeout: float | timedelta | None = None
@@ -498,33 +565,33 @@ class Block(BlockInfo):
         inner = self._inner
         beyond = inner.version if beyond is None else beyond
         if timeout is not None:
-            return await _run(inner.wait(beyond, _seconds(timeout)))
+            return await self._work.run(inner.wait(beyond, _seconds(timeout)))
         while True:
             try:
-                return await _run(inner.wait(beyond, _LONG))
+                return await self._work.run(inner.wait(beyond, _LONG))
             except Timeout:
                 continue
 
     async def changes(self) -> AsyncIterator[int]:
         """An iterator over new versions, from now on. If several appear between two reads, it
         returns the newest."""
-        return _iterate(await _run(self._inner.changes()), _same)
+        return _iterate(self._work, await self._work.run(self._inner.changes()), _same)
 
     async def resize(self, nbytes: int) -> None:
         """Changes the size of the block, which gets a new generation."""
-        await _run(self._inner.resize(nbytes))
+        await self._work.run(self._inner.resize(nbytes))
 
     async def flush(self) -> int:
         """Flushes a persistent block to disk; returns the version on disk."""
-        return await _run(self._inner.flush())
+        return await self._work.run(self._inner.flush())
 
     async def remove(self) -> None:
         """Removes the block, even if others are attached."""
-        await _run(self._inner.remove())
+        await self._work.run(self._inner.remove())
 
     async def info(self) -> dict[str, Any]:
         """The full description of the block by the server."""
-        return await _run(self._inner.info())
+        return await self._work.run(self._inner.info())
 
     async def __aenter__(self) -> Block:
         return self
@@ -541,12 +608,15 @@ class App:
         self._loop = asyncio.get_running_loop()
         self._closed = asyncio.Event()
         self._work = _of_running_loop()
+        self._work.drive(inner)
+        self._shares = Shares()
         self._registering: set[asyncio.Future[Any]] = set()
         _live.add(self)
 
     def _forked(self, descriptor: int | None) -> None:
         """In a forked child: releases the parent's connection without a message to the server."""
         self._connection.leak()
+        self._work.inner.leak()
         if descriptor is not None:
             _close_quietly(descriptor)
         self._closed.set()
@@ -556,11 +626,7 @@ class App:
 
     @property
     def _inner(self) -> _latzero.App:
-        if asyncio.get_running_loop() is not self._loop:
-            raise RuntimeError(
-                "this app belongs to another event loop: connect on this one too, or use "
-                "asyncio.run_coroutine_threadsafe with the app's loop"
-            )
+        self._work.check()
         return self._connection
 
     @property
@@ -616,8 +682,20 @@ class App:
         options = _calling(
             timeout, to, pool, key, headers, privileged, idempotency_key, redeliver
         )
-        read = _into(into)
-        return read(await self._start(self._inner.call_op(name, _payload(data, fields), options)))
+        data = _payload(data, fields)
+        read = None if into is None else _into(into)
+        if self._registering:
+            self._raise_refusal()
+        # Like `_Loop.run`, which would cost another coroutine.
+        work = self._work
+        future = work.check().create_future()
+        token = work.inner.call(self._connection, name, data, options, future)
+        try:
+            result = await future
+        except BaseException:
+            work.cancel(token, future)
+            raise
+        return result if read is None else read(result)
 
     async def reply(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
@@ -656,12 +734,13 @@ class App:
         options = _calling(
             timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, id
         )
-        return Parked(await self._start(self._inner.park(name, _payload(data, fields), options)))
+        op = self._inner.park(name, _payload(data, fields), options)
+        return Parked(self._work, await self._start(op))
 
     def answers(self) -> AsyncIterator[Answer]:
         """Answers to parked calls that nobody in this process waits for, including calls of
         earlier processes of the app."""
-        return _iterate(self._inner.answers(), Answer)
+        return _iterate(self._work, self._inner.answers(), Answer)
 
     def stream(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None, window: int = 64,
@@ -672,7 +751,7 @@ class App:
         """Calls for a streamed answer: iterate over it. Dropping it cancels the call."""
         options = _calling(timeout, to, pool, key, headers, privileged)
         items = self._inner.stream(name, _payload(data, fields), options, window)
-        return Stream(items, _into(into))
+        return Stream(self._work, items, _into(into))
 
     async def emit(
         self, name: str, data: Any = _MISSING, /, *, one: bool = False, count: bool = False,
@@ -719,12 +798,16 @@ class App:
         while self._registering:
             await self._registering.pop()
 
-    async def _start(self, op: _latzero.Op) -> Any:
+    def _start(self, op: _latzero.Op) -> Coroutine[Any, Any, Any]:
         # A refusal is raised by the next thing that is awaited.
+        if self._registering:
+            self._raise_refusal()
+        return self._work.run(op)
+
+    def _raise_refusal(self) -> None:
         for future in [f for f in self._registering if f.done()]:
             self._registering.discard(future)
             future.result()
-        return await self._work.start(op)
 
     async def unserve(self, name: str) -> None:
         """Stops serving `name`. Running calls are finished."""
@@ -734,7 +817,7 @@ class App:
     async def events(self, name: str) -> AsyncIterator[Event]:
         """Emits of `name` as they arrive; listening begins with this and stops when it is
         dropped."""
-        return _iterate(await self._start(self._inner.events(name)), Event)
+        return _iterate(self._work, await self._start(self._inner.events(name)), Event)
 
     def on(self, name: str, function: Any = None) -> Any:
         """Calls `function(event)` with each emit of `name`, and awaits what it returns. Without a
@@ -750,7 +833,7 @@ class App:
                     inflow = await asyncio.shield(listening)
                 except LatZeroError:
                     return  # `ready` raises it.
-                await self._listen(_iterate(inflow, Event), function, repr(name))
+                await self._listen(_iterate(self._work, inflow, Event), function, repr(name))
 
             self._work.spawn(run())
             return function
@@ -778,7 +861,7 @@ class App:
         is a decorator. Exceptions are reported to the loop's exception handler."""
 
         def register(function: F) -> F:
-            states = _iterate(self._inner.states(), _same)
+            states = _iterate(self._work, self._inner.states(), _same)
             self._work.spawn(self._listen(states, function, "the state"))
             return function
 
@@ -786,7 +869,7 @@ class App:
 
     async def watch(self, pool: str) -> AsyncIterator[Presence]:
         """Apps and triggers of a pool that appear and disappear, from now on."""
-        return _iterate(await self._start(self._inner.watch(pool)), Presence)
+        return _iterate(self._work, await self._start(self._inner.watch(pool)), Presence)
 
     async def block(
         self, id: str, *, shape: int | Iterable[int] | None = None, dtype: Any = None,
@@ -809,15 +892,30 @@ class App:
         return await self._start(self._inner.blocks(pool))
 
     async def share(self, array: Any, *, pool: str | None = None) -> Block:
-        """Copies an array into a new block with a generated name, as an argument of calls. It
-        exists as long as the `Block`."""
+        """Copies an array into a block with a generated name, as an argument of calls. Once the
+        `Block` and its views are gone, and its calls were answered, a later `share` of this size
+        uses it again."""
         shape, dtype, data = _shared(array)
-        block = await self.block(
-            f"share-{uuid4().hex}", shape=shape, dtype=dtype, size=len(data), create="new",
-            pool=pool, lifetime="attached",
+        key = pool, shape, dtype, len(data)
+        kept = self._shares.take(key)
+        if kept is not None:
+            try:
+                if is_ours_alone(await self._start(kept.info())):
+                    return await self._fill(key, kept, data)
+            except LatZeroError:
+                pass  # It ended with an earlier connection.
+        options = _block_options(
+            shape, dtype, len(data), "new", None, pool, "shared", "snapshot", 2, None, None,
+            "attached",
         )
+        made = await self._start(self._inner.block(f"share-{os.urandom(16).hex()}", options))
+        return await self._fill(key, made.kept(), data)
+
+    async def _fill(self, key: Any, kept: _latzero.Block, data: memoryview) -> Block:
+        block = Block(kept.lend())
         async with block.write(keep=False) as target:
             flat(target)[:] = data
+        self._shares.keep(key, kept)
         return block
 
     async def join(self, pool: str) -> None:
@@ -849,7 +947,7 @@ class App:
         If the app ended otherwise, because another instance took it over or it does not reconnect,
         it raises the reason."""
         await self.ready()
-        await self._work.start(self._connection.ended())
+        await self._work.run(self._connection.ended())
         ended = self._connection.end_error
         if ended is not None and not self._closed.is_set():
             raise ended
@@ -858,9 +956,10 @@ class App:
         """Closes the connection, after waiting up to five seconds for running handlers."""
         if not self._closed.is_set():
             self._closed.set()
+            self._shares.clear()
             for future in self._registering:
                 future.cancel()
-            await self._work.start(self._inner.close_op())
+            await self._work.run(self._inner.close_op())
 
     async def __aenter__(self) -> App:
         return self
