@@ -7,6 +7,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Wake, Waker};
 use std::time::Instant;
 
@@ -25,16 +26,26 @@ const READS_MAX: usize = 16;
 
 /// Makes the descriptor readable.
 #[derive(Debug)]
-struct Bell(OwnedFd);
+struct Bell {
+    fd: OwnedFd,
+    /// Whether it is readable, or about to be.
+    is_rung: AtomicBool,
+}
 
 impl Bell {
     fn ring(&self) {
-        // A full counter is readable already.
-        let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
+        if !self.is_rung.swap(true, Ordering::AcqRel) {
+            // A full counter is readable already.
+            let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
+        }
     }
 
     fn clear(&self) {
-        let _ = rustix::io::read(&self.0, &mut [0; 8]);
+        // If nothing can be read, another thread is between the two steps of `ring`: the next turn
+        // clears it.
+        if self.is_rung.load(Ordering::Acquire) && rustix::io::read(&self.fd, &mut [0; 8]).is_ok() {
+            self.is_rung.swap(false, Ordering::AcqRel);
+        }
     }
 }
 
@@ -83,7 +94,10 @@ impl Driver {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(fault)?;
         let set = epoll::create(CreateFlags::CLOEXEC).map_err(fault)?;
         epoll::add(&set, &bell, EventData::new_u64(0), EventFlags::IN).map_err(fault)?;
-        let bell = Arc::new(Bell(bell));
+        let bell = Arc::new(Bell {
+            fd: bell,
+            is_rung: AtomicBool::new(false),
+        });
         core.drive_outside(&Waker::from(bell.clone()));
         let mut driver = Driver {
             core: core.clone(),
@@ -97,6 +111,15 @@ impl Driver {
         // Something may have come with the handshake.
         driver.bell.ring();
         Ok(driver)
+    }
+
+    /// From now on `waker` is woken where otherwise the descriptor would become readable without
+    /// anything to read. The loop must then call [`Driver::turn`] soon. So calls that the loop
+    /// itself makes leave in one write, without a system call to wake it.
+    pub fn on_wake(&mut self, waker: &Waker) {
+        self.core.drive_outside(waker);
+        // What was signalled before is in the descriptor.
+        self.bell.ring();
     }
 
     /// Reads what has arrived, runs handlers, and sends what waits. It never blocks. False once the

@@ -3,7 +3,9 @@
 use std::future::Future;
 use std::os::fd::AsFd as _;
 use std::pin::pin;
-use std::task::{Context, Poll, Waker};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use latzero::{App, Driver, Reconnect};
@@ -83,6 +85,40 @@ fn a_loop_calls_and_serves() {
             }),
         );
         assert_eq!(other.join().unwrap().unwrap(), 10);
+    }
+}
+
+/// A loop that is told to take a turn, and need not be woken for that.
+#[derive(Default)]
+struct Told(AtomicUsize);
+
+impl Wake for Told {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn calls_of_one_turn_wake_the_loop_once_and_leave_together() {
+    let fake = Fake::broker(Over::Unix);
+    let (app, mut driver) = connect(&fake);
+    run(&mut driver, serve_double(&app));
+    let told = Arc::new(Told::default());
+    driver.on_wake(&Waker::from(told.clone()));
+    assert!(driver.turn());
+    told.0.store(0, Ordering::SeqCst);
+    let mut calls: Vec<_> = (0..8)
+        .map(|n| Box::pin(app.call("double", &n).send::<i64>()))
+        .collect();
+    let cx = &mut Context::from_waker(Waker::noop());
+    for call in &mut calls {
+        assert!(call.as_mut().poll(cx).is_pending());
+    }
+    // Once for the calls after the first, and at most once for their deadlines.
+    assert!((1..=2).contains(&told.0.load(Ordering::SeqCst)));
+    assert!(driver.turn());
+    for (n, call) in (0..).zip(calls) {
+        assert_eq!(run(&mut driver, call).unwrap(), n * 2);
     }
 }
 
