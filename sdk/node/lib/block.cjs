@@ -277,6 +277,7 @@ class Block extends Sent {
   /** The arrays' memory, by the place of a view. */
   #memory = new Map()
   #mapping = -1
+  #reads = 0
   #layout = { json: null, parsed: null }
 
   constructor (connection, native) {
@@ -366,20 +367,23 @@ class Block extends Sent {
    */
   async read (fn) {
     if (fn === undefined) return arrayOf((await this.#copy()).buffer, this.layout)
-    for (let runs = 0; runs < RUNS_MAX && this.isMapped; runs++) {
-      const native = await this.#take()
-      // Arrays may be of the same memory: each is taken back by itself.
-      const buffer = this.#native.place(native) === null ? null : this.#native.memory(native)
+    for (let runs = 0; runs < RUNS_MAX; runs++) {
+      const number = this.#reads++ >>> 0
+      const buffer = this.#beginRead(number)
       if (buffer === null) break
+      let result
+      let error
+      let isFailed = false
       try {
-        const result = await fn(arrayOf(buffer, this.layout), native.version)
-        if (native.isValid) return result
-      } catch (error) {
-        // What it saw may have been half of one version and half of another.
-        if (native.isValid) throw error
-      } finally {
-        addon.detach(buffer)
+        result = await fn(arrayOf(buffer, this.layout), this.#native.readVersion(number))
+      } catch (fault) {
+        isFailed = true
+        error = fault
       }
+      // What it saw may have been half of one version and half of another, also if it threw.
+      if (!this.#native.endRead(number, buffer)) continue
+      if (isFailed) throw error
+      return result
     }
     // A copy that is whole, also where writers are faster than `fn`.
     const { buffer, version } = await this.#copy()
@@ -418,6 +422,14 @@ class Block extends Sent {
     const buffer = await this.#connection.run(
       (native, token) => this.#native.readAt(native, token, offset, length))
     return Buffer.from(buffer)
+  }
+
+  #beginRead (number) {
+    try {
+      return this.#native.beginRead(number)
+    } catch (error) {
+      throw thrown(error)
+    }
   }
 
   /** The newest version where it lies. */

@@ -1,6 +1,7 @@
 //! Memory blocks: handles, versions under way, and locks.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -122,6 +123,8 @@ pub struct NativeBlock {
     /// The generation that was mapped last for arrays, and how many were before it.
     mapped: RefCell<Option<Arc<PrivateMapping>>>,
     mappings: Cell<u32>,
+    /// Versions that functions of the user's are reading.
+    reads: RefCell<HashMap<u32, OwnedView>>,
 }
 
 impl NativeBlock {
@@ -130,6 +133,7 @@ impl NativeBlock {
             block: RefCell::new(Some(block)),
             mapped: RefCell::default(),
             mappings: Cell::new(0),
+            reads: RefCell::default(),
         }
     }
 
@@ -329,6 +333,48 @@ impl NativeBlock {
             let changes = Inflow::changes(block.changes().await?);
             Ok(Outcome::extra(Extra::Inflow(changes)))
         }))
+    }
+
+    /// Begins to read the newest version where it lies, as the read of this number: its memory.
+    /// Nothing where there is none, or that would have to wait.
+    #[napi]
+    pub fn begin_read<'env>(
+        &self,
+        env: &'env Env,
+        number: u32,
+    ) -> Result<Option<ArrayBuffer<'env>>> {
+        let block = self.get()?;
+        if !may_share() || !block.is_viewable() {
+            return Ok(None);
+        }
+        let view = at_once(async move { block.owned_view().await });
+        let Some(view) = view.transpose().map_err(|e| thrown(&e))? else {
+            return Ok(None);
+        };
+        let Some(mapping) = self.mapping(&view).filter(|it| it.restore(&view).is_ok()) else {
+            return Ok(None);
+        };
+        let memory = lend(env, &mapping, &view)?;
+        if memory.is_some() {
+            self.reads.borrow_mut().insert(number, view);
+        }
+        Ok(memory)
+    }
+
+    /// The version that a read has.
+    #[napi]
+    pub fn read_version(&self, number: u32) -> f64 {
+        let reads = self.reads.borrow();
+        let view = reads.get(&number);
+        view.map_or(0.0, |view| version(view.get().version()))
+    }
+
+    /// Ends a read, and takes its memory back; whether the version was whole until now.
+    #[napi]
+    pub fn end_read(&self, number: u32, memory: ArrayBuffer<'_>) -> Result<bool> {
+        let view = self.reads.borrow_mut().remove(&number);
+        crate::memory::detach(memory)?;
+        Ok(view.is_some_and(|view| view.get().is_valid()))
     }
 
     /// The newest version where it lies; nothing where that would have to wait.

@@ -11,7 +11,7 @@ const place = withServer()
 
 test('the event loop of Node reads the socket, without a thread', async () => {
   const script = `
-    import { readdirSync, readFileSync } from 'node:fs'
+    const { readdirSync, readFileSync } = await import('node:fs')
     const threads = () => readdirSync('/proc/self/task').map((id) =>
       readFileSync('/proc/self/task/' + id + '/comm', 'utf8').trim())
     const app = await connect(url)
@@ -24,9 +24,15 @@ test('the event loop of Node reads the socket, without a thread', async () => {
     }
     console.log(threads().filter((name) => name.startsWith('latzero')).length)
     await app.close()`
-  for (const [driver, threads] of [['loop', '0\n'], ['thread', '1\n']]) {
+  const like = (runtime) => {
+    const versions = JSON.stringify({ ...process.versions, [runtime]: '1.0.0' })
+    return `Object.defineProperty(process, 'versions', { value: ${versions} });`
+  }
+  for (const [driver, begin, threads] of [
+    ['loop', '', '0\n'], ['thread', '', '1\n'], ['', like('bun'), '1\n'], ['', like('deno'), '1\n']
+  ]) {
     const env = { LATZERO_NODE_DRIVER: driver }
-    const ended = await run(place.server.url(`in-${driver}`), script, { env })
+    const ended = await run(place.server.url('drives'), begin + script, { env })
     assert.deepEqual(ended, { status: 0, signal: null, stdout: threads, stderr: '' })
   }
 })
