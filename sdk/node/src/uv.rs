@@ -138,9 +138,9 @@ struct Due {
 }
 
 impl Due {
-    /// Whether there was something to do; it is being done from now on.
-    fn take(&self) -> bool {
-        self.is_due.swap(false, Ordering::SeqCst)
+    /// What there is to do is being done from now on.
+    fn take(&self) {
+        self.is_due.store(false, Ordering::SeqCst);
     }
 
     fn set_in_turn(&self, is_in_turn: bool) {
@@ -281,11 +281,12 @@ impl Looping {
 
     /// Reads what has arrived, and sends what waits. Whether JavaScript has something to do.
     fn step(&self) -> bool {
+        // Also where nothing can be done any more: else it would wake the loop again and again.
+        self.due.take();
         let mut place = self.driver.borrow_mut();
         let Some(driver) = place.as_mut().filter(|_| !self.is_closing.get()) else {
             return false;
         };
-        self.due.take();
         self.due.set_in_turn(true);
         let was_signalled = self.mailbox.begin_turn();
         let goes_on = driver.turn();

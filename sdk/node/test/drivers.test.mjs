@@ -5,7 +5,8 @@ import { execFileSync } from 'node:child_process'
 import { fileURLToPath } from 'node:url'
 import { test } from 'node:test'
 
-import { run, withServer } from './helpers.mjs'
+import { connect } from 'latzero'
+import { promised, run, withServer } from './helpers.mjs'
 
 const place = withServer()
 
@@ -46,6 +47,26 @@ test('a busy event loop delays its app and loses nothing', async (t) => {
     await new Promise((resolve) => setImmediate(resolve))
   }
   assert.deepEqual(await Promise.all(answers), Array.from({ length: 500 }, (_, n) => 2 * n))
+})
+
+test('an app that has ended costs no time', async (t) => {
+  const url = place.server.url('displaced')
+  const app = await connect(url)
+  const block = await app.block('kept', { size: 8, create: true })
+  const over = promised()
+  app.onState((state) => { if (state === 'displaced') over.resolve() })
+  const other = await connect(url, { takeover: true })
+  t.after(() => Promise.all([app, other].map((app) => app.close())))
+  await over.promise
+  // Each would have something to send.
+  block.close()
+  for (const act of [() => app.call('nobody'), () => app.emit('nobody'), () => app.ping()]) {
+    await assert.rejects(act(), { code: 'app_in_use' })
+  }
+  const before = performance.eventLoopUtilization()
+  await new Promise((resolve) => setTimeout(resolve, 200))
+  const { active, idle } = performance.eventLoopUtilization(before)
+  assert.ok(active < idle, `${active} ms of ${active + idle} were busy`)
 })
 
 test('messages larger than a socket takes are sent and received', async (t) => {
