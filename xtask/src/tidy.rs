@@ -117,6 +117,7 @@ const LAYERS: &[(&str, &[&str])] = &[
 const UNSAFE: &[&str] = &[
     "crates/latzero-shm/",
     "sdk/node/src/memory.rs",
+    "sdk/node/src/uv.rs",
     "sdk/python/src/buffer.rs",
     "sdk/python/src/gil.rs",
 ];

@@ -1,7 +1,7 @@
 //! A client's side of a block: a descriptor that was passed to it, checked and mapped.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -26,6 +26,32 @@ pub struct Expected {
     pub is_persistent: bool,
     /// The access that the descriptor must allow.
     pub access: Access,
+}
+
+impl Expected {
+    /// Checks that a file is one of the block's length, and sealed if it is memory: then it can be
+    /// mapped without a risk.
+    pub(crate) fn check_memory(&self, file: impl AsFd) -> Result<(), AttachError> {
+        let stat = fstat(&file).map_err(io::Error::from)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(AttachError::NotAFile);
+        }
+        let (length, total) = (stat.st_size as u64, self.geometry.total());
+        if length != total {
+            return Err(AttachError::Length {
+                length,
+                expected: total,
+            });
+        }
+        if !self.is_persistent {
+            let wanted = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+            let seals = fcntl_get_seals(&file).map_err(|_| AttachError::NotSealed)?;
+            if !seals.contains(wanted) {
+                return Err(AttachError::NotSealed);
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Why a descriptor is not the block that was announced. It is closed.
@@ -91,24 +117,8 @@ impl Attachment {
     /// # Errors
     /// If it does not, or cannot be mapped.
     pub fn new(file: OwnedFd, expected: &Expected) -> Result<Attachment, AttachError> {
-        let stat = fstat(&file).map_err(io::Error::from)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(AttachError::NotAFile);
-        }
-        let (length, total) = (stat.st_size as u64, expected.geometry.total());
-        if length != total {
-            return Err(AttachError::Length {
-                length,
-                expected: total,
-            });
-        }
-        if !expected.is_persistent {
-            let wanted = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
-            let seals = fcntl_get_seals(&file).map_err(|_| AttachError::NotSealed)?;
-            if !seals.contains(wanted) {
-                return Err(AttachError::NotSealed);
-            }
-        }
+        expected.check_memory(&file)?;
+        let total = expected.geometry.total();
         let mode = fcntl_getfl(&file).map_err(io::Error::from)? & OFlags::ACCMODE;
         let granted = match expected.access {
             Access::Read => OFlags::RDONLY,

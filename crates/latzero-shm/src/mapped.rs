@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use rustix::thread::futex;
 
 use crate::copy::{copy_in, copy_out};
@@ -47,6 +47,15 @@ impl Mapped {
         Mapped::at(file, start, length, access, flags)
     }
 
+    /// Maps the first `length` bytes of `file` privately: a page that is written becomes this
+    /// process's own. Nothing of this crate writes it.
+    pub(crate) fn private(file: impl AsFd, length: u64) -> io::Result<Mapped> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // Without the flag the system would count all of it as memory that may be needed.
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        Mapped::protected(file, 0, length, protection, flags, Access::Read)
+    }
+
     fn at(
         file: impl AsFd,
         start: u64,
@@ -54,11 +63,22 @@ impl Mapped {
         access: Access,
         flags: MapFlags,
     ) -> io::Result<Mapped> {
-        let length = usize::try_from(length).map_err(io::Error::other)?;
         let protection = match access {
             Access::Read => ProtFlags::READ,
             Access::Write => ProtFlags::READ | ProtFlags::WRITE,
         };
+        Mapped::protected(file, start, length, protection, flags, access)
+    }
+
+    fn protected(
+        file: impl AsFd,
+        start: u64,
+        length: u64,
+        protection: ProtFlags,
+        flags: MapFlags,
+        access: Access,
+    ) -> io::Result<Mapped> {
+        let length = usize::try_from(length).map_err(io::Error::other)?;
         // SAFETY: no address is asked for, so nothing that is mapped already is replaced.
         let base = unsafe { mmap(std::ptr::null_mut(), length, protection, flags, file, start) }?;
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
@@ -71,6 +91,24 @@ impl Mapped {
 
     pub(crate) fn base(&self) -> NonNull<u8> {
         self.base
+    }
+
+    /// Drops the pages of a private mapping that this process wrote within a range, and with them
+    /// what else it wrote into the first and the last of them.
+    pub(crate) fn restore(&self, at: u64, length: u64) -> io::Result<()> {
+        let page = rustix::param::page_size();
+        let size = |bytes: u64| usize::try_from(bytes).map_err(io::Error::other);
+        let (at, length) = (size(at)?, size(length)?);
+        let start = at - at % page;
+        let end = at.checked_add(length).filter(|&end| end <= self.length);
+        let length = end.ok_or(io::ErrorKind::InvalidInput)? - start;
+        // SAFETY: the range lies within the mapping and begins at a page, and no reference to its
+        // bytes exists. After it they are those of the file, as after any write by others.
+        unsafe {
+            let start = self.base.as_ptr().add(start);
+            madvise(start.cast(), length, Advice::LinuxDontNeed)?;
+        }
+        Ok(())
     }
 
     fn word(&self, at: u64) -> Result<&AtomicU64, Fault> {

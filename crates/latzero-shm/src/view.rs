@@ -113,6 +113,22 @@ impl OwnedView {
         }
     }
 
+    pub(crate) fn attachment(&self) -> &Arc<Attachment> {
+        &self.attachment
+    }
+
+    /// In which slot of the block it lies.
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        self.slot
+    }
+
+    /// Whether it is a view of this attachment.
+    #[must_use]
+    pub fn is_of(&self, attachment: &Arc<Attachment>) -> bool {
+        Arc::ptr_eq(&self.attachment, attachment)
+    }
+
     /// Whether the block has a newer generation, or was removed: then nothing will be written here
     /// any more.
     #[must_use]

@@ -69,7 +69,7 @@ pub use face::answers::Answers;
 pub use face::app::{App, Handler};
 pub use face::block::{
     Block, BlockLock, BlockName, BlockWriter, Changes, CreateBlock, Draft, Element, Exposed,
-    LOCKS_VARIABLE, OwnedView, TypedBlock, View, Writing,
+    LOCKS_VARIABLE, OwnedView, PrivateMapping, TypedBlock, View, Writing,
 };
 pub use face::blocking;
 pub use face::builder::Builder;

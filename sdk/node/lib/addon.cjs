@@ -70,6 +70,16 @@ function find (file) {
   return package_ && join(package_, file)
 }
 
+/**
+ * Whether the event loop reads the sockets, rather than a thread of the client. Only that of Node
+ * can: Bun and Deno may have the functions of libuv, and abort when they are called.
+ */
+function mayLoop () {
+  const { node, bun, deno } = process.versions
+  const isNode = node !== undefined && bun === undefined && deno === undefined
+  return isNode && process.env.LATZERO_NODE_DRIVER !== 'thread'
+}
+
 /** What to do where the package of the platform is not installed. */
 function missing () {
   const name = `@latzero/${platform()}`
@@ -94,4 +104,4 @@ function load () {
   return addon
 }
 
-module.exports = { find, load, manifest, missing }
+module.exports = { find, load, manifest, mayLoop, missing }

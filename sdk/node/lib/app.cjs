@@ -5,13 +5,15 @@
 
 const { basename, extname } = require('node:path')
 
-const addon = require('./addon.cjs').load()
+const { load, mayLoop } = require('./addon.cjs')
 const { Block, blockOptions } = require('./block.cjs')
 const { badRequest, errorOf, thrown, warn } = require('./errors.cjs')
 const { Request, handle } = require('./handlers.cjs')
 const { encode, parseExactly } = require('./json.cjs')
 const { checkSignal, options, pick, textOf } = require('./options.cjs')
 const { Inflow, Parked, Stream } = require('./streams.cjs')
+
+const addon = load()
 
 // What an item of a batch is; the addon has the same numbers.
 const JSON_VALUE = 0
@@ -131,7 +133,7 @@ class Connection {
     // A binding that kept the app would keep it for ever.
     const weak = new WeakRef(this)
     try {
-      this.native = new addon.App(url, json, () => weak.deref()?.drain())
+      this.native = new addon.App(url, json, () => weak.deref()?.drain(), mayLoop())
     } catch (error) {
       clearInterval(this.#timer)
       throw thrown(error)

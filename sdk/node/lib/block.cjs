@@ -12,8 +12,11 @@ const { Inflow } = require('./streams.cjs')
 
 const ERROR = 2
 
-/** How often a version is taken anew that was written over. */
+/** How often a version is copied anew that was written over. */
 const TRIES_MAX = 64
+
+/** How often a function runs on the block's memory before it gets a copy. */
+const RUNS_MAX = 3
 
 const ARRAYS = {
   b1: Uint8Array,
@@ -154,6 +157,7 @@ class Lock {
 class View {
   #native
   #layout
+  #array
 
   constructor (native, layout, buffer) {
     this.#native = native
@@ -162,9 +166,10 @@ class View {
     this.version = native.version
   }
 
-  /** The version as a typed array; always of the same memory. */
+  /** The version as a typed array; always the same. */
   array () {
-    return arrayOf(this.buffer, this.#layout)
+    this.#array ??= arrayOf(this.buffer, this.#layout)
+    return this.#array
   }
 
   /** Whether the block's memory still has this version. */
@@ -178,10 +183,102 @@ class View {
   }
 }
 
+/** The next version of a block, while a function of the user's writes it. */
+class Draft {
+  #native
+  #readAt
+
+  /** `readAt(offset, length)` reads the version before. */
+  constructor (native, readAt) {
+    this.#native = native
+    this.#readAt = readAt
+  }
+
+  /** Hands a range to `fn` as the layout says. If anything fails, the version is discarded. */
+  async fill (fn, { offset, length, layout }, keep) {
+    try {
+      const shared = this.#native.expose(offset, length, keep)
+      const buffer = shared ?? await this.#copy(offset, length, keep)
+      try {
+        await fn(arrayOf(buffer, layout))
+        if (buffer.byteLength !== length) {
+          throw new TypeError('the memory of a version stays where it is: it was transferred')
+        }
+        if (shared === null && length > 0) this.#native.write(offset, new Uint8Array(buffer))
+      } finally {
+        addon.detach(buffer)
+      }
+    } catch (error) {
+      this.#native.abandon()
+      throw thrown(error)
+    }
+  }
+
+  /** Memory for a part that is not written in place. */
+  #copy (offset, length, keep) {
+    return keep && length > 0 ? this.#readAt(offset, length) : new ArrayBuffer(length)
+  }
+}
+
+/** The lock of a block under which many versions are written. */
+class Writer {
+  #connection
+  #native
+  #write
+  #turn = Promise.resolve()
+
+  /** `write(version, fn, part, keep)` fills a version. */
+  constructor (connection, native, write) {
+    this.#connection = connection
+    this.#native = native
+    this.#write = write
+    this.fence = native.fence
+  }
+
+  get isHeld () {
+    return this.#native.isHeld
+  }
+
+  /** Hands the next version to `fn`, and publishes it; its number. One after another. */
+  async write (fn, given) {
+    if (typeof fn !== 'function') throw new TypeError('write takes a function')
+    const { keep = true, part } = pick(given, ['keep', 'part'])
+    const written = this.#turn.then(() => this.#next(fn, part, Boolean(keep)))
+    this.#turn = written.catch(() => {})
+    return written
+  }
+
+  async #next (fn, part, keep) {
+    let version
+    try {
+      version = this.#native.begin()
+    } catch (error) {
+      throw thrown(error)
+    }
+    await this.#write(version, fn, part, keep)
+    return this.#connection.run((native, token) => version.commit(native, token))
+  }
+
+  /** Gives the lock back, after the versions that were begun. */
+  async close () {
+    await this.#turn
+    this.#native.close()
+  }
+
+  [Symbol.asyncDispose] () {
+    return this.close()
+  }
+}
+
 /** A memory block that the app takes part in. */
 class Block extends Sent {
   #connection
   #native
+  /** The arrays' memory, by the place of a view. */
+  #memory = new Map()
+  #mapping = -1
+  #reads = 0
+  #layout = { json: null, parsed: null }
 
   constructor (connection, native) {
     super()
@@ -215,7 +312,8 @@ class Block extends Sent {
   get layout () {
     const json = this.#native.layout
     if (json === null) return null
-    const { dtype, shape } = JSON.parse(json)
+    if (json !== this.#layout.json) this.#layout = { json, parsed: JSON.parse(json) }
+    const { dtype, shape } = this.#layout.parsed
     return typeof dtype === 'string' && Array.isArray(shape) ? { dtype, shape } : null
   }
 
@@ -263,15 +361,34 @@ class Block extends Sent {
   }
 
   /**
-   * A private copy of the newest version. With `fn` it is handed to `fn`, and its memory is taken
-   * back when `fn` has returned or what it returned has settled.
+   * A private copy of the newest version. With `fn`, the version itself is handed to `fn`, and its
+   * memory is taken back when `fn` has returned or what it returned has settled. If the version was
+   * written over meanwhile, `fn` runs again with the newest.
    */
   async read (fn) {
+    if (fn === undefined) return arrayOf((await this.#copy()).buffer, this.layout)
+    for (let runs = 0; runs < RUNS_MAX; runs++) {
+      const number = this.#reads++ >>> 0
+      const buffer = this.#beginRead(number)
+      if (buffer === null) break
+      let result
+      let error
+      let isFailed = false
+      try {
+        result = await fn(arrayOf(buffer, this.layout), this.#native.readVersion(number))
+      } catch (fault) {
+        isFailed = true
+        error = fault
+      }
+      // What it saw may have been half of one version and half of another, also if it threw.
+      if (!this.#native.endRead(number, buffer)) continue
+      if (isFailed) throw error
+      return result
+    }
+    // A copy that is whole, also where writers are faster than `fn`.
     const { buffer, version } = await this.#copy()
-    const array = arrayOf(buffer, this.layout)
-    if (fn === undefined) return array
     try {
-      return await fn(array, version)
+      return await fn(arrayOf(buffer, this.layout), version)
     } finally {
       addon.detach(buffer)
     }
@@ -307,12 +424,48 @@ class Block extends Sent {
     return Buffer.from(buffer)
   }
 
-  /** One version, kept for as long as it is referred to. */
+  #beginRead (number) {
+    try {
+      return this.#native.beginRead(number)
+    } catch (error) {
+      throw thrown(error)
+    }
+  }
+
+  /** The newest version where it lies. */
+  async #take () {
+    let native
+    try {
+      native = this.#native.viewNow()
+    } catch (error) {
+      throw thrown(error)
+    }
+    return native ?? this.#connection.run((native, token) => this.#native.view(native, token))
+  }
+
+  /** The one `ArrayBuffer` of the memory where a view lies; `null` if there can be none. */
+  #memoryOf (native) {
+    const place = this.#native.place(native)
+    if (place === null) return null
+    // Places of one mapping follow each other.
+    const mapping = Math.floor(place / 16)
+    if (mapping !== this.#mapping) this.#memory.clear()
+    this.#mapping = mapping
+    let buffer = this.#memory.get(place) ?? null
+    if (buffer === null) {
+      buffer = this.#native.memory(native)
+      if (buffer !== null) this.#memory.set(place, buffer)
+    }
+    return buffer
+  }
+
+  /** One version where it lies, for as long as the view is referred to. */
   async view () {
     for (let tries = 0; tries < TRIES_MAX; tries++) {
-      const native = await this.#connection.run(
-        (native, token) => this.#native.view(native, token))
+      const native = await this.#take()
       const { layout } = this
+      const shared = this.#memoryOf(native)
+      if (shared !== null) return new View(native, layout, shared)
       const buffer = new ArrayBuffer(native.nbytes)
       // False if a writer was faster.
       if (native.copyTo(new Uint8Array(buffer))) return new View(native, layout, buffer)
@@ -329,31 +482,30 @@ class Block extends Sent {
     const { keep = true, part, waitMs = 1000 } = pick(given, ['keep', 'part', 'waitMs'])
     const draft = await this.#connection.run(
       (native, token) => this.#native.draft(native, token, waitMs))
-    try {
-      const { offset, length, layout } = rowsOf(part, this.nbytes, this.layout)
-      const shared = draft.expose(offset, length, Boolean(keep))
-      const buffer = shared ?? await this.#memory(offset, length, keep)
-      try {
-        await fn(arrayOf(buffer, layout))
-        if (buffer.byteLength !== length) {
-          throw new TypeError('the memory of a version stays where it is: it was transferred')
-        }
-        if (shared === null && length > 0) draft.write(offset, new Uint8Array(buffer))
-      } finally {
-        addon.detach(buffer)
-      }
-    } catch (error) {
-      draft.abandon()
-      throw thrown(error)
-    }
+    await this.#fill(draft, fn, part, Boolean(keep))
     return this.#connection.run((native, token) => draft.commit(native, token))
   }
 
-  /** Memory for a part of the next version that is not written in place. */
-  async #memory (offset, length, keep) {
-    if (!keep || length === 0) return new ArrayBuffer(length)
-    return this.#connection.run(
+  async #fill (native, fn, part, keep) {
+    let rows
+    try {
+      rows = rowsOf(part, this.nbytes, this.layout)
+    } catch (error) {
+      native.abandon()
+      throw error
+    }
+    const readAt = (offset, length) => this.#connection.run(
       (native, token) => this.#native.readAt(native, token, offset, length))
+    await new Draft(native, readAt).fill(fn, rows, keep)
+  }
+
+  /** Takes the lock for many versions. */
+  async writer (given) {
+    const { waitMs = 1000 } = pick(given, ['waitMs'])
+    const native = await this.#connection.run(
+      (native, token) => this.#native.writer(native, token, waitMs))
+    return new Writer(this.#connection, native,
+      (version, fn, part, keep) => this.#fill(version, fn, part, keep))
   }
 
   /** Writes bytes through the server; the version. */
@@ -416,6 +568,7 @@ class Block extends Sent {
 
   /** Lets go of it here. */
   close () {
+    this.#memory.clear()
     this.#native.close()
   }
 

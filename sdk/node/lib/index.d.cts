@@ -337,18 +337,23 @@ export interface Block {
   readonly shape: number[] | null
   /** A private copy of the newest version. */
   read<A extends BlockArray = any>(): Promise<A>
-  /** Hands a copy to `fn`, and takes its memory back when `fn` is done. */
+  /**
+   * Hands the newest version itself to `fn`, and takes its memory back when `fn` is done. If the
+   * version was written over meanwhile, `fn` runs again with the newest.
+   */
   read<R, A extends BlockArray = any>(fn: (array: A, version: number) => R): Promise<Awaited<R>>
   /** Fills `target` with the newest version; the version. */
   readInto(target: Bytes): Promise<number>
   /** Some bytes of the newest version. */
   readAt(offset: number, length: number): Promise<Buffer>
-  /** One version, for as long as it is referred to. */
+  /** One version where it lies, for as long as the view is referred to. */
   view(): Promise<View>
   /** Hands the next version to `fn` and publishes it; its number. */
   write<A extends BlockArray = any>(
     fn: (array: A) => unknown, options?: WriteOptions
   ): Promise<number>
+  /** Takes the lock for many versions. */
+  writer(options?: { waitMs?: Milliseconds }): Promise<Writer>
   /** Writes bytes through the server; the version. */
   writeAt(offset: number, data: Bytes, options?: { ifVersion?: number }): Promise<number>
   /** Writes `data` where `expected` stands: `undefined`. Else the bytes that stand there. */
@@ -382,6 +387,20 @@ export interface WriteOptions {
   waitMs?: Milliseconds
 }
 
+/** The lock of a block under which many versions are written. */
+export interface Writer {
+  /** Larger than that of every lock of this block before. */
+  readonly fence: number
+  readonly isHeld: boolean
+  /** Hands the next version to `fn` and publishes it; its number. */
+  write<A extends BlockArray = any>(
+    fn: (array: A) => unknown, options?: Omit<WriteOptions, 'waitMs'>
+  ): Promise<number>
+  /** Gives the lock back, after the versions that were begun. */
+  close(): Promise<void>
+  [Symbol.asyncDispose](): Promise<void>
+}
+
 export interface LockOptions {
   shared?: boolean
   /** How long to wait for it (default 1,000). */
@@ -400,11 +419,14 @@ export interface Lock {
   [Symbol.asyncDispose](): Promise<void>
 }
 
-/** One version of a block. */
+/**
+ * One version of a block. Its array lies in the block's memory: a later version may come to lie in
+ * the same place, and `valid` is false from then on. Writing the array changes nothing for others.
+ */
 export interface View {
   readonly buffer: ArrayBuffer
   readonly version: number
-  /** Whether the block's memory still has this version. */
+  /** Whether the block's memory still has this version; ask after the array was read. */
   readonly valid: boolean
   /** Whether the block was resized or removed since. */
   readonly stale: boolean

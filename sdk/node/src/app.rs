@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 
-use latzero::{App, Bytes, Call, Code, Data, Error};
-use napi::bindgen_prelude::{Array, Either, Function, Uint8ArraySlice};
+use latzero::{App, Bytes, Call, Code, Data, Driver, Error};
+use napi::bindgen_prelude::{Array, Either, Function, FunctionRef, Uint8ArraySlice};
 use napi::{Env, Result};
 use napi_derive::napi;
 use serde_json::{Value, json};
@@ -22,6 +22,7 @@ use crate::mailbox::{self, Mailbox, News};
 use crate::memory::Extra;
 use crate::options;
 use crate::streams::{Inflow, NativeStream, Parking};
+use crate::uv::{self, Looping};
 
 /// An operation under way. It stays on the JavaScript thread.
 pub(crate) type Running = Pin<Box<dyn Future<Output = std::result::Result<Outcome, Error>>>>;
@@ -62,6 +63,19 @@ pub struct NativeApp {
     /// Blocks that travel with the next call.
     lent: RefCell<Vec<(latzero::Block, bool)>>,
     is_released: Cell<bool>,
+    /// What drives it, once it is connected and if that is the event loop.
+    driver: Rc<RefCell<Option<Driver>>>,
+    wake: RefCell<Option<FunctionRef<(), ()>>>,
+    looping: RefCell<Option<Rc<Looping>>>,
+}
+
+impl Drop for NativeApp {
+    fn drop(&mut self) {
+        self.let_go();
+        // Before the loop: what has ended needs nobody to drive it.
+        self.place = Rc::default();
+        self.stop_looping();
+    }
 }
 
 impl NativeApp {
@@ -116,6 +130,30 @@ impl NativeApp {
         }
     }
 
+    fn let_go(&self) {
+        drop(self.tasks.take());
+        drop(self.requests.take());
+        drop(self.news.take());
+        self.mailbox.close();
+    }
+
+    fn stop_looping(&self) {
+        let looping = self.looping.take();
+        if let Some(looping) = looping {
+            looping.close();
+        }
+    }
+
+    /// Lets the event loop drive the app, if it was just connected.
+    fn start_looping(&self, env: &Env) {
+        let (driver, wake) = (self.driver.take(), self.wake.take());
+        if let (Some(driver), Some(wake)) = (driver, wake) {
+            let mailbox = self.mailbox.clone();
+            let looping = Looping::start(Env::from_raw(env.raw()), driver, mailbox, wake);
+            self.looping.replace(looping);
+        }
+    }
+
     fn calling(&self, name: &str, data: &Data, options: &options::Send) -> Result<Call> {
         let lent = self.lent.take();
         let mut call = options.call(self.app()?.call(name, data))?;
@@ -165,9 +203,15 @@ fn options_of(json: Option<&str>) -> Result<options::Send> {
 
 #[napi]
 impl NativeApp {
-    /// Begins to connect, as operation 0. `wake` is called when `drain` has something to do.
+    /// Begins to connect, as operation 0. `wake` is called when `drain` has something to do. With
+    /// `may_loop` the event loop reads the socket if it can, else a thread does.
     #[napi(constructor)]
-    pub fn new(url: String, options: String, wake: Function<'_, (), ()>) -> Result<NativeApp> {
+    pub fn new(
+        url: String,
+        options: String,
+        wake: Function<'_, (), ()>,
+        may_loop: bool,
+    ) -> Result<NativeApp> {
         let builder = options::read::<options::Connect>(&options)?.builder(&url)?;
         let app = NativeApp {
             place: Rc::default(),
@@ -179,10 +223,25 @@ impl NativeApp {
             extras: RefCell::default(),
             lent: RefCell::default(),
             is_released: Cell::new(false),
+            driver: Rc::default(),
+            wake: RefCell::default(),
+            looping: RefCell::default(),
         };
-        let place = app.place.clone();
+        let (place, driver) = (app.place.clone(), app.driver.clone());
+        let may_loop = may_loop && uv::is_there();
+        if may_loop {
+            app.wake.replace(Some(wake.create_ref()?));
+        }
         app.begin(0, async move {
-            let _ = place.set(builder.connect().await?);
+            let connected = match may_loop {
+                true => {
+                    let (app, driven) = builder.connect_driven().await?;
+                    driver.replace(Some(driven));
+                    app
+                }
+                false => builder.connect().await?,
+            };
+            let _ = place.set(connected);
             Ok(Outcome::nothing())
         });
         Ok(app)
@@ -190,7 +249,11 @@ impl NativeApp {
 
     /// Does what is ready; a batch as JSON text. Its last element says whether there is more.
     #[napi]
-    pub fn drain(&self) -> String {
+    pub fn drain(&self, env: &Env) -> String {
+        let looping = self.looping.borrow().clone();
+        if let Some(looping) = looping {
+            looping.run_inside();
+        }
         let mut batch = Batch::default();
         for (token, result) in self.done.take() {
             batch.add(token, result);
@@ -204,6 +267,9 @@ impl NativeApp {
         }
         let is_more = !news.is_empty();
         self.news.replace(news);
+        if self.driver.borrow().is_some() {
+            self.start_looping(env);
+        }
         let (text, extras) = batch.finish(is_more);
         self.extras.replace(extras);
         text
@@ -231,10 +297,8 @@ impl NativeApp {
     #[napi]
     pub fn release(&self) {
         self.is_released.set(true);
-        drop(self.tasks.take());
-        drop(self.requests.take());
-        drop(self.news.take());
-        drop(self.mailbox.take());
+        self.let_go();
+        self.stop_looping();
     }
 
     /// The AppID.

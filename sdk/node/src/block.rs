@@ -1,12 +1,17 @@
 //! Memory blocks: handles, versions under way, and locks.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use latzero::{App, Block, BlockLock, Code, Draft, Error, LockMode, OwnedView};
+use latzero::{
+    App, Block, BlockLock, BlockWriter, Code, Draft, Error, LockMode, OwnedView, PrivateMapping,
+    Writing,
+};
 use napi::bindgen_prelude::{ArrayBuffer, Uint8ArraySlice};
 use napi::{Env, Result};
 use napi_derive::napi;
@@ -15,7 +20,7 @@ use serde::Deserialize;
 use crate::app::NativeApp;
 use crate::batch::Outcome;
 use crate::errors::{misuse, thrown};
-use crate::memory::{Extra, share};
+use crate::memory::{Extra, lend, may_share, share};
 use crate::options::time;
 use crate::streams::Inflow;
 
@@ -113,19 +118,46 @@ fn version(number: u64) -> f64 {
 
 /// A block that the app takes part in.
 #[napi(js_name = "Block")]
-pub struct NativeBlock(RefCell<Option<Block>>);
+pub struct NativeBlock {
+    block: RefCell<Option<Block>>,
+    /// The generation that was mapped last for arrays, and how many were before it.
+    mapped: RefCell<Option<Arc<PrivateMapping>>>,
+    mappings: Cell<u32>,
+    /// Versions that functions of the user's are reading.
+    reads: RefCell<HashMap<u32, OwnedView>>,
+}
 
 impl NativeBlock {
     pub(crate) fn new(block: Block) -> NativeBlock {
-        NativeBlock(RefCell::new(Some(block)))
+        NativeBlock {
+            block: RefCell::new(Some(block)),
+            mapped: RefCell::default(),
+            mappings: Cell::new(0),
+            reads: RefCell::default(),
+        }
     }
 
     /// The block, unless this was closed.
     pub(crate) fn get(&self) -> Result<Block> {
-        let block = self.0.borrow().clone();
+        let block = self.block.borrow().clone();
         block.ok_or_else(|| misuse("the block was closed here"))
     }
+
+    /// The private mapping in which a view lies.
+    fn mapping(&self, view: &OwnedView) -> Option<Arc<PrivateMapping>> {
+        let mut mapped = self.mapped.borrow_mut();
+        if let Some(mapping) = mapped.as_ref().filter(|mapping| mapping.has(view)) {
+            return Some(mapping.clone());
+        }
+        let mapping = Arc::new(self.get().ok()?.map_private(view)?);
+        self.mappings.set(self.mappings.get().wrapping_add(1));
+        *mapped = Some(mapping.clone());
+        Some(mapping)
+    }
 }
+
+/// More than a block has slots.
+const SLOTS: u32 = 16;
 
 #[napi]
 impl NativeBlock {
@@ -180,7 +212,8 @@ impl NativeBlock {
     /// Lets go of it here.
     #[napi]
     pub fn close(&self) {
-        self.0.take();
+        self.block.take();
+        self.mapped.take();
     }
 
     /// Copies the newest version from `offset` on into `target`; the version. Nothing where it
@@ -302,6 +335,81 @@ impl NativeBlock {
         }))
     }
 
+    /// Begins to read the newest version where it lies, as the read of this number: its memory.
+    /// Nothing where there is none, or that would have to wait.
+    #[napi]
+    pub fn begin_read<'env>(
+        &self,
+        env: &'env Env,
+        number: u32,
+    ) -> Result<Option<ArrayBuffer<'env>>> {
+        let block = self.get()?;
+        if !may_share() || !block.is_viewable() {
+            return Ok(None);
+        }
+        let view = at_once(async move { block.owned_view().await });
+        let Some(view) = view.transpose().map_err(|e| thrown(&e))? else {
+            return Ok(None);
+        };
+        let Some(mapping) = self.mapping(&view).filter(|it| it.restore(&view).is_ok()) else {
+            return Ok(None);
+        };
+        let memory = lend(env, &mapping, &view)?;
+        if memory.is_some() {
+            self.reads.borrow_mut().insert(number, view);
+        }
+        Ok(memory)
+    }
+
+    /// The version that a read has.
+    #[napi]
+    pub fn read_version(&self, number: u32) -> f64 {
+        let reads = self.reads.borrow();
+        let view = reads.get(&number);
+        view.map_or(0.0, |view| version(view.get().version()))
+    }
+
+    /// Ends a read, and takes its memory back; whether the version was whole until now.
+    #[napi]
+    pub fn end_read(&self, number: u32, memory: ArrayBuffer<'_>) -> Result<bool> {
+        let view = self.reads.borrow_mut().remove(&number);
+        crate::memory::detach(memory)?;
+        Ok(view.is_some_and(|view| view.get().is_valid()))
+    }
+
+    /// The newest version where it lies; nothing where that would have to wait.
+    #[napi]
+    pub fn view_now(&self) -> Result<Option<NativeView>> {
+        let block = self.get()?;
+        let view = at_once(async move { block.owned_view().await });
+        view.transpose()
+            .map_err(|e| thrown(&e))
+            .map(|view| view.map(NativeView))
+    }
+
+    /// Where a view lies among the memory that arrays may have: the same number for the same
+    /// memory. What was written there by mistake is gone. Nothing where arrays can't have it.
+    #[napi]
+    pub fn place(&self, view: &NativeView) -> Option<u32> {
+        let mapping = self.mapping(&view.0).filter(|_| may_share())?;
+        mapping.restore(&view.0).ok()?;
+        let slot = view.0.slot();
+        (slot < SLOTS).then(|| self.mappings.get().wrapping_mul(SLOTS) + slot)
+    }
+
+    /// The memory of a view.
+    #[napi]
+    pub fn memory<'env>(
+        &self,
+        env: &'env Env,
+        view: &NativeView,
+    ) -> Result<Option<ArrayBuffer<'env>>> {
+        match self.mapping(&view.0) {
+            Some(mapping) => lend(env, &mapping, &view.0),
+            None => Ok(None),
+        }
+    }
+
     /// The newest version where it lies.
     #[napi]
     pub fn view(&self, app: &NativeApp, token: i64) -> Result<bool> {
@@ -321,6 +429,17 @@ impl NativeBlock {
                 block.write(wait).await?,
             )))));
             Ok(Outcome::extra(Extra::Draft(draft)))
+        }))
+    }
+
+    /// Takes the block's lock, for many versions.
+    #[napi]
+    pub fn writer(&self, app: &NativeApp, token: i64, wait_ms: f64) -> Result<bool> {
+        let (block, wait) = (self.get()?, time(wait_ms)?);
+        Ok(app.begin(token, async move {
+            let writer = Rc::new(block.writer(wait).await?);
+            let writer = NativeWriter(RefCell::new(Some(writer)));
+            Ok(Outcome::extra(Extra::Writer(writer)))
         }))
     }
 
@@ -492,6 +611,119 @@ impl NativeDraft {
         if let Some(draft) = self.0.0.take() {
             draft.abandon();
         }
+    }
+}
+
+/// The lock of a block under which many versions are written. Dropped, it is given back.
+#[napi(js_name = "Writer")]
+pub struct NativeWriter(RefCell<Option<Rc<BlockWriter>>>);
+
+impl NativeWriter {
+    fn writer(&self) -> Result<Rc<BlockWriter>> {
+        let writer = self.0.borrow().clone();
+        writer.ok_or_else(|| misuse("the writer was closed before"))
+    }
+}
+
+#[napi]
+impl NativeWriter {
+    /// Larger than that of every lock of this block before.
+    #[napi(getter)]
+    pub fn fence(&self) -> Result<f64> {
+        Ok(version(self.writer()?.lock().fence()))
+    }
+
+    /// Whether the lock is held, as far as is known here.
+    #[napi(getter)]
+    pub fn is_held(&self) -> bool {
+        self.writer().is_ok_and(|writer| writer.lock().is_held())
+    }
+
+    /// Begins a version.
+    #[napi]
+    pub fn begin(&self) -> Result<NativeVersion> {
+        let writer = self.writer()?;
+        let held = writer.lock();
+        let bytes = match held.block().is_viewable() && !held.is_inherited() {
+            true => {
+                let writing = writer.begin().map_err(|e| thrown(&e))?;
+                Bytes::InPlace(Box::new(writing))
+            }
+            false => Bytes::Waiting(Vec::new()),
+        };
+        let version = Some((writer, bytes));
+        Ok(NativeVersion(RefCell::new(version)))
+    }
+
+    /// Gives the lock back, at the end of a version that is under way.
+    #[napi]
+    pub fn close(&self) {
+        self.0.take();
+    }
+}
+
+/// The bytes of a version that a writer writes.
+enum Bytes {
+    InPlace(Box<Writing>),
+    /// What is sent with the end of the version.
+    Waiting(Vec<(u64, Vec<u8>)>),
+}
+
+/// A version under way, under the lock of a writer. Dropped, it is discarded.
+#[napi(js_name = "Version")]
+pub struct NativeVersion(RefCell<Option<(Rc<BlockWriter>, Bytes)>>);
+
+#[napi]
+impl NativeVersion {
+    /// As that of a draft.
+    #[napi]
+    pub fn expose<'env>(
+        &self,
+        env: &'env Env,
+        offset: i64,
+        length: i64,
+        keeps: bool,
+    ) -> Result<Option<ArrayBuffer<'env>>> {
+        let mut version = self.0.borrow_mut();
+        let (writer, bytes) = version.as_mut().ok_or_else(ended)?;
+        let Bytes::InPlace(writing) = bytes else {
+            return Ok(None);
+        };
+        let exposed = writer.expose(writing, unsigned(offset)?, unsigned(length)?, keeps);
+        share(env, exposed.map_err(|e| thrown(&e))?)
+    }
+
+    /// Writes bytes within the block.
+    #[napi]
+    pub fn write(&self, offset: i64, bytes: Uint8ArraySlice<'_>) -> Result<()> {
+        let offset = unsigned(offset)?;
+        match self.0.borrow_mut().as_mut().ok_or_else(ended)? {
+            (_, Bytes::InPlace(writing)) => writing
+                .write(offset, &bytes)
+                .map_err(|e| misuse(e.to_string())),
+            (_, Bytes::Waiting(pieces)) => {
+                pieces.push((offset, bytes.to_vec()));
+                Ok(())
+            }
+        }
+    }
+
+    /// Publishes it; its number.
+    #[napi]
+    pub fn commit(&self, app: &NativeApp, token: i64) -> Result<bool> {
+        let (writer, bytes) = self.0.take().ok_or_else(ended)?;
+        Ok(app.begin(token, async move {
+            Ok(Outcome::of(match bytes {
+                Bytes::InPlace(writing) => writer.publish(*writing)?,
+                Bytes::Waiting(pieces) => writer.write_pieces(&pieces).await?,
+            }))
+        }))
+    }
+
+    /// Discards it.
+    #[napi]
+    pub fn abandon(&self) {
+        self.0.take();
     }
 }
 

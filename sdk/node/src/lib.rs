@@ -1,9 +1,10 @@
 //! The private half of the npm package `latzero`: connections, calls, handlers, events and blocks.
 //! The documented face is `lib/`.
 //!
-//! Everything here runs on the JavaScript thread that made the connection, but for the wakers of
-//! `mailbox`. Operations that take time are futures: they are polled on that thread, and what they
-//! come to travels to JavaScript in batches, as one JSON text for each wake.
+//! Everything here runs on the JavaScript thread that made the connection, but for wakers. In Node
+//! its event loop also reads the socket; elsewhere a thread of the client does. Operations that
+//! take time are futures: they are polled on that thread, and what they come to travels to
+//! JavaScript in batches, as one JSON text for each wake.
 
 mod app;
 mod batch;
@@ -14,6 +15,7 @@ mod mailbox;
 mod memory;
 mod options;
 mod streams;
+mod uv;
 
 use napi_derive::napi;
 

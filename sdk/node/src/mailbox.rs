@@ -1,4 +1,4 @@
-//! How other threads reach the JavaScript thread: they queue what became ready, and wake it once
+//! How the JavaScript thread learns what became ready: it is queued, and other threads wake it once
 //! for all of it.
 
 use std::collections::VecDeque;
@@ -31,6 +31,7 @@ pub(crate) enum News {
 struct Queue {
     news: VecDeque<News>,
     is_signalled: bool,
+    is_closed: bool,
 }
 
 /// What became ready since the JavaScript thread last looked.
@@ -56,6 +57,11 @@ impl Mailbox {
     pub(crate) fn push(&self, news: News) {
         let is_signalled = {
             let mut queue = lock(&self.queue);
+            if queue.is_closed {
+                drop(queue);
+                drop(news);
+                return;
+            }
             queue.news.push_back(news);
             std::mem::replace(&mut queue.is_signalled, true)
         };
@@ -65,11 +71,44 @@ impl Mailbox {
         }
     }
 
+    /// Makes JavaScript look, though there may be no news.
+    pub(crate) fn ring(&self) {
+        let was_signalled = std::mem::replace(&mut lock(&self.queue).is_signalled, true);
+        if !was_signalled {
+            let _ = self.bell.call((), ThreadsafeFunctionCallMode::NonBlocking);
+        }
+    }
+
+    /// From here on news wakes nobody, since the JavaScript thread looks at the end of its turn.
+    /// Whether it was woken before.
+    pub(crate) fn begin_turn(&self) -> bool {
+        std::mem::replace(&mut lock(&self.queue).is_signalled, true)
+    }
+
+    /// The turn ends: whether there is news, which is to be taken now.
+    pub(crate) fn end_turn(&self, was_signalled: bool) -> bool {
+        let mut queue = lock(&self.queue);
+        if queue.news.is_empty() {
+            queue.is_signalled = was_signalled;
+        }
+        !queue.news.is_empty()
+    }
+
     /// Takes all news. What comes after that wakes again.
     pub(crate) fn take(&self) -> VecDeque<News> {
         let mut queue = lock(&self.queue);
         queue.is_signalled = false;
         std::mem::take(&mut queue.news)
+    }
+
+    /// Drops all news, now and from now on: a request that stayed here would keep its app.
+    pub(crate) fn close(&self) {
+        let news = {
+            let mut queue = lock(&self.queue);
+            queue.is_closed = true;
+            std::mem::take(&mut queue.news)
+        };
+        drop(news);
     }
 
     /// A number for a request.

@@ -1,21 +1,23 @@
-//! Memory that JavaScript gets: copies, and the slot of a block that is being written.
+//! Memory that JavaScript gets: copies, the slot of a block that is being written, and private
+//! mappings of what is only read.
 //!
-//! Nothing else of a block is given out without a copy: whatever JavaScript can read it can also
-//! write, and a write into what readers see would be seen by everybody.
+//! Whatever JavaScript can read it can also write. A write into a private mapping reaches nobody,
+//! while one into the mapping that readers share would be seen by everybody or end the process.
 
 #![allow(
     unsafe_code,
     reason = "memory that is not V8's is given to it as a pointer"
 )]
 
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use latzero::Exposed;
+use latzero::{Exposed, OwnedView, PrivateMapping};
 use napi::bindgen_prelude::{Array, ArrayBuffer, BufferSlice, Uint8ArraySlice};
 use napi::{Env, Result};
 use napi_derive::napi;
 
-use crate::block::{NativeBlock, NativeDraft, NativeLock, NativeView};
+use crate::block::{NativeBlock, NativeDraft, NativeLock, NativeView, NativeWriter};
 use crate::streams::{Inflow, Parking};
 
 /// What travels to JavaScript beside the text of a batch.
@@ -30,6 +32,7 @@ pub(crate) enum Extra {
     Lock(NativeLock),
     Parked(Parking),
     View(NativeView),
+    Writer(NativeWriter),
 }
 
 impl Extra {
@@ -43,14 +46,27 @@ impl Extra {
             Extra::Lock(lock) => array.insert(lock),
             Extra::Parked(parked) => array.insert(parked),
             Extra::View(view) => array.insert(view),
+            Extra::Writer(writer) => array.insert(writer),
         }
     }
 }
 
+/// Set when the engine refused memory that is not its own.
+static IS_REFUSED: AtomicBool = AtomicBool::new(false);
+
 /// Whether memory may be given out without a copy, where the engine allows that.
-fn may_share() -> bool {
+pub(crate) fn may_share() -> bool {
     static MAY: OnceLock<bool> = OnceLock::new();
-    *MAY.get_or_init(|| std::env::var_os("LATZERO_NO_EXTERNAL").is_none_or(|value| value != "1"))
+    let is_off = |value| value == "1";
+    *MAY.get_or_init(|| !std::env::var_os("LATZERO_NO_EXTERNAL").is_some_and(is_off))
+        && !IS_REFUSED.load(Ordering::Relaxed)
+}
+
+/// The array, unless the engine made a copy because it takes no such memory.
+fn unless_copied(array: ArrayBuffer<'_>, start: *const u8) -> Option<ArrayBuffer<'_>> {
+    let is_shared = std::ptr::eq(array.as_ptr(), start);
+    IS_REFUSED.fetch_or(!is_shared, Ordering::Relaxed);
+    is_shared.then_some(array)
 }
 
 /// The slot of a version that is being written, in place. `None` where the engine takes no memory
@@ -65,9 +81,30 @@ pub(crate) fn share(env: &Env, exposed: Exposed) -> Result<Option<ArrayBuffer<'_
     // processes do not write them while the block's lock is held, and if that is lost, both write
     // plain bytes, which no code of this process has a reference to.
     let shared = unsafe { ArrayBuffer::from_external(env, start, length, exposed, |_, e| drop(e)) };
-    let shared = shared?;
-    // An engine that takes no such memory has made a copy, which nobody would read.
-    Ok(std::ptr::eq(shared.as_ptr(), start).then_some(shared))
+    Ok(unless_copied(shared?, start))
+}
+
+/// The bytes of a view, in a private mapping of its block. `None` where the engine takes no memory
+/// that is not its own, or the view is of another generation than the mapping.
+pub(crate) fn lend<'env>(
+    env: &'env Env,
+    mapping: &Arc<PrivateMapping>,
+    view: &OwnedView,
+) -> Result<Option<ArrayBuffer<'env>>> {
+    let length = usize::try_from(view.get().len()).unwrap_or(0);
+    let Some(start) = mapping
+        .as_mut_ptr(view)
+        .filter(|_| may_share() && length > 0)
+    else {
+        return Ok(None);
+    };
+    let kept = mapping.clone();
+    // SAFETY: the bytes lie in a mapping that is writable, and that `kept` keeps in place; it is
+    // dropped when the engine has let go of the bytes. Other processes may change those that were
+    // not written here, but no code of this process has a reference to them. Arrays of the same
+    // bytes may exist at a time: they are used on this thread alone.
+    let lent = unsafe { ArrayBuffer::from_external(env, start, length, kept, |_, m| drop(m)) }?;
+    Ok(unless_copied(lent, start))
 }
 
 /// Takes the memory from an `ArrayBuffer`: its length is 0 from then on.

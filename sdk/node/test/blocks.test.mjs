@@ -9,6 +9,8 @@ import { BlockError, writable } from 'latzero'
 import { promised, withServer } from './helpers.mjs'
 
 const place = withServer()
+/** Whether arrays may be of the blocks' own memory. */
+const isMapped = process.env.LATZERO_NO_EXTERNAL !== '1'
 const fill = (value) => (array) => { array.fill(value) }
 
 test('a block is read and written', async (t) => {
@@ -55,6 +57,7 @@ test('what a callback was given is gone when it has returned', async (t) => {
   assert.deepEqual(kept.map((array) => array.length), [0, 0, 0])
   kept[0][0] = 9
   assert.deepEqual(await block.read(), new Uint8Array(8).fill(5))
+  assert.equal(block.version, 1)
   await assert.rejects(block.read(() => { throw new Error('mine') }), /mine/)
 })
 
@@ -134,26 +137,157 @@ test('mistakes of opening', async (t) => {
   await assert.rejects(makes.block('a', { size: 8, create: true }), { code: 'block_exists' })
 })
 
-test('a view keeps its version', async (t) => {
+test('a view shows its version where it lies', async (t) => {
   const [makes] = await place.pair(t)
   const block = await makes.block('a', { shape: 4, dtype: 'f8', create: true })
   await block.write(fill(1))
   const view = await block.view()
   const array = view.array()
   assert.deepEqual([array, view.version, view.valid], [new Float64Array(4).fill(1), 1, true])
-  assert.equal(view.array().buffer, array.buffer)
-  // A stray write changes nothing that anybody else sees.
-  array[0] = 99
-  assert.deepEqual(await block.read(), new Float64Array(4).fill(1))
+  assert.equal(view.array(), array)
+  await block.write(fill(2))
+  assert.ok(view.valid)
+  await block.write(fill(3))
+  assert.equal(view.valid, false)
+  // The third version lies where the first did.
+  const later = await block.view()
+  assert.deepEqual([later.version, later.array()], [3, new Float64Array(4).fill(3)])
+  if (isMapped) {
+    assert.equal(array[0], 3)
+    assert.equal(later.buffer, view.buffer)
+  } else {
+    assert.equal(array[0], 1)
+  }
+  await block.resize(64)
+  assert.ok(view.stale && later.stale)
+  const resized = await block.view()
+  assert.equal(resized.buffer.byteLength, 64)
+  assert.notEqual(resized.buffer, view.buffer)
+  await block.remove()
+  block.close()
+  globalThis.gc?.()
+  assert.deepEqual(later.array(), new Float64Array(4).fill(3))
+})
+
+test('a version is read where it lies, and again if it was written over', async (t) => {
+  const [makes, opens] = await place.pair(t)
+  const block = await makes.block('a', { shape: 4, dtype: 'u4', create: true })
+  await block.write(fill(1))
+  const other = await opens.block('a')
+  const seen = []
+  const sum = await other.read(async (array, version) => {
+    const before = array[0]
+    // Two newer versions: the second is written where this one lies.
+    if (seen.length === 0) for (const value of [2, 3]) await block.write(fill(value))
+    seen.push([version, before, array[3]])
+    return array.reduce((a, b) => a + b)
+  })
+  assert.equal(sum, isMapped ? 12 : 4)
+  assert.deepEqual(seen, isMapped ? [[1, 1, 3], [3, 3, 3]] : [[1, 1, 1]])
+  // What a function throws at half a version does not count.
+  let runs = 0
+  assert.equal(await other.read(async (array) => {
+    if (++runs > 1) return array[0]
+    for (const value of [4, 5]) await block.write(fill(value))
+    if (isMapped) throw new Error('torn')
+    return array[0]
+  }), isMapped ? 5 : 3)
+  // Where writers are always faster, it gets a copy.
+  runs = 0
+  assert.equal(await other.read(async (array) => {
+    const before = array[0]
+    runs++
+    for (const value of [6, 7]) await block.write(fill(10 * runs + value))
+    return array[0] - before
+  }), 0)
+  assert.equal(runs, isMapped ? 4 : 1)
+})
+
+test('a stray write reaches nobody and does not last', async (t) => {
+  const [makes, opens] = await place.pair(t)
+  const shape = 20_000
+  const block = await makes.block('a', { shape, dtype: 'u1', create: true })
+  await block.write(fill(1))
+  const ones = new Uint8Array(shape).fill(1)
+  for (const write of [true, false]) {
+    const other = await opens.block('a', { write })
+    await other.read((array) => { array.fill(9) })
+    const view = await other.view()
+    assert.deepEqual(view.array(), ones)
+    view.array().fill(9)
+    assert.ok(view.valid)
+    for (const reads of [block, other]) {
+      assert.deepEqual(await reads.read(), ones)
+      await reads.read((array) => assert.deepEqual(array, ones))
+      assert.deepEqual((await reads.view()).array(), ones)
+    }
+  }
+})
+
+test('a view sent to another thread is a copy', async (t) => {
+  const [makes] = await place.pair(t)
+  const block = await makes.block('a', { shape: 4, dtype: 'u1', create: true })
+  await block.write(fill(1))
+  const view = await block.view()
+  const copy = structuredClone(view.array())
   await block.write(fill(2))
   await block.write(fill(3))
-  await block.write(fill(4))
-  assert.equal(view.valid, false)
-  assert.deepEqual(array, new Float64Array([99, 1, 1, 1]))
-  await block.resize(64)
-  assert.ok(view.stale)
-  await block.remove()
-  assert.equal(array[3], 1)
+  assert.deepEqual(copy, new Uint8Array(4).fill(1))
+  assert.equal(view.array().length, 4)
+})
+
+test('a writer publishes many versions under one lock', async (t) => {
+  const [makes, opens] = await place.pair(t)
+  for (const kind of ['shared', 'persistent']) {
+    const given = { shape: [4, 2], dtype: 'i4', create: true, kind }
+    const block = await makes.block(kind, given)
+    const other = await opens.block(kind)
+    const writer = await block.writer()
+    assert.ok(writer.isHeld && writer.fence > 0)
+    await assert.rejects(other.writer({ waitMs: 10 }), { code: 'locked' })
+    // One after another, however they were begun.
+    const versions = await Promise.all([
+      writer.write(fill(1), { keep: false }),
+      writer.write(async (array) => { await null; array[0] += 4 }),
+      writer.write((array) => { assert.deepEqual([...array], [1, 1]); array.fill(7) },
+        { part: [2, 3] })
+    ])
+    assert.deepEqual(versions, [1, 2, 3])
+    const expected = new Int32Array([5, 1, 1, 1, 7, 7, 1, 1])
+    assert.deepEqual(await other.read(), expected)
+    const fails = (array) => { array.fill(8); throw new Error('mine') }
+    await assert.rejects(writer.write(fails), /mine/)
+    await assert.rejects(writer.write(fill(8), { part: [3, 5] }), RangeError)
+    await assert.rejects(writer.write('no function'), TypeError)
+    assert.deepEqual(await other.read(), expected)
+    assert.equal(await writer.write((array) => { array[7] = 9 }), 4)
+    assert.equal((await other.read())[7], 9)
+    const kept = []
+    await writer.write((array) => { kept.push(array) })
+    assert.equal(kept[0].length, 0)
+    const last = writer.write(fill(3), { keep: false })
+    await writer.close()
+    assert.equal(await last, 6)
+    assert.equal(writer.isHeld, false)
+    await assert.rejects(writer.write(fill(1)), /closed/)
+    await writer.close()
+    assert.equal(await other.write(fill(4)), 7)
+  }
+})
+
+test('a writer that lost its lock publishes nothing', async (t) => {
+  const [makes, opens] = await place.pair(t)
+  const block = await makes.block('a', { size: 4, create: true })
+  const other = await opens.block('a')
+  const view = await other.view()
+  const writer = await block.writer()
+  await assert.rejects(writer.write(async (array) => {
+    array.fill(2)
+    await block.remove()
+  }), BlockError)
+  assert.deepEqual([view.array(), view.stale], [new Uint8Array(4), true])
+  await assert.rejects(writer.write(fill(1)), BlockError)
+  await writer.close()
 })
 
 test('newer versions are waited for', async (t) => {
@@ -260,6 +394,12 @@ test('blocks over TCP work by copies', async (t) => {
   const version = await block.write(fill(0), { keep: false })
   assert.equal((await changes.next()).value, version)
   await changes.return()
+  await assert.rejects(other.view(), { code: 'storage' })
+  const writer = await other.writer()
+  await writer.write(fill(2), { keep: false })
+  await writer.write((array) => { array[0] = 3 }, { part: [5, 6] })
+  await writer.close()
+  assert.deepEqual((await block.read()).subarray(4, 7), new Float64Array([2, 3, 2]))
 })
 
 test('a block goes along with a call', async (t) => {

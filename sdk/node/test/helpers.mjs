@@ -1,6 +1,9 @@
 // What the tests share: a server for each file, and apps that are closed when their test ends.
 
+import { spawn } from 'node:child_process'
+import { once } from 'node:events'
 import { after, before } from 'node:test'
+import { fileURLToPath } from 'node:url'
 
 import { connect } from 'latzero'
 import { server as start } from 'latzero/testing'
@@ -31,6 +34,26 @@ export function withServer (...args) {
       return [serves, await this.app(t, `calls-${number}`, pool, options), pool]
     }
   }
+}
+
+const here = fileURLToPath(new URL('.', import.meta.url))
+
+/** Runs a script, which has `connect` and `url`; what it wrote and how it ended. */
+export async function run (url, script, { args = [], onLine, env } = {}) {
+  const begin = "import { connect } from 'latzero'; const url = process.argv[1];"
+  const child = spawn(process.execPath,
+    [...args, '--input-type=module', '--eval', `${begin}\n${script}`, '--', url],
+    { cwd: here, env: { ...process.env, ...env }, stdio: ['ignore', 'pipe', 'pipe'] })
+  const out = { stdout: '', stderr: '' }
+  for (const name of ['stdout', 'stderr']) {
+    child[name].setEncoding('utf8')
+    child[name].on('data', (text) => {
+      out[name] += text
+      if (name === 'stdout') onLine?.(out.stdout, child)
+    })
+  }
+  const [status, signal] = await once(child, 'close')
+  return { status, signal, ...out }
 }
 
 /** A promise with the functions that settle it. */

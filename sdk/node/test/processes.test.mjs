@@ -7,28 +7,14 @@ import { fileURLToPath } from 'node:url'
 import { test } from 'node:test'
 
 import { connect } from 'latzero'
-import { promised, withServer } from './helpers.mjs'
+import { promised, run as runWith, withServer } from './helpers.mjs'
 
 const place = withServer()
 const here = fileURLToPath(new URL('.', import.meta.url))
 
-/** Runs a script, which has `connect` and `url`; what it wrote and how it ended. */
-async function run (script, { args = [], onLine, url = place.server.url('script') } = {}) {
-  const begin = "import { connect } from 'latzero'; const url = process.argv[1];"
-  const child = spawn(process.execPath,
-    [...args, '--input-type=module', '--eval', `${begin}\n${script}`, '--', url],
-    { cwd: here, stdio: ['ignore', 'pipe', 'pipe'] })
-  const out = { stdout: '', stderr: '' }
-  for (const name of ['stdout', 'stderr']) {
-    child[name].setEncoding('utf8')
-    child[name].on('data', (text) => {
-      out[name] += text
-      if (name === 'stdout') onLine?.(out.stdout, child)
-    })
-  }
-  const [status, signal] = await once(child, 'close')
-  return { status, signal, ...out }
-}
+/** Runs a script against the server of this file. */
+const run = (script, { url = place.server.url('script'), ...options } = {}) =>
+  runWith(url, script, options)
 
 const quiet = { status: 0, signal: null, stdout: '', stderr: '' }
 

@@ -24,6 +24,8 @@ pub const OTHER_VARIABLES: &[&str] = &[
     "LATZERO_BLOCK",
     "LATZERO_FENCE",
     "LATZERO_LOCKS",
+    "LATZERO_NODE_DRIVER",
+    "LATZERO_NO_EXTERNAL",
     "LATZERO_FAILPOINT",
 ];
 

@@ -162,6 +162,8 @@ fn unknown_variables_are_warnings() {
         .unwrap();
     };
     check("LATZERO_LOCKS", &[]);
+    check("LATZERO_NODE_DRIVER", &[]);
+    check("LATZERO_NO_EXTERNAL", &[]);
     check("OTHER_PORT", &[]);
     check(
         "LATZERO_PROT",

@@ -50,7 +50,7 @@ pub use lock::{BlockLock, LOCKS_VARIABLE};
 pub use typed::TypedBlock;
 pub use write::{BlockWriter, Draft};
 
-pub use latzero_shm::{Element, Exposed, OwnedView, View, Writing};
+pub use latzero_shm::{Element, Exposed, OwnedView, PrivateMapping, View, Writing};
 use sealed::Edit;
 pub(crate) use shared::{BlockState, Blocks, Current};
 use shared::{Described, LockState};
@@ -556,6 +556,14 @@ impl Block {
         attachment
             .owned_view()
             .map_err(|e| read_error(self.id(), e))
+    }
+
+    /// Maps the block of a view once more, for code that may write by mistake what it should only
+    /// read; see [`PrivateMapping`]. `None` if the block has moved since, or can't be mapped again.
+    #[must_use]
+    pub fn map_private(&self, view: &OwnedView) -> Option<PrivateMapping> {
+        let memory = lock(&self.shared().current).memory_of(view)?;
+        view.map_private(memory).ok()
     }
 
     /// Waits for a version newer than `beyond`; returns it. For a mapped block the wait does not

@@ -34,12 +34,17 @@ async function use (): Promise<void> {
   const copy: Float32Array = await block.read()
   const total: number = await block.read((array: Float32Array) => array.length)
   const version: number = await block.write((array: Float32Array) => { array.fill(1) })
+  await using writer = await block.writer({ waitMs: 10 })
+  const next: number = await writer.write((array: DataView) => array, { keep: false })
+  // @ts-expect-error: the lock is held already.
+  await writer.write(() => {}, { waitMs: 5 })
+  const seen: Float32Array = (await block.view()).array()
   await app.call('darken', { block, also: writable(block) })
   const again: Block = await app.block(block.handle)
   await using followed = app.onState((state) => state === 'connected' || app.lost > 0)
   // @ts-expect-error: there is no such state.
   app.onState((state) => state === 'gone')
-  void [again, followed, sent, delivered, told, bill, copy, total, version]
+  void [again, next, seen, followed, sent, delivered, told, bill, copy, total, version]
   try {
     throw new Failure('odd', 'message', { a: 1 })
   } catch (error) {

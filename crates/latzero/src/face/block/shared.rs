@@ -9,7 +9,7 @@ use std::task::Waker;
 
 use latzero_protocol::memory::{Access, Kind};
 use latzero_protocol::{Code, Ran};
-use latzero_shm::{Attachment, Expected, Geometry};
+use latzero_shm::{Attachment, Expected, Geometry, OwnedView};
 use serde_json::{Value, json};
 
 use super::message;
@@ -158,6 +158,13 @@ impl Current {
             memory,
             epoch,
         })
+    }
+
+    /// The memory in which a view lies.
+    pub(super) fn memory_of(&self, view: &OwnedView) -> Option<Arc<OwnedFd>> {
+        let attachment = self.attachment.as_ref()?;
+        let memory = self.memory.as_ref()?;
+        view.is_of(attachment).then(|| memory.clone())
     }
 
     pub(super) fn held(&self) -> LockState {
