@@ -139,7 +139,8 @@ def _calling(
     redeliver: bool = False, id: str | None = None,
 ) -> dict[str, Any]:
     """The options of a call, as the binding takes them."""
-    if not (redeliver or privileged) and (timeout, to, pool, key, headers, idempotency_key, id) == _NONE_OF_THEM:
+    is_plain = not (redeliver or privileged)
+    if is_plain and (timeout, to, pool, key, headers, idempotency_key, id) == _NONE_OF_THEM:
         return _NO_OPTIONS
     return {
         "timeout": _seconds(timeout), "to": to, "pool": pool, "key": key, "headers": headers,
