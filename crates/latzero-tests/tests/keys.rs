@@ -275,7 +275,10 @@ fn a_guess_that_waited_for_the_disk_does_not_end_the_connection() {
     guess(&server);
     let mut wire = server.app(Via::Tcp, json!({"app_id": "late"}));
     let proof = wrong_proof(&mut wire);
-    let parked = |id| json!({"action": "trigger", "process": "t", "park": true, "id": format!("parked-{id}")});
+    let parked = |id| {
+        let id = format!("parked-{id}");
+        json!({"action": "trigger", "process": "t", "park": true, "id": id})
+    };
     // With one write, so that they are read before the first one is stored.
     let mut frames = Vec::new();
     for message in (0..12).map(parked).chain([proof]) {
