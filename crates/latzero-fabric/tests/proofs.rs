@@ -74,9 +74,14 @@ fn vault() -> (Net, Descriptor, Peer) {
 
 /// The message that proves the role write, with a new challenge.
 fn proof(net: &mut Net, peer: Peer, app: &str, keys: &KeySet) -> String {
+    proof_in(net, peer, "vault", app, keys)
+}
+
+/// As [`proof`], of another pool.
+fn proof_in(net: &mut Net, peer: Peer, pool: &str, app: &str, keys: &KeySet) -> String {
     net.say(
         peer,
-        r#"{"action":"pool_challenge","pool":"vault","id":"n"}"#,
+        &format!(r#"{{"action":"pool_challenge","pool":"{pool}","id":"n"}}"#),
     );
     let challenge = net.messages(peer).pop().expect("an answer").json["response"].clone();
     fn binary<const N: usize>(value: &Value) -> [u8; N] {
@@ -84,7 +89,7 @@ fn proof(net: &mut Net, peer: Peer, app: &str, keys: &KeySet) -> String {
         text::decode(text).expect("base64url")
     }
     let joining = Joining {
-        pool: "vault",
+        pool,
         pool_id: binary(&challenge["pool_id"]),
         epoch: challenge["epoch"].as_u64().expect("a number") as u32,
         suite: 1,
@@ -100,7 +105,7 @@ fn proof(net: &mut Net, peer: Peer, app: &str, keys: &KeySet) -> String {
         .prove(keys, Roles::Write)
         .expect("all keys are here");
     let proof = proof.to_json();
-    format!(r#"{{"action":"pool_join","pool":"vault","id":"p","proof":{proof}}}"#)
+    format!(r#"{{"action":"pool_join","pool":"{pool}","id":"p","proof":{proof}}}"#)
 }
 
 const PING: &str = r#"{"action":"ping","id":"later"}"#;
@@ -149,6 +154,47 @@ fn waiting_proofs_delay_only_their_senders() {
         seen.starts_with("p ok") && seen.contains("; later ok"),
         "{seen}"
     );
+}
+
+/// Proofs may wait for the disk together. Each of them is decided by its own result.
+#[test]
+fn a_good_proof_does_not_decide_on_a_wrong_one_behind_it() {
+    let mut net = Net::with(|limits| limits.in_flight_max = 1);
+    let owner = net.app("owner", "");
+    let vault = first(&keys(1));
+    assert!(
+        net.ask(owner, &creation(vault.as_bytes(), "c"))
+            .starts_with("c ok")
+    );
+    let thief = net.app("thief", "");
+    let mine = NewPool {
+        name: "mine",
+        suite: Suite::Sealed,
+        pool_id: [15; 16],
+        salt: [6; 32],
+        created_ms: 1,
+        wrap_nonce: [7; 24],
+    };
+    let mine = Descriptor::create(&keys(50), &mine).expect("all keys are here");
+    let create = creation(mine.as_bytes(), "c").replace("vault", "mine");
+    assert!(net.ask(thief, &create).starts_with("c ok"));
+    let good = proof_in(&mut net, thief, "mine", "thief", &keys(50));
+    let wrong = proof(&mut net, thief, "thief", &keys(50));
+    net.world.hold_disk(true);
+    net.world.hold_proofs(true);
+    let parked = r#"{"action":"trigger","process":"t","park":true,"id":"t"}"#;
+    for message in [parked, &good, &wrong] {
+        assert_eq!(net.ask(thief, message), "");
+    }
+    net.world.hold_disk(false);
+    assert_eq!(net.sees(thief), "t parked: null");
+    assert!(net.world.check_proof());
+    assert!(net.sees(thief).starts_with("p ok"), "of its own pool");
+    assert!(net.world.check_proof());
+    assert_eq!(net.sees(thief), "p failed: unauthenticated ran=no");
+    assert!(!net.world.check_proof());
+    let members = net.world.pool_stats("vault").expect("it exists").members;
+    assert_eq!(members, 0);
 }
 
 #[test]

@@ -564,9 +564,6 @@ impl EventLoop {
         if let Some(at) = connection.session.next_deadline() {
             self.schedule_sweep(at.max(now.after_ms(SWEEP_EVERY_MS)));
         }
-        // It was not before: what rests is not read.
-        let rests = connection.peer.is_resting.load(Relaxed);
-        let rests = rests.then(|| Arc::clone(&connection.peer));
         match turn {
             ReadOutcome::Idle | ReadOutcome::Paused => self.connections[slot] = Some(connection),
             ReadOutcome::Starved => {
@@ -590,11 +587,6 @@ impl EventLoop {
                 self.host.flush();
                 self.remove(slot, *connection);
             }
-        }
-        if let Some(peer) = rests {
-            self.resting
-                .push_back((now.after_ms(REST_MS), Arc::clone(&peer)));
-            self.await_writable(&peer);
         }
     }
 
@@ -720,6 +712,10 @@ impl EventLoop {
                 self.crowded.push(peer);
                 self.crowded_at = Some(now.after_ms(CROWDED_EVERY_MS));
             }
+        }
+        for peer in std::mem::take(&mut self.host.resting) {
+            self.await_writable(&peer);
+            self.resting.push_back((now.after_ms(REST_MS), peer));
         }
         self.host.count();
         if self.host.shared.core.context.ledger.is_over_limit() {

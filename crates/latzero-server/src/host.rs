@@ -44,6 +44,8 @@ pub(crate) struct IoHost {
     noticed: Vec<Notice<Arc<PoolCell>>>,
     /// Connections to write to again after some time, because too many descriptors are in flight.
     pub(crate) crowded: Vec<Arc<Peer>>,
+    /// Connections not to read for a while, because their users guess.
+    pub(crate) resting: Vec<Arc<Peer>>,
     /// Descriptors that came with the current message.
     pub(crate) offers: VecDeque<OwnedFd>,
 }
@@ -59,6 +61,7 @@ impl IoHost {
             changed: Vec::new(),
             noticed: Vec::new(),
             crowded: Vec::new(),
+            resting: Vec::new(),
             offers: VecDeque::new(),
         }
     }
@@ -303,8 +306,8 @@ impl Verifier for IoHost {
     fn may_prove(&mut self, asker: &Arc<Peer>) -> bool {
         let user = asker.socket.as_ref().map(Socket::user);
         let may = user.is_none_or(|user| self.shared.attempts().may(user, self.now.monotonic));
-        if !may {
-            asker.is_resting.store(true, Relaxed);
+        if !may && !asker.is_resting.swap(true, Relaxed) {
+            self.resting.push(Arc::clone(asker));
         }
         may
     }

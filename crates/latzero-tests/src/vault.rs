@@ -134,6 +134,19 @@ pub fn prove_bound(
     app: &str,
     kinds: &[Kind],
 ) -> Value {
+    let proof = proof_for(wire, binding, set, pool, app, kinds);
+    wire.request(proof)
+}
+
+/// Asks for a challenge, and returns the message with the proof.
+pub fn proof_for(
+    wire: &mut Wire,
+    binding: ChannelBinding,
+    set: &KeySet,
+    pool: &str,
+    app: &str,
+    kinds: &[Kind],
+) -> Value {
     let asked = json!({"action": "pool_challenge", "pool": pool});
     let challenge = wire.request(asked)["response"].clone();
     let joining = Joining {
@@ -148,7 +161,7 @@ pub fn prove_bound(
     let held = KeySet::from_tokens(tokens.iter().map(|token| token.as_str())).unwrap();
     let proof = joining.prove(&held, held.roles().unwrap()).unwrap();
     let proof: Value = serde_json::from_str(&proof.to_json()).unwrap();
-    wire.request(json!({"action": "pool_join", "pool": pool, "proof": proof}))
+    json!({"action": "pool_join", "pool": pool, "proof": proof})
 }
 
 /// A raw connection that names only the encrypted pool.

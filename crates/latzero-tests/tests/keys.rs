@@ -6,6 +6,7 @@
     reason = "a test that can't go on says where by panicking"
 )]
 
+use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
@@ -19,9 +20,10 @@ use latzero_crypto::app_key;
 use latzero_crypto::keys::{KeySet, Kind, NewKeys, Secret};
 use latzero_crypto::proof::{self, ChannelBinding, Exchange};
 use latzero_crypto::text;
+use latzero_protocol::frame;
 use latzero_tests::vault::{
-    JOIN, READ, WRITE, bound, builder, code, exchange, key_set, keys, member, prove, raw, vault,
-    with_keys,
+    JOIN, READ, WRITE, bound, builder, code, exchange, key_set, keys, member, proof_for, prove,
+    raw, vault, with_keys,
 };
 use latzero_tests::{Server, Via, Wire};
 use serde_json::{Value, json};
@@ -219,9 +221,8 @@ fn a_proof_is_valid_once_for_one_server_and_connection() {
     wire.wait_closed();
 }
 
-#[test]
-fn guessing_over_tcp_is_rate_limited() {
-    let server = Server::start();
+/// Sends wrong proofs over TCP until none is checked any more; returns what became of them.
+fn guess(server: &Server) -> Vec<String> {
     let mut codes = Vec::new();
     while codes.last().is_none_or(|code| code != "overloaded") && codes.len() < 30 {
         let mut wire = server.connect(Via::Tcp);
@@ -235,6 +236,13 @@ fn guessing_over_tcp_is_rate_limited() {
             codes.push(code(&reply).to_owned());
         }
     }
+    codes
+}
+
+#[test]
+fn guessing_over_tcp_is_rate_limited() {
+    let server = Server::start();
+    let codes = guess(&server);
     let refused = codes
         .iter()
         .filter(|code| *code == "unauthenticated")
@@ -257,6 +265,46 @@ fn guessing_over_tcp_is_rate_limited() {
     }
     wire.send(&json!({"action": "handshake", "app_id": "late"}));
     assert_eq!(wire.receive()["status"], "ok");
+}
+
+/// A proof may wait behind requests that are being stored. It costs its connection a rest then too,
+/// and no more than that.
+#[test]
+fn a_guess_that_waited_for_the_disk_does_not_end_the_connection() {
+    let server = Server::with(&["limits.in_flight_max=4"]);
+    guess(&server);
+    let mut wire = server.app(Via::Tcp, json!({"app_id": "late"}));
+    let proof = wrong_proof(&mut wire);
+    let parked = |id| {
+        let id = format!("parked-{id}");
+        json!({"action": "trigger", "process": "t", "park": true, "id": id})
+    };
+    // With one write, so that they are read before the first one is stored.
+    let mut frames = Vec::new();
+    for message in (0..12).map(parked).chain([proof]) {
+        let message = message.to_string();
+        frame::append(&mut frames, |out| out.extend_from_slice(message.as_bytes()));
+    }
+    wire.send_bytes(&frames);
+    let mut waits = BTreeSet::from_iter((0..12).map(|id| format!("parked-{id}")));
+    waits.insert("wrong".into());
+    while !waits.is_empty() {
+        let reply = wire.receive();
+        let id = reply["in_reply_to"].as_str().unwrap();
+        assert!(waits.remove(id), "{reply}");
+        assert_eq!(code(&reply) == "overloaded", id == "wrong", "{reply}");
+    }
+    assert_eq!(code(&wire.request(json!({"action": "ping"}))), "ok");
+    // And its end is noticed.
+    drop(wire);
+    let mut admin = server.app(Via::Unix, json!({"app_id": "admin"}));
+    let mut is_live = || {
+        let apps = admin.request(json!({"action": "app_list"}))["response"]["apps"].clone();
+        let apps = apps.as_array().unwrap().clone();
+        let late = apps.into_iter().find(|app| app["app_id"] == "late");
+        late.is_some_and(|late| late["live"] == true)
+    };
+    while is_live() {}
 }
 
 #[test]
@@ -642,6 +690,26 @@ fn the_data_directory_has_no_key_and_no_plaintext() {
         .timeout(Duration::from_secs(60));
     drop(waits.send_parked().unwrap());
     let _ = worker.emit("tell", &secret).send();
+    let fails = move |_| Err::<(), _>(HandlerError::new("no_luck", secret).with_data(secret));
+    worker.serve("fail", fails).unwrap();
+    let error = caller.call("fail", &secret).send::<()>().unwrap_err();
+    assert_eq!(error.message(), secret);
+    // A persistent block, with content of two versions.
+    let create = worker.block("b").create(200_000);
+    let block = create.persistent().send().unwrap();
+    for at in [0, 100_000] {
+        block.write_at(at, secret.as_bytes()).unwrap();
+    }
+    block.flush().unwrap();
+    let admin = App::connect_with(builder(&server, "admin")).unwrap();
+    for _ in 0..2 {
+        admin.request(&json!({"action": "backup"})).unwrap();
+        let done = worker.rotate_pool("vault", &keys(&set, WRITE), false);
+        assert!(done.is_ok(), "{done:?}");
+    }
+    // Whoever has other keys leaves lines in the logs.
+    let refused = App::connect_with(with_keys(&server, "late", keys(&key_set(2), READ)));
+    assert_eq!(refused.unwrap_err().kind(), Code::Unauthenticated);
     server.kill();
     let mut needles: Vec<Vec<u8>> = vec![secret.as_bytes().to_vec()];
     for kind in WRITE {
@@ -650,7 +718,7 @@ fn the_data_directory_has_no_key_and_no_plaintext() {
         needles.push(token.as_bytes()[5..40].to_vec());
         needles.push(text::decode_within(&token[5..], 64).unwrap()[..32].to_vec());
     }
-    let mut looked_at = 0;
+    let mut looked_at = BTreeSet::new();
     let mut directories = vec![server.0.data_dir().to_owned()];
     while let Some(directory) = directories.pop() {
         for entry in std::fs::read_dir(directory).unwrap() {
@@ -659,7 +727,9 @@ fn the_data_directory_has_no_key_and_no_plaintext() {
                 directories.push(path);
             } else if path.is_file() {
                 let bytes = std::fs::read(&path).unwrap();
-                looked_at += bytes.len();
+                let place = path.strip_prefix(server.0.data_dir()).unwrap();
+                let first = place.iter().next().unwrap().to_owned();
+                looked_at.insert(first.into_string().unwrap());
                 for needle in &needles {
                     let found = bytes.windows(needle.len()).any(|window| window == needle);
                     assert!(!found, "{}", path.display());
@@ -667,7 +737,16 @@ fn the_data_directory_has_no_key_and_no_plaintext() {
             }
         }
     }
-    assert!(looked_at > 10_000);
+    for place in [
+        "backups",
+        "data.db",
+        "data.db-wal",
+        "logs",
+        "memory",
+        "of-clients",
+    ] {
+        assert!(looked_at.contains(place), "{looked_at:?}");
+    }
 }
 
 #[test]
@@ -717,6 +796,54 @@ fn keys_decide_access_to_memory_in_a_gated_pool() {
         ask(&mut write, "write", json!({"offset": 0, "data": "AAAA"})),
         "ok"
     );
+}
+
+/// Whoever measures how long a refusal takes learns nothing: not whether a pool exists, nor which
+/// signature is wrong.
+#[test]
+fn every_cause_of_a_refusal_takes_the_same_time() {
+    const ROUNDS: usize = 40;
+    let (server, set) = vault();
+    let other = key_set(2);
+    let mut maker = server.app(Via::Unix, json!({"app_id": "plain"}));
+    maker.request(json!({"action": "pool_create", "pool": "open"}));
+    let causes = [
+        ("all signatures are wrong", "vault", &other, "asker"),
+        ("the last signature is wrong", "vault", &set, "asker"),
+        ("signed for another app", "vault", &set, "other"),
+        ("no such pool", "nothing", &set, "asker"),
+        ("a pool that is not encrypted", "open", &set, "asker"),
+    ];
+    let mut times = [const { Vec::new() }; 6];
+    // In turn, so that whatever else the machine does affects all of them.
+    for _ in 0..ROUNDS {
+        for (at, (why, pool, keys, app)) in causes.into_iter().enumerate() {
+            let mut wire = server.app(Via::Unix, json!({"app_id": "asker", "pools": []}));
+            let mut proof = proof_for(&mut wire, bound(&server), keys, pool, app, WRITE);
+            if why.starts_with("the last") {
+                proof["proof"]["sig_write"] = proof["proof"]["sig_read"].clone();
+            }
+            let mut refused = |times: &mut Vec<Duration>| {
+                let asked = std::time::Instant::now();
+                let reply = wire.request(proof.clone());
+                times.push(asked.elapsed());
+                assert_eq!(code(&reply), "unauthenticated", "{why}: {reply}");
+                assert_eq!(reply["error"]["message"], "the proof was not accepted");
+            };
+            refused(&mut times[at]);
+            // Once more without a challenge, which is refused unchecked: a difference would show.
+            refused(&mut times[5]);
+        }
+    }
+    // The shorter ones were disturbed least.
+    let [times @ .., unchecked] = times.map(|mut times| {
+        times.sort();
+        times[times.len() / 4]
+    });
+    println!("unchecked {unchecked:?}, checked {times:?}");
+    let (least, most) = (times.iter().min().unwrap(), times.iter().max().unwrap());
+    assert!(unchecked * 3 < *least * 2, "{unchecked:?} {times:?}");
+    assert!(*most * 3 < *least * 4, "{unchecked:?} {times:?}");
 }
 
 /// A proof with invalid signatures.

@@ -62,7 +62,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 }
 
 pub(crate) fn sha256(bytes: &[u8]) -> String {
-    hex(&backend::preferred().sha256(&[bytes]))
+    hex(&library().sha256(&[bytes]))
 }
 
 /// Asserts that bytes equal a vector.
@@ -79,6 +79,18 @@ pub(crate) fn on_each(test: impl Fn(&'static dyn Backend)) {
     }
 }
 
+/// The variable that names the library of a run.
+pub(crate) const LIBRARY: &str = "LATZERO_TESTS_LIBRARY";
+
+/// The library of this run: the preferred one, or the one that [`LIBRARY`] names.
+pub(crate) fn library() -> &'static dyn Backend {
+    let Some(name) = std::env::var_os(LIBRARY) else {
+        return backend::preferred();
+    };
+    let named = backend::all().iter().find(|library| library.name() == name);
+    *named.expect("it names a library of this build")
+}
+
 /// The three keys, and the owner key if `owner` is true.
 pub(crate) fn keys(owner: bool) -> KeySet {
     let secret = |name: &str| Secret::new(array(&format!("/keys/given/{name}")));
@@ -88,6 +100,7 @@ pub(crate) fn keys(owner: bool) -> KeySet {
         seal: secret("oblivion_seal"),
         owner: owner.then(|| secret("owner_key")),
     })
+    .with_backend(library())
 }
 
 /// The keys of epoch 3.
@@ -99,12 +112,14 @@ pub(crate) fn keys3() -> KeySet {
         seal: secret("oblivion_seal"),
         owner: None,
     })
+    .with_backend(library())
 }
 
 /// The set without the other kinds of keys.
 pub(crate) fn only(keys: &KeySet, kinds: &[latzero_crypto::keys::Kind]) -> KeySet {
     let text = keys.to_file(kinds).expect("all of them are here");
-    KeySet::from_file(text.as_bytes()).expect("a key file reads as it was written")
+    let keys = KeySet::from_file(text.as_bytes()).expect("a key file reads as it was written");
+    keys.with_backend(library())
 }
 
 pub(crate) fn new_pool(suite: Suite) -> NewPool<'static> {

@@ -221,7 +221,8 @@ impl<D: Driver> Session<D> {
     }
 
     /// Handles deferred messages while there is room. The driver calls it if the core reports room
-    /// ([`crate::Effects::resumed`]), and after [`Session::handle_stored`].
+    /// ([`crate::Effects::resumed`]), and after [`Session::handle_stored`] and
+    /// [`Session::handle_verified`].
     pub fn resume(&mut self, turn: &mut Turn<'_, D>) -> Flow {
         while let Some(waiting) = self.next_waiting(turn) {
             if self.handle_waiting(&waiting, turn) == Flow::Close {
@@ -231,8 +232,12 @@ impl<D: Driver> Session<D> {
         Flow::Continue
     }
 
-    /// Removes and returns the first message that no longer has to wait.
+    /// Removes and returns the first message that no longer has to wait. While a proof is being
+    /// checked all of them do: the result must not be taken for that of another proof.
     pub fn next_waiting(&mut self, turn: &Turn<'_, D>) -> Option<DeferredFrame> {
+        if self.is_proving() {
+            return None;
+        }
         let (&number, first) = self.held.messages.first_key_value()?;
         let must_wait = match first.why {
             For::Calls => self.is_full(turn),

@@ -107,6 +107,10 @@ impl<D: Driver> Session<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
         let is_guess = !matches!(proof, Proof::Write(_));
+        debug_assert!(
+            !self.is_proving(),
+            "one proof at a time: the result of this one would decide on the other"
+        );
         match turn.driver.verify(&self.peer, check, is_guess)? {
             Some(is_good) => self.decide(id, proof, is_good, turn),
             None => {
