@@ -754,7 +754,10 @@ impl EventLoop {
                 self.host.flush_peer(&peer);
             }
         }
-        while let Some((_, peer)) = self.resting.pop_front_if(|(until, _)| *until <= now) {
+        while let Some((until, _)) = self.resting.front()
+            && *until <= now
+            && let Some((_, peer)) = self.resting.pop_front()
+        {
             peer.is_resting.store(false, Relaxed);
             self.await_writable(&peer);
             if let Some(slot) = self.slot_of(&peer) {
