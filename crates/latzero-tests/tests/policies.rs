@@ -27,7 +27,7 @@ fn joins(wire: &mut Wire) -> bool {
     }
 }
 
-fn lab(server: &Server, policy: Value) -> Wire {
+fn lab(server: &Server, policy: &Value) -> Wire {
     let mut owner = server.app(Via::Unix, json!({"app_id": "owner"}));
     let create = json!({"action": "pool_create", "durable": true, "policy": policy});
     assert_eq!(ask(&mut owner, create), "ok");
@@ -42,7 +42,7 @@ fn each_right_is_checked_and_the_owner_has_all() {
         "serve": ["owner"], "call": ["owner"], "emit": ["owner"], "read": ["owner"],
         "write": {"deny": ["guest"]},
     });
-    let mut owner = lab(&server, policy.clone());
+    let mut owner = lab(&server, &policy);
     let requests = [
         json!({"action": "trigger_register", "triggers": ["t"]}),
         json!({"action": "memory_create", "block_id": "b", "size": 8, "attach": false}),
@@ -85,7 +85,7 @@ fn each_right_is_checked_and_the_owner_has_all() {
 fn a_rule_names_users_whichever_app_they_use() {
     let server = Server::start();
     let uid = rustix::process::geteuid().as_raw();
-    lab(&server, json!({"join": [format!("uid:{uid}")]}));
+    lab(&server, &json!({"join": [format!("uid:{uid}")]}));
     let mut here = server.app(Via::Unix, json!({"app_id": "here"}));
     assert!(joins(&mut here));
     let mut far = server.app(Via::Tcp, json!({"app_id": "far"}));
@@ -94,7 +94,7 @@ fn a_rule_names_users_whichever_app_they_use() {
     assert!(!list.to_string().contains("lab"), "{list}");
 
     let server = Server::start();
-    lab(&server, json!({"join": {"deny": [format!("uid:{uid}")]}}));
+    lab(&server, &json!({"join": {"deny": [format!("uid:{uid}")]}}));
     let mut here = server.app(Via::Unix, json!({"app_id": "here"}));
     assert!(!joins(&mut here));
     // That user could connect over TCP, where nobody knows.
@@ -104,7 +104,7 @@ fn a_rule_names_users_whichever_app_they_use() {
     let server = Server::start();
     lab(
         &server,
-        json!({"join": {"deny": [format!("uid:{}", uid + 1)]}}),
+        &json!({"join": {"deny": [format!("uid:{}", uid + 1)]}}),
     );
     let mut here = server.app(Via::Unix, json!({"app_id": "here"}));
     assert!(joins(&mut here));
@@ -115,7 +115,7 @@ fn a_rule_names_keys() {
     let server = Server::start();
     let key = app_key::AppKey::new(Secret::new([1; 32]));
     let public = text::encode(&key.signing_key().public().to_bytes());
-    lab(&server, json!({"join": [format!("key:{public}")]}));
+    lab(&server, &json!({"join": [format!("key:{public}")]}));
     let path = server.0.data_dir().join("shop.key");
     let mut options = std::fs::OpenOptions::new();
     let mut file = options
