@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use latzero::blocking::App;
-use latzero::{Code, HandlerError, Keys};
+use latzero::{Builder, Code, HandlerError, Keys};
 use latzero_crypto::text;
 use latzero_protocol::frame::{self, Accept};
 use latzero_tests::vault::{READ, WRITE, keys, member, vault};
@@ -48,10 +48,16 @@ impl Relay {
     }
 
     fn app(&self, server: &Server, app: &str, keys: Keys) -> App {
+        App::connect_with(self.builder(server, app, keys)).unwrap()
+    }
+
+    fn builder(&self, server: &Server, app: &str, keys: Keys) -> Builder {
         let builder = latzero::App::builder(&format!("latzero://{app}@{}", self.address));
         let state_dir = server.0.data_dir().join("of-clients").join(app);
-        let builder = builder.keys("vault", keys).state_dir(state_dir);
-        App::connect_with(builder.unbound(true)).unwrap()
+        builder
+            .keys("vault", keys)
+            .state_dir(state_dir)
+            .unbound(true)
     }
 
     fn change(
@@ -300,4 +306,21 @@ fn a_privileged_handler_sees_nothing_that_the_server_changed() {
     });
     let error = caller.call("admin", &3).privileged().send::<u64>();
     assert_eq!(error.unwrap_err().kind(), Code::Integrity);
+}
+
+/// While a client waits for an answer to its proof it keeps what else arrives, up to a limit.
+#[test]
+fn messages_before_the_answer_to_a_proof_are_kept_within_a_limit() {
+    let (server, set) = vault();
+    for (count, is_taken) in [(8, true), (80, false)] {
+        let relay = Relay::new(&server);
+        relay.change("response", move |reply| {
+            let other = json!({"action": "event", "event": "x", "pad": "x".repeat(1 << 20)});
+            let others = std::iter::repeat_n((other, None), count);
+            others.chain([reply]).collect()
+        });
+        let app = App::connect_with(relay.builder(&server, "app", keys(&set, READ)));
+        let error = app.err().map(|error| error.kind());
+        assert_eq!(error, (!is_taken).then_some(Code::Disconnected));
+    }
 }

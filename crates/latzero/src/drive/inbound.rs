@@ -266,9 +266,10 @@ impl Batch<'_> {
             self.entry = self.core.handlers.find(request.name());
         }
         match &self.entry {
-            Some(entry) if entry.spec.is_privileged && request.is_plain() => {
+            // In a pool that is not encrypted, or opened before the trigger became privileged.
+            Some(entry) if entry.spec.is_privileged && !request.is_privileged() => {
                 let text = format!(
-                    "trigger '{}' is privileged: it is served in encrypted pools alone",
+                    "trigger '{}' takes only privileged calls, and only in encrypted pools",
                     request.name()
                 );
                 request.refuse(&Refusal::new(Code::Forbidden, text));
@@ -294,7 +295,8 @@ impl Batch<'_> {
         if queues.is_empty() {
             let entry = self.core.handlers.find(request.name());
             // A server could pass an emit off as one of an unencrypted pool.
-            let entry = entry.filter(|entry| !(entry.spec.is_privileged && request.is_plain()));
+            let may = |entry: &Arc<Entry>| !entry.spec.is_privileged || request.is_privileged();
+            let entry = entry.filter(may);
             if let Some(entry) = entry {
                 self.jobs.push(HandlerJob::Start(entry, request));
             }

@@ -392,12 +392,13 @@ impl Request {
         self.ticket.is_cancelled()
     }
 
-    /// Answers with a refusal of this library.
-    /// Whether it came in a pool that is not encrypted.
-    pub(crate) fn is_plain(&self) -> bool {
-        self.ticket.sealed.get().is_none()
+    /// Whether a writer of an encrypted pool signed it.
+    pub(crate) fn is_privileged(&self) -> bool {
+        let sealed = self.ticket.sealed.get();
+        sealed.is_some_and(SealedReply::is_signed)
     }
 
+    /// Answers with a refusal of this library.
     pub(crate) fn refuse(&self, refusal: &Refusal) {
         if let Some(id) = self.ticket.id() {
             self.core.outbox.append(self.ticket.epoch, |out, _| {

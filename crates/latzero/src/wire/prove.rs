@@ -20,6 +20,10 @@ use crate::wire::link::Link;
 use crate::wire::sealed::{Joined, SealedPool};
 use crate::wire::wait::{HandshakeTimeout, RECV_TIMEOUT};
 
+/// Bytes of messages that may arrive before a reply that is awaited here; an honest server's outbox
+/// is smaller.
+const EARLY_BYTES_MAX: usize = 64 << 20;
+
 /// A connection that is not in use yet: it sends requests one at a time and waits for each reply.
 pub(crate) struct Talk<'a> {
     link: &'a Link,
@@ -109,13 +113,15 @@ impl<'a> Talk<'a> {
                     None => wanted(frame.json)?,
                     Some(_) => None,
                 };
-                match found {
-                    Some(found) => {
-                        self.buf.drain(..used);
-                        return Ok(found);
-                    }
-                    None => self.early.extend(self.buf.drain(..used)),
+                if let Some(found) = found {
+                    self.buf.drain(..used);
+                    return Ok(found);
                 }
+                if self.early.len() + used > EARLY_BYTES_MAX {
+                    let text = "the server sent too much before it answered a proof";
+                    return Err(lost(text.into()));
+                }
+                self.early.extend(self.buf.drain(..used));
             }
             let left = self.deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || interrupt::is_due() {

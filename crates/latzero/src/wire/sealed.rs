@@ -510,6 +510,11 @@ impl Drop for SealedCall {
 }
 
 impl SealedReply {
+    /// Whether a writer signed the call or the emit.
+    pub(crate) fn is_signed(&self) -> bool {
+        self.to.is_signed()
+    }
+
     /// Seals an answer, an item or an error.
     pub(crate) fn seal(&self, status: &str, payload: &Payload) -> Result<Vec<u8>, Error> {
         let items = self.items.load(Ordering::Relaxed);
