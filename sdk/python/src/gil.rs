@@ -9,6 +9,7 @@
     reason = "no frame with a destructor may stand between the interpreter and the guard"
 )]
 
+use std::cell::Cell;
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -42,8 +43,38 @@ pub(crate) fn detach<T: Ungil>(py: Python<'_>, work: impl Ungil + FnOnce() -> T)
     guarded(|| py.detach(work))
 }
 
+/// The interpreter's state of a thread that is not Python's own, until that thread ends. A new one
+/// for each call would take several times as long as a short handler.
+struct Kept(Cell<Option<ffi::PyGILState_STATE>>);
+
+thread_local! {
+    static KEPT: Kept = const { Kept(Cell::new(None)) };
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        if let Some(state) = self.0.take() {
+            // SAFETY: it undoes the call in `attach`, on the same thread, which is attached.
+            let release = |_: Python<'_>| unsafe { ffi::PyGILState_Release(state) };
+            // If the interpreter ends, that frees the state.
+            guarded(|| Python::try_attach(release));
+        }
+    }
+}
+
 /// Runs `work` with the GIL, on a thread that does not have it; `None` if the interpreter ends.
 pub(crate) fn attach<T>(work: impl FnOnce(Python<'_>) -> T) -> Option<T> {
+    // SAFETY: it reads a value of this thread, and may be called at any time.
+    let is_new = unsafe { ffi::PyGILState_GetThisThreadState() }.is_null();
+    let work = |py: Python<'_>| {
+        if is_new {
+            // SAFETY: the thread is attached. The additional count keeps its state when it is
+            // detached.
+            let state = unsafe { ffi::PyGILState_Ensure() };
+            KEPT.with(|kept| kept.0.set(Some(state)));
+        }
+        work(py)
+    };
     guarded(|| Python::try_attach(|py| guarded(|| work(py))))
 }
 
