@@ -10,6 +10,7 @@ figures. A handler serves until it is killed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import struct
@@ -356,14 +357,26 @@ def echo_pipe(end: Any) -> None:
         end.send(end.recv())
 
 
-def pipe_caller(*_: str) -> None:
-    """Both ends: a child of this process answers."""
+def child(answer: Any) -> Any:
+    """Starts a child that answers what comes through a pipe, until this process has ended."""
     import multiprocessing
 
     ours, theirs = multiprocessing.Pipe()
-    multiprocessing.get_context("fork").Process(
-        target=echo_pipe, args=(theirs,), daemon=True
-    ).start()
+
+    def work() -> None:
+        # Its copy would keep the pipe open.
+        ours.close()
+        with contextlib.suppress(EOFError, OSError):
+            answer(theirs)
+
+    multiprocessing.get_context("fork").Process(target=work, daemon=True).start()
+    theirs.close()
+    return ours
+
+
+def pipe_caller(*_: str) -> None:
+    """Both ends: a child of this process answers."""
+    ours = child(echo_pipe)
 
     def call() -> Any:
         ours.send(DATA)
@@ -435,14 +448,9 @@ def last_of_pipe(end: Any) -> None:
 
 def large_pipe_caller(*_: str) -> None:
     """Sends the same array to a child, pickled, which answers its last byte."""
-    import multiprocessing
-
     import numpy
 
-    ours, theirs = multiprocessing.Pipe()
-    multiprocessing.get_context("fork").Process(
-        target=last_of_pipe, args=(theirs,), daemon=True
-    ).start()
+    ours = child(last_of_pipe)
     array = numpy.full(LARGE, 7, "u1")
 
     def call() -> None:
