@@ -753,7 +753,9 @@ impl EventLoop {
                 self.host.flush_peer(&peer);
             }
         }
-        while let Some((_, peer)) = self.resting.pop_front_if(|(until, _)| *until <= now) {
+        while self.resting.front().is_some_and(|(until, _)| *until <= now)
+            && let Some((_, peer)) = self.resting.pop_front()
+        {
             peer.is_resting.store(false, Relaxed);
             self.await_writable(&peer);
             if let Some(slot) = self.slot_of(&peer) {
