@@ -324,3 +324,35 @@ fn messages_before_the_answer_to_a_proof_are_kept_within_a_limit() {
         assert_eq!(error, (!is_taken).then_some(Code::Disconnected));
     }
 }
+
+/// A program that listens on the port of a server can't play it for an administrator: without the
+/// token its answer is wrong, and nothing is requested of it.
+#[test]
+fn a_server_proves_the_token_to_an_administrator() {
+    let server = Server::with(&["admin_over_plain_tcp=true"]);
+    let token = std::fs::read_to_string(server.0.data_dir().join("admin.token")).unwrap();
+    for is_changed in [false, true] {
+        let relay = Relay::new(&server);
+        let app = App::connect(&format!("latzero://far@{}", relay.address)).unwrap();
+        let next = Arc::clone(&relay.next);
+        // The first response is the challenge.
+        relay.change("response", move |challenge| {
+            let change: Change = Box::new(move |(mut proved, _)| {
+                let mac = proved["response"]["mac"].as_str().unwrap().to_owned();
+                let mut mac: [u8; 32] = text::decode(&mac).unwrap();
+                mac[31] ^= u8::from(is_changed);
+                proved["response"]["mac"] = text::encode(&mac).into();
+                vec![(proved, None)]
+            });
+            *next.lock().unwrap() = Some(("response", change));
+            vec![challenge]
+        });
+        let proved = app.prove_admin(&token, true).map_err(|error| error.kind());
+        let expected = if is_changed {
+            Err(Code::Unauthenticated)
+        } else {
+            Ok(())
+        };
+        assert_eq!(proved, expected);
+    }
+}

@@ -611,6 +611,14 @@ fn a_rotation_removes_holders_of_the_old_keys() {
         "{done}"
     );
     assert_eq!(reader.call("t", &()).send::<i64>().unwrap(), 1);
+    // What ends with the members that are removed.
+    worker.block("b").create(100).send().unwrap();
+    let repeated = reader.call("t", &()).idempotency_key("once");
+    assert_eq!(repeated.send::<i64>().unwrap(), 1);
+    let mut holder = raw(&server, Via::Unix, "holder");
+    prove(&mut holder, &server, &set, "holder", READ);
+    let lock = json!({"action": "memory_lock", "block_id": "b", "mode": "shared"});
+    assert_eq!(code(&holder.request(lock)), "ok");
     // New keys for readers.
     let next = KeySet::new_pool(NewKeys {
         sigil: Secret::new([9; 32]),
@@ -623,11 +631,25 @@ fn a_rotation_removes_holders_of_the_old_keys() {
     let done = worker
         .rotate_pool("vault", &keys(&next, WRITE), false)
         .unwrap();
+    assert_eq!(done["epoch"], 3, "{done}");
+    for what in ["parked", "repeats"] {
+        assert_eq!(done["dropped"][what], 1, "{what}: {done}");
+    }
+    let told = holder.receive();
     assert_eq!(
-        (&done["epoch"], &done["dropped"]["parked"]),
-        (&json!(3), &json!(1)),
-        "{done}"
+        (&told["event"], &told["member"]),
+        (&json!("pool_rotated"), &json!(false)),
+        "{told}"
     );
+    let info = json!({"action": "memory_info", "block_id": "b"});
+    assert_eq!(code(&holder.request(info.clone())), "not_member");
+    prove(&mut holder, &server, &next, "holder", READ);
+    let moved = holder.request(info)["response"].clone();
+    assert_eq!(moved["generation"], 2, "{moved}");
+    prove(&mut holder, &server, &next, "holder", WRITE);
+    let lock = json!({"action": "memory_lock", "block_id": "b"});
+    let locked = holder.request(lock);
+    assert_eq!(code(&locked), "ok", "no earlier lock is left: {locked}");
     assert!(reader.call("t", &()).send::<i64>().is_err());
     let refused = App::connect_with(with_keys(&server, "late", keys(&set, READ)));
     assert_eq!(refused.unwrap_err().kind(), Code::Unauthenticated);
