@@ -9,6 +9,7 @@ import sys
 import threading
 
 import latzero
+import latzero.testing
 import pytest
 
 
@@ -106,6 +107,74 @@ def test_a_pool_of_processes(pair):
     with multiprocessing.get_context("fork").Pool(3) as pool:
         assert pool.map(_double, range(20)) == [n * 2 for n in range(20)]
     assert calls.call("double", n=1) == 2
+
+
+def relay(address):
+    """Listens in place of a server; returns the address, and what clients send, by connection."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    sent = []
+
+    def copy(source, to, kept):
+        while piece := source.recv(1 << 16):
+            kept += piece
+            to.sendall(piece)
+        to.shutdown(socket.SHUT_WR)
+
+    def accept():
+        while True:
+            client, _ = listener.accept()
+            server = socket.create_connection(address)
+            sent.append(bytearray())
+            for ends in ((client, server, sent[-1]), (server, client, bytearray())):
+                threading.Thread(target=copy, args=ends, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return listener.getsockname(), sent
+
+
+def envelopes(sent):
+    """The session, id and nonce of each sealed message in what a client sent."""
+    found = []
+    while sent:
+        length = int.from_bytes(sent[:4], "big")
+        size = length & 0x7FFFFFFF
+        frame, sent = sent[4:4 + size], sent[4 + size:]
+        if length == size:
+            continue
+        envelope = bytes(frame[4 + int.from_bytes(frame[:4], "big"):])
+        assert envelope[:4] == b"LZEV"
+        at = 96
+        for _ in ("name", "sender", "destination"):
+            at += 4 + int.from_bytes(envelope[at:at + 4], "big")
+        found.append((envelope[32:48], envelope[64:80], envelope[at:at + 24]))
+    return found
+
+
+def test_a_child_shares_no_session_and_no_nonce(latzero_server, tmp_path, monkeypatch):
+    """Sealed with the same key, two messages with one nonce would reveal their content."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    program = latzero.testing.find_program()
+    create = ["pools", "create", "--encrypted", "--socket", latzero_server.socket]
+    for command in (["keys", "new"], create):
+        subprocess.run([program, *command, "forked"], check=True, capture_output=True)
+    host, port = latzero_server.address.rsplit(":", 1)
+    (_, port), sent = relay((host, int(port)))
+    keys = f"pool=forked&keys={tmp_path}/latzero/keys/forked&unbound"
+    serves = latzero.connect(f"latzero://forked-serves?socket={latzero_server.socket}&{keys}")
+    with serves, latzero.connect(f"latzero://forked-calls@127.0.0.1:{port}?{keys}") as calls:
+        serves.serve("double", lambda n: n * 2)
+
+        def use():
+            return [calls.call("double", n=n, timeout=10) for n in range(20)]
+
+        assert use() == list(range(0, 40, 2))
+        children = [in_child(use), in_child(use)]
+        assert children == [repr(use())] * 2
+    parent, *others = map(envelopes, sent)
+    assert [len(parent), *map(len, others)] == [40, 20, 20]
+    sessions, ids, nonces = map(set, zip(*parent, *others[0], *others[1], strict=True))
+    assert (len(sessions), len(ids), len(nonces)) == (3, 80, 80)
 
 
 def test_a_fork_while_other_threads_call(pair):
