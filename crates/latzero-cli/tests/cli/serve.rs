@@ -144,6 +144,7 @@ fn the_program_sees_the_call_and_no_secrets() {
     let server = Server::start();
     let mut command = server.command(&["serve", "alpha/env", "--", "env"]);
     command.env("LATZERO_ADMIN_TOKEN", "sesame");
+    command.env("OF_THE_VAULT", "lzs1_sesame");
     let serving = Running::start_err(&mut command);
     serving.line_with("serving ");
     let args = [

@@ -4,7 +4,7 @@
 //! process. So a program that does not read or end, or whose children keep its pipes open, blocks
 //! nothing else.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
@@ -201,8 +201,7 @@ impl ProgramSpec {
 
     fn command(&self) -> Command {
         let mut command = launch::command(&self.command);
-        let is_secret = |name: &OsString| name.to_str().is_some_and(is_secret);
-        for (name, _) in std::env::vars_os().filter(|(name, _)| is_secret(name)) {
+        for (name, _) in std::env::vars_os().filter(|(name, value)| is_secret(name, value)) {
             command.env_remove(name);
         }
         command
@@ -240,9 +239,13 @@ fn too_long() -> HandlerError {
 }
 
 /// Whether a variable holds a secret. Programs that answer other apps do not get it.
-fn is_secret(name: &str) -> bool {
+fn is_secret(name: &OsStr, value: &OsStr) -> bool {
+    let (name, value) = (name.to_string_lossy(), value.to_string_lossy());
     let marks = ["TOKEN", "KEY", "SECRET", "PASS"];
-    name.starts_with("LATZERO_") && marks.iter().any(|mark| name.contains(mark))
+    let is_named = name.starts_with("LATZERO_") && marks.iter().any(|mark| name.contains(mark));
+    // Keys of pools and of apps, whatever the variable is called.
+    let prefixes = ["lzs1_", "lzc1_", "lzo1_", "lzw1_", "lza1_"];
+    is_named || prefixes.iter().any(|prefix| value.contains(prefix))
 }
 
 impl OutputKind {
@@ -609,10 +612,13 @@ mod tests {
     }
 
     #[test]
-    fn secrets_are_known_by_their_names() {
-        assert!(is_secret("LATZERO_ADMIN_TOKEN"));
-        assert!(is_secret("LATZERO_APP_KEY"));
-        assert!(!is_secret("LATZERO_DATA_DIR"));
-        assert!(!is_secret("MY_TOKEN"));
+    fn secrets_are_known_by_their_names_and_keys_by_their_form() {
+        let is_secret = |name: &str, value: &str| is_secret(name.as_ref(), value.as_ref());
+        assert!(is_secret("LATZERO_ADMIN_TOKEN", "x"));
+        assert!(is_secret("LATZERO_APP_KEY", "x"));
+        assert!(!is_secret("LATZERO_DATA_DIR", "x"));
+        assert!(!is_secret("MY_TOKEN", "x"));
+        assert!(is_secret("VAULT", "lzs1_AAEC lzc1_ICEi"));
+        assert!(is_secret("MINE", "key=lza1_kZKT"));
     }
 }
