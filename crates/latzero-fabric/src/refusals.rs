@@ -111,8 +111,8 @@ refusals! {
         "trigger '{trigger}' of pool '{pool}' is privileged: only members that may write can \
          call it or emit to it"
     BadMessage privileged_in_plain_pool(trigger, pool)
-        "trigger '{trigger}' is privileged, and pool '{pool}' is not encrypted: name encrypted \
-         pools alone in 'pools'"
+        "trigger '{trigger}' is privileged, and pool '{pool}' is not encrypted: serve it in \
+         encrypted pools alone"
     Forbidden triggers_in_system_pool(trigger, pool)
         "trigger '{trigger}' cannot be served in pool '{pool}', which belongs to the server"
     Forbidden may_not_serve(app, pool)

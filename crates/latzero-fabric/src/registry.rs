@@ -157,6 +157,19 @@ impl<D: Driver> Membership<D> {
         served_as(self.grant, spec)
     }
 
+    /// Checks a trigger that names this pool, if it is encrypted; the registry checks the others.
+    ///
+    /// # Errors
+    /// `forbidden` if it would not be served.
+    pub(crate) fn check_named(&self, spec: &TriggerSpec) -> Result<(), Refusal> {
+        let names_it = || spec.pools.is_some() && spec.is_for(&self.name);
+        if self.grant.is_none() || !names_it() || self.served_as(spec).is_some() {
+            return Ok(());
+        }
+        self.check_right(Right::Serve)?;
+        self.check_roles(Roles::Write)
+    }
+
     /// Checks a call or an emit of a member to a trigger that may be privileged.
     ///
     /// # Errors

@@ -541,6 +541,11 @@ fn roles_are_checked_for_each_request() {
             .filter(|trigger| trigger["name"] == json!(name))
             .count();
         assert_eq!(found, served, "{info}");
+        // Where it names the pool, it is told.
+        let spec = json!([{"name": name, "concurrency": concurrency, "pools": ["vault"]}]);
+        let reply = read.request(json!({"action": "trigger_register", "triggers": spec}));
+        let expected = if served == 1 { "ok" } else { "forbidden" };
+        assert_eq!(code(&reply), expected, "{reply}");
     }
     // Data that is not sealed is refused.
     for data in [

@@ -7,7 +7,7 @@ use crate::connect::ConnectOptions;
 use crate::exit::{CommandResult, Exit};
 use crate::output::{Output, count};
 
-use super::trigger::{enter, explain, proved};
+use super::trigger::{enter, explain, is_privileged, proved};
 
 pub(crate) fn run(args: &EmitArgs, output: &Output) -> CommandResult {
     let target = args.target.parse()?;
@@ -43,6 +43,14 @@ pub(crate) fn run(args: &EmitArgs, output: &Output) -> CommandResult {
             error,
         )
     })?;
+    // The server can't see that the signature is missing.
+    let is_encrypted = proved(&args.reach, &target).is_some();
+    if is_encrypted
+        && !args.delivery.privileged
+        && is_privileged(&connection.app, &target, pool.as_deref())
+    {
+        output.note("the trigger is privileged: its handlers drop emits without --privileged");
+    }
     match output.json {
         true => output.value(&json!({"delivered": delivered}))?,
         false => output.line(format_args!("delivered to {}", count(delivered, "handler")))?,

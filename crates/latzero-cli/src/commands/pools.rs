@@ -143,8 +143,8 @@ fn info(args: &PoolArgs, output: &Output) -> CommandResult {
     if let Some(at) = pool["restored_ms"].as_u64() {
         facts.push(("restored", ago(at).into()));
     }
-    for (right, apps) in pool["policy"].as_object().into_iter().flatten() {
-        facts.push(("policy", format!("{right}: {}", plain(apps)).into()));
+    for (right, rule) in pool["policy"].as_object().into_iter().flatten() {
+        facts.push(("policy", format!("{right}: {}", rule_text(rule)).into()));
     }
     for (name, value) in pool["properties"].as_object().into_iter().flatten() {
         facts.push(("property", format!("{name}: {}", plain(value)).into()));
@@ -152,10 +152,31 @@ fn info(args: &PoolArgs, output: &Output) -> CommandResult {
     for trigger in pool["triggers"].as_array().into_iter().flatten() {
         let handlers = trigger["handlers_total"].as_u64().unwrap_or(0);
         let name = trigger["name"].as_str().unwrap_or("-");
-        facts.push(("trigger", format!("{name}, handlers: {handlers}").into()));
+        let mark = match trigger["privileged"] == true {
+            true => ", privileged",
+            false => "",
+        };
+        facts.push((
+            "trigger",
+            format!("{name}, handlers: {handlers}{mark}").into(),
+        ));
     }
     output.facts(&facts)?;
     Ok(Exit::Ok)
+}
+
+/// Who has a right, in words.
+fn rule_text(rule: &Value) -> String {
+    let allow = rule.get("allow").unwrap_or(rule);
+    let who = match allow.as_array().map(Vec::as_slice) {
+        Some([]) => "nobody".to_owned(),
+        Some(_) => plain(allow),
+        None => "everybody".to_owned(),
+    };
+    match rule.get("deny") {
+        Some(deny) => format!("{who} except {}", plain(deny)),
+        None => who,
+    }
 }
 
 /// Encrypts each block again whose content is of an earlier epoch.
@@ -231,6 +252,15 @@ fn with_suggestion(mut failure: Failure, name: &str, connection: &Connection) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rules_are_shown_in_words() {
+        let text = |rule: Value| rule_text(&rule);
+        assert_eq!(text(json!([])), "nobody");
+        assert_eq!(text(json!(["a", "uid:7"])), "a, uid:7");
+        assert_eq!(text(json!({"deny": ["b"]})), "everybody except b");
+        assert_eq!(text(json!({"allow": ["a"], "deny": ["b"]})), "a except b");
+    }
 
     #[test]
     fn policies_are_parsed() {

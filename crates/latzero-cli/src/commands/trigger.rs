@@ -78,6 +78,13 @@ pub(crate) fn explain(
     to: Option<&str>,
     error: Error,
 ) -> Failure {
+    if error.kind() == Code::Forbidden && is_privileged(&connection.app, target, pool) {
+        return Failure::from(error).with_help(format!(
+            "trigger '{}' is privileged: sign the call or emit with --privileged, and with keys \
+            that may write",
+            target.trigger
+        ));
+    }
     if !matches!(
         error.kind(),
         Code::NoHandler | Code::NoApp | Code::NotMember | Code::Offline
@@ -115,6 +122,15 @@ pub(crate) fn explain(
             suggest(error, &names)
         }
     }
+}
+
+/// Whether the trigger takes only what is signed; false if that is unknown.
+pub(crate) fn is_privileged(app: &App, target: &Target, pool: Option<&str>) -> bool {
+    let Some(pool) = pool else { return false };
+    let info = app.request(&json!({"action": "pool_info", "pool": pool}));
+    let info = info.unwrap_or_default();
+    let mut triggers = info["triggers"].as_array().into_iter().flatten();
+    triggers.any(|trigger| trigger["name"] == *target.trigger && trigger["privileged"] == true)
 }
 
 fn suggest(error: Error, names: &[&str]) -> Failure {

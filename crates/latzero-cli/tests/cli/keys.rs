@@ -4,7 +4,7 @@ use std::fs::Permissions;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 
-use crate::program::{Server, latzero, run, run_with};
+use crate::program::{Running, Server, latzero, run, run_with};
 
 fn mode(path: &Path) -> u32 {
     std::fs::symlink_metadata(path)
@@ -390,4 +390,46 @@ fn blocks_are_sealed_anew_after_a_rotation() {
     assert_eq!(reencrypt()["reencrypted"], none);
     let read = server.run(&["block", "read", "vault/b"]).ended_with(0);
     assert_eq!(read.out, "bytes");
+}
+
+#[test]
+fn a_privileged_trigger_says_what_is_missing() {
+    let server = Server::start();
+    server.run(&["keys", "new", "vault"]).ended_with(0);
+    let create = ["pools", "create", "vault", "--encrypted"];
+    server.run(&create).ended_with(0);
+    let read = server.home().join("read.keys");
+    let read = read.to_str().unwrap();
+    let export = ["keys", "export", "vault", "--role", "read", "--to", read];
+    server.run(&export).ended_with(0);
+    let serve = ["serve", "vault/admin", "--privileged", "--", "cat"];
+    // Whoever may not serve is told so, instead of waiting for calls that never come.
+    let plain = ["serve", "admin", "--privileged", "--", "cat"];
+    let refused = server.run(&plain).ended_with(5);
+    refused.said("serve it in encrypted pools alone");
+    let with_read = ["serve", "vault/admin", "--keys", read, "--", "cat"];
+    let refused = server.run(&with_read).ended_with(77);
+    refused.said("needs the role 'write' in pool 'vault'");
+    let serving = Running::start_err(&mut server.command(&serve));
+    serving.line_with("serving ");
+    let info = server.run(&["pools", "info", "vault"]).ended_with(0).out;
+    assert!(
+        info.contains("trigger\tadmin, handlers: 1, privileged\n"),
+        "{info}"
+    );
+    let call = ["call", "vault/admin", "1"];
+    let signed = server.run(&[&call[..], &["--privileged"]].concat());
+    assert_eq!(signed.ended_with(0).out, "1\n");
+    for keys in [&[][..], &["--keys", read]] {
+        let refused = server.run(&[&call[..], keys].concat()).ended_with(77);
+        refused.said("sign the call or emit with --privileged");
+    }
+    let emit = server.run(&["emit", "vault/admin", "1"]).ended_with(0);
+    emit.said("drop emits without --privileged");
+    let signed = server.run(&["emit", "vault/admin", "1", "--privileged"]);
+    assert_eq!(signed.ended_with(0).err, "");
+    let plain = server.run(&["call", "system/echo", "1", "--privileged"]);
+    plain
+        .ended_with(5)
+        .said("only a message to an encrypted pool can be privileged");
 }

@@ -596,6 +596,16 @@ fn pools_are_created_shown_and_removed() {
         .run(&["pools", "create", "x", "--policy", "rule=bob"])
         .ended_with(2)
         .said("there is no right 'rule'");
+    let args = [
+        "pools", "create", "y", "--deny", "call=bob", "--policy", "emit=",
+    ];
+    server.run(&args).ended_with(0);
+    let info = server.run(&["pools", "info", "y"]).ended_with(0).out;
+    assert!(
+        info.contains("policy\tcall: everybody except bob\n"),
+        "{info}"
+    );
+    assert!(info.contains("policy\temit: nobody\n"), "{info}");
     server.run(&["pools", "remove", "lab"]).ended_with(0);
     server.run(&["pools", "info", "lab"]).ended_with(5);
 }

@@ -22,6 +22,9 @@ impl<D: Driver> Session<D> {
         specs: &[TriggerSpec],
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
+        for m in &self.memberships {
+            specs.iter().try_for_each(|spec| m.check_named(spec))?;
+        }
         let peer = self.peer.clone();
         let ready = self.ready.as_mut().expect("only a ready session gets here");
         let transport = self.terms.transport;
