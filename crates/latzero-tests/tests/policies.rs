@@ -81,6 +81,44 @@ fn each_right_is_checked_and_the_owner_has_all() {
     drop(owner);
 }
 
+/// A call passes on what its caller may do, and no more.
+#[test]
+fn a_block_is_lent_only_by_whoever_may_use_it() {
+    let server = Server::start();
+    let policy = json!({"read": ["reader"], "write": []});
+    let mut owner = lab(&server, &policy);
+    let create = json!({"action": "memory_create", "block_id": "b", "size": 8, "attach": false});
+    assert_eq!(ask(&mut owner, create), "ok");
+    let [mut reader, mut guest] = ["reader", "guest"]
+        .map(|app| server.app(Via::Tcp, json!({"app_id": app, "pools": ["lab"]})));
+    let handler = json!({"app_id": "handler", "pools": ["lab"], "triggers": ["t"]});
+    let mut handler = server.app(Via::Tcp, handler);
+    let call = |mode: &str| {
+        json!({"action": "trigger", "id": "c", "process": "t", "pool": "lab",
+            "blocks": [{"block_id": "b", "mode": mode}]})
+    };
+    for mode in ["read", "write"] {
+        assert_eq!(code(&guest.request(call(mode))), "forbidden", "{mode}");
+    }
+    assert_eq!(code(&reader.request(call("write"))), "forbidden");
+    let read = json!({"action": "memory_read", "block_id": "b"});
+    assert_eq!(ask(&mut handler, read.clone()), "forbidden");
+    reader.send(&call("read"));
+    let called = handler.receive();
+    // For as long as the call lasts, and as far as it says.
+    assert_eq!(ask(&mut handler, read.clone()), "ok");
+    let write = json!({"action": "memory_write", "block_id": "b", "data": "AAAA"});
+    assert_eq!(ask(&mut handler, write), "forbidden");
+    let lock = json!({"action": "memory_lock", "block_id": "b", "mode": "shared"});
+    assert_eq!(ask(&mut handler, lock), "ok");
+    handler.send(&json!({"action": "response", "in_reply_to": called["id"], "status": "ok"}));
+    assert_eq!(reader.receive()["status"], "ok");
+    assert_eq!(ask(&mut handler, read), "forbidden");
+    // Its lock ended with the call.
+    let lock = json!({"action": "memory_lock", "block_id": "b"});
+    assert_eq!(ask(&mut owner, lock), "ok");
+}
+
 #[test]
 fn a_rule_names_users_whichever_app_they_use() {
     let server = Server::start();

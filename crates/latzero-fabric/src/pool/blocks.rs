@@ -29,7 +29,7 @@ use serde_json::{Value, json};
 
 use super::PoolInfo;
 use super::lock::{Claim, Claimed, Expired, Grant, Holder, Lock};
-use super::members::{Member, MemberKey, Members};
+use super::members::{Claimant, Member, MemberKey, Members};
 use crate::driver::{Driver, Peer as _};
 use crate::ledger::{Account, Resource};
 use crate::limits::Limits;
@@ -173,16 +173,16 @@ impl Blocks {
     /// A block that an app has this access to at any time, not only during a call.
     fn allowed_by_name(
         &self,
-        app: &AppId,
+        who: Claimant<'_>,
         id: &BlockId,
         access: Access,
         pool: &PoolInfo,
     ) -> Result<(BlockKey, &Block), Refusal> {
         let (key, block) = self.find(id, pool)?;
-        if block.allows_app(app) >= Some(access) {
+        if block.allows_app(who) >= Some(access) {
             return Ok((key, block));
         }
-        Err(block.forbidden(app, access, &pool.name))
+        Err(block.forbidden(who, access, &pool.name))
     }
 
     fn sealed_content(&self, uid: [u8; 16], create: &Create) -> Result<SealedContent, Refusal> {
@@ -346,12 +346,12 @@ impl<D: Driver> PoolBlocks<'_, D> {
         id: &BlockId,
         access: Access,
     ) -> Result<(BlockKey, &Block), Refusal> {
-        let asker = self.asker(member)?;
+        let who = self.asker(member)?.claimant();
         let (key, block) = self.blocks.find(id, self.info)?;
-        if block.allows(&asker.app, member) >= Some(access) {
+        if block.allows(who, member) >= Some(access) {
             return Ok((key, block));
         }
-        Err(block.forbidden(&asker.app, access, &self.info.name))
+        Err(block.forbidden(who, access, &self.info.name))
     }
 
     /// A block that `member`'s app has this access to at any time, not only during a call.
@@ -361,9 +361,15 @@ impl<D: Driver> PoolBlocks<'_, D> {
         id: &BlockId,
         access: Access,
     ) -> Result<(BlockKey, &Block), Refusal> {
-        let asker = self.asker(member)?;
-        self.blocks
-            .allowed_by_name(&asker.app, id, access, self.info)
+        let who = self.asker(member)?.claimant();
+        self.blocks.allowed_by_name(who, id, access, self.info)
+    }
+
+    /// Whether a call lends `member` a block now.
+    pub fn is_lent(&self, member: MemberKey, id: &BlockId) -> bool {
+        let block = self.blocks.find(id, self.info);
+        let attachment = block.ok().and_then(|(_, block)| block.attachment(member));
+        attachment.is_some_and(|attachment| attachment.calls() > 0)
     }
 }
 

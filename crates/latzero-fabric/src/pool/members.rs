@@ -12,6 +12,8 @@ use crate::outbox::Class;
 use crate::refusals;
 use crate::slab::{Key, Slab};
 use crate::turn::Turn;
+use latzero_protocol::memory::Access;
+use latzero_protocol::policy::{Right, Rights};
 
 /// The key of a member in its pool.
 pub type MemberKey = Key<MemberTag>;
@@ -36,6 +38,29 @@ pub struct Joining<D: Driver> {
     pub attachments: Attachments,
     /// Whether file descriptors can be passed to it.
     pub takes_descriptors: bool,
+    /// What the pool's policy lets the app do.
+    pub rights: Rights,
+}
+
+/// An app that wants something of a block.
+#[derive(Clone, Copy)]
+pub(super) struct Claimant<'a> {
+    pub(super) app: &'a AppId,
+    pub(super) rights: Rights,
+}
+
+impl Claimant<'_> {
+    /// The most that the pool's policy lets it do with a block.
+    pub(super) fn most(self) -> Option<Access> {
+        match (
+            self.rights.have(Right::Write),
+            self.rights.have(Right::Read),
+        ) {
+            (true, _) => Some(Access::Write),
+            (false, true) => Some(Access::Read),
+            (false, false) => None,
+        }
+    }
 }
 
 /// One instance in the pool.
@@ -54,9 +79,18 @@ pub(super) struct Member<D: Driver> {
     pub(super) serving: u32,
     /// Whether file descriptors can be passed to it.
     pub(super) takes_descriptors: bool,
+    rights: Rights,
 }
 
 impl<D: Driver> Member<D> {
+    /// What blocks ask about it.
+    pub(super) fn claimant(&self) -> Claimant<'_> {
+        Claimant {
+            app: &self.app,
+            rights: self.rights,
+        }
+    }
+
     pub(super) fn origin(&self) -> Origin<'_> {
         Origin {
             app_id: self.app.as_str(),
@@ -149,6 +183,7 @@ impl<D: Driver> Members<D> {
             calling: 0,
             serving: 0,
             takes_descriptors: joining.takes_descriptors,
+            rights: joining.rights,
         })
     }
 

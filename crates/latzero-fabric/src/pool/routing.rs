@@ -192,9 +192,12 @@ impl<D: Driver> Pool<D> {
         if member.is_some_and(|m| m.peer.in_flight().count() >= self.info.limits.in_flight_max) {
             return Err(refusals::too_many_in_flight(self.info.limits.in_flight_max).into());
         }
-        let uses = match (&trigger.blocks[..], from.member()) {
+        let uses = match (&trigger.blocks[..], member) {
             ([], _) | (_, None) => Vec::new(),
-            (named, Some(_)) => self.blocks.check_uses(app, named, &self.info)?,
+            (named, Some(member)) => {
+                let caller = member.claimant();
+                self.blocks.check_uses(caller, named, &self.info)?
+            }
         };
         let user = member.filter(|m| m.is_stranger).map(|m| m.user);
         let start = pick::start(served, &mut self.prng);

@@ -213,6 +213,7 @@ impl<D: Driver> Session<D> {
             instance: ready.instance,
             attachments: self.attachments(),
             takes_descriptors: self.features.fd_passing,
+            rights: entrance.rights,
         };
         let is_open =
             entrance.name.as_str() != SYSTEM_POOL || self.terms.transport == Transport::BuiltIn;

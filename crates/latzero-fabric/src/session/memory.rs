@@ -28,7 +28,7 @@ impl<D: Driver> Session<D> {
     ) -> Result<Replied, Refusal> {
         let now = turn.time();
         let m = self.checked_membership(memory.pool.as_deref(), turn)?;
-        check_rights(m, &memory.action)?;
+        check_rights(m, &memory.action, turn)?;
         let (pool, member) = (m.pool.clone(), m.member);
         let sealed_pool = m.name_if_sealed();
         let is_system = m.name.as_str() == SYSTEM_POOL;
@@ -231,9 +231,27 @@ impl<D: Driver> Session<D> {
     }
 }
 
+/// The block of a request that the handler of a call may make because of the call.
+fn lendable<'a>(action: &'a Action<'_>) -> Option<&'a BlockId> {
+    match action {
+        Action::Attach { block, .. }
+        | Action::Read { block, .. }
+        | Action::Cas { block, .. }
+        | Action::Lock { block, .. }
+        | Action::Subscribe(block)
+        | Action::Notify(block, _) => Some(block),
+        Action::Write(write) => Some(&write.block),
+        _ => None,
+    }
+}
+
 /// Checks whether the pool's policy allows a request about blocks, and in an encrypted pool the
 /// roles that were proved.
-fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(), Refusal> {
+fn check_rights<D: Driver>(
+    m: &Membership<D>,
+    action: &Action<'_>,
+    turn: &mut Turn<'_, D>,
+) -> Result<(), Refusal> {
     let needed = match action {
         Action::List(_)
         | Action::Info(_)
@@ -253,10 +271,21 @@ fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(),
         | Action::Reoffer(_) => Roles::Read,
         _ => Roles::Write,
     };
-    match needed {
-        Roles::Join => {}
-        Roles::Read => m.check_right(Right::Read)?,
-        Roles::Write => m.check_right(Right::Write)?,
+    let allowed = match needed {
+        Roles::Join => Ok(()),
+        Roles::Read => m
+            .check_right(Right::Read)
+            .or_else(|_| m.check_right(Right::Write)),
+        Roles::Write => m.check_right(Right::Write),
+    };
+    if let Err(refusal) = allowed {
+        // The call says how far.
+        let is_lent = turn.with_pool(&m.pool, |pool, _| {
+            lendable(action).is_some_and(|block| pool.blocks().is_lent(m.member, block))
+        });
+        if !is_lent {
+            return Err(refusal);
+        }
     }
     let Some(grant) = m.grant else {
         return Ok(());

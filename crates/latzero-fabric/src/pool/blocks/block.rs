@@ -13,7 +13,7 @@ use crate::ledger::{Account, Reservation, Resource};
 use crate::memory::{Geometry, HEADER_BYTES, StorageId};
 use crate::now::Time;
 use crate::pool::lock::Lock;
-use crate::pool::members::MemberKey;
+use crate::pool::members::{Claimant, MemberKey};
 use crate::refusals;
 
 /// One instance that is attached to a block.
@@ -210,24 +210,30 @@ impl Block {
         self.attachments.iter().find(|a| a.member == member)
     }
 
-    /// What an app may do at any time.
-    pub(super) fn allows_app(&self, app: &AppId) -> Option<Access> {
-        if *app == self.owner || self.permissions.write.contain(app) {
+    /// What an app may do at any time, by the block's permissions and the pool's policy.
+    pub(super) fn allows_app(&self, who: Claimant<'_>) -> Option<Access> {
+        let own = if *who.app == self.owner || self.permissions.write.contain(who.app) {
             Some(Access::Write)
         } else {
-            self.permissions.read.contain(app).then_some(Access::Read)
-        }
+            let reads = self.permissions.read.contain(who.app);
+            reads.then_some(Access::Read)
+        };
+        own.min(who.most())
     }
 
     /// The refusal for an app that lacks an access.
-    pub(super) fn forbidden(&self, app: &AppId, access: Access, pool: &PoolName) -> Refusal {
+    pub(super) fn forbidden(&self, who: Claimant<'_>, access: Access, pool: &PoolName) -> Refusal {
+        if who.most() < Some(access) {
+            return refusals::right_is_denied(access.as_str(), pool);
+        }
+        let app = who.app;
         refusals::block_forbidden(app, access.as_str(), &self.id, pool, &self.owner)
     }
 
     /// What a member may do now, by its own rights or those of a call.
-    pub(super) fn allows(&self, app: &AppId, member: MemberKey) -> Option<Access> {
+    pub(super) fn allows(&self, who: Claimant<'_>, member: MemberKey) -> Option<Access> {
         let lent = self.attachment(member).map(Attachment::access);
-        self.allows_app(app).max(lent)
+        self.allows_app(who).max(lent)
     }
 
     /// Whether a member has mapped the block for writing.

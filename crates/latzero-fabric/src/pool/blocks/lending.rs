@@ -6,7 +6,7 @@ impl Blocks {
     /// The blocks that a call names and that its caller may lend; for [`Pool::call`].
     pub(in crate::pool) fn check_uses(
         &self,
-        caller: &AppId,
+        caller: Claimant<'_>,
         uses: &[BlockUse],
         pool: &PoolInfo,
     ) -> Result<Vec<(BlockKey, Access)>, Refusal> {
@@ -108,11 +108,11 @@ impl<D: Driver> PoolBlocks<'_, D> {
         let Some(was) = self.members.at(member) else {
             return;
         };
-        let (app, is_mapping) = (was.app.clone(), was.takes_descriptors);
+        let (who, is_mapping) = (was.claimant(), was.takes_descriptors);
         let Some(block) = self.blocks.at_mut(key) else {
             return;
         };
-        let allowed = block.allows(&app, member);
+        let allowed = block.allows(who, member);
         let kept = |mode: LockMode| allowed >= Some(access_for(mode));
         let (held, waited) = block.lock.leave(member, kept);
         if allowed.is_none() {

@@ -195,8 +195,8 @@ impl<D: Driver> PoolBlocks<'_, D> {
         let (key, block) = self.allowed(asking.member, id, access)?;
         check_layout(block, layout)?;
         self.asker(asking.member)?.check_descriptors(self.info)?;
-        let app = self.asker(asking.member)?.app.clone();
-        if block.allows_app(&app) < Some(access) {
+        let who = self.asker(asking.member)?.claimant();
+        if block.allows_app(who) < Some(access) {
             // Attached by a call: it may attach again (the block may have moved), and the call's
             // end still detaches it.
             self.answer_description(key, asking.member, asking.id, Some(access), turn);
