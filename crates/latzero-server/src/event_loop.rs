@@ -55,6 +55,9 @@ const READ_BYTES: usize = 256 * 1024;
 /// and few enough that their handshakes are read before the limit is reached.
 const ACCEPTS_PER_TURN: usize = 16;
 
+/// How long the other loops have to read what was accepted for them, before more is accepted.
+const ACCEPT_AGAIN_MS: u64 = 1;
+
 /// How long a turn reads connections, in microseconds; those that are left wait for the next turn,
 /// after those that become ready. The server's own user is not put off, so a call of that user
 /// waits for two turns at most: one for the call, one for the answer.
@@ -100,8 +103,6 @@ pub(crate) struct EventLoop {
     /// Connections that have more data, or may be read again, and whether they had completed no
     /// handshake.
     ready: Turns<(usize, bool)>,
-    /// How many of them had completed none.
-    ready_unauthenticated: usize,
     scratch: Vec<u8>,
     /// When this turn puts off what is left to read.
     late_at: Time,
@@ -152,7 +153,6 @@ impl EventLoop {
             free: Vec::new(),
             live: 0,
             ready: Turns::default(),
-            ready_unauthenticated: 0,
             scratch: vec![0; READ_BYTES],
             late_at: Time::default(),
             handshaking: Duration::ZERO,
@@ -223,7 +223,9 @@ impl EventLoop {
                 let Some((_, (slot, is_unauthenticated))) = self.ready.pop() else {
                     break;
                 };
-                self.ready_unauthenticated -= usize::from(is_unauthenticated);
+                if is_unauthenticated {
+                    shared.loops.unread.fetch_sub(1, Relaxed);
+                }
                 if let Some(Some(connection)) = self.connections.get_mut(slot) {
                     connection.is_queued = false;
                 }
@@ -328,7 +330,10 @@ impl EventLoop {
 
     fn handle_command(&mut self, now: Time, command: Command) {
         match command {
-            Command::Adopt(peer, origin) => self.adopt(now, peer, origin),
+            Command::Adopt(peer, origin) => {
+                self.adopt(now, peer, origin);
+                self.host.shared.loops.unread.fetch_sub(1, Relaxed);
+            }
             Command::Resume(peer) => self.resume_connections(now, &peer),
             Command::Close(peer) => self.close_peer(now, &peer),
             Command::AwaitWritable(peer) => self.await_writable(&peer),
@@ -439,7 +444,7 @@ impl EventLoop {
     fn accept(&mut self, now: Time, index: usize) {
         let shared = Arc::clone(&self.host.shared);
         // Those before them complete their handshakes first, or they would count as silent.
-        for _ in self.ready_unauthenticated..ACCEPTS_PER_TURN {
+        for _ in shared.loops.unread.load(Relaxed)..ACCEPTS_PER_TURN {
             let Some(front) = &mut self.front else { return };
             let Some(listener) = front.listeners.get(index) else {
                 return;
@@ -450,6 +455,8 @@ impl EventLoop {
                     if peer.home == self.index {
                         self.adopt(now, peer, origin);
                     } else {
+                        // Read once that loop gets to it.
+                        shared.loops.unread.fetch_add(1, Relaxed);
                         shared.loops.mailboxes[peer.home].send(Command::Adopt(peer, origin));
                     }
                 }
@@ -464,8 +471,13 @@ impl EventLoop {
                 }
             }
         }
-        // There may be more: an edge is reported once.
-        self.accept_at = Some(now);
+        // There may be more: an edge is reported once. Other loops are given time to read.
+        let wait = if self.ready.is_empty() {
+            ACCEPT_AGAIN_MS
+        } else {
+            0
+        };
+        self.accept_at = Some(now.after_ms(wait));
     }
 
     fn adopt(&mut self, now: Time, peer: Arc<Peer>, origin: Origin) {
@@ -525,7 +537,9 @@ impl EventLoop {
         {
             let is_unauthenticated = connection.is_unauthenticated;
             self.ready.push(connection.user, (slot, is_unauthenticated));
-            self.ready_unauthenticated += usize::from(is_unauthenticated);
+            if is_unauthenticated {
+                self.host.shared.loops.unread.fetch_add(1, Relaxed);
+            }
         }
     }
 

@@ -3,7 +3,7 @@
 //! Lock order: built-in app, registry, pool, outbox. The timers, the statistics, the hand-over, and
 //! the table and ledger of blocks are leaves. No lock here is held during IO.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use latzero_fabric::driver::Context;
@@ -98,6 +98,8 @@ pub(crate) struct Loops {
     pub(crate) handover: Handover,
     /// Set when all loops must end at once.
     pub(crate) is_over: AtomicBool,
+    /// How many connections without a handshake wait to be read, or for the loop that reads them.
+    pub(crate) unread: AtomicUsize,
 }
 
 /// The state that the loops share.
@@ -218,6 +220,7 @@ impl ServerState {
                 mailboxes,
                 handover: Handover::default(),
                 is_over: AtomicBool::new(false),
+                unread: AtomicUsize::new(0),
             },
             clock,
         });

@@ -486,11 +486,7 @@ fn admin_requests_need_permission() {
 #[test]
 fn a_thousand_clients_that_connect_at_once_all_succeed() {
     for via in BOTH {
-        // With several IO threads, a connection waits for its own thread before it is read.
-        let server = match std::env::var("LATZERO_IO_THREADS") {
-            Ok(_) => Server::with(&["limits.connections_unauthenticated_per_user_max=256"]),
-            Err(_) => Server::start(),
-        };
+        let server = Server::start();
         std::thread::scope(|scope| {
             let clients = (0..20).map(|group| {
                 let server = &server;
