@@ -633,13 +633,35 @@ fn a_rotation_removes_holders_of_the_old_keys() {
             .secret,
         owner: None,
     });
+    // A call that its handler never answers, and the block that it lends.
+    let (began, begins) = std::sync::mpsc::channel();
+    let (end, ends) = std::sync::mpsc::channel::<()>();
+    let ends = std::sync::Mutex::new(ends);
+    worker
+        .serve("stuck", move |_| {
+            began.send(()).unwrap();
+            let _ = ends.lock().unwrap().recv();
+            Ok::<_, HandlerError>(1)
+        })
+        .unwrap();
+    let (caller, lent) = (reader.clone(), reader.block("b").attach().unwrap());
+    let stuck = std::thread::spawn(move || {
+        caller
+            .call("stuck", &())
+            .block(&lent)
+            .send::<i64>()
+            .unwrap_err()
+    });
+    begins.recv().unwrap();
     let done = worker
         .rotate_pool("vault", &keys(&next, WRITE), false)
         .unwrap();
     assert_eq!(done["epoch"], 3, "{done}");
-    for what in ["parked", "repeats"] {
+    for what in ["calls", "parked", "repeats", "locks", "loans"] {
         assert_eq!(done["dropped"][what], 1, "{what}: {done}");
     }
+    drop(end);
+    assert_eq!(stuck.join().unwrap().kind(), Code::Cancelled);
     let told = holder.receive();
     assert_eq!(
         (&told["event"], &told["member"]),

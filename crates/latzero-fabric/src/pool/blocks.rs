@@ -240,6 +240,9 @@ impl Blocks {
             let own = block.attachments.iter().filter(|a| a.own.is_some());
             counts.attachments += own.count() as u64;
             counts.subscriptions += block.subscribers.len() as u64;
+            counts.locks += block.lock.holders().len() as u64;
+            let lent = block.attachments.iter().map(|a| u64::from(a.calls()));
+            counts.loans += lent.sum::<u64>();
         }
         counts
     }
@@ -382,6 +385,10 @@ pub struct BlockCounts {
     pub attachments: u64,
     /// Subscriptions to changes.
     pub subscriptions: u64,
+    /// Locks that are held.
+    pub locks: u64,
+    /// Blocks that calls in flight lend to their handlers, counted by call.
+    pub loans: u64,
 }
 
 /// A request for a lock.

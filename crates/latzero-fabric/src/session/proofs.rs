@@ -27,7 +27,7 @@ use crate::effects::Audit;
 use crate::ledger::{Reservation, Resource};
 use crate::now::Time;
 use crate::outbox::Class;
-use crate::pool::Replied;
+use crate::pool::{Pool, Replied};
 use crate::refusals;
 use crate::registry::{NewPool, Proved, Rotated, Successor, rotated_event};
 use crate::turn::Turn;
@@ -563,6 +563,7 @@ impl<D: Driver> Session<D> {
                 encode::message(out, &json)
             });
         };
+        let before = turn.with_pool(&handle, |pool, _| in_use(pool));
         for (peer, membership) in &dropped {
             leave(membership, turn);
             tell(peer, false, turn);
@@ -570,22 +571,31 @@ impl<D: Driver> Session<D> {
         for peer in &kept {
             tell(peer, true, turn);
         }
-        let purged = turn.with_pool(&handle, |pool, turn| {
+        let (purged, after) = turn.with_pool(&handle, |pool, turn| {
             if moves {
                 pool.blocks().renew_all(turn);
             }
             let purged = purges.then(|| pool.durable().purge(turn));
-            purged.unwrap_or_default()
+            (purged.unwrap_or_default(), in_use(pool))
         });
+        let [calls, locks, loans] = [0, 1, 2].map(|at| before[at].saturating_sub(after[at]));
         let reply = json!({
             "epoch": descriptor.epoch(), "members_kept": kept.len(),
             "members_dropped": dropped.len(),
             "dropped": {
-                "parked": purged.parked, "answers": purged.answers, "repeats": purged.repeats,
+                "calls": calls, "parked": purged.parked, "answers": purged.answers,
+                "repeats": purged.repeats, "locks": locks, "loans": loans,
             },
         });
         Ok(Reply::Kept(reply.to_string(), PendingReply::Registration))
     }
+}
+
+/// The calls in flight, the locks and the loans of a pool.
+fn in_use<D: Driver>(pool: &mut Pool<D>) -> [u64; 3] {
+    let calls = pool.stats().calls_in_flight as u64;
+    let blocks = pool.blocks().counts();
+    [calls, blocks.locks, blocks.loans]
 }
 
 /// A binary field of exactly `N` bytes.
