@@ -33,6 +33,18 @@ use crate::parse::{self, shell};
 const HOST_DEFAULT: &str = "127.0.0.1";
 pub(crate) const PORT_DEFAULT: u16 = 45227;
 
+/// The variables that say where the server is: its address, Unix socket, host, port and directory.
+pub(crate) const SERVER_VARIABLES: [&str; 5] = [
+    "LATZERO_URL",
+    "LATZERO_SOCKET",
+    "LATZERO_HOST",
+    "LATZERO_PORT",
+    "LATZERO_DATA_DIR",
+];
+
+/// The variable with the admin token.
+pub(crate) const ADMIN_TOKEN: &str = "LATZERO_ADMIN_TOKEN";
+
 /// How long connecting may take.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -404,19 +416,15 @@ impl ServerArgs {
     /// The flags as environment variables, with which programs that this one starts find the same
     /// server. A flag overrides every variable, so conflicting variables are emptied.
     pub(crate) fn environment(&self) -> Vec<(&'static str, OsString)> {
-        let named = [
-            ("LATZERO_URL", self.url.clone().map(OsString::from)),
-            ("LATZERO_SOCKET", self.socket.clone().map(OsString::from)),
-            ("LATZERO_HOST", self.host.clone().map(OsString::from)),
-            (
-                "LATZERO_PORT",
-                self.port.map(|port| port.to_string().into()),
-            ),
-            (
-                "LATZERO_DATA_DIR",
-                self.data_dir.clone().map(OsString::from),
-            ),
+        let values = [
+            self.url.clone().map(OsString::from),
+            self.socket.clone().map(OsString::from),
+            self.host.clone().map(OsString::from),
+            self.port.map(|port| port.to_string().into()),
+            self.data_dir.clone().map(OsString::from),
         ];
+        let named = SERVER_VARIABLES.into_iter().zip(values);
+        let named: Vec<(&str, Option<OsString>)> = named.collect();
         if named.iter().all(|(_, value)| value.is_none()) {
             return Vec::new();
         }
@@ -513,7 +521,7 @@ impl ServerArgs {
         if place.is_trusted() {
             return (None, false);
         }
-        if let Some(token) = variable("LATZERO_ADMIN_TOKEN") {
+        if let Some(token) = variable(ADMIN_TOKEN) {
             return (Some(token), false);
         }
         let (dir, _) = self.data_dir();

@@ -18,6 +18,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::args::{Framing, OutputKind};
+use crate::connect::{ADMIN_TOKEN, SERVER_VARIABLES};
 use crate::executor::block_on;
 use crate::launch;
 use crate::output::compact;
@@ -201,7 +202,9 @@ impl ProgramSpec {
 
     fn command(&self) -> Command {
         let mut command = launch::command(&self.command);
-        for (name, _) in std::env::vars_os().filter(|(name, value)| is_secret(name, value)) {
+        let token = std::env::var_os(ADMIN_TOKEN);
+        let is_kept = |name: &OsStr, value: &OsStr| is_passed_on(name, value, token.as_deref());
+        for (name, _) in std::env::vars_os().filter(|(name, value)| !is_kept(name, value)) {
             command.env_remove(name);
         }
         command
@@ -238,14 +241,16 @@ fn too_long() -> HandlerError {
     ))
 }
 
-/// Whether a variable holds a secret. Programs that answer other apps do not get it.
-fn is_secret(name: &OsStr, value: &OsStr) -> bool {
+/// Whether programs that answer other apps get a variable: none with a secret in it, and of
+/// LatZero's own only those that say where the server is.
+fn is_passed_on(name: &OsStr, value: &OsStr, admin_token: Option<&OsStr>) -> bool {
     let (name, value) = (name.to_string_lossy(), value.to_string_lossy());
-    let marks = ["TOKEN", "KEY", "SECRET", "PASS"];
-    let is_named = name.starts_with("LATZERO_") && marks.iter().any(|mark| name.contains(mark));
+    let is_known = !name.starts_with("LATZERO_") || SERVER_VARIABLES.contains(&name.as_ref());
+    let token = admin_token.map(OsStr::to_string_lossy);
+    let has_token = token.is_some_and(|token| !token.is_empty() && value.contains(token.as_ref()));
     // Keys of pools and of apps, whatever the variable is called.
     let prefixes = ["lzs1_", "lzc1_", "lzo1_", "lzw1_", "lza1_"];
-    is_named || prefixes.iter().any(|prefix| value.contains(prefix))
+    is_known && !has_token && !prefixes.iter().any(|prefix| value.contains(prefix))
 }
 
 impl OutputKind {
@@ -612,13 +617,22 @@ mod tests {
     }
 
     #[test]
-    fn secrets_are_known_by_their_names_and_keys_by_their_form() {
-        let is_secret = |name: &str, value: &str| is_secret(name.as_ref(), value.as_ref());
-        assert!(is_secret("LATZERO_ADMIN_TOKEN", "x"));
-        assert!(is_secret("LATZERO_APP_KEY", "x"));
-        assert!(!is_secret("LATZERO_DATA_DIR", "x"));
-        assert!(!is_secret("MY_TOKEN", "x"));
-        assert!(is_secret("VAULT", "lzs1_AAEC lzc1_ICEi"));
-        assert!(is_secret("MINE", "key=lza1_kZKT"));
+    fn no_secret_is_passed_on_whatever_its_variable_is_called() {
+        let is_passed_on = |name: &str, value: &str| {
+            is_passed_on(name.as_ref(), value.as_ref(), Some("f00d".as_ref()))
+        };
+        assert!(is_passed_on("LATZERO_DATA_DIR", "x"));
+        assert!(is_passed_on("MY_TOKEN", "x"));
+        for (name, value) in [
+            ("LATZERO_ADMIN_TOKEN", "f00d"),
+            ("LATZERO_LOCKS", "x"),
+            ("LATZERO_ANYTHING", "x"),
+            ("MY_TOKEN", "bearer f00d"),
+            ("VAULT", "lzs1_AAEC lzc1_ICEi"),
+            ("MINE", "key=lza1_kZKT"),
+            ("LATZERO_URL", "latzero://app?key=lza1_kZKT"),
+        ] {
+            assert!(!is_passed_on(name, value), "{name}={value}");
+        }
     }
 }
