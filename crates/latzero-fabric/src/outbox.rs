@@ -55,13 +55,20 @@ pub struct Bounds {
 pub struct SharedBody(Arc<(Box<[u8]>, Reservation)>);
 
 impl SharedBody {
-    /// Shares `frame`, which is copied once and counted in `account`.
+    /// Has `encode` write a frame of at most about `length` bytes, which `account` has room for.
     ///
     /// # Errors
     /// If there is no room for it.
-    pub fn new(frame: &[u8], account: &Arc<Account>) -> Result<Self, Full> {
-        let hold = account.reserve(Resource::Outbox, frame.len() as u64)?;
-        Ok(SharedBody(Arc::new((frame.into(), hold))))
+    pub fn encode(
+        length: usize,
+        account: &Arc<Account>,
+        encode: impl FnOnce(&mut Vec<u8>),
+    ) -> Result<Self, Full> {
+        let mut hold = account.reserve(Resource::Outbox, length as u64)?;
+        let mut frame = Vec::with_capacity(length);
+        encode(&mut frame);
+        hold.force(frame.len() as u64);
+        Ok(SharedBody(Arc::new((frame.into_boxed_slice(), hold))))
     }
 }
 
@@ -214,7 +221,7 @@ impl<F> PendingWrite<F> {
     }
 }
 
-/// From this many bytes on, a frame for several readers is shared rather than copied.
+/// From this many bytes on, an emit has a buffer of its own, which its receivers share.
 pub const SHARE_BYTES: usize = 4096;
 
 /// A chunk of this many bytes is followed by another one, rather than grown.
@@ -535,7 +542,10 @@ mod tests {
     #[test]
     fn a_shared_frame_stays_in_its_place() {
         let ledger = Ledger::new(&Limits::default());
-        let frame = SharedBody::new(b"-shared-", &ledger.user(true)).unwrap();
+        let frame = SharedBody::encode(8, &ledger.user(true), |out| {
+            out.extend_from_slice(b"-shared-");
+        })
+        .unwrap();
         let (mut a, mut b) = (TestOutbox::default(), TestOutbox::default());
         append(&mut a, Class::Call, 3);
         for outbox in [&mut a, &mut b] {

@@ -9,7 +9,7 @@ use latzero_protocol::{Refusal, TriggerName};
 use super::Pool;
 use super::members::{Member, MemberKey};
 use super::pick::{self, Offer};
-use super::routing::{matches, sticky, too_large};
+use super::routing::{forwarded_length, matches, raw_length, sticky, too_large};
 use crate::driver::{Driver, Peer};
 use crate::effects::Count;
 use crate::ledger::Full;
@@ -58,7 +58,8 @@ impl<D: Driver> Pool<D> {
         // Encoded once for all receivers of the same form, and shared if it is large.
         let mut encoded: [Option<Encoded>; 2] = [None, None];
         let account = Arc::clone(sender.peer.link().account());
-        let is_shared = served.handlers.len() > 1 && emit.body.len() >= SHARE_BYTES;
+        let is_shared = emit.body.len() >= SHARE_BYTES;
+        let around = raw_length(notice.destination) + raw_length(notice.headers);
         let mut refused = None;
         let scratch = &mut self.scratch;
         scratch.clear();
@@ -71,15 +72,15 @@ impl<D: Driver> Pool<D> {
             }
             let form = usize::from(to.attachments == Attachments::Taken);
             let frame = encoded[form].get_or_insert_with(|| {
+                if is_shared {
+                    let length = around + forwarded_length(emit.body, to.attachments);
+                    let encode = |out: &mut Vec<u8>| encode::notice(out, &notice, to.attachments);
+                    let shared = SharedBody::encode(length, &account, encode);
+                    return shared.map_or_else(Encoded::Refused, Encoded::Shared);
+                }
                 let start = scratch.len();
                 encode::notice(scratch, &notice, to.attachments);
-                let range = start..scratch.len();
-                if !is_shared {
-                    return Encoded::Here(range);
-                }
-                let shared = SharedBody::new(&scratch[range.clone()], &account);
-                scratch.truncate(start);
-                shared.map_or_else(Encoded::Refused, Encoded::Shared)
+                Encoded::Here(start..scratch.len())
             });
             let sent = match frame {
                 Encoded::Here(range) => {
