@@ -49,7 +49,7 @@ pub use park::ParkedCounts;
 use repeats::Repeats;
 pub use routing::Routed;
 
-use triggers::Triggers;
+use triggers::{HandlerKey, Triggers};
 
 /// Who calls.
 #[derive(Debug, Clone, Copy)]
@@ -264,8 +264,8 @@ impl<D: Driver> Pool<D> {
         self.repeats.leave(key);
         self.blocks().leave(key, turn);
         let member = self.members.at_mut(key).expect("checked above");
-        for name in std::mem::take(&mut member.triggers) {
-            self.drop_handler(key, &name, turn);
+        for (name, handler) in std::mem::take(&mut member.handlers) {
+            self.drop_handler(key, &name, handler, turn);
         }
         self.members
             .notify_presence(Event::AppOffline, &self.info.name, key, None, turn);
@@ -281,8 +281,9 @@ impl<D: Driver> Pool<D> {
         let Some(member) = self.members.at_mut(key) else {
             return;
         };
-        if self.triggers.serve(key, spec) {
-            member.triggers.push(spec.name.clone());
+        let has = member.handlers.get(&spec.name).copied();
+        if let Some(handler) = self.triggers.serve(key, has, spec) {
+            member.handlers.insert(spec.name.clone(), handler);
             self.members.notify_presence(
                 Event::TriggerAdded,
                 &self.info.name,
@@ -304,23 +305,26 @@ impl<D: Driver> Pool<D> {
         let Some(member) = self.members.at_mut(key) else {
             return;
         };
-        let Some(at) = member.triggers.iter().position(|t| t == name) else {
-            return;
-        };
-        member.triggers.swap_remove(at);
-        self.drop_handler(key, name, turn);
+        if let Some(handler) = member.handlers.remove(name) {
+            self.drop_handler(key, name, handler, turn);
+        }
     }
 
-    fn drop_handler(&mut self, key: MemberKey, name: &TriggerName, turn: &mut Turn<'_, D>) {
-        if self.triggers.unserve(key, name) {
-            self.members.notify_presence(
-                Event::TriggerRemoved,
-                &self.info.name,
-                key,
-                Some(name),
-                turn,
-            );
-        }
+    fn drop_handler(
+        &mut self,
+        key: MemberKey,
+        name: &TriggerName,
+        handler: HandlerKey,
+        turn: &mut Turn<'_, D>,
+    ) {
+        self.triggers.unserve(handler);
+        self.members.notify_presence(
+            Event::TriggerRemoved,
+            &self.info.name,
+            key,
+            Some(name),
+            turn,
+        );
     }
 
     /// Sends the pool's events to a member; `None` stops them. False if the membership has ended.

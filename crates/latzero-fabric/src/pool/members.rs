@@ -1,11 +1,13 @@
 //! The members of a pool, and the events that they watch.
 
+use std::collections::BTreeMap;
+
 use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Event, EventSet};
 use latzero_protocol::{AppId, InstanceId, PoolName, Refusal, TriggerName};
 
 use super::PoolInfo;
-
+use super::triggers::HandlerKey;
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Reservation, Resource};
 use crate::outbox::Class;
@@ -72,8 +74,8 @@ pub(super) struct Member<D: Driver> {
     pub(super) user: u64,
     pub(super) is_stranger: bool,
     pub(super) attachments: Attachments,
-    watch: Option<EventSet>,
-    pub(super) triggers: Vec<TriggerName>,
+    /// The triggers that it serves.
+    pub(super) handlers: BTreeMap<TriggerName, HandlerKey>,
     /// Calls it made and calls it serves; at zero, no search is needed when it leaves.
     pub(super) calling: u32,
     pub(super) serving: u32,
@@ -96,10 +98,6 @@ impl<D: Driver> Member<D> {
             app_id: self.app.as_str(),
             instance: self.instance,
         }
-    }
-
-    fn watches(&self, event: Event) -> bool {
-        self.watch.is_some_and(|set| set.has(event))
     }
 
     /// Counts something of its app.
@@ -128,15 +126,15 @@ impl<D: Driver> Member<D> {
 /// The members of a pool.
 pub(super) struct Members<D: Driver> {
     members: Slab<Member<D>, MemberTag>,
-    /// How many watch for changes to blocks.
-    change_watchers: usize,
+    /// Those that watch the pool, and what they watch.
+    watching: BTreeMap<MemberKey, EventSet>,
 }
 
 impl<D: Driver> Default for Members<D> {
     fn default() -> Self {
         Members {
             members: Slab::default(),
-            change_watchers: 0,
+            watching: BTreeMap::new(),
         }
     }
 }
@@ -178,8 +176,7 @@ impl<D: Driver> Members<D> {
             user,
             is_stranger,
             attachments: joining.attachments,
-            watch: None,
-            triggers: Vec::new(),
+            handlers: BTreeMap::new(),
             calling: 0,
             serving: 0,
             takes_descriptors: joining.takes_descriptors,
@@ -188,26 +185,31 @@ impl<D: Driver> Members<D> {
     }
 
     pub(super) fn remove(&mut self, key: MemberKey) -> Option<Member<D>> {
-        self.watch(key, None);
+        self.watching.remove(&key);
         self.members.remove(key)
     }
 
     /// Sends the pool's events to a member; `None` stops them. False if the membership has ended.
     pub(super) fn watch(&mut self, key: MemberKey, events: Option<EventSet>) -> bool {
-        let Some(member) = self.members.at_mut(key) else {
+        if self.at(key).is_none() {
             return false;
+        }
+        match events {
+            Some(events) => self.watching.insert(key, events),
+            None => self.watching.remove(&key),
         };
-        self.change_watchers -= usize::from(member.watches(Event::BlockChanged));
-        member.watch = events;
-        self.change_watchers += usize::from(member.watches(Event::BlockChanged));
         true
     }
 
-    /// The members that watch for changes to blocks.
-    pub(super) fn change_watchers(&self) -> impl Iterator<Item = (MemberKey, &Member<D>)> {
-        let any = (self.change_watchers > 0).then(|| self.iter());
-        let any = any.into_iter().flatten();
-        any.filter(|(_, member)| member.watches(Event::BlockChanged))
+    /// The members that watch for an event, but for the one that it is about.
+    pub(super) fn watchers(
+        &self,
+        event: Event,
+        about: Option<MemberKey>,
+    ) -> impl Iterator<Item = (MemberKey, &Member<D>)> {
+        let watching = self.watching.iter();
+        let wanted = watching.filter(move |(key, set)| set.has(event) && Some(**key) != about);
+        wanted.filter_map(|(key, _)| Some((*key, self.at(*key)?)))
     }
 
     /// Answers a deferred request.
@@ -235,21 +237,9 @@ impl<D: Driver> Members<D> {
         }
     }
 
-    /// Notifies the watchers, except the member that the event is about.
-    pub(super) fn notify(
-        &self,
-        event: Event,
-        json: &str,
-        about: Option<MemberKey>,
-        turn: &mut Turn<'_, D>,
-    ) {
-        for (key, member) in self.iter() {
-            if Some(key) != about && member.watches(event) {
-                turn.send(&member.peer, Class::Event, json.len(), |out| {
-                    encode::message(out, json)
-                });
-            }
-        }
+    /// Notifies the watchers.
+    pub(super) fn notify(&self, event: Event, json: &str, turn: &mut Turn<'_, D>) {
+        self.notify_but(None, event, || json.to_owned(), turn);
     }
 
     /// Notifies the watchers that a member came or left, or a trigger of it.
@@ -264,19 +254,43 @@ impl<D: Driver> Members<D> {
         let Some(member) = self.at(key) else {
             return;
         };
-        let trigger = trigger.map_or(String::new(), |t| format!(",\"trigger\":\"{t}\""));
-        let json = format!(
-            "{{\"action\":\"event\",\"event\":\"{}\",\"pool\":\"{pool}\",\"app_id\":\"{}\",\
-            \"instance\":\"{}\"{trigger}}}",
-            event.as_str(),
-            member.app,
-            member.instance,
-        );
-        self.notify(event, &json, Some(key), turn);
+        let json = || {
+            let trigger = trigger.map_or(String::new(), |t| format!(",\"trigger\":\"{t}\""));
+            format!(
+                "{{\"action\":\"event\",\"event\":\"{}\",\"pool\":\"{pool}\",\"app_id\":\"{}\",\
+                \"instance\":\"{}\"{trigger}}}",
+                event.as_str(),
+                member.app,
+                member.instance,
+            )
+        };
+        self.notify_but(Some(key), event, json, turn);
+    }
+
+    /// Notifies the watchers, except the member that the event is about. A handshake can come with
+    /// thousands of events, so the message is not written if nobody watches.
+    fn notify_but(
+        &self,
+        about: Option<MemberKey>,
+        event: Event,
+        json: impl FnOnce() -> String,
+        turn: &mut Turn<'_, D>,
+    ) {
+        let mut watchers = self.watchers(event, about).peekable();
+        if watchers.peek().is_none() {
+            return;
+        }
+        let json = json();
+        for (_, member) in watchers {
+            turn.send(&member.peer, Class::Event, json.len(), |out| {
+                encode::message(out, &json)
+            });
+        }
     }
 
     pub(super) fn check(&self) {
-        let watching = self.iter().filter(|(_, m)| m.watches(Event::BlockChanged));
-        assert_eq!(watching.count(), self.change_watchers);
+        for key in self.watching.keys() {
+            assert!(self.at(*key).is_some(), "only members watch");
+        }
     }
 }

@@ -91,8 +91,14 @@ impl Triggers {
         served.is_some_and(|served| self.handlers_of(served).any(|h| h.is_privileged))
     }
 
-    /// Adds a handler, or changes its settings; true if it is new.
-    pub(super) fn serve(&mut self, member: MemberKey, spec: &TriggerSpec) -> bool {
+    /// Adds a member's handler, or changes the settings of the one that it `has`. Returns the
+    /// handler's key if it is new.
+    pub(super) fn serve(
+        &mut self,
+        member: MemberKey,
+        has: Option<HandlerKey>,
+        spec: &TriggerSpec,
+    ) -> Option<HandlerKey> {
         let concurrency = spec.concurrency.unwrap_or(u32::MAX);
         let served = self
             .served
@@ -110,41 +116,38 @@ impl Triggers {
         if spec.doc.is_some() {
             served.doc.clone_from(&spec.doc);
         }
-        let mut known = served.handlers.iter().copied();
-        let known = known.find(|&h| self.handlers.at(h).is_some_and(|h| h.member == member));
-        if let Some(handler) = known.and_then(|h| self.handlers.at_mut(h)) {
+        if let Some(handler) = has.and_then(|h| self.handlers.at_mut(h)) {
             handler.concurrency = concurrency;
             handler.is_privileged = spec.privileged;
-            return false;
+            return None;
         }
-        served.handlers.push(self.handlers.insert(Handler {
+        let key = self.handlers.insert(Handler {
             member,
             process: spec.name.clone(),
             in_flight: 0,
             concurrency,
             is_privileged: spec.privileged,
-        }));
-        true
+        });
+        served.handlers.push(key);
+        Some(key)
     }
 
-    /// Removes a member's handler of a trigger; false if it has none.
-    pub(super) fn unserve(&mut self, member: MemberKey, name: &TriggerName) -> bool {
-        let Some(served) = self.served.get_mut(name) else {
-            return false;
+    /// Removes a handler.
+    pub(super) fn unserve(&mut self, key: HandlerKey) {
+        let Some(handler) = self.handlers.remove(key) else {
+            return;
         };
-        let own = |h: &HandlerKey| self.handlers.at(*h).is_some_and(|h| h.member == member);
-        let Some(at) = served.handlers.iter().position(own) else {
-            return false;
-        };
-        let handler = served.handlers.remove(at);
+        let served = self.served.get_mut(&handler.process);
+        let served = served.expect("the trigger of a handler is served");
+        let at = served.handlers.iter().position(|h| *h == key);
+        let at = at.expect("a trigger knows its handlers");
+        served.handlers.remove(at);
         if served.turn.get() > at {
             served.turn.set(served.turn.get() - 1);
         }
         if served.handlers.is_empty() {
-            self.served.remove(name);
+            self.served.remove(&handler.process);
         }
-        self.handlers.remove(handler);
-        true
     }
 
     /// Whether a handler of the trigger may take a call, by its concurrency.
@@ -202,9 +205,10 @@ impl Triggers {
 
     pub(super) fn check<D: Driver>(&self, members: &Members<D>, calls: &Calls) {
         for (key, member) in members.iter() {
-            for name in &member.triggers {
+            for (name, handler) in &member.handlers {
                 let served = self.get(name.as_str());
                 let served = served.expect("a member's trigger is served");
+                assert!(served.handlers.contains(handler));
                 let own = self.handlers_of(served).filter(|h| h.member == key);
                 assert_eq!(own.count(), 1);
             }

@@ -1,11 +1,12 @@
 //! The handshake, from its message to the memberships it grants.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use latzero_protocol::Refusal;
 use latzero_protocol::encode;
 use latzero_protocol::limits::{PROTOCOL_VERSION, SYSTEM_POOL};
 use latzero_protocol::message::{EventSet, Features, Handshake, TriggerSpec};
+use latzero_protocol::{PoolName, Refusal};
 use serde_json::json;
 
 use super::pending::Awaited;
@@ -175,19 +176,19 @@ impl<D: Driver> Session<D> {
                 false => triggers,
             },
         });
+        let mut watches: BTreeMap<_, _> = watches.into_iter().collect();
+        let mut subscribed: BTreeMap<PoolName, Vec<_>> = BTreeMap::new();
+        for (pool, block) in subscriptions {
+            subscribed.entry(pool).or_default().push(block);
+        }
         for entrance in pools {
-            let watch = watches
-                .iter()
-                .find(|(pool, _)| *pool == entrance.name)
-                .map(|(_, events)| *events);
             let name = entrance.name.clone();
-            self.enter(entrance, watch, turn);
-            let blocks = subscriptions.iter().filter(|(pool, _)| *pool == name);
+            self.enter(entrance, watches.remove(&name), turn);
             if let Some(m) = self.memberships.last().filter(|m| m.name == name) {
-                for (_, block) in blocks {
+                for block in subscribed.remove(&name).unwrap_or_default() {
                     // A removed block does not change any more.
                     let _ = turn.with_pool(&m.pool, |pool, turn| {
-                        pool.blocks().subscribe(m.member, block, turn)
+                        pool.blocks().subscribe(m.member, &block, turn)
                     });
                 }
             }

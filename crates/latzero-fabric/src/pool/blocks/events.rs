@@ -192,7 +192,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
                 turn.block_changed(&member.peer, &change);
             }
         }
-        for (key, member) in self.members.change_watchers() {
+        for (key, member) in self.members.watchers(Event::BlockChanged, None) {
             if !block.subscribers.contains_key(&key) {
                 turn.block_changed(&member.peer, &change);
             }

@@ -106,7 +106,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
             (Phase::Live, _) => unreachable!("storage is created for a waiting request"),
             (Phase::New, Ok(_)) => {
                 let json = self.event_json("block_created", key, "");
-                self.members.notify(Event::BlockCreated, &json, None, turn);
+                self.members.notify(Event::BlockCreated, &json, turn);
                 for one in waiting {
                     let result = match one.attach {
                         None => Ok(Some(

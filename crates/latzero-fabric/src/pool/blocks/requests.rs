@@ -298,7 +298,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
     pub(super) fn end(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
         let json = self.event_json("block_removed", key, "");
         self.notify_attached(key, &json, turn);
-        self.members.notify(Event::BlockRemoved, &json, None, turn);
+        self.members.notify(Event::BlockRemoved, &json, turn);
         let Some(block) = self.blocks.at_mut(key) else {
             return;
         };
