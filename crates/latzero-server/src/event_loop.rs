@@ -92,6 +92,17 @@ pub(crate) struct Front {
     pub(crate) watchdog: Option<Duration>,
 }
 
+/// Which connections a turn of a loop reads as they become readable. The others are queued by user.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reads {
+    /// Any of them.
+    Any,
+    /// Those of trusted users: others have waited.
+    Trusted,
+    /// Any of them until the turn is late: one has been read.
+    Begun,
+}
+
 /// One loop.
 pub(crate) struct EventLoop {
     index: usize,
@@ -212,17 +223,26 @@ impl EventLoop {
             let now = self.host.now.monotonic;
             self.handshaking = Duration::ZERO;
             self.late_at = Time(now.0 + TURN_US);
-            for (at, event) in events.iter().enumerate() {
-                self.handle_event(now, event, at == 0);
+            // What waited since the last turn comes first, and one connection is always read.
+            let mut reads = match self.ready.is_empty() {
+                true => Reads::Any,
+                false => Reads::Trusted,
+            };
+            for event in &events {
+                self.handle_event(now, event, &mut reads);
             }
-            for at in 0..self.ready.len() {
-                // At least one of them is read.
-                if at > 0 && self.is_late() {
+            if !self.ready.is_empty() {
+                // What was read so far does not wait for the others, which may take a turn's time.
+                self.host.flush();
+            }
+            for _ in 0..self.ready.len() {
+                if reads == Reads::Begun && self.is_late() {
                     break;
                 }
                 let Some((_, (slot, is_unauthenticated))) = self.ready.pop() else {
                     break;
                 };
+                reads = Reads::Begun;
                 if is_unauthenticated {
                     shared.loops.unread.fetch_sub(1, Relaxed);
                 }
@@ -271,8 +291,8 @@ impl EventLoop {
         self.host.shared.clock.now() >= self.late_at
     }
 
-    /// Handles an event; the first one of a turn is never put off.
-    fn handle_event(&mut self, now: Time, event: &Event, is_first: bool) {
+    /// Handles an event.
+    fn handle_event(&mut self, now: Time, event: &Event, reads: &mut Reads) {
         let Token(token) = event.token();
         if event.token() == WAKER {
             for command in self.host.shared.loops.mailboxes[self.index].take() {
@@ -305,7 +325,10 @@ impl EventLoop {
                 let (is_queued, user) = (connection.is_queued, connection.user);
                 if is_queued {
                     // Its turn comes.
-                } else if is_first || !self.is_late() || user.is_trusted() {
+                } else if user.is_trusted() {
+                    self.read(now, slot);
+                } else if *reads == Reads::Any || *reads == Reads::Begun && !self.is_late() {
+                    *reads = Reads::Begun;
                     self.read(now, slot);
                 } else {
                     self.read_later(slot);
