@@ -533,8 +533,64 @@ fn a_redelivered_call_waits_for_the_room_that_later_calls_took() {
     assert_eq!(calls(&mut net, second).len(), 0);
     assert_eq!(answers(&mut net, caller), [""; 0]);
     answer(&mut net, second, &taken[1]);
-    net.advance(100);
     assert_eq!(calls(&mut net, second)[0]["attempt"], 2);
+    net.world.check();
+}
+
+#[test]
+fn redelivered_calls_wait_for_busy_handlers_and_go_before_parked_ones() {
+    let mut net = Net::with(|l| l.in_flight_max = 4);
+    let caller = net.app("caller", "");
+    let first = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let text = "x".repeat(1 << 20);
+    for id in ["1", "2", "3", "4"] {
+        net.call(caller, id, &format!(r#""redeliver":true,"data":"{text}""#));
+    }
+    let second = join(
+        &mut net,
+        "handler",
+        r#""triggers":[{"name":"t","concurrency":1}]"#,
+    );
+    net.hang_up(first);
+    let other = net.app("other", "");
+    park(&mut net, other, "parked", r#","data":"parked""#);
+    let mut given = calls(&mut net, second);
+    assert_eq!(given.len(), 1);
+    // While they wait, they are offered again now and then, and are still their caller's calls.
+    let steps = net.advance(10_000);
+    assert!(steps < 1_000, "{steps} steps");
+    assert_eq!(net.world.pool_stats("default").unwrap().calls_in_flight, 4);
+    assert_eq!(answers(&mut net, caller), [""; 0]);
+    for _ in 0..3 {
+        answer(&mut net, second, &given[0]);
+        given = calls(&mut net, second);
+        assert_eq!((given.len(), &given[0]["attempt"]), (1, &2.into()));
+    }
+    answer(&mut net, second, &given[0]);
+    assert_eq!(calls(&mut net, second)[0]["data"], "parked");
+    net.world.check();
+}
+
+#[test]
+fn redelivered_calls_end_in_time_while_all_handlers_are_busy() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    let first = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let text = "x".repeat(1 << 20);
+    for id in ["1", "2", "3"] {
+        let more = format!(r#""redeliver":true,"ttl":5000,"data":"{text}""#);
+        net.call(caller, id, &more);
+    }
+    join(
+        &mut net,
+        "handler",
+        r#""triggers":[{"name":"t","concurrency":1}]"#,
+    );
+    net.hang_up(first);
+    net.advance(5_200);
+    let mut ended = answers(&mut net, caller);
+    ended.sort();
+    assert_eq!(ended, ["1:timeout", "2:timeout", "3:timeout"]);
     net.world.check();
 }
 
@@ -975,7 +1031,9 @@ fn nothing_that_was_parked_is_lost() {
                     (caller, handler) = (None, None);
                     open.clear();
                 }
-                _ => net.advance(prng.below(2000) as u64),
+                _ => {
+                    net.advance(prng.below(2000) as u64);
+                }
             }
             if let Some(peer) = handler {
                 let messages = net.messages(peer).into_iter().map(|m| m.json);

@@ -97,7 +97,9 @@ impl Script {
                 world.advance(ms);
                 return format!("{ms} ms pass");
             }
-            5..=599 => world.advance(self.prng.below(12) as u64),
+            5..=599 => {
+                world.advance(self.prng.below(12) as u64);
+            }
             _ => {}
         }
         let at = self.prng.below(self.clients.len());

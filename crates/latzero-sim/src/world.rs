@@ -561,9 +561,9 @@ impl World {
         self.connections[peer.0 as usize].is_open
     }
 
-    /// Advances time by `ms` milliseconds.
-    pub fn advance(&mut self, ms: u64) {
-        let until = self.now.after_ms(ms);
+    /// Advances time by `ms` milliseconds. Returns how often a pool's deadline passed.
+    pub fn advance(&mut self, ms: u64) -> usize {
+        let (until, mut steps) = (self.now.after_ms(ms), 0);
         loop {
             let due = |pool: &PoolHandle| {
                 let wakes = pool.borrow().is_due_to_wake();
@@ -578,6 +578,7 @@ impl World {
                 .min_by_key(|(deadline, _)| *deadline);
             match next {
                 Some((deadline, pool)) if deadline <= until => {
+                    steps += 1;
                     self.now = self.now.max(deadline);
                     let now = self.now;
                     self.observer.note(Event::Now(now));
@@ -596,6 +597,7 @@ impl World {
         self.observer.note(Event::Now(until));
         self.expire_deferred();
         self.write_down();
+        steps
     }
 
     /// Ends the calls that expired inside their sessions.

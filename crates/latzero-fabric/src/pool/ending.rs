@@ -209,9 +209,11 @@ impl<D: Driver> Pool<D> {
         let Some(mut call) = self.calls.remove(key) else {
             return;
         };
+        let mut process = None;
         if let Some(handler) = self.triggers.handler_mut(call.handler) {
             handler.in_flight -= 1;
             self.parked.note_room(&handler.process);
+            process = call.durable.as_ref().map(|_| handler.process.clone());
         }
         if let Some(uses) = &call.blocks {
             self.blocks().revoke(call.member, uses, turn);
@@ -279,8 +281,9 @@ impl<D: Driver> Pool<D> {
                     self.parked.interrupted(number, durable, now);
                 }
                 (Some(_), Some(_)) if is_orphan => {
+                    let handler = (call.member, process);
                     self.durable()
-                        .orphan((NOBODY, None), (durable, None), call.member)
+                        .orphan((NOBODY, None), (durable, None), handler);
                 }
                 (Some(number), Some(_)) if matches!(how, EndReason::TimedOut) => {
                     self.durable().parked_too_late(number, turn);
@@ -307,8 +310,9 @@ impl<D: Driver> Pool<D> {
             // The caller counts the items of all attempts together.
             durable.window = call.credit;
             let id = call.id.as_deref().map(Into::into);
+            let handler = (call.member, process);
             self.durable()
-                .orphan((call.caller, id), (durable, Some(end)), call.member);
+                .orphan((call.caller, id), (durable, Some(end)), handler);
             return;
         }
         if let (Some(refusal), Some(id)) = (&refusal, &call.id) {

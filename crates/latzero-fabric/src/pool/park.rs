@@ -7,7 +7,7 @@
 //!
 //! Callers take turns ([`turns`]). A call whose handler dies waits before it is redelivered, longer
 //! each time, behind the calls in the queue. After its last attempt it is dead and stays stored for
-//! inspection ([`attempts`]). The end of a call (an answer, its deadline, a cancel) is sent to its
+//! inspection ([`attempts`]). A call that is not parked goes to the next handler ([`orphans`]). The end of a call (an answer, its deadline, a cancel) is sent to its
 //! caller if an instance of it is in the pool, and otherwise stored for it ([`answers`]).
 
 mod answers;
@@ -15,9 +15,10 @@ mod attempts;
 mod dispatch;
 mod durable;
 mod listing;
+mod orphans;
 mod turns;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use hashbrown::HashMap;
@@ -40,11 +41,11 @@ use crate::rows::{CallRow, Death, StoreChange};
 use crate::slab::Key;
 use crate::turn::Turn;
 use answers::KeptAnswers;
-use attempts::Orphan;
 use dispatch::Stall;
 use durable::split_envelope;
 pub(super) use durable::{DurableCall, bytes};
 pub use listing::ParkedCounts;
+use orphans::Orphans;
 use turns::{Lines, QueuedCalls};
 
 /// Parked calls or answers sent in one step; the rest follow when the driver calls again.
@@ -258,16 +259,13 @@ pub(super) struct ParkedCalls {
     stalled: BTreeMap<TriggerName, Stall>,
     /// Triggers whose handlers may take more.
     room: BTreeSet<TriggerName>,
-    /// Calls whose handler has left, until they are given to another one.
-    orphans: VecDeque<Orphan>,
-    /// When the next of them are given.
-    orphans_due: Option<Time>,
+    orphans: Orphans,
 }
 
 impl ParkedCalls {
     /// The handlers of a trigger may take more: dispatches at the end of this step.
     pub(super) fn note_room(&mut self, process: &TriggerName) {
-        if self.lines.contains_key(process) {
+        if self.lines.contains_key(process) || self.orphans.wait_for(process.as_str()) {
             self.room.insert(process.clone());
         }
     }
@@ -278,7 +276,7 @@ impl ParkedCalls {
             first(&self.deadlines),
             first(&self.pauses),
             self.goes_on,
-            self.orphans_due,
+            self.orphans.due(),
             self.answers.next_deadline(),
         ])
     }
@@ -415,7 +413,7 @@ impl ParkedCalls {
             count(|state| matches!(state, State::Dead(_)))
         );
         assert!(self.room.is_empty(), "nothing manages them any more");
-        assert!(self.orphans.is_empty() || self.orphans_due.is_some());
+        self.orphans.check();
     }
 }
 

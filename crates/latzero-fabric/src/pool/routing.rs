@@ -189,8 +189,11 @@ impl<D: Driver> Pool<D> {
             (Caller::Member(_), Some(member)) => (&member.app, member.instance),
             (Caller::Member(_), None) => return Err(refusals::not_member(&self.info.name).into()),
         };
-        if member.is_some_and(|m| m.peer.in_flight().count() >= self.info.limits.in_flight_max) {
-            return Err(refusals::too_many_in_flight(self.info.limits.in_flight_max).into());
+        // A call that is redelivered still has its place among those of its caller.
+        let is_new = attempt.is_none_or(|attempt| attempt == 1);
+        let max = self.info.limits.in_flight_max;
+        if is_new && member.is_some_and(|m| m.peer.in_flight().count() >= max) {
+            return Err(refusals::too_many_in_flight(max).into());
         }
         let uses = match (&trigger.blocks[..], member) {
             ([], _) | (_, None) => Vec::new(),

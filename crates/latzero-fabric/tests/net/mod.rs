@@ -138,9 +138,11 @@ impl Net {
         seen.join("; ")
     }
 
-    pub(crate) fn advance(&mut self, ms: u64) {
-        self.world.advance(ms);
+    /// Returns how often a pool's deadline passed.
+    pub(crate) fn advance(&mut self, ms: u64) -> usize {
+        let steps = self.world.advance(ms);
         self.world.check();
+        steps
     }
 
     pub(crate) fn hang_up(&mut self, peer: Peer) {

@@ -84,8 +84,9 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Dispatches parked calls of a trigger to its handlers.
+    /// Dispatches calls that wait for the handlers of a trigger: first those whose handler died.
     pub(in crate::pool) fn dispatch_parked(&mut self, process: &str, turn: &mut Turn<'_, D>) {
+        self.give_waiting(process, turn);
         if let Some(lines) = self.parked.lines.get_mut(process) {
             lines.begin_round();
             self.dispatch_round(process, turn);

@@ -1,0 +1,412 @@
+//! Calls whose handler died before it answered, and that go to another one.
+//!
+//! They keep their place: they are in flight for their callers until another handler has them, and
+//! while all handlers are busy they wait for the next that has room, before calls that were parked.
+//! A step gives as many as [`GIVEN_AT_ONCE_MAX`] and [`GIVEN_BYTES_AT_ONCE`] allow.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use latzero_protocol::limits::WINDOW_MAX;
+use latzero_protocol::message::Trigger;
+use latzero_protocol::{Code, Refusal, TriggerName};
+
+use super::super::durable::DurableCalls;
+use super::super::members::MemberKey;
+use super::super::{CallError, Pool};
+use super::attempts::{PAUSE_MS, exhausted};
+use super::durable::DurableCall;
+use super::{GIVEN_AT_ONCE_MAX, GIVEN_BYTES_AT_ONCE, ParkedCalls, State, StoreChange, soon};
+use crate::driver::Driver;
+use crate::effects::CallEnd;
+use crate::now::{Time, earliest};
+use crate::refusals;
+use crate::turn::Turn;
+
+/// A call whose handler has left, or is leaving.
+pub(in crate::pool) struct Orphan {
+    /// The caller, if the call belongs to a connection.
+    caller: MemberKey,
+    id: Option<Box<str>>,
+    process: TriggerName,
+    durable: Box<DurableCall>,
+    /// How its attempt ended. It is in flight for its caller until another handler has it or it is
+    /// refused, so that other calls do not take its place.
+    ended: Option<CallEnd>,
+    /// What happened to its handler.
+    cause: String,
+}
+
+impl Orphan {
+    fn is(&self, caller: MemberKey, id: &str) -> bool {
+        self.caller == caller && self.id.as_deref() == Some(id)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.durable.bytes() as u64
+    }
+}
+
+/// What becomes of a call while all handlers are busy.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum WhenBusy {
+    /// It is parked if it may be, and refused otherwise.
+    Refuse,
+    /// It waits.
+    Wait,
+}
+
+/// The calls whose handler has left, until another one has them.
+#[derive(Default)]
+pub(super) struct Orphans {
+    /// Those that were not offered to another handler yet, the oldest first.
+    new: VecDeque<Orphan>,
+    /// Whether one step was not enough for them. Newer calls may take the room that they would have
+    /// had, so they wait for other room.
+    is_split: bool,
+    /// Those that found all handlers busy, by trigger, the oldest first.
+    waiting: BTreeMap<TriggerName, VecDeque<Orphan>>,
+    /// When these are offered again. A handler that finishes a call takes one before.
+    retry: Option<Time>,
+    /// When the next step is due.
+    step: Option<Time>,
+}
+
+impl Orphans {
+    fn iter(&self) -> impl Iterator<Item = &Orphan> {
+        self.new.iter().chain(self.waiting.values().flatten())
+    }
+
+    fn iter_mut(&mut self) -> impl Iterator<Item = &mut Orphan> {
+        let waiting = self.waiting.values_mut().flatten();
+        self.new.iter_mut().chain(waiting)
+    }
+
+    /// Takes those that `is_meant` says, in their order.
+    fn take_if(&mut self, is_meant: impl Fn(&Orphan) -> bool) -> Vec<Orphan> {
+        if !self.iter().any(&is_meant) {
+            return Vec::new();
+        }
+        let mut taken = Vec::new();
+        for queue in std::iter::once(&mut self.new).chain(self.waiting.values_mut()) {
+            let (meant, others): (VecDeque<_>, _) =
+                std::mem::take(queue).into_iter().partition(&is_meant);
+            *queue = others;
+            taken.extend(meant);
+        }
+        self.waiting.retain(|_, queue| !queue.is_empty());
+        taken
+    }
+
+    /// Whether calls of a trigger wait for a handler with room.
+    pub(super) fn wait_for(&self, process: &str) -> bool {
+        self.waiting.contains_key(process)
+    }
+
+    /// The one that waited longest for a handler of a trigger.
+    fn take_waiting(&mut self, process: &str) -> Option<Orphan> {
+        let queue = self.waiting.get_mut(process)?;
+        let first = queue.pop_front();
+        if queue.is_empty() {
+            self.waiting.remove(process);
+        }
+        first
+    }
+
+    /// Has those that wait tried again.
+    fn retry(&mut self, now: Time) {
+        if self.retry.is_some_and(|at| at <= now) {
+            self.retry = None;
+            self.is_split = true;
+            let waiting = std::mem::take(&mut self.waiting).into_values().flatten();
+            self.new.extend(waiting);
+        }
+    }
+
+    /// When there is something to do.
+    pub(super) fn due(&self) -> Option<Time> {
+        earliest([self.step, self.retry])
+    }
+
+    pub(super) fn check(&self) {
+        assert!(self.new.is_empty() || self.step.is_some());
+        assert!(self.waiting.is_empty() || self.retry.is_some());
+        assert!(self.waiting.values().all(|queue| !queue.is_empty()));
+    }
+}
+
+impl ParkedCalls {
+    /// Calls that wait for another handler and are in flight for their callers.
+    pub(in crate::pool) fn orphans_in_flight(&self) -> usize {
+        self.orphans.iter().filter(|o| o.ended.is_some()).count()
+    }
+
+    /// Bytes of the calls that wait for another handler.
+    pub(in crate::pool) fn orphan_bytes(&self) -> u64 {
+        let held = self.orphans.iter().filter_map(|o| o.durable.held.as_ref());
+        held.map(crate::ledger::Reservation::amount).sum()
+    }
+
+    /// Whether a call that waits for another handler has this id.
+    pub(in crate::pool) fn has_orphan(&self, caller: MemberKey, id: &str) -> bool {
+        self.orphans.iter().any(|o| o.is(caller, id))
+    }
+}
+
+impl<D: Driver> DurableCalls<'_, D> {
+    /// The handler of a durable call died; [`Pool::place_orphans`] follows once the handler has
+    /// left.
+    pub(in crate::pool) fn orphan(
+        &mut self,
+        (caller, id): (MemberKey, Option<Box<str>>),
+        (durable, ended): (Box<DurableCall>, Option<CallEnd>),
+        (handler, process): (MemberKey, Option<TriggerName>),
+    ) {
+        // Read from the call only if its handler no longer served the trigger.
+        let read = || durable.read(|trigger| TriggerName::new(&*trigger.process).ok())?;
+        let process = process.or_else(read).expect("it was read when it arrived");
+        let app = self.members.at(handler).map_or("?", |m| m.app.as_str());
+        let cause = format!("handler '{app}' disconnected before it answered");
+        self.parked.orphans.new.push_back(Orphan {
+            caller,
+            id,
+            process,
+            durable,
+            ended,
+            cause,
+        });
+    }
+
+    /// An attempt of a call counts as ended: it has left its place among its caller's calls.
+    fn attempt_ended(&mut self, caller: MemberKey, ended: Option<CallEnd>, turn: &mut Turn<'_, D>) {
+        if let Some(end) = ended {
+            let caller = self.members.at(caller).map(|m| m.peer.clone());
+            turn.call_ended(caller.as_ref(), end);
+        }
+    }
+
+    /// Allows `count` further items of a call that waits for another handler; false if there is
+    /// none with that id.
+    pub(in crate::pool) fn ack_orphan(&mut self, caller: MemberKey, id: &str, count: u64) -> bool {
+        let mut orphans = self.parked.orphans.iter_mut();
+        let Some(orphan) = orphans.find(|o| o.is(caller, id)) else {
+            return false;
+        };
+        if let Some(window) = &mut orphan.durable.window {
+            *window = window.saturating_add(count).min(WINDOW_MAX);
+        }
+        true
+    }
+
+    fn park_orphan(
+        &mut self,
+        caller: MemberKey,
+        trigger: &Trigger<'_>,
+        durable: &DurableCall,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<u64, CallError> {
+        let left = durable.deadline.since(turn.time()).as_millis();
+        let trigger = Trigger {
+            ttl_ms: u64::try_from(left).unwrap_or(u64::MAX).max(1),
+            id: trigger.id.clone(),
+            process: trigger.process.clone(),
+            pool: None,
+            destination: trigger.destination.clone(),
+            key: trigger.key.clone(),
+            window: None,
+            park: trigger.park,
+            redeliver: trigger.redeliver,
+            attempts: trigger.attempts,
+            idempotency_key: trigger.idempotency_key.clone(),
+            blocks: Vec::new(),
+            headers: trigger.headers,
+            body: trigger.body,
+        };
+        let number = self.park(caller, &trigger, None, turn)?;
+        let attempt = durable.attempt;
+        self.parked
+            .change(number, |parked| parked.attempt = attempt);
+        turn.store(StoreChange::Attempt(number, attempt), None);
+        Ok(number)
+    }
+
+    /// Cancels a call that waits for another handler; false if there is none with that id.
+    pub(in crate::pool) fn cancel_orphan(
+        &mut self,
+        caller: MemberKey,
+        id: &str,
+        turn: &mut Turn<'_, D>,
+    ) -> bool {
+        let found = self.parked.orphans.take_if(|o| o.is(caller, id));
+        let was_there = !found.is_empty();
+        for orphan in found {
+            self.refuse_orphan(orphan, &refusals::call_cancelled(), turn);
+        }
+        was_there
+    }
+
+    /// A caller leaves: its calls do not wait for another handler any more.
+    pub(in crate::pool) fn end_orphans_of(&mut self, caller: MemberKey, turn: &mut Turn<'_, D>) {
+        let is_own = |o: &Orphan| o.caller == caller && o.durable.number.is_none();
+        for orphan in self.parked.orphans.take_if(is_own) {
+            self.refuse_orphan(orphan, &refusals::caller_left(), turn);
+        }
+    }
+
+    /// Refuses calls whose handler died, because the pool is removed or moves to its next epoch.
+    pub(in crate::pool) fn drop_orphans(&mut self, refusal: &Refusal, turn: &mut Turn<'_, D>) {
+        for orphan in self.parked.orphans.take_if(|_| true) {
+            if let Some(number) = orphan.durable.number {
+                // With the other parked calls.
+                let state = State::Waiting(orphan.durable);
+                self.parked.change(number, |parked| parked.state = state);
+                continue;
+            }
+            self.refuse_orphan(orphan, refusal, turn);
+        }
+    }
+
+    fn refuse_orphan(&mut self, orphan: Orphan, refusal: &Refusal, turn: &mut Turn<'_, D>) {
+        self.attempt_ended(orphan.caller, orphan.ended, turn);
+        self.drop_repeats_of(&orphan.durable, turn);
+        if let Some((member, id)) = self.members.at(orphan.caller).zip(orphan.id) {
+            member.refuse(&id, refusal, turn);
+        }
+    }
+}
+
+impl<D: Driver> Pool<D> {
+    /// Decides about calls whose handler died, now that it has left.
+    pub(in crate::pool) fn place_orphans(&mut self, turn: &mut Turn<'_, D>) {
+        let is_parked = |orphan: &Orphan| orphan.durable.number.is_some();
+        for Orphan { durable, cause, .. } in self.parked.orphans.take_if(is_parked) {
+            let number = durable.number.expect("just checked");
+            self.durable().attempt_failed(number, durable, &cause, turn);
+        }
+        self.give_orphans(turn);
+    }
+
+    /// Gives calls whose handler died to others, as many as one step may give.
+    fn give_orphans(&mut self, turn: &mut Turn<'_, D>) {
+        let orphans = &mut self.parked.orphans;
+        orphans.is_split = orphans.is_split
+            || orphans.new.len() > GIVEN_AT_ONCE_MAX
+            || orphans.new.iter().map(Orphan::bytes).sum::<u64>() > GIVEN_BYTES_AT_ONCE;
+        let (mut tried, mut bytes) = (0, 0);
+        while tried < GIVEN_AT_ONCE_MAX
+            && bytes < GIVEN_BYTES_AT_ONCE
+            && let Some(orphan) = self.parked.orphans.new.pop_front()
+        {
+            tried += 1;
+            bytes += orphan.bytes();
+            let orphans = &self.parked.orphans;
+            let when_busy = match orphans.is_split || orphans.wait_for(orphan.process.as_str()) {
+                true => WhenBusy::Wait,
+                false => WhenBusy::Refuse,
+            };
+            if let Some(orphan) = self.redeliver(orphan, when_busy, turn) {
+                let orphans = &mut self.parked.orphans;
+                let queue = orphans.waiting.entry(orphan.process.clone());
+                queue.or_default().push_back(orphan);
+                let retry = orphans.retry.get_or_insert(turn.time().after_ms(PAUSE_MS));
+                debug_assert!(*retry > turn.time());
+            }
+        }
+        let orphans = &mut self.parked.orphans;
+        let is_done = orphans.new.is_empty();
+        orphans.is_split &= !is_done;
+        orphans.step = (!is_done).then(|| soon(turn.time()));
+    }
+
+    /// Gives those that did not fit into the step before, and those that waited for some time.
+    pub(in crate::pool) fn go_on_with_orphans(&mut self, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
+        if self.parked.orphans.due().is_some_and(|due| due <= now) {
+            self.parked.orphans.retry(now);
+            self.give_orphans(turn);
+        }
+    }
+
+    /// A handler of a trigger may take more: gives it calls that wait for another handler.
+    pub(super) fn give_waiting(&mut self, process: &str, turn: &mut Turn<'_, D>) {
+        for _ in 0..GIVEN_AT_ONCE_MAX {
+            if !self.triggers.has_room(process, None, &self.members) {
+                return;
+            }
+            let Some(orphan) = self.parked.orphans.take_waiting(process) else {
+                return;
+            };
+            if let Some(orphan) = self.redeliver(orphan, WhenBusy::Wait, turn) {
+                // Meant for another handler, or no handler reads what it gets.
+                let queue = self.parked.orphans.waiting.entry(orphan.process.clone());
+                queue.or_default().push_front(orphan);
+                return;
+            }
+        }
+    }
+
+    /// Redelivers a call to another handler; else parks it if it may wait, or notifies its caller.
+    /// Returns it if all handlers are busy and it waits for them.
+    fn redeliver(
+        &mut self,
+        mut orphan: Orphan,
+        when_busy: WhenBusy,
+        turn: &mut Turn<'_, D>,
+    ) -> Option<Orphan> {
+        if self.members.at(orphan.caller).is_none() {
+            self.durable()
+                .refuse_orphan(orphan, &refusals::caller_left(), turn);
+            return None;
+        }
+        if orphan.durable.deadline <= turn.time() {
+            self.durable()
+                .refuse_orphan(orphan, &refusals::no_answer(), turn);
+            return None;
+        }
+        let is_last = orphan.durable.attempt >= orphan.durable.attempts;
+        if !is_last {
+            match self.dispatch(Some(orphan.caller), orphan.durable, turn) {
+                Ok((key, durable)) => {
+                    self.calls.at_mut(key).expect("just begun").durable = Some(durable);
+                    self.durable()
+                        .attempt_ended(orphan.caller, orphan.ended, turn);
+                    return None;
+                }
+                Err((back, error)) => {
+                    orphan.durable = back;
+                    if when_busy == WhenBusy::Wait
+                        && matches!(error, CallError::Refused(why) if why.code == Code::Overloaded)
+                    {
+                        return Some(orphan);
+                    }
+                }
+            }
+        }
+        let durable = &orphan.durable;
+        let parked = durable.may_park.then(|| {
+            let park = |trigger: &Trigger<'_>| {
+                self.durable()
+                    .park_orphan(orphan.caller, trigger, durable, turn)
+            };
+            durable.read(park)
+        });
+        if let Some(Some(Ok(number))) = parked {
+            let Orphan {
+                caller,
+                durable,
+                ended,
+                cause,
+                ..
+            } = orphan;
+            self.durable().attempt_ended(caller, ended, turn);
+            self.durable().attempt_failed(number, durable, &cause, turn);
+            return None;
+        }
+        let refusal = if is_last {
+            exhausted(orphan.durable.attempt, &orphan.cause)
+        } else {
+            refusals::no_other_handler(&orphan.cause)
+        };
+        self.durable().refuse_orphan(orphan, &refusal, turn);
+        None
+    }
+}
