@@ -18,10 +18,13 @@ fn target() -> PathBuf {
     root().join("target/python")
 }
 
+/// Newer Pythons than the oldest that the package runs on, the newest first.
+const NEWER: [&str; 3] = ["3.14", "3.13", "3.12"];
+
 /// Builds the wheel, installs it and runs its tests.
 pub(crate) fn test() -> Done {
     match environment() {
-        Ok(python) => test_wheel(&python),
+        Ok(python) => test_wheel(&python).and_then(|()| test_newest()),
         Err(why) if std::env::var_os("CI").is_some() => Err(format!(
             "the tests of the Python package must run here: {why}"
         )),
@@ -66,6 +69,35 @@ fn test_wheel(python: &Path) -> Done {
     let stubs = ["--ignore-disjoint-bases", "latzero._latzero"];
     run(tool("mypy.stubtest").args(stubs))?;
     run(&mut tool("pytest"))
+}
+
+/// Runs the tests on the newest Python of this machine too: the wheel is the same for all.
+fn test_newest() -> Done {
+    let runs = |version: &str| quiet(interpreter(version).arg("--version")).is_ok();
+    let Some(version) = NEWER.into_iter().find(|version| runs(version)) else {
+        println!("LEFT OUT: the tests of the Python package on a Python after 3.11");
+        return Ok(());
+    };
+    let requirements = folder().join("requirements.txt");
+    let python = match environment_with(|| interpreter(version), version, &requirements) {
+        Ok(python) => python,
+        Err(why) => {
+            println!("LEFT OUT: the tests of the Python package on Python {version}: {why}");
+            return Ok(());
+        }
+    };
+    install(&python)?;
+    println!("$ pytest with Python {version}, in sdk/python");
+    let mut pytest = Command::new(python);
+    pytest.args(["-m", "pytest"]).current_dir(folder());
+    run(pytest.env_remove("LATZERO_BIN"))
+}
+
+/// The interpreter of a version, also where pyenv chooses among several.
+fn interpreter(version: &str) -> Command {
+    let mut python = Command::new(format!("python{version}"));
+    python.env("PYENV_VERSION", version);
+    python
 }
 
 /// Builds the wheel, optimized: for machines like this one, or for another.
@@ -166,6 +198,15 @@ pub(crate) fn environment() -> Result<PathBuf, String> {
 /// The interpreter of a virtual environment of this name with the packages that `file` lists,
 /// created once for each content of that file.
 pub(crate) fn environment_of(name: &str, file: &Path) -> Result<PathBuf, String> {
+    environment_with(|| Command::new("python3"), name, file)
+}
+
+/// Likewise, from an interpreter of choice.
+fn environment_with(
+    from: impl Fn() -> Command,
+    name: &str,
+    file: &Path,
+) -> Result<PathBuf, String> {
     let dir = target().join(name);
     let python = dir.join("bin/python");
     let wanted = read(file)?;
@@ -174,14 +215,10 @@ pub(crate) fn environment_of(name: &str, file: &Path) -> Result<PathBuf, String>
         return Ok(python);
     }
     let suits = "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))";
-    quiet(Command::new("python3").args(["-c", suits]))
+    quiet(from().args(["-c", suits]))
         .map_err(|_| "it takes Python 3.11 or newer with the module `venv`".to_owned())?;
-    println!("$ python3 -m venv {}", dir.display());
-    quiet(
-        Command::new("python3")
-            .args(["-m", "venv", "--clear"])
-            .arg(&dir),
-    )?;
+    println!("$ python -m venv {}", dir.display());
+    quiet(from().args(["-m", "venv", "--clear"]).arg(&dir))?;
     let install = ["install", "--quiet", "--requirement"];
     quiet(pip(&python).args(install).arg(file))?;
     std::fs::write(&stamp, wanted).map_err(|error| error.to_string())?;

@@ -186,9 +186,15 @@ async def _answer(
     except BaseException as error:
         loop.fail(answer, error)
         if not isinstance(error, Exception):
-            raise
+            # Ends the loop, as it does in a callback. A task that raised it as it was created, as
+            # those of Python 3.12 may, would be reported as never retrieved too.
+            asyncio.get_running_loop().call_soon(_end_loop, error)
     else:
         loop.send(answer, result)
+
+
+def _end_loop(error: BaseException) -> None:
+    raise error
 
 
 class LoopThread:
