@@ -529,6 +529,19 @@ fn a_reader_can_not_forge_and_the_server_accepts_only_whole_slots() {
 /// How often a test sees each result of a read, before it is over.
 const SEEN: usize = 100;
 
+/// Pauses of different lengths, shorter than a read and longer, which are the same in each run.
+struct Pause(u64);
+
+impl Pause {
+    fn spin(&mut self) {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005);
+        self.0 = self.0.wrapping_add(1);
+        for _ in 0..(self.0 >> 33) % 100_000 {
+            std::hint::spin_loop();
+        }
+    }
+}
+
 /// Block `b` for each way to read: from the memory, and through the server.
 fn readers(server: &Server, set: &KeySet) -> [Block; 2] {
     [
@@ -573,19 +586,13 @@ fn bytes_that_change_during_a_read_are_never_returned() {
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let hostile = scope.spawn(|| {
-            // A local generator: the memory is in each state for another time.
-            let mut state = 7_u64;
+            let mut pause = Pause(7);
             for bytes in [&forged, &signed, &flipped, &signed].into_iter().cycle() {
                 if is_over.load(Ordering::Relaxed) {
                     break;
                 }
                 intruder.write(at, bytes);
-                state = state
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1);
-                for _ in 0..(state >> 33) % 50_000 {
-                    std::hint::spin_loop();
-                }
+                pause.spin();
             }
         });
         let reading = readers.each_ref().map(|seen| {
@@ -631,31 +638,38 @@ fn bytes_that_change_during_a_read_are_never_returned() {
 /// A read that a writer overtakes begins again. Only what does not change any more is an attack.
 #[test]
 fn a_writer_next_to_readers_is_not_taken_for_an_intruder() {
+    const SIZE: u64 = 16 * CHUNK_BYTES as u64;
     let (server, set) = vault();
     let writer = member(&server, "w", keys(&set, WRITE));
     let block = writer.block("b").create(SIZE).send().unwrap();
-    block.write_at(0, &vec![1; SIZE as usize]).unwrap();
+    block.write_at(0, &[1; SIZE as usize]).unwrap();
     let readers = readers(&server, &set);
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let writing = scope.spawn(|| {
             let writer = block.writer(TIMEOUT).unwrap();
             let mut version = 1_u64;
+            let mut pause = Pause(7);
             while !is_over.load(Ordering::Relaxed) {
                 version += 1;
-                let written = writer.write(0, &vec![version as u8; SIZE as usize]);
+                // Both ends of each version are its number. Readers copy it for longer than it
+                // takes to write.
+                let bytes = version.to_le_bytes().to_vec();
+                let written = writer.write_pieces(&[(0, bytes.clone()), (SIZE - 8, bytes)]);
                 assert_eq!(written.unwrap(), version);
+                pause.spin();
             }
         });
         let reading = readers.map(|seen| {
             scope.spawn(move || {
                 let until = Instant::now() + TIMEOUT;
-                let (mut versions, mut newest) = (0, 0);
+                let (mut versions, mut newest) = (0, 1);
                 while versions < SEEN {
                     match seen.read() {
+                        Ok((_, 1)) => {}
                         Ok((bytes, version)) => {
-                            let is_whole = bytes.iter().all(|byte| *byte == version as u8);
-                            assert!(is_whole && bytes.len() as u64 == SIZE, "version {version}");
+                            let number = version.to_le_bytes();
+                            assert!(bytes.starts_with(&number) && bytes.ends_with(&number));
                             assert!(version >= newest, "versions go back");
                             versions += usize::from(version > newest);
                             newest = version;
