@@ -516,9 +516,9 @@ impl ServerArgs {
     }
 
     /// The admin token for a server, and whether there is one that is withheld. A token in the
-    /// environment is proved to any server that is named, and not to one that only has the default
-    /// port while no server uses the directory: any program may listen there. That of the data
-    /// directory is proved only over the Unix socket, where the kernel identifies the server's user.
+    /// environment is proved to any server that is named, but not to whatever has the default port
+    /// while no server uses the directory. That of the data directory is proved only over the
+    /// Unix socket, where the kernel identifies the server's user.
     fn token(&self, place: &Address) -> (Option<String>, bool) {
         if place.is_trusted() {
             return (None, false);

@@ -155,7 +155,7 @@ fn clients_of_another_test() {
     // Apps with a key or keys do not even connect.
     let line = app_key::AppKey::new(Secret::new([1; 32])).to_text();
     private_file(&config.join("apps/shop"), line.as_str());
-    let key = AppKey::from_file(&config.join("apps/shop")).unwrap();
+    let key = AppKey::from_file(config.join("apps/shop")).unwrap();
     let with_app_key = latzero::App::builder("latzero://shop").app_key(key);
     let set = key_set(1);
     let tokens: Vec<_> = WRITE.iter().map(|kind| set.token(*kind).unwrap()).collect();
