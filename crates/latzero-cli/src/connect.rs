@@ -315,8 +315,9 @@ impl Connection {
                     .push(format!("asked the server at {}", self.place));
                 if self.is_token_withheld {
                     failure.details.push(
-                        "the admin token of the data directory is not proved over TCP; \
-                     use the server's Unix socket"
+                        "the admin token was not proved: over TCP only that of \
+                     LATZERO_ADMIN_TOKEN is, to a server that is named; use the server's Unix \
+                     socket"
                             .to_owned(),
                     );
                 }
@@ -515,16 +516,18 @@ impl ServerArgs {
     }
 
     /// The admin token for a server, and whether there is one that is withheld. A token in the
-    /// environment is proved to any server. That of the data directory is proved only over the Unix
-    /// socket, where the kernel identifies the server's user.
+    /// environment is proved to any server that is named, but not to whatever has the default port
+    /// while no server uses the directory. That of the data directory is proved only over the
+    /// Unix socket, where the kernel identifies the server's user.
     fn token(&self, place: &Address) -> (Option<String>, bool) {
         if place.is_trusted() {
             return (None, false);
         }
-        if let Some(token) = variable(ADMIN_TOKEN) {
-            return (Some(token), false);
-        }
         let (dir, _) = self.data_dir();
+        if let Some(token) = variable(ADMIN_TOKEN) {
+            let is_named = self.is_elsewhere() || of_data_dir(&dir).contains(place);
+            return (Some(token).filter(|_| is_named), !is_named);
+        }
         let text = std::fs::read_to_string(dir.join("admin.token"));
         let token = text.ok().map(|text| text.trim().to_owned());
         (None, token.is_some())

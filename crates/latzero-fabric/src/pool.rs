@@ -327,6 +327,17 @@ impl<D: Driver> Pool<D> {
         );
     }
 
+    /// Sets whether a member may have answers to parked calls of its app, and sends it those that
+    /// wait.
+    pub fn allow_answers(&mut self, key: MemberKey, is_allowed: bool, turn: &mut Turn<'_, D>) {
+        let Some(member) = self.members.at_mut(key) else {
+            return;
+        };
+        member.takes_answers = is_allowed;
+        let app = member.app.clone();
+        self.durable().deliver_answers(&app, turn);
+    }
+
     /// Sends the pool's events to a member; `None` stops them. False if the membership has ended.
     pub fn watch(&mut self, key: MemberKey, events: Option<EventSet>) -> bool {
         self.members.watch(key, events)

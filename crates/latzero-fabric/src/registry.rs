@@ -148,6 +148,11 @@ impl<D: Driver> Entrance<D> {
         let spec = self.rights.have(Right::Serve).then_some(spec)?;
         served_as(self.grant, spec)
     }
+
+    /// Whether answers to parked calls are delivered here: in an encrypted pool to readers.
+    pub(crate) fn takes_answers(&self) -> bool {
+        self.grant.is_none_or(|grant| grant.roles != Roles::Join)
+    }
 }
 
 impl<D: Driver> Membership<D> {

@@ -20,6 +20,7 @@ use latzero_crypto::keys::Roles;
 use latzero_crypto::proof::ChannelBinding;
 use latzero_protocol::encode::{self, Attachments};
 use latzero_protocol::frame::{Accept, Frame, FrameError};
+use latzero_protocol::memory::Access;
 use latzero_protocol::message::{
     Admin, AdminAction, CallRef, Emit, Features, Request, Response, Status, Trigger, TriggerSpec,
 };
@@ -459,6 +460,9 @@ impl<D: Driver> Session<D> {
         let m = self.current_membership(trigger.pool.as_deref(), turn)?;
         m.check_right(Right::Call)?;
         m.check_roles(Roles::Read)?;
+        if trigger.blocks.iter().any(|lent| lent.mode == Access::Write) {
+            m.check_roles(Roles::Write)?;
+        }
         m.check_body(trigger.body)?;
         let routed = turn.with_pool(&m.pool, |pool, turn| {
             m.check_privilege(pool, &trigger.process)?;

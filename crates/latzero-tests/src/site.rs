@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -39,6 +40,10 @@ pub struct Start {
     pub descriptors: Option<u64>,
     /// The new server takes over from the one that is running.
     pub takes_over: bool,
+    /// Another file with the program.
+    pub program: Option<PathBuf>,
+    /// The user that it runs as; setting it needs root.
+    pub uid: Option<u32>,
 }
 
 /// Why a server did not get ready.
@@ -158,6 +163,29 @@ impl Site {
         }
     }
 
+    /// A copy of a program, or of the server's, that belongs to a user and that every user may run.
+    /// The directory around the data directory becomes accessible. Needs root, for another user.
+    ///
+    /// # Panics
+    /// If it can't be made.
+    #[must_use]
+    pub fn program_of(&self, owner: u32, original: Option<&str>) -> PathBuf {
+        use std::os::unix::fs::PermissionsExt as _;
+        let original = original.map_or_else(program, PathBuf::from);
+        let name = original
+            .file_name()
+            .expect("it is a file")
+            .to_string_lossy();
+        let copy = self.root.join(format!("{name}-of-{owner}"));
+        std::fs::copy(original, &copy).expect("the program is built (`cargo build`)");
+        std::os::unix::fs::chown(&copy, Some(owner), None).expect("this user is root");
+        for path in [&copy, &self.root] {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))
+                .expect("they are this user's");
+        }
+        copy
+    }
+
     /// The standard error of all servers of this site.
     #[must_use]
     pub fn said(&self) -> String {
@@ -265,7 +293,7 @@ impl Site {
     }
 
     fn command(&self, start: &Start) -> Command {
-        let program = program();
+        let program = start.program.clone().unwrap_or_else(program);
         let mut command = match (&self.inside, start.descriptors) {
             (Some(inside), _) => {
                 let mut command = Command::new("nsenter");
@@ -293,6 +321,9 @@ impl Site {
             // These are the tests' own variables; a server would report them as unknown settings.
             .env_remove("LATZERO_CRASH_ROUNDS")
             .env_remove("LATZERO_CRASH_SEED");
+        if let Some(uid) = start.uid {
+            command.uid(uid).gid(uid);
+        }
         if start.takes_over {
             command.arg("--takeover");
         }
@@ -679,8 +710,20 @@ fn copy_files(from: &Path, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether this user is root, which a test needs that runs programs as other users. If not, it says
+/// that the test is left out.
+#[must_use]
+pub fn is_root(what: &str) -> bool {
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        eprintln!("LEFT OUT: {what} needs root");
+    }
+    is_root
+}
+
 /// The program under test: the one that `LATZERO_BIN` names, or else the one next to the tests.
-fn program() -> PathBuf {
+#[must_use]
+pub fn program() -> PathBuf {
     if let Some(named) = std::env::var_os("LATZERO_BIN").filter(|named| !named.is_empty()) {
         return named.into();
     }

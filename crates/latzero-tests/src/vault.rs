@@ -59,7 +59,12 @@ pub fn builder(server: &Server, app: &str) -> Builder {
 /// Starts a server with an encrypted pool `vault`, and returns the pool's keys too.
 #[must_use]
 pub fn vault() -> (Server, KeySet) {
-    let server = Server::start();
+    vault_on(Server::start())
+}
+
+/// As [`vault`], on a server that runs.
+#[must_use]
+pub fn vault_on(server: Server) -> (Server, KeySet) {
     let set = key_set(1);
     let maker = App::connect_with(builder(&server, "maker")).unwrap();
     let request = keys(&set, WRITE).pool_create("vault", false).unwrap();

@@ -23,7 +23,7 @@ use latzero_crypto::text;
 use latzero_protocol::frame;
 use latzero_tests::vault::{
     JOIN, READ, WRITE, bound, builder, code, exchange, key_set, keys, member, proof_for, prove,
-    raw, vault, with_keys,
+    raw, vault, vault_on, with_keys,
 };
 use latzero_tests::{Server, Via, Wire};
 use serde_json::{Value, json};
@@ -718,15 +718,62 @@ fn a_client_with_keys_accepts_no_other_pool_as_its_own() {
     member(&server, "new", keys(&set, READ));
 }
 
+/// What clients send and store in the search for it.
+const SECRET: &str = "the combination is 7-42-11";
+
+/// Everything that must not be found: what was sent, and each key as text and unencoded.
+fn needles(set: &KeySet) -> Vec<Vec<u8>> {
+    let mut needles = vec![SECRET.as_bytes().to_vec()];
+    for kind in WRITE {
+        let token = set.token(*kind).unwrap();
+        // The secret's text, and its first bytes unencoded.
+        needles.push(token.as_bytes()[5..40].to_vec());
+        needles.push(text::decode_within(&token[5..], 64).unwrap()[..32].to_vec());
+    }
+    needles
+}
+
+fn check_absent(needles: &[Vec<u8>], bytes: &[u8], place: &str) {
+    for needle in needles {
+        let found = bytes.windows(needle.len()).any(|window| window == needle);
+        assert!(!found, "{place}");
+    }
+}
+
+/// The variable that gives the log level of the server in the search.
+const LEVEL: &str = "TEST_LOG_LEVEL";
+
+/// The same search with the most detailed log, and in what server and clients print: they run in a
+/// process of their own.
+#[test]
+fn neither_has_the_most_detailed_log() {
+    let ran = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "the_data_directory_has_no_key_and_no_plaintext"])
+        .arg("--nocapture")
+        .env(LEVEL, "trace")
+        .env("RUST_LOG", "trace")
+        .output()
+        .unwrap();
+    let said = [ran.stdout, ran.stderr].concat();
+    let text = String::from_utf8_lossy(&said);
+    assert!(ran.status.success(), "{text}");
+    assert!(text.contains("1 passed"), "{text}");
+    // Lines of the server are there, of levels that are not logged otherwise.
+    assert!(text.contains("DEBUG"), "{text}");
+    check_absent(&needles(&key_set(1)), &said, "the output");
+}
+
 #[test]
 fn the_data_directory_has_no_key_and_no_plaintext() {
-    let (mut server, set) = vault();
+    let level = std::env::var(LEVEL).unwrap_or_else(|_| "warn".into());
+    let server = Server::with(&[&format!("log_level={level}")]);
+    let (mut server, set) = vault_on(server);
     let worker = member(&server, "worker", keys(&set, WRITE));
     worker
         .serve("tell", |request| request.data::<String>())
         .unwrap();
     let caller = member(&server, "caller", keys(&set, READ));
-    let secret = "the combination is 7-42-11";
+    let secret = SECRET;
     for key in ["a", "b"] {
         let call = caller
             .call("tell", &secret)
@@ -760,13 +807,7 @@ fn the_data_directory_has_no_key_and_no_plaintext() {
     let refused = App::connect_with(with_keys(&server, "late", keys(&key_set(2), READ)));
     assert_eq!(refused.unwrap_err().kind(), Code::Unauthenticated);
     server.kill();
-    let mut needles: Vec<Vec<u8>> = vec![secret.as_bytes().to_vec()];
-    for kind in WRITE {
-        let token = set.token(*kind).unwrap();
-        // The secret's text, and its first bytes unencoded.
-        needles.push(token.as_bytes()[5..40].to_vec());
-        needles.push(text::decode_within(&token[5..], 64).unwrap()[..32].to_vec());
-    }
+    let needles = needles(&set);
     let mut looked_at = BTreeSet::new();
     let mut directories = vec![server.0.data_dir().to_owned()];
     while let Some(directory) = directories.pop() {
@@ -779,10 +820,7 @@ fn the_data_directory_has_no_key_and_no_plaintext() {
                 let place = path.strip_prefix(server.0.data_dir()).unwrap();
                 let first = place.iter().next().unwrap().to_owned();
                 looked_at.insert(first.into_string().unwrap());
-                for needle in &needles {
-                    let found = bytes.windows(needle.len()).any(|window| window == needle);
-                    assert!(!found, "{}", path.display());
-                }
+                check_absent(&needles, &bytes, &path.display().to_string());
             }
         }
     }

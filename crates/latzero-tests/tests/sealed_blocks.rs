@@ -7,7 +7,8 @@
 )]
 
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use latzero::blocking::{App, Block};
 use latzero::{Code, HandlerError};
@@ -523,6 +524,169 @@ fn a_reader_can_not_forge_and_the_server_accepts_only_whole_slots() {
         .unwrap();
     assert_eq!(kind(late.read()), Code::Integrity);
     assert_eq!(kind(block.read()), Code::Integrity);
+}
+
+/// How often a test sees each result of a read, before it is over.
+const SEEN: usize = 100;
+
+/// Pauses of different lengths, shorter than a read and longer, which are the same in each run.
+struct Pause(u64);
+
+impl Pause {
+    fn spin(&mut self) {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005);
+        self.0 = self.0.wrapping_add(1);
+        for _ in 0..(self.0 >> 33) % 100_000 {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+/// Block `b` for each way to read: from the memory, and through the server.
+fn readers(server: &Server, set: &KeySet) -> [Block; 2] {
+    [
+        member(server, "mapping", keys(set, READ)),
+        by_tcp(server, "far", keys(set, READ)),
+    ]
+    .map(|app| app.block("b").attach().unwrap())
+}
+
+/// The insider knows the pool's key. What it puts in place of a chunk opens like the chunk itself,
+/// with the same nonce, but only the other one was signed. A reader that checks the memory and then
+/// decrypts it would return it.
+#[test]
+fn bytes_that_change_during_a_read_are_never_returned() {
+    let (server, set) = vault();
+    let writer = member(&server, "w", keys(&set, WRITE));
+    let block = writer.block("b").create(SIZE).send().unwrap();
+    let good = vec![1; SIZE as usize];
+    block.write_at(0, &good).unwrap();
+    let intruder = Intruder::new(&server, &set, "b");
+    let insider = Insider::new(&server, &set);
+    let place = Geometry::of(SIZE).unwrap().chunk(1, SIZE).unwrap();
+    let at = intruder.slot() + place.start;
+    let signed = intruder.read(at, CHUNK_BYTES + 16);
+    let entry = intruder.read(intruder.slot() + 256 + 64, 32);
+    let version = u64::from_be_bytes(entry[..8].try_into().unwrap());
+    let nonce = entry[8..].try_into().unwrap();
+    let uid = text::decode(block.info().unwrap()["block_uid"].as_str().unwrap()).unwrap();
+    let id = BlockId {
+        pool_id: insider.descriptor.pool_id(),
+        suite: Suite::Sealed,
+        uid,
+        name: "b",
+    };
+    let key = ChunkKey::new(&insider.key, &id, insider.descriptor.epoch());
+    let seal = |byte| key.seal(1, version, nonce, &vec![byte; CHUNK_BYTES]).1;
+    assert!(seal(1) == signed, "the insider seals as the writer did");
+    let forged = seal(2);
+    let mut flipped = signed.clone();
+    flipped[CHUNK_BYTES / 2] ^= 0x80;
+    let readers = readers(&server, &set);
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let hostile = scope.spawn(|| {
+            let mut pause = Pause(7);
+            for bytes in [&forged, &signed, &flipped, &signed].into_iter().cycle() {
+                if is_over.load(Ordering::Relaxed) {
+                    break;
+                }
+                intruder.write(at, bytes);
+                pause.spin();
+            }
+        });
+        let reading = readers.each_ref().map(|seen| {
+            let good = &good;
+            scope.spawn(move || {
+                let until = Instant::now() + TIMEOUT;
+                let (mut whole, mut refused) = (0, 0);
+                while whole < SEEN || refused < SEEN {
+                    match seen.read() {
+                        Ok((bytes, version)) => {
+                            assert!(bytes == *good && version == 1, "it was not written");
+                            whole += 1;
+                        }
+                        Err(error) => {
+                            assert_eq!(error.kind(), Code::Integrity, "{error}");
+                            refused += 1;
+                        }
+                    }
+                    assert!(Instant::now() < until, "{whole} whole, {refused} refused");
+                }
+            })
+        });
+        let ended = reading.map(std::thread::ScopedJoinHandle::join);
+        is_over.store(true, Ordering::Relaxed);
+        hostile.join().unwrap();
+        for result in ended {
+            result.unwrap();
+        }
+    });
+    // What stays there is an error for as long as it is there.
+    for bytes in [&forged, &flipped] {
+        intruder.write(at, bytes);
+        for seen in &readers {
+            assert_eq!(kind(seen.read()), Code::Integrity);
+        }
+    }
+    intruder.write(at, &signed);
+    for seen in &readers {
+        assert!(seen.read().unwrap().0 == good);
+    }
+}
+
+/// A read that a writer overtakes begins again. Only what does not change any more is an attack.
+#[test]
+fn a_writer_next_to_readers_is_not_taken_for_an_intruder() {
+    const SIZE: u64 = 16 * CHUNK_BYTES as u64;
+    let (server, set) = vault();
+    let writer = member(&server, "w", keys(&set, WRITE));
+    let block = writer.block("b").create(SIZE).send().unwrap();
+    block.write_at(0, &[1; SIZE as usize]).unwrap();
+    let readers = readers(&server, &set);
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(|| {
+            let writer = block.writer(TIMEOUT).unwrap();
+            let mut version = 1_u64;
+            let mut pause = Pause(7);
+            while !is_over.load(Ordering::Relaxed) {
+                version += 1;
+                // Both ends of each version are its number. Readers copy it for longer than it
+                // takes to write.
+                let bytes = version.to_le_bytes().to_vec();
+                let written = writer.write_pieces(&[(0, bytes.clone()), (SIZE - 8, bytes)]);
+                assert_eq!(written.unwrap(), version);
+                pause.spin();
+            }
+        });
+        let reading = readers.map(|seen| {
+            scope.spawn(move || {
+                let until = Instant::now() + TIMEOUT;
+                let (mut versions, mut newest) = (0, 1);
+                while versions < SEEN {
+                    match seen.read() {
+                        Ok((_, 1)) => {}
+                        Ok((bytes, version)) => {
+                            let number = version.to_le_bytes();
+                            assert!(bytes.starts_with(&number) && bytes.ends_with(&number));
+                            assert!(version >= newest, "versions go back");
+                            versions += usize::from(version > newest);
+                            newest = version;
+                        }
+                        Err(error) => assert_eq!(error.kind(), Code::Contended, "{error}"),
+                    }
+                    assert!(Instant::now() < until, "{versions} versions were read");
+                }
+            })
+        });
+        let ended = reading.map(std::thread::ScopedJoinHandle::join);
+        is_over.store(true, Ordering::Relaxed);
+        writing.join().unwrap();
+        for result in ended {
+            result.unwrap();
+        }
+    });
 }
 
 #[test]

@@ -5,13 +5,16 @@
     reason = "a test that can't go on says where by panicking"
 )]
 
+use std::fs::Permissions;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use latzero_crypto::keys::Kind;
-use latzero_crypto::proof::ChannelBinding;
-use latzero_tests::site::{Daemon, Site, Start};
+use latzero_crypto::proof::{self, ChannelBinding, Side};
+use latzero_crypto::text;
+use latzero_tests::site::{self, ControlledProcess, Daemon, Site, Start};
 use latzero_tests::{Wire, vault};
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
@@ -577,6 +580,135 @@ fn a_client_that_is_no_administrator_gets_nothing() {
     // Without descriptors, nothing can be handed over.
     let reply = admin.request(json!({"action": "hand_over"}));
     assert_eq!(reply["error"]["code"], "bad_message");
+}
+
+/// A user id that owns nothing here.
+const OTHER_USER: u32 = 65_533;
+
+/// Checks that a server still serves, and has handed nothing over.
+fn check_unchanged(old: &mut Daemon, app: &mut Wire) {
+    assert!(old.is_running());
+    assert_eq!(reached(old), old.pid());
+    assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
+    let stats = app.request(json!({"action": "stats"}));
+    assert_eq!(stats["response"]["server"]["draining"], false, "{stats}");
+}
+
+/// The program that takes over gets writable memory, so it may not be one that anybody could put
+/// into the place of the server's.
+#[test]
+fn a_program_of_another_owner_does_not_take_over() {
+    if !site::is_root("a takeover by the program of another owner") {
+        return;
+    }
+    let site = Site::new();
+    let mut old = site.start();
+    let (mut app, _) = old.app(json!({"app_id": "a"}));
+    let with = |program| Start {
+        program: Some(program),
+        ..takes_over()
+    };
+    let foreign = site.program_of(OTHER_USER, None);
+    let refused = site.start_with(&with(foreign)).err().unwrap();
+    assert!(!refused.status.success());
+    let expected = "the program that takes over must belong to the owner of this one, or to root";
+    assert!(refused.said.contains(expected), "{}", refused.said);
+    check_unchanged(&mut old, &mut app);
+    // The same file as the program of root is accepted.
+    let own = site.program_of(0, None);
+    let new = site.start_with(&with(own)).unwrap();
+    assert!(old.wait().success());
+    assert_eq!(reached(&new), new.pid());
+}
+
+/// Neither does a user who may use the socket and has the administrators' token.
+#[test]
+fn another_user_does_not_take_over() {
+    if !site::is_root("a takeover by another user") {
+        return;
+    }
+    let site = Site::new();
+    let mut old = site.start();
+    let (mut app, _) = old.app(json!({"app_id": "a"}));
+    let program = site.program_of(0, None);
+    let start = Start {
+        program: Some(program.clone()),
+        uid: Some(OTHER_USER),
+        ..takes_over()
+    };
+    let refused = site.start_with(&start).err().unwrap();
+    assert!(!refused.status.success());
+    check_unchanged(&mut old, &mut app);
+    // Everybody may use the directory and its socket now.
+    for path in [&site.data_dir(), old.socket()] {
+        std::fs::set_permissions(path, Permissions::from_mode(0o777)).unwrap();
+    }
+    let client = site.program_of(0, Some(env!("CARGO_BIN_EXE_latzero-test-client")));
+    let ids = [
+        format!("--reuid={OTHER_USER}"),
+        format!("--regid={OTHER_USER}"),
+    ];
+    let (client, socket) = (client.to_str().unwrap(), old.socket().to_str().unwrap());
+    let args = [&ids[0], &ids[1], "--clear-groups", client, socket];
+    let mut stranger = ControlledProcess::start("setpriv", &args);
+    let features = json!(["attachments", "fd_passing"]);
+    stranger.send(
+        &json!({"action": "handshake", "app_id": "new", "transient": true,
+        "features": features}),
+    );
+    assert_eq!(stranger.receive()["status"], "ok");
+    let hand_over = json!({"action": "hand_over", "id": "1"});
+    stranger.send(&hand_over);
+    assert_eq!(vault::code(&stranger.receive()), "forbidden");
+    // With the token it is an administrator, and still not the server's user.
+    stranger.send(&json!({"action": "challenge", "id": "2"}));
+    let challenge = stranger.receive()["response"].clone();
+    let uid = rustix::process::geteuid().as_raw();
+    let pid = old.pid();
+    let exchange = vault::exchange(&challenge, ChannelBinding::Unix { uid, pid });
+    let token = std::fs::read_to_string(site.data_dir().join("admin.token")).unwrap();
+    let mac = proof::admin_mac(&token_bytes(&token), Side::Client, &exchange);
+    stranger.send(
+        &json!({"action": "admin_proof", "id": "3", "cb_type": "unix",
+        "client_nonce": text::encode(&exchange.client_nonce), "mac": text::encode(&mac)}),
+    );
+    let proved = stranger.receive();
+    assert_eq!(vault::code(&proved), "ok", "{proved}");
+    for more in [json!({}), json!({"taken": true})] {
+        let mut request = hand_over.clone();
+        request["taken"] = more["taken"].clone();
+        stranger.send(&request);
+        let reply = stranger.receive();
+        let message = reply["error"]["message"].as_str().unwrap_or_default();
+        assert!(message.contains("only the server's user"), "{reply}");
+    }
+    check_unchanged(&mut old, &mut app);
+    drop(stranger);
+    // Not even root takes over the server of another user: its files would belong to root.
+    let site = Site::new();
+    let program = site.program_of(0, None);
+    std::os::unix::fs::chown(site.data_dir(), Some(OTHER_USER), None).unwrap();
+    let start = Start {
+        program: Some(program),
+        uid: Some(OTHER_USER),
+        ..Start::default()
+    };
+    let mut old = site.start_with(&start).unwrap();
+    let (mut app, _) = old.app(json!({"app_id": "a"}));
+    let refused = site.start_with(&takes_over()).err().unwrap();
+    assert!(!refused.status.success());
+    check_unchanged(&mut old, &mut app);
+    let (_asking, reply) = ask(&old);
+    let message = reply["error"]["message"].as_str().unwrap_or_default();
+    assert!(message.contains("only the server's user"), "{reply}");
+    check_unchanged(&mut old, &mut app);
+}
+
+/// The bytes of the administrators' token, which its file has in hexadecimal.
+fn token_bytes(token: &str) -> [u8; 32] {
+    let digits = token.trim();
+    let byte = |at: usize| u8::from_str_radix(&digits[2 * at..2 * at + 2], 16).unwrap();
+    std::array::from_fn(byte)
 }
 
 #[test]

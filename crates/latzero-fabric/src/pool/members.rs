@@ -42,6 +42,8 @@ pub struct Joining<D: Driver> {
     pub takes_descriptors: bool,
     /// What the pool's policy lets the app do.
     pub rights: Rights,
+    /// Whether it may have answers to parked calls of its app: not if it may only join.
+    pub takes_answers: bool,
 }
 
 /// An app that wants something of a block.
@@ -82,6 +84,7 @@ pub(super) struct Member<D: Driver> {
     /// Whether file descriptors can be passed to it.
     pub(super) takes_descriptors: bool,
     rights: Rights,
+    pub(super) takes_answers: bool,
 }
 
 impl<D: Driver> Member<D> {
@@ -181,6 +184,7 @@ impl<D: Driver> Members<D> {
             serving: 0,
             takes_descriptors: joining.takes_descriptors,
             rights: joining.rights,
+            takes_answers: joining.takes_answers,
         })
     }
 

@@ -215,6 +215,7 @@ impl<D: Driver> Session<D> {
             attachments: self.attachments(),
             takes_descriptors: self.features.fd_passing,
             rights: entrance.rights,
+            takes_answers: entrance.takes_answers(),
         };
         let is_open =
             entrance.name.as_str() != SYSTEM_POOL || self.terms.transport == Transport::BuiltIn;

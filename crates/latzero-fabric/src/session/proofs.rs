@@ -16,7 +16,7 @@ use latzero_crypto::proof::{
 };
 use latzero_crypto::text;
 use latzero_protocol::proof::{AdminProof, AppProof, Chain, PROOF_BYTES_MAX};
-use latzero_protocol::{AppId, Code, PoolName, Refusal, Request, encode};
+use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal, Request, encode};
 use serde_json::json;
 
 use super::memory::SlotWrite;
@@ -363,7 +363,7 @@ impl<D: Driver> Session<D> {
             chain,
             rehydrated,
             watch,
-            subscriptions,
+            mut subscriptions,
             restored_ms,
         } = turn.with_registry(|registry, turn| {
             registry.open_proved(
@@ -374,6 +374,10 @@ impl<D: Driver> Session<D> {
                 turn,
             )
         })?;
+        if roles == Roles::Join {
+            // They stay remembered, for when it may read again.
+            subscriptions.clear();
+        }
         let mut reply = json!({
             "roles": roles.number(), "descriptor": text::encode(descriptor.as_bytes()),
             "rehydrated": rehydrated,
@@ -395,21 +399,28 @@ impl<D: Driver> Session<D> {
         self.proofs.refused = 0;
         let Some(entrance) = entrance else {
             self.change_roles(pool, roles, turn);
+            self.subscribe_again(pool, &subscriptions, turn);
             return Ok(());
         };
         self.enter(entrance, watch, turn);
-        if let Some(m) = self.memberships.last().filter(|m| m.name == *pool) {
-            for block in &subscriptions {
-                // A removed block does not change any more.
-                let _ = turn.with_pool(&m.pool, |pool, turn| {
-                    pool.blocks().subscribe(m.member, block, turn)
-                });
-            }
-        }
+        self.subscribe_again(pool, &subscriptions, turn);
         if !self.settle(turn) {
             let _ = self.overtaken(turn);
         }
         Ok(())
+    }
+
+    /// Restores the subscriptions of a member.
+    fn subscribe_again(&self, pool: &PoolName, blocks: &[BlockId], turn: &mut Turn<'_, D>) {
+        let Some(m) = self.memberships.iter().find(|m| m.name == *pool) else {
+            return;
+        };
+        for block in blocks {
+            // A removed block does not change any more.
+            let _ = turn.with_pool(&m.pool, |pool, turn| {
+                pool.blocks().subscribe(m.member, block, turn)
+            });
+        }
     }
 
     /// The descriptors of a pool's epochs before a given one.
@@ -443,6 +454,7 @@ impl<D: Driver> Session<D> {
                     None => pool.unserve(m.member, &spec.name, turn),
                 }
             }
+            pool.allow_answers(m.member, roles != Roles::Join, turn);
         });
     }
 

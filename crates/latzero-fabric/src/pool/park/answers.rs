@@ -560,7 +560,7 @@ impl<D: Driver> DurableCalls<'_, D> {
         turn: &mut Turn<'_, D>,
     ) -> DeliveryState {
         let is_free = |member| self.calls.find(member, id).is_none();
-        if let Some(member) = self.members.at(from) {
+        if let Some(member) = self.members.at(from).filter(|m| m.takes_answers) {
             match member.send_answer(id, answer, self.info, turn) {
                 Some(Sent::Queued) => return DeliveryState::Yes(from),
                 Some(Sent::Full) => return DeliveryState::NotNow,
@@ -570,7 +570,7 @@ impl<D: Driver> DurableCalls<'_, D> {
         let instances: Vec<_> = self
             .members
             .iter()
-            .filter(|(_, m)| m.app == *caller)
+            .filter(|(_, m)| m.app == *caller && m.takes_answers)
             .collect();
         let mut delivery = DeliveryState::Nobody;
         for (key, to) in instances.into_iter().rev() {
