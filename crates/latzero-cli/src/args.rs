@@ -804,6 +804,9 @@ pub(crate) struct ServeArgs {
     /// Description of the triggers, shown when they are listed
     #[arg(long, value_name = "TEXT")]
     pub(crate) doc: Option<String>,
+    /// File with the JSON Schema of what the triggers take, shown by `pools info --trigger`
+    #[arg(long, value_name = "FILE")]
+    pub(crate) schema: Option<PathBuf>,
     /// Take only calls and emits that a writer of an encrypted pool signed
     #[arg(long)]
     pub(crate) privileged: bool,
@@ -1073,8 +1076,8 @@ pub(crate) struct ParkedRetryArgs {
 pub(crate) enum PoolsCommand {
     /// Create a pool that stays until it is removed
     Create(PoolCreateArgs),
-    /// Show a pool with its members and triggers
-    Info(PoolArgs),
+    /// Show a pool with its members and triggers, or one trigger with its schema
+    Info(PoolInfoArgs),
     /// Encrypt the blocks of an encrypted pool again, with its current keys
     Reencrypt(PoolReencryptArgs),
     /// Remove a pool
@@ -1088,6 +1091,15 @@ pub(crate) struct PoolArgs {
     pub(crate) pool: String,
     #[command(flatten)]
     pub(crate) reach: ServerArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PoolInfoArgs {
+    #[command(flatten)]
+    pub(crate) pool: PoolArgs,
+    /// Show only this trigger, with its schema
+    #[arg(long, value_name = "TRIGGER")]
+    pub(crate) trigger: Option<String>,
 }
 
 #[derive(Args, Debug)]

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read as _;
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::value::RawValue;
@@ -174,12 +175,7 @@ pub(crate) fn payload(argument: Option<&str>) -> Result<Box<RawValue>, Failure> 
         None => ("null".to_owned(), "the argument"),
         Some("-") => (read(std::io::stdin(), "stdin")?, "stdin"),
         Some(text) => match text.strip_prefix('@') {
-            Some(path) => {
-                let file = File::open(path).map_err(|error| {
-                    Failure::usage(format!("the file '{path}' cannot be read: {error}"))
-                })?;
-                (read(file, path)?, path)
-            }
+            Some(path) => (read_file(path)?, path),
             None => (text.to_owned(), "the argument"),
         },
     };
@@ -190,6 +186,19 @@ pub(crate) fn payload(argument: Option<&str>) -> Result<Box<RawValue>, Failure> 
             _ => failure,
         }
     })
+}
+
+/// The JSON in a file.
+pub(crate) fn json_file(path: &Path) -> Result<serde_json::Value, Failure> {
+    let name = path.to_string_lossy();
+    serde_json::from_str(&read_file(&name)?)
+        .map_err(|error| Failure::usage(format!("{name} is not JSON: {error}")))
+}
+
+fn read_file(path: &str) -> Result<String, Failure> {
+    let file = File::open(path)
+        .map_err(|error| Failure::usage(format!("the file '{path}' cannot be read: {error}")))?;
+    read(file, path)
 }
 
 fn read(source: impl std::io::Read, name: &str) -> Result<String, Failure> {

@@ -4,7 +4,7 @@
 //! reached. The server reads its settings from this list and passes them to the core. The default
 //! configuration file and the table in `docs/operations.md` are generated from it.
 
-use latzero_protocol::limits::ListBounds;
+use latzero_protocol::limits::{ListBounds, SCHEMA_BYTES_MAX};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -196,8 +196,11 @@ limits! {
     served_per_app_max: usize = 4096, Count(1, 1_000_000), Restart, "`quota`";
     /// Connected instances of one app.
     instances_per_app_max: usize = 1024, Count(1, 65_536), Restart, "`quota`";
-    /// Size of one app's registration: names, pools and docs.
+    /// Size of one app's registration: names, pools, docs and schemas.
     registration_bytes_max: usize = 256 * KIB, Bytes(KIB, GIB), Restart, "`quota`";
+    /// Size of the schema of one trigger.
+    trigger_schema_bytes_max: usize = SCHEMA_BYTES_MAX as u64,
+        Bytes(SCHEMA_BYTES_MAX as u64, 32 * KIB), Restart, "`too_large`";
     /// Size of an app's `meta` or a pool's `properties`.
     meta_bytes_max: usize = 8 * KIB, Bytes(2, MIB), Restart, "`too_large`";
     /// Largest memory block.
@@ -254,6 +257,7 @@ impl Limits {
             pools_max: self.pools_per_app_max,
             triggers_max: self.triggers_per_app_max,
             bytes_max: self.registration_bytes_max,
+            schema_bytes_max: self.trigger_schema_bytes_max,
         }
     }
 

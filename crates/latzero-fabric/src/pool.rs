@@ -408,8 +408,21 @@ impl<D: Driver> Pool<D> {
     /// The pool's triggers as JSON: names, strategies and who serves them, in the order of their
     /// names.
     #[must_use]
-    pub fn triggers_json(&self) -> serde_json::Value {
+    pub fn triggers_json(&self) -> Vec<serde_json::Value> {
         self.triggers.to_json(&self.members)
+    }
+
+    /// The same of one trigger, if it has a handler.
+    #[must_use]
+    pub fn trigger_json(&self, name: &TriggerName) -> Option<serde_json::Value> {
+        let served = self.triggers.get(name.as_str())?;
+        Some(self.triggers.one_to_json(served, &self.members))
+    }
+
+    /// The apps that serve a trigger, the newest handler first, up to a maximum.
+    #[must_use]
+    pub fn newest_handlers(&self, name: &TriggerName) -> Vec<AppId> {
+        self.triggers.newest_handlers(name, &self.members)
     }
 
     /// Checks the invariants, which hold between any two inputs; for the simulator and tests.

@@ -54,9 +54,6 @@ refusals! {
          {max} (limits.served_per_app_max); name the pools of each trigger"
     TooLarge field_too_large(field, bytes, max)
         "field '{field}' has {bytes} bytes; the maximum is {max} (limits.meta_bytes_max)"
-    BadMessage field_not_storable(field, byte)
-        "field '{field}' cannot be stored: at byte {byte} it has half a surrogate pair, or a \
-         number that is out of range"
 }
 
 // Apps and their names.

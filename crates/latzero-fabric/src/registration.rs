@@ -75,6 +75,7 @@ impl Registration {
         let trigger = |spec: &TriggerSpec| {
             name(spec.name.as_str())
                 + spec.doc.as_ref().map_or(0, String::len)
+                + spec.schema.as_ref().map_or(0, |schema| schema.len())
                 + spec.pools.as_deref().map_or(0, pools)
         };
         let blocks = self.subscriptions.iter();
@@ -146,11 +147,11 @@ impl Registration {
 
     /// The row of an app with this registration.
     pub(crate) fn row(&self, app_id: &AppId, registered: u64, last_seen: u64) -> AppRow {
-        let triggers: Vec<Value> = self.triggers.iter().map(TriggerSpec::to_json).collect();
+        let triggers: Vec<String> = self.triggers.iter().map(TriggerSpec::to_text).collect();
         AppRow {
             app_id: app_id.clone(),
             pools: json!(self.pools).to_string(),
-            triggers: Value::Array(triggers).to_string(),
+            triggers: format!("[{}]", triggers.join(",")),
             watches: self.watches_json(),
             meta: self.meta.as_ref().map(Value::to_string),
             registered,
@@ -167,7 +168,7 @@ mod tests {
     fn a_row_round_trips() {
         let pool = |name: &str| PoolName::new(name).unwrap();
         let triggers = triggers(
-            Raw::new(r#"["t",{"name":"u","pools":["p"],"strategy":"sticky","concurrency":0,"doc":"d\"q"}]"#)
+            Raw::new(r#"["t",{"name":"u","pools":["p"],"strategy":"sticky","concurrency":0,"doc":"d\"q","schema":{"b":1, "a":[1]}}]"#)
                 .unwrap(),
         );
         let registration = Registration {

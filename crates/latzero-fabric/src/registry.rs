@@ -316,7 +316,7 @@ pub struct Admission<D: Driver> {
     pub instance: InstanceId,
     /// The pools to join.
     pub pools: Vec<Entrance<D>>,
-    /// The triggers to serve.
+    /// The triggers to serve. The registry alone keeps their schemas.
     pub triggers: Vec<TriggerSpec>,
     /// The pools to watch.
     pub watches: Vec<(PoolName, EventSet)>,

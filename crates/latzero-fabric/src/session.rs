@@ -551,7 +551,9 @@ impl<D: Driver> Session<D> {
             Request::PoolRotate(name, descriptor) => {
                 return self.pool_rotate(id, &name, &descriptor, turn);
             }
-            Request::PoolInfo(name) => pool_info(&name, &self.view(), turn)?,
+            Request::PoolInfo(name, trigger) => {
+                pool_info(&name, trigger.as_ref(), &self.view(), turn)?
+            }
             Request::AppList(pool, page) => {
                 let (now, view) = (turn.now, self.view());
                 turn.with_registry(|registry, _| {

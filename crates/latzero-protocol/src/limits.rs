@@ -35,6 +35,10 @@ pub const HEADERS_BYTES_MAX: usize = 8 * 1024;
 /// Longest `doc` of a trigger in bytes.
 pub const DOC_BYTES_MAX: usize = 1024;
 
+/// Longest `schema` of a trigger that every server takes, in bytes as JSON text. A server may be
+/// set to take longer ones.
+pub const SCHEMA_BYTES_MAX: usize = 4 * 1024;
+
 /// Longest `key` of a sticky call in bytes.
 pub const KEY_BYTES_MAX: usize = 1024;
 
@@ -90,8 +94,10 @@ pub struct ListBounds {
     pub pools_max: usize,
     /// Triggers in one list.
     pub triggers_max: usize,
-    /// Bytes of one list of triggers: names, pools and docs.
+    /// Bytes of one list of triggers: names, pools, docs and schemas.
     pub bytes_max: usize,
+    /// Bytes of the schema of one trigger.
+    pub schema_bytes_max: usize,
 }
 
 impl ListBounds {
@@ -100,5 +106,6 @@ impl ListBounds {
         pools_max: usize::MAX,
         triggers_max: usize::MAX,
         bytes_max: usize::MAX,
+        schema_bytes_max: usize::MAX,
     };
 }

@@ -4,6 +4,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use crate::envelope::{
     Body, Envelope, Raw, field_name, id_field, missing, mistyped, shorten, unescape,
@@ -11,8 +12,8 @@ use crate::envelope::{
 use crate::error::{Code, Refusal};
 use crate::id::InstanceId;
 use crate::limits::{
-    ATTEMPTS_DEFAULT, ATTEMPTS_MAX, DOC_BYTES_MAX, KEY_BYTES_MAX, ListBounds, PARKED_TTL_MAX_MS,
-    TTL_DEFAULT_MS, TTL_MAX_MS, WINDOW_MAX,
+    ATTEMPTS_DEFAULT, ATTEMPTS_MAX, DOC_BYTES_MAX, JSON_DEPTH_MAX, KEY_BYTES_MAX, ListBounds,
+    PARKED_TTL_MAX_MS, TTL_DEFAULT_MS, TTL_MAX_MS, WINDOW_MAX,
 };
 use crate::name::{AppId, PoolName, TriggerName};
 use crate::policy::Policy;
@@ -61,7 +62,7 @@ pub enum Request<'a> {
     /// Lists the pools.
     PoolList(Page<'a>),
     /// Describes a pool.
-    PoolInfo(PoolName),
+    PoolInfo(PoolName, Option<TriggerName>),
     /// Removes a pool; with `force` even if it has members.
     PoolRemove(PoolName, bool),
     /// Lists the apps, of one pool or of all.
@@ -199,6 +200,9 @@ pub struct TriggerSpec {
     /// Whether only writers of an encrypted pool may call it or emit to it. It is served in
     /// encrypted pools alone.
     pub privileged: bool,
+    /// What its payloads look like, for people and programs: the text of a JSON object, which the
+    /// server keeps and shows. Copies of the trigger share it.
+    pub schema: Option<Arc<str>>,
 }
 
 impl TriggerSpec {
@@ -212,10 +216,11 @@ impl TriggerSpec {
             concurrency: None,
             doc: None,
             privileged: false,
+            schema: None,
         }
     }
 
-    /// The trigger as an object on the wire.
+    /// The trigger as an object on the wire, without its schema.
     #[must_use]
     pub fn to_json(&self) -> serde_json::Value {
         let mut json = serde_json::json!({
@@ -228,11 +233,32 @@ impl TriggerSpec {
         json
     }
 
-    /// How many of the bytes that an app may register it uses: name, pools and doc.
+    /// The text of the trigger as an object on the wire.
+    #[must_use]
+    pub fn to_text(&self) -> String {
+        let mut text = self.to_json().to_string();
+        if let Some(schema) = &self.schema {
+            push_field(&mut text, "schema", schema);
+        }
+        text
+    }
+
+    /// A copy without the schema, for those who only serve the trigger.
+    #[must_use]
+    pub fn without_schema(&self) -> TriggerSpec {
+        TriggerSpec {
+            schema: None,
+            ..self.clone()
+        }
+    }
+
+    /// How many of the bytes that an app may register it uses: name, pools, doc and schema.
     #[must_use]
     pub fn bytes(&self) -> usize {
         let pools = self.pools.iter().flatten().map(|name| name.as_str().len());
-        self.name.as_str().len() + self.doc.as_ref().map_or(0, String::len) + pools.sum::<usize>()
+        let doc = self.doc.as_ref().map_or(0, String::len);
+        let schema = self.schema.as_ref().map_or(0, |schema| schema.len());
+        self.name.as_str().len() + doc + schema + pools.sum::<usize>()
     }
 
     /// Whether the trigger is served in `pool`.
@@ -240,6 +266,12 @@ impl TriggerSpec {
     pub fn is_for(&self, pool: &PoolName) -> bool {
         self.pools.as_ref().is_none_or(|pools| pools.contains(pool))
     }
+}
+
+/// Adds a field, whose value is JSON text, to the text of an object that has fields.
+pub fn push_field(object: &mut String, name: &str, value: &str) {
+    object.pop();
+    object.extend([",\"", name, "\":", value, "}"]);
 }
 
 /// The app that a message is for, and optionally the instance.
@@ -533,7 +565,7 @@ impl<'a> Request<'a> {
         matches!(
             self,
             Request::PoolList(_)
-                | Request::PoolInfo(_)
+                | Request::PoolInfo(..)
                 | Request::PoolChain(_)
                 | Request::AppList(..)
                 | Request::Ping
@@ -576,7 +608,11 @@ impl<'a> Request<'a> {
             "pool_rotate" => proof::pool_rotate(e)?,
             "pool_leave" => Request::PoolLeave(pool_field(e)?),
             "pool_list" => Request::PoolList(page(e)?),
-            "pool_info" => Request::PoolInfo(pool_field(e)?),
+            "pool_info" => {
+                let trigger = Fields::of_message(e)?.string("trigger")?;
+                let trigger = trigger.map(|name| TriggerName::new(&name)).transpose()?;
+                Request::PoolInfo(pool_field(e)?, trigger)
+            }
             "pool_remove" => {
                 let fields = Fields::of_message(e)?;
                 Request::PoolRemove(pool_field(e)?, fields.flag("force")?)
@@ -994,7 +1030,7 @@ pub fn too_many_bytes(max: usize) -> Refusal {
     Refusal::new(
         Code::Quota,
         format!(
-            "an app may register {max} bytes of names, pools and docs \
+            "an app may register {max} bytes of names, pools, docs and schemas \
              (limits.registration_bytes_max)"
         ),
     )
@@ -1068,7 +1104,50 @@ fn trigger_spec(raw: Raw<'_>, bounds: &ListBounds) -> Result<TriggerSpec, Refusa
         concurrency: concurrency.and_then(|n| u32::try_from(n).ok()),
         doc,
         privileged: fields.flag("privileged")?,
+        schema: fields
+            .field("schema")
+            .map(|raw| schema(raw, bounds))
+            .transpose()?,
     })
+}
+
+/// The schema of a trigger, which is checked to be JSON that every client can read.
+fn schema(raw: Raw<'_>, bounds: &ListBounds) -> Result<Arc<str>, Refusal> {
+    let text = raw.text();
+    if !raw.is_object() {
+        return Err(mistyped("schema", "an object", raw));
+    }
+    if text.len() > bounds.schema_bytes_max {
+        let message = format!(
+            "the schema of a trigger has {} bytes; the maximum is {} \
+             (limits.trigger_schema_bytes_max)",
+            text.len(),
+            bounds.schema_bytes_max
+        );
+        return Err(Refusal::new(Code::TooLarge, message));
+    }
+    // In `pool_info` it is one level deeper than here.
+    if scan::value(&format!("[[[[{text}]]]]")).is_err() {
+        let message = format!(
+            "the schema of a trigger may nest at most {} levels deep",
+            JSON_DEPTH_MAX - 4
+        );
+        return Err(Refusal::new(Code::TooDeep, message));
+    }
+    match serde_json::from_str::<serde_json::Value>(text) {
+        Ok(_) => Ok(text.into()),
+        Err(error) => Err(not_storable("schema", error.column())),
+    }
+}
+
+/// The refusal of JSON that the server cannot store.
+#[must_use]
+pub fn not_storable(field: &str, byte: usize) -> Refusal {
+    let text = format!(
+        "field '{field}' cannot be stored: at byte {byte} it has half a surrogate pair, or a \
+         number that is out of range"
+    );
+    Refusal::new(Code::BadMessage, text)
 }
 
 /// Calls `on_item` with each item of an array.
@@ -1226,6 +1305,7 @@ mod tests {
         pools_max: 3,
         triggers_max: 4,
         bytes_max: 100,
+        schema_bytes_max: 80,
     };
 
     fn check(json: &str, expected: &str) {
@@ -1292,7 +1372,16 @@ mod tests {
         let long = "x".repeat(60);
         check(
             &format!(r#"{{"action":"trigger_register","triggers":["{long}","{long}",7]}}"#),
-            "quota: an app may register 100 bytes of names, pools and docs",
+            "quota: an app may register 100 bytes of names, pools, docs and schemas",
+        );
+        // A schema is measured before it is read.
+        let long = "x".repeat(80);
+        check(
+            &format!(
+                r#"{{"action":"trigger_register","triggers":[{{"name":"t","schema":{{"{long}":1}}}}]}}"#
+            ),
+            "too_large: the schema of a trigger has 86 bytes; the maximum is 80 \
+             (limits.trigger_schema_bytes_max)",
         );
         let apps = |last: &str| {
             let names: Vec<String> = (0..64).map(|n| format!("\"a{n}\"")).collect();

@@ -79,6 +79,7 @@ pub use face::outgoing::{Calling, Parked, Parking};
 pub use face::states::States;
 pub use face::stream::{ItemOrProgress, Stream};
 pub use keys::{AppKey, Keys};
+pub use latzero_protocol::limits::SCHEMA_BYTES_MAX;
 pub use latzero_protocol::memory::LockMode;
 pub use latzero_protocol::message::Strategy;
 pub use latzero_protocol::policy::Right;

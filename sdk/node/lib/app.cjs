@@ -32,7 +32,7 @@ const SEND = [
   'privileged'
 ]
 const EMIT = ['to', 'pool', 'key', 'headers', 'one', 'count', 'privileged']
-const SERVE = ['pools', 'strategy', 'concurrency', 'doc', 'privileged']
+const SERVE = ['pools', 'strategy', 'concurrency', 'doc', 'schema', 'privileged']
 const CONNECT = [
   'pools', 'exclusive', 'takeover', 'rehydrate', 'transient', 'meta', 'reconnect',
   'connectTimeoutMs', 'callTimeoutMs'

@@ -97,6 +97,11 @@ export interface ServeOptions {
   concurrency?: number
   /** What the trigger does, for people. */
   doc?: string
+  /**
+   * What the trigger takes, by convention in JSON Schema 2020-12: at most 4 KiB. Other apps read it
+   * with `pool_info`; nothing is checked against it.
+   */
+  schema?: Record<string, unknown>
   /** Take only calls and emits that a writer of an encrypted pool signed. */
   privileged?: boolean
 }

@@ -183,6 +183,7 @@ pub(crate) struct Serve {
     strategy: Option<String>,
     concurrency: Option<u32>,
     doc: Option<String>,
+    schema: Option<Value>,
     privileged: bool,
 }
 
@@ -198,6 +199,9 @@ impl Serve {
         }
         if let Some(doc) = self.doc {
             handler = handler.doc(&doc);
+        }
+        if let Some(schema) = self.schema {
+            handler = handler.schema(schema);
         }
         if let Some(pools) = self.pools {
             handler = handler.pools(pools);

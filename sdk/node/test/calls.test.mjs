@@ -24,6 +24,18 @@ test('a call is answered', async (t) => {
   assert.equal(await calls.call('double', { n: 1 }, { to }), 2)
 })
 
+test('a handler says what it takes', async (t) => {
+  const [serves, calls, pool] = await place.pair(t)
+  const schema = { type: 'object', properties: { n: { type: 'integer' } }, required: ['n'] }
+  await serves.serve('double', ({ n }) => n * 2, { schema })
+  const about = async (trigger) => await calls.request({ action: 'pool_info', pool, trigger })
+  assert.deepEqual((await about('double')).triggers[0].schema, schema)
+  await serves.serve('plain', () => 1)
+  assert.ok(!('schema' in (await about('plain')).triggers[0]))
+  const large = { title: 'n'.repeat(5000) }
+  await assert.rejects(serves.serve('large', () => 1, { schema: large }), BadRequestError)
+})
+
 test('the built-in app answers', async (t) => {
   const app = await place.app(t, 'me', 'system')
   assert.deepEqual(await app.call('echo', { a: [1, 'ä'] }), { a: [1, 'ä'] })

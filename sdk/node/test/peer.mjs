@@ -228,7 +228,7 @@ const commands = {
   },
   async serve (command, app) {
     const options = optionsOf(command,
-      ['pools', 'strategy', 'concurrency', 'doc', 'privileged'])
+      ['pools', 'strategy', 'concurrency', 'doc', 'schema', 'privileged'])
     const way = ways[command.as]
     const { name } = command
     const served = await app.serve(name, (data, request) => way(data, request, name), options)

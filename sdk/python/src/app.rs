@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use latzero::{App, Call, Calling, Code, Data, Driver, Emit, Parked, Reply, Strategy};
+use latzero::{
+    App, Call, Calling, Code, Data, Driver, Emit, Parked, Reply, SCHEMA_BYTES_MAX, Strategy,
+};
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -14,8 +16,9 @@ use serde_json::Value;
 use crate::block;
 use crate::codec;
 use crate::errors::{self, exception, wait};
+use crate::event_loop::Loop;
 use crate::handlers::{Trigger, answer, hand_over, run_on};
-use crate::op::{Loop, Op, done, lock, op, plain};
+use crate::op::{Op, done, lock, op, plain};
 use crate::pool::Pool;
 use crate::share::Lent;
 use crate::streams::{Inflow, PyItems};
@@ -123,6 +126,18 @@ pub(crate) fn text(options: &Bound<'_, PyDict>, name: &str) -> PyResult<Option<S
         Some(value) => value.extract(),
         None => Ok(None),
     }
+}
+
+fn json(options: &Bound<'_, PyDict>, name: &str) -> PyResult<Option<Value>> {
+    let object = codec::take(options, name)?;
+    if object.is_none() {
+        return Ok(None);
+    }
+    let text = codec::write_json(&object)?;
+    let value = serde_json::from_str(text.get());
+    value
+        .map(Some)
+        .map_err(|e| PyValueError::new_err(format!("{name}: {e}")))
 }
 
 pub(crate) fn headers_dict<'py>(
@@ -426,6 +441,14 @@ impl PyApp {
         }
         if let Some(doc) = text(options, "doc")? {
             serving = serving.doc(&doc);
+        }
+        if let Some(schema) = json(options, "schema")? {
+            serving = serving.schema(schema);
+        } else if let Some(schema) = json(options, "derived_schema")?
+            && schema.to_string().len() <= SCHEMA_BYTES_MAX
+        {
+            // A server may refuse one that is longer.
+            serving = serving.schema(schema);
         }
         let pools: Option<Vec<String>> = codec::take(options, "pools")?.extract()?;
         if let Some(pools) = pools {

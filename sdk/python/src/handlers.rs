@@ -13,8 +13,9 @@ use crate::app::headers_dict;
 use crate::block::PyBlock;
 use crate::codec::{self, Lender};
 use crate::errors::{self, exception, handler_error};
+use crate::event_loop::{Loop, Mailbox};
 use crate::gil::{attach, call, detach};
-use crate::op::{Loop, Mailbox, Op, done, lock};
+use crate::op::{Op, done, lock};
 use crate::pool::Pool;
 
 /// The state that the requests of one trigger share.

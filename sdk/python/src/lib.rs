@@ -6,6 +6,7 @@ mod block;
 mod buffer;
 mod codec;
 mod errors;
+mod event_loop;
 mod gil;
 mod handlers;
 mod op;
@@ -44,7 +45,7 @@ fn _latzero(module: &Bound<'_, PyModule>) -> PyResult<()> {
         "AioRequest",
         module.py().get_type::<handlers::PyAioRequest>(),
     )?;
-    module.add_class::<op::Loop>()?;
+    module.add_class::<event_loop::Loop>()?;
     module.add_class::<op::Op>()?;
     module.add_class::<streams::Inflow>()?;
     module.add_class::<streams::PyItems>()?;

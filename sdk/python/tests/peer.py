@@ -255,7 +255,7 @@ class Peer:
     async def do_serve(self, command: Any, app: Any) -> Any:
         name = command["name"]
         handlers = LoopHandlers(name) if IS_AIO else Handlers(name)
-        names = ("pools", "strategy", "concurrency", "doc", "privileged")
+        names = ("pools", "strategy", "concurrency", "doc", "schema", "privileged")
         options = {key: command[key] for key in names if key in command}
         app.serve(name, getattr(handlers, command["as"]), **options)
         if IS_AIO:

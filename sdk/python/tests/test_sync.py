@@ -456,6 +456,108 @@ def test_types_are_checked_and_not_coerced(hint, value):
         decoder(hint)(value, "x")
 
 
+def schema_of(app, name):
+    pool = app.joined[0]
+    about = app.request({"action": "pool_info", "pool": pool, "trigger": name})
+    return about["triggers"][0].get("schema")
+
+
+def test_hints_become_the_schema_of_a_trigger(pair):
+    serves, calls = pair
+
+    @serves.serve
+    def take(item: Item, n: int, request: latzero.Request, at: float | None = None, note="-"):
+        return None
+
+    tags = {"type": "array", "items": {"type": "string"}}
+    fields = {"name": {"type": "string"}, "count": {"type": "integer"}, "tags": tags}
+    item = {
+        "type": "object", "properties": fields, "required": ["name"],
+        "additionalProperties": False,
+    }
+    assert schema_of(calls, "take") == {
+        "type": "object",
+        "properties": {
+            "item": item, "n": {"type": "integer"},
+            "at": {"type": ["number", "null"], "default": None}, "note": {"default": "-"},
+        },
+        "required": ["item", "n"],
+        "additionalProperties": False,
+    }
+
+    @serves.serve
+    def some(a: int, **rest):
+        return None
+
+    @serves.serve
+    def whole(order: Order, /):
+        return None
+
+    @serves.serve
+    def anything(data, /):
+        return None
+
+    assert "additionalProperties" not in schema_of(calls, "some")
+    assert schema_of(calls, "whole") == {
+        "type": "object", "properties": {"item": item, "color": {"enum": ["red"]}},
+        "required": ["item"], "additionalProperties": False,
+    }
+    assert schema_of(calls, "anything") is None
+
+
+def test_a_schema_may_be_given_or_left_out(pair):
+    serves, calls = pair
+
+    def double(n: int):
+        return n * 2
+
+    serves.serve("given", double, schema={"title": "n"})
+    serves.serve("none", double, schema=False)
+    assert schema_of(calls, "given") == {"title": "n"}
+    assert schema_of(calls, "none") is None
+    with pytest.raises(latzero.LatZeroError, match="trigger_schema_bytes_max"):
+        serves.serve("large", double, schema={"title": "n" * 5000})
+
+    # One that is derived is no reason to refuse a handler.
+    def long(a: typing.Literal["a" * 5000]):
+        return 1
+
+    serves.serve("long", long)
+    assert schema_of(calls, "long") is None
+    assert calls.call("long", a="a" * 5000) == 1
+
+
+@dataclasses.dataclass
+class Tree:
+    parts: "list[Tree]"
+
+
+@pytest.mark.parametrize("hint, schema", [
+    (None, {"type": "null"}), (bool, {"type": "boolean"}), (bytes, {}), (typing.Any, {}),
+    (list, {"type": "array"}), (set[int], {"type": "array", "items": {"type": "integer"}}),
+    (dict, {"type": "object"}),
+    (dict[str, str], {"type": "object", "additionalProperties": {"type": "string"}}),
+    (tuple[int, str], {
+        "type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}],
+        "minItems": 2, "maxItems": 2,
+    }),
+    (int | list[int], {
+        "anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "integer"}}],
+    }),
+    (int | typing.Any, {}), (typing.Literal["a", 1], {"enum": ["a", 1]}),
+    (typing.Literal[Color.RED], {}), (uuid.UUID, {"type": "string", "format": "uuid"}),
+    (datetime.date, {"type": "string"}),
+    (Tree, {
+        "type": "object", "properties": {"parts": {"type": "array"}}, "required": ["parts"],
+        "additionalProperties": False,
+    }),
+], ids=repr)
+def test_the_schema_of_a_hint(hint, schema):
+    from latzero._decode import kind
+
+    assert kind(hint).schema == schema
+
+
 def test_models_of_other_libraries_are_data(pair):
     pydantic, msgspec = pytest.importorskip("pydantic"), pytest.importorskip("msgspec")
 

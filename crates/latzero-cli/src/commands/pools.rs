@@ -4,7 +4,8 @@ use latzero::{Keys, Right};
 use serde_json::{Map, Value, json};
 
 use crate::args::{
-    PoolArgs, PoolCreateArgs, PoolReencryptArgs, PoolRemoveArgs, PoolsArgs, PoolsCommand,
+    PoolArgs, PoolCreateArgs, PoolInfoArgs, PoolReencryptArgs, PoolRemoveArgs, PoolsArgs,
+    PoolsCommand,
 };
 use crate::connect::{ConnectOptions, Connection, ListKind, list};
 use crate::exit::{CommandResult, Exit, Failure};
@@ -119,21 +120,25 @@ fn policy(allow: &[(String, String)], deny: &[(String, String)]) -> Result<Optio
     Ok((!policy.is_empty()).then(|| policy.into()))
 }
 
-fn info(args: &PoolArgs, output: &Output) -> CommandResult {
+fn info(args: &PoolInfoArgs, output: &Output) -> CommandResult {
+    let PoolArgs { pool: name, reach } = &args.pool;
     let mut options = ConnectOptions::once("pools info");
     // Only members can see an encrypted pool.
-    if args.reach.key_file(&args.pool).is_some() {
-        options = options.in_pool(Some(&args.pool));
+    if reach.key_file(name).is_some() {
+        options = options.in_pool(Some(name));
     }
-    let connection = args.reach.connect(&options)?;
-    let request = json!({"action": "pool_info", "pool": args.pool});
+    let connection = reach.connect(&options)?;
+    let request = json!({"action": "pool_info", "pool": name, "trigger": args.trigger});
     let pool = connection.app.request(&request);
-    let pool = pool.map_err(|error| with_suggestion(error.into(), &args.pool, &connection))?;
+    let pool = pool.map_err(|error| with_suggestion(error.into(), name, &connection))?;
+    if let Some(trigger) = &args.trigger {
+        return show_trigger(&pool["triggers"][0], (name, trigger), output);
+    }
     if output.json {
         output.value(&pool)?;
         return Ok(Exit::Ok);
     }
-    let mut facts: Vec<(&str, Cell)> = vec![("pool", toned(&args.pool, Tone::Strong))];
+    let mut facts: Vec<(&str, Cell)> = vec![("pool", toned(name, Tone::Strong))];
     for name in ["owner", "kind", "members", "durable"] {
         if let Some(value) = pool.get(name).filter(|value| !value.is_null()) {
             facts.push((name, plain(value).into()));
@@ -160,6 +165,35 @@ fn info(args: &PoolArgs, output: &Output) -> CommandResult {
             "trigger",
             format!("{name}, handlers: {handlers}{mark}").into(),
         ));
+    }
+    output.facts(&facts)?;
+    Ok(Exit::Ok)
+}
+
+/// Shows one trigger of a pool.
+fn show_trigger(trigger: &Value, (pool, name): (&str, &str), output: &Output) -> CommandResult {
+    if trigger.is_null() {
+        let text = format!("no app serves trigger '{name}' in pool '{pool}'");
+        return Err(Failure::new(Exit::Answered, text).with_help(format!(
+            "list the triggers with `latzero pools info {pool}`"
+        )));
+    }
+    if output.json {
+        output.value(trigger)?;
+        return Ok(Exit::Ok);
+    }
+    let mut facts: Vec<(&str, Cell)> = vec![("trigger", toned(name, Tone::Strong))];
+    let shown = [
+        ("doc", "doc"),
+        ("strategy", "strategy"),
+        ("handlers", "handlers_total"),
+        ("privileged", "privileged"),
+        ("schema", "schema"),
+    ];
+    for (label, field) in shown {
+        if let Some(value) = trigger.get(field).filter(|value| !value.is_null()) {
+            facts.push((label, plain(value).into()));
+        }
     }
     output.facts(&facts)?;
     Ok(Exit::Ok)

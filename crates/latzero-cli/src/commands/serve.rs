@@ -21,7 +21,7 @@ use crate::executor::block_on;
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::launch;
 use crate::output::{Output, count};
-use crate::parse::Target;
+use crate::parse::{self, Target};
 
 use self::program::ProgramSpec;
 use self::queue::Queue;
@@ -57,6 +57,7 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> CommandResult {
         (false, Some(n)) => usize::from(n),
         (false, None) => thread::available_parallelism().map_or(1, usize::from),
     };
+    let schema = args.schema.as_deref().map(parse::json_file).transpose()?;
     let connection = args.reach.connect(&options)?;
     connection.report_losses(output);
     // Before anything is served, so that no program outlives a Ctrl-C.
@@ -98,6 +99,9 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> CommandResult {
             .pools(target.pool.clone());
         if let Some(doc) = &args.doc {
             handler = handler.doc(doc);
+        }
+        if let Some(schema) = &schema {
+            handler = handler.schema(schema.clone());
         }
         if args.privileged {
             handler = handler.privileged();

@@ -127,10 +127,8 @@ pub(crate) fn explain(
 /// Whether the trigger takes only what is signed; false if that is unknown.
 pub(crate) fn is_privileged(app: &App, target: &Target, pool: Option<&str>) -> bool {
     let Some(pool) = pool else { return false };
-    let info = app.request(&json!({"action": "pool_info", "pool": pool}));
-    let info = info.unwrap_or_default();
-    let mut triggers = info["triggers"].as_array().into_iter().flatten();
-    triggers.any(|trigger| trigger["name"] == *target.trigger && trigger["privileged"] == true)
+    let trigger = app.trigger(pool, &target.trigger).ok().flatten();
+    trigger.is_some_and(|trigger| trigger["privileged"] == true)
 }
 
 fn suggest(error: Error, names: &[&str]) -> Failure {

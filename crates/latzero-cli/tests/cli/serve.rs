@@ -77,6 +77,48 @@ fn a_failed_program_is_an_error_with_its_stderr() {
 }
 
 #[test]
+fn a_schema_is_served_and_shown() {
+    let server = Server::start();
+    let file = server.home().join("double.json");
+    let text = r#"{"type":"object","required":["n"]}"#;
+    std::fs::write(&file, text).unwrap();
+    let file = file.to_str().unwrap();
+    let _serving = server.serve(&[
+        "alpha/double",
+        "--schema",
+        file,
+        "--doc",
+        "Twice",
+        "--",
+        "cat",
+    ]);
+    let info = ["pools", "info", "alpha", "--trigger", "double"];
+    let shown = server.run(&info).ended_with(0).out;
+    assert!(shown.contains("doc\tTwice\n"), "{shown}");
+    assert!(
+        shown.contains("schema\t{\"required\":[\"n\"],\"type\":\"object\"}\n"),
+        "{shown}"
+    );
+    let shown = server.run(&[&info[..], &["--json"]].concat()).json();
+    assert_eq!(shown["schema"]["required"][0], "n");
+    let missing = ["pools", "info", "alpha", "--trigger", "treble"];
+    server
+        .run(&missing)
+        .ended_with(5)
+        .said("no app serves trigger 'treble' in pool 'alpha'");
+    std::fs::write(file, "{").unwrap();
+    server
+        .run(&["serve", "alpha/double", "--schema", file, "--", "cat"])
+        .ended_with(2)
+        .said("is not JSON");
+    std::fs::write(file, "7").unwrap();
+    server
+        .run(&["serve", "alpha/double", "--schema", file, "--", "cat"])
+        .ended_with(5)
+        .said("field 'schema' must be an object");
+}
+
+#[test]
 fn bytes_are_unchanged() {
     let server = Server::start();
     let image: Vec<u8> = (0..=255).cycle().take(2000).collect();

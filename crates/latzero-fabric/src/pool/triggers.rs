@@ -167,40 +167,62 @@ impl Triggers {
     }
 
     /// The triggers as JSON: names, strategies and who serves them, in the order of their names.
-    pub(super) fn to_json<D: Driver>(&self, members: &Members<D>) -> serde_json::Value {
+    pub(super) fn to_json<D: Driver>(&self, members: &Members<D>) -> Vec<serde_json::Value> {
         let mut names: Vec<&Served> = self.served.values().collect();
         if names.len() > TRIGGERS_SHOWN_MAX {
             names.select_nth_unstable_by(TRIGGERS_SHOWN_MAX, |a, b| a.name.cmp(&b.name));
             names.truncate(TRIGGERS_SHOWN_MAX);
         }
         names.sort_by(|a, b| a.name.cmp(&b.name));
-        let trigger = |served: &Served| {
-            let handlers: Vec<_> = self
-                .handlers_of(served)
-                .filter_map(|h| Some((h, members.at(h.member)?)))
-                .take(HANDLERS_SHOWN_MAX)
-                .map(|(h, member)| {
-                    serde_json::json!({
-                        "app_id": member.app, "instance": member.instance, "in_flight": h.in_flight,
-                    })
-                })
-                .collect();
-            let mut json = serde_json::json!({
-                "name": served.name, "strategy": served.strategy.as_str(), "doc": served.doc,
-                "handlers": handlers,
-                "handlers_total": served.handlers.len(),
-            });
-            if self.handlers_of(served).any(|h| h.is_privileged) {
-                json["privileged"] = true.into();
-            }
-            json
-        };
         let mut bytes = 0;
         let fits = |trigger: &serde_json::Value| {
             bytes += trigger.to_string().len();
             bytes <= TRIGGERS_SHOWN_BYTES_MAX
         };
+        let trigger = |served: &Served| self.one_to_json(served, members);
         names.into_iter().map(trigger).take_while(fits).collect()
+    }
+
+    /// One trigger as JSON.
+    pub(super) fn one_to_json<D: Driver>(
+        &self,
+        served: &Served,
+        members: &Members<D>,
+    ) -> serde_json::Value {
+        let handlers: Vec<_> = self
+            .handlers_of(served)
+            .filter_map(|h| Some((h, members.at(h.member)?)))
+            .take(HANDLERS_SHOWN_MAX)
+            .map(|(h, member)| {
+                serde_json::json!({
+                    "app_id": member.app, "instance": member.instance, "in_flight": h.in_flight,
+                })
+            })
+            .collect();
+        let mut json = serde_json::json!({
+            "name": served.name, "strategy": served.strategy.as_str(), "doc": served.doc,
+            "handlers": handlers,
+            "handlers_total": served.handlers.len(),
+        });
+        if self.handlers_of(served).any(|h| h.is_privileged) {
+            json["privileged"] = true.into();
+        }
+        json
+    }
+
+    /// The apps of the newest handlers of a trigger, the newest first.
+    pub(super) fn newest_handlers<D: Driver>(
+        &self,
+        name: &TriggerName,
+        members: &Members<D>,
+    ) -> Vec<AppId> {
+        let handlers = self.get(name.as_str()).map(|served| &served.handlers);
+        let handlers = handlers.into_iter().flatten().rev();
+        let apps = handlers.filter_map(|&handler| {
+            let member = self.handlers.at(handler)?.member;
+            Some(members.at(member)?.app.clone())
+        });
+        apps.take(HANDLERS_SHOWN_MAX).collect()
     }
 
     pub(super) fn check<D: Driver>(&self, members: &Members<D>, calls: &Calls) {

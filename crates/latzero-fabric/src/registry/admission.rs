@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
-use latzero_protocol::message::{Handshake, TriggerSpec, too_many, too_many_bytes};
+use latzero_protocol::message::{Handshake, TriggerSpec, not_storable, too_many, too_many_bytes};
 use latzero_protocol::policy::{Actor, Right};
 use latzero_protocol::{AppId, InstanceId, PoolName, Refusal};
 use serde_json::Value;
@@ -199,7 +199,8 @@ impl<D: Driver> Registry<D> {
             .into_iter()
             .map(|name| self.enter(unix_ms, &actor, name, &mut places))
             .collect();
-        let triggers = registration.triggers.clone();
+        let triggers = registration.triggers.iter();
+        let triggers = triggers.map(TriggerSpec::without_schema).collect();
         let app = self.apps.get_mut(app_id).expect("it was created above");
         self.offline.remove(app.user, app.last_seen, app_id);
         let was_offline = app.instances.is_empty();
@@ -392,8 +393,7 @@ impl<D: Driver> Registry<D> {
             let max = self.limits.meta_bytes_max;
             return Err(refusals::field_too_large(field, text.len(), max));
         }
-        serde_json::from_str(text)
-            .map_err(|error| refusals::field_not_storable(field, error.column()))
+        serde_json::from_str(text).map_err(|error| not_storable(field, error.column()))
     }
 }
 

@@ -4,10 +4,11 @@
 //! never delays others.
 
 use std::ops::Bound;
+use std::sync::Arc;
 
 use latzero_protocol::message::{Page, TriggerSpec};
 use latzero_protocol::policy::Actor;
-use latzero_protocol::{AppId, InstanceId, PoolName, Refusal};
+use latzero_protocol::{AppId, InstanceId, PoolName, Refusal, TriggerName};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -131,6 +132,22 @@ impl<D: Driver> Registry<D> {
             entry.pool.clone(),
             pool_json(name, entry, self.is_inside(entry, view)),
         ))
+    }
+
+    /// The schema of a trigger in a pool: that of the first of `apps` that registered one.
+    #[must_use]
+    pub fn schema_of(
+        &self,
+        pool: &PoolName,
+        trigger: &TriggerName,
+        apps: &[AppId],
+    ) -> Option<Arc<str>> {
+        apps.iter().find_map(|app| {
+            let registration = self.apps.get(app)?.registration.get();
+            let mut triggers = registration.triggers.iter();
+            let spec = triggers.find(|spec| spec.name == *trigger && spec.is_for(pool))?;
+            spec.schema.clone()
+        })
     }
 
     /// The pools, a page of them as JSON text.

@@ -2,9 +2,10 @@
 //! serve.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use latzero_protocol::limits::SYSTEM_POOL;
-use latzero_protocol::message::{EventSet, PoolCreate, TriggerSpec};
+use latzero_protocol::message::{EventSet, PoolCreate, TriggerSpec, push_field};
 use latzero_protocol::{PoolName, Refusal, TriggerName};
 use serde_json::json;
 
@@ -29,7 +30,8 @@ impl<D: Driver> Session<D> {
         let ready = self.ready.as_mut().expect("only a ready session gets here");
         let transport = self.terms.transport;
         let mut triggers = ready.triggers.clone();
-        triggers.extend_from_slice(specs);
+        // The registry alone keeps the schemas.
+        triggers.extend(specs.iter().map(TriggerSpec::without_schema));
         dedup_triggers(&mut triggers);
         // The triggers of this instance count in addition to the app's registration, which another
         // instance may have replaced.
@@ -39,7 +41,7 @@ impl<D: Driver> Session<D> {
             registry.remember_triggers((&ready.app, who), specs, transport, &peer, turn)
         })?;
         let known: BTreeMap<_, _> = ready.triggers.iter().map(|t| (&t.name, t)).collect();
-        let is_news = specs
+        let is_news = triggers
             .iter()
             .any(|spec| known.get(&spec.name) != Some(&spec));
         ready.triggers = triggers;
@@ -142,7 +144,7 @@ impl<D: Driver> Session<D> {
         let made = turn.with_registry(|registry, _| registry.describe_new_pool(&name));
         let reply = made.map_or_else(
             || "{}".into(),
-            |(pool, description)| with_stats(&pool, description, turn),
+            |(pool, description)| with_stats(&pool, description, None, turn),
         );
         Ok(Reply::kept_if(is_promised, reply, PendingReply::Pool(name)))
     }
@@ -262,34 +264,65 @@ impl<D: Driver> Session<D> {
     }
 }
 
+/// The description of a pool, with all of its triggers or one, of which it shows the schema.
 pub(super) fn pool_info<D: Driver>(
     name: &PoolName,
+    trigger: Option<&TriggerName>,
     view: &View<'_>,
     turn: &mut Turn<'_, D>,
 ) -> Result<String, Refusal> {
     let (pool, description) =
         turn.with_registry(|registry, _| registry.describe_pool(name, view))?;
-    Ok(with_stats(&pool, description, turn))
+    let schema = trigger.and_then(|trigger| {
+        let apps = turn.with_pool(&pool, |pool, _| pool.newest_handlers(trigger));
+        turn.with_registry(|registry, _| registry.schema_of(name, trigger, &apps))
+    });
+    let only = trigger.map(|trigger| OneTrigger {
+        name: trigger,
+        schema,
+    });
+    Ok(with_stats(&pool, description, only.as_ref(), turn))
+}
+
+/// The only trigger that a description shows.
+struct OneTrigger<'a> {
+    name: &'a TriggerName,
+    schema: Option<Arc<str>>,
 }
 
 /// A description, with the part that the pool itself knows.
 fn with_stats<D: Driver>(
     pool: &D::Pool,
     mut description: serde_json::Value,
+    only: Option<&OneTrigger<'_>>,
     turn: &mut Turn<'_, D>,
 ) -> String {
-    let (stats, triggers) = turn.with_pool(pool, |pool, _| (pool.stats(), pool.triggers_json()));
+    let (stats, triggers) = turn.with_pool(pool, |pool, _| {
+        let triggers = match only {
+            None => pool.triggers_json(),
+            Some(only) => pool.trigger_json(only.name).into_iter().collect(),
+        };
+        (pool.stats(), triggers)
+    });
     // Without the policy, the content of the pool is hidden from this client.
-    if !description["policy"].is_null() {
-        description["triggers"] = triggers;
-    }
+    let is_shown = !description["policy"].is_null();
     description["triggers_total"] = stats.triggers.into();
     description["calls_in_flight"] = stats.calls_in_flight.into();
     description["blocks"] = stats.blocks.into();
     description["block_bytes"] = stats.block_bytes.into();
     description["calls"] = stats.calls.into();
     description["emits"] = stats.emits.into();
-    description.to_string()
+    let mut text = description.to_string();
+    if is_shown {
+        let mut triggers: Vec<String> = triggers.iter().map(ToString::to_string).collect();
+        // The schema stays as it was registered, in the order of its fields too.
+        let schema = only.and_then(|only| only.schema.as_deref());
+        if let (Some(trigger), Some(schema)) = (triggers.first_mut(), schema) {
+            push_field(trigger, "schema", schema);
+        }
+        push_field(&mut text, "triggers", &format!("[{}]", triggers.join(",")));
+    }
+    text
 }
 
 /// How many names an entry of the audit log lists.

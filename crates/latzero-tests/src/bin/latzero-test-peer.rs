@@ -316,6 +316,9 @@ impl Peer {
         if let Some(doc) = command["doc"].as_str() {
             handler = handler.doc(doc);
         }
+        if let Some(schema) = command.get("schema") {
+            handler = handler.schema(schema.clone());
+        }
         if let Some(pools) = command["pools"].as_array() {
             handler = handler.pools(pools.iter().map(|pool| pool.as_str().unwrap()));
         }

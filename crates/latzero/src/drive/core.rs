@@ -37,6 +37,10 @@ use crate::wire::sealed::SealedPool;
 /// How often deadlines are checked that the server itself does not enforce.
 pub(crate) const TICK: Duration = Duration::from_millis(250);
 
+/// Bytes of triggers in the handshake of a reconnect. With metadata and pools they are shorter than
+/// what a server takes before a handshake.
+const HANDSHAKE_TRIGGERS_BYTES: usize = 32 * 1024;
+
 /// What reads when no caller does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DriverKind {
@@ -187,6 +191,14 @@ impl Core {
     /// connection.
     pub(crate) fn install(&self, link: Link) -> Result<(), Error> {
         let mut first = Vec::new();
+        let mut late = self.handlers.specs();
+        late.retain(|spec| !link.ack.triggers.contains(&spec["name"]));
+        if !late.is_empty() {
+            let mut message = Message::new("trigger_register");
+            let late = Value::Array(late).to_string();
+            message.json("triggers", late.as_bytes());
+            message.finish(None, link.attachments, &mut first);
+        }
         for pool in lock(&self.watchers).keys() {
             let mut message = Message::new("watch");
             message.string("pool", pool);
@@ -244,15 +256,24 @@ impl Core {
         handshake.to_string()
     }
 
-    /// The handshake of a reconnect: the present registration. It displaces nobody: another
-    /// instance that connected in the meantime stays.
+    /// The handshake of a reconnect: the present registration, except triggers that have no room
+    /// ([`Core::install`] registers them). It displaces nobody: another instance that connected in
+    /// the meantime stays.
     pub(crate) fn next_handshake(&self) -> String {
         let mut handshake = self.handshake_fields();
         let mut pools = lock(&self.pools).clone();
         pools.retain(|pool| !self.is_sealed(pool));
         handshake["pools"] = json!(pools);
         self.name_encrypted(&mut handshake);
-        handshake["triggers"] = Value::Array(self.handlers.specs());
+        let mut room = HANDSHAKE_TRIGGERS_BYTES;
+        let mut triggers = self.handlers.specs();
+        triggers.retain(|spec| {
+            let bytes = spec.to_string().len();
+            let fits = bytes <= room;
+            room -= if fits { bytes } else { 0 };
+            fits
+        });
+        handshake["triggers"] = Value::Array(triggers);
         handshake["exclusive"] = json!(self.config.exclusive);
         handshake.to_string()
     }

@@ -45,6 +45,8 @@ pub(crate) struct Spec {
     pub(crate) pools: Vec<String>,
     /// Whether it takes only what was signed by a writer of an encrypted pool.
     pub(crate) is_privileged: bool,
+    /// What it takes.
+    pub(crate) schema: Option<Value>,
 }
 
 impl Spec {
@@ -62,6 +64,9 @@ impl Spec {
         }
         if self.is_privileged {
             spec["privileged"] = json!(true);
+        }
+        if let Some(schema) = &self.schema {
+            spec["schema"] = schema.clone();
         }
         spec
     }

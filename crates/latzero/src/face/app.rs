@@ -489,6 +489,16 @@ impl App {
         self.requesting(&json!({"action": "pool_list"}))?.await
     }
 
+    /// A trigger of a pool, as the server describes it: its `doc`, its `schema`, its handlers and
+    /// more. `None` if nobody serves it.
+    ///
+    /// # Errors
+    /// `no_pool` if the app can't see the pool.
+    pub async fn trigger(&self, pool: &str, name: &str) -> Result<Option<Value>, Error> {
+        let info: Value = self.requesting(&describing(pool, name))?.await?;
+        Ok(described(info))
+    }
+
     /// Sends any request to the server: `request` is a message of the protocol, with its `action`
     /// and without an `id`.
     ///
@@ -570,6 +580,16 @@ fn close(core: &Arc<Core>, time: Duration) -> Result<(), Error> {
     }
 }
 
+/// The request for the description of one trigger.
+pub(crate) fn describing(pool: &str, name: &str) -> Value {
+    json!({"action": "pool_info", "pool": pool, "trigger": name})
+}
+
+/// The trigger that a description of its pool shows.
+pub(crate) fn described(mut info: Value) -> Option<Value> {
+    info["triggers"].get_mut(0).map(Value::take)
+}
+
 fn check_name(name: &str) -> Result<(), Error> {
     TriggerName::check(name)
         .map_err(|e| Error::new(Code::InvalidName, e.to_string()).with_ran(Ran::No))
@@ -608,6 +628,13 @@ impl Handler {
     /// A description of the trigger for people.
     pub fn doc(mut self, doc: &str) -> Self {
         self.spec.doc = Some(doc.to_owned());
+        self
+    }
+
+    /// Describes what the trigger takes, by convention in JSON Schema 2020-12: an object of at most
+    /// 4 KiB as JSON, which the server shows ([`App::trigger`]) but does not enforce.
+    pub fn schema(mut self, schema: Value) -> Self {
+        self.spec.schema = Some(schema);
         self
     }
 

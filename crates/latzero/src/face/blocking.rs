@@ -29,7 +29,7 @@ use crate::drive::answers::Answer;
 use crate::drive::events::{Emission, Presence};
 use crate::drive::states::State;
 use crate::error::{Error, HandlerError};
-use crate::face::app::CLOSE_TIME;
+use crate::face::app::{CLOSE_TIME, described, describing};
 use crate::face::builder;
 use crate::face::events::Event;
 use crate::face::request::Interim;
@@ -232,6 +232,14 @@ impl App {
     /// If the server refuses.
     pub fn pools(&self) -> Result<Value, Error> {
         self.request(&json!({"action": "pool_list"}))
+    }
+
+    /// A trigger of a pool, as the server describes it; see [`crate::App::trigger`].
+    ///
+    /// # Errors
+    /// `no_pool` if the app can't see the pool.
+    pub fn trigger(&self, pool: &str, name: &str) -> Result<Option<Value>, Error> {
+        self.request(&describing(pool, name)).map(described)
     }
 
     /// Sends any request to the server: `request` is a message of the protocol, with its `action`
@@ -664,6 +672,8 @@ impl Handler {
         /// Takes only what a writer of an encrypted pool signed; see
         /// [`crate::Handler::privileged`].
         privileged();
+        /// Describes what the trigger takes; see [`crate::Handler::schema`].
+        schema(schema: Value);
     }
 
     /// Serves only in these pools, rather than in every pool that the app is in.

@@ -133,7 +133,7 @@ pub fn ack(hello: &Value, instance: u64, limits: &Value) -> Value {
         "action":"handshake_ack","in_reply_to":hello["id"],"status":"ok","app_id":hello["app_id"],
         "instance":format!("{instance:016x}"),
         "pools": hello.get("pools").cloned().unwrap_or(json!(["default"])),
-        "triggers": hello["triggers"],"rehydrated":false,"protocol":1,
+        "triggers": names(&hello["triggers"]),"rehydrated":false,"protocol":1,
         "server":{"version":"0","node":"n"},"features":["attachments"],"limits":limits,
     })
 }

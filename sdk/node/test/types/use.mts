@@ -22,7 +22,7 @@ async function use (): Promise<void> {
     await request.progress(0.5)
     return point.x + point.y
   }
-  await app.serve('sum', handler, { concurrency: 4 })
+  await app.serve('sum', handler, { concurrency: 4, schema: { type: 'object' } })
   await app.serve('count', async function * ({ n }: { n: number }) { yield n })
   await using told = await app.on('told', (event: Event<string>) => event.data.length)
   const items: Stream<number> = app.stream<number>('count', { n: 1 }, { window: 4 })

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from typing import Any, Literal
 
-    from ._decode import Decoder
+    from ._decode import Decoder, Kind
 
 # Modules that only some programs need are imported where they are used: `import latzero` is to be
 # quick.
@@ -151,14 +151,17 @@ def _calling(
 
 def _serving(
     app: Any, function: Callable[..., Any], pools: list[str] | None, strategy: str,
-    concurrency: int | None, doc: str | None, privileged: bool,
-) -> dict[str, Any]:
-    """The options of a handler, as the binding takes them."""
+    concurrency: int | None, doc: str | None, schema: dict[str, Any] | bool, privileged: bool,
+) -> tuple[Callable[[_latzero.Request, Any], Any], dict[str, Any]]:
+    """`function` and the options of a handler, as the binding takes them."""
     import inspect
 
+    run, derived = _adapt(function)
     about = doc if doc is not None else (inspect.getdoc(function) or "").split("\n\n")[0]
-    return {
+    return run, {
         "pools": pools, "strategy": strategy, "concurrency": concurrency, "doc": about or None,
+        "schema": None if isinstance(schema, bool) else schema,
+        "derived_schema": (derived or None) if schema is True else None,
         "privileged": privileged, "owner": weakref.ref(app),
     }
 
@@ -315,20 +318,22 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _adapt(function: Callable[..., Any]) -> Callable[[_latzero.Request, Any], Any]:
-    """`function` as the binding calls it: with the request and the payload."""
+def _adapt(
+    function: Callable[..., Any],
+) -> tuple[Callable[[_latzero.Request, Any], Any], dict[str, Any]]:
+    """`function` as the binding calls it, with the request and the payload; and the schema of the
+    payload."""
     import inspect
 
-    from ._decode import Mismatch, decoder
+    from ._decode import Mismatch, kind, parameters
 
     signature = inspect.signature(function, eval_str=True)
     is_async = _is_async(function)
     whole: str | None = None
     wants_request: dict[str, bool] = {}
-    named: list[str] = []
-    required: set[str] = set()
+    defaults: dict[str, Any] = {}
     takes_any = False
-    decoders: dict[str, Decoder] = {}
+    kinds: dict[str, Kind] = {}
     for name, parameter in signature.parameters.items():
         positional = parameter.kind is inspect.Parameter.POSITIONAL_ONLY
         hint = parameter.annotation
@@ -342,14 +347,16 @@ def _adapt(function: Callable[..., Any]) -> Callable[[_latzero.Request, Any], An
             if whole is not None:
                 raise TypeError("a handler takes one positional-only parameter, the payload")
             whole = name
-            decoders[name] = decoder(hint)
+            kinds[name] = kind(hint)
         else:
-            named.append(name)
-            decoders[name] = decoder(hint)
-            if parameter.default is inspect.Parameter.empty:
-                required.add(name)
-    if whole is not None and (named or takes_any):
+            kinds[name] = kind(hint)
+            if parameter.default is not inspect.Parameter.empty:
+                defaults[name] = parameter.default
+    if whole is not None and (len(kinds) > 1 or takes_any):
         raise TypeError("a handler takes the whole payload, or its fields by name, not both")
+    decoders = {name: one.decode for name, one in kinds.items()}
+    required = decoders.keys() - defaults.keys()
+    schema = kinds[whole].schema if whole else parameters(kinds, defaults, takes_any)
 
     def decode(name: str, value: Any, incoming: _latzero.Request) -> Any:
         try:
@@ -371,12 +378,12 @@ def _adapt(function: Callable[..., Any]) -> Callable[[_latzero.Request, Any], An
         if whole is None:
             given = {} if data is None else data
             if not isinstance(given, dict):
-                kind = type(data).__name__
-                raise _refuse(f"'{incoming.name}' takes an object of named arguments, not {kind}")
+                got = type(data).__name__
+                raise _refuse(f"'{incoming.name}' takes an object of named arguments, not {got}")
             missing = sorted(required - given.keys())
             if missing:
                 raise _refuse(f"'{incoming.name}' misses the argument {missing[0]!r}")
-            unknown = [key for key in given if key not in named]
+            unknown = [key for key in given if key not in decoders]
             if unknown and not takes_any or any(key in wants_request for key in unknown):
                 raise _refuse(f"'{incoming.name}' has no argument {unknown[0]!r}")
             for key, value in given.items():
@@ -393,7 +400,7 @@ def _adapt(function: Callable[..., Any]) -> Callable[[_latzero.Request, Any], An
             list(result)
         )
 
-    return run
+    return run, schema
 
 
 class App:
@@ -571,22 +578,22 @@ class App:
     def serve(
         self, name: str | Callable[..., Any] | None = None, function: Any = None, *,
         pools: list[str] | None = None, strategy: str = "round_robin",
-        concurrency: int | None = None, doc: str | None = None, privileged: bool = False,
+        concurrency: int | None = None, doc: str | None = None,
+        schema: dict[str, Any] | bool = True, privileged: bool = False,
     ) -> Any:
         """Serves a trigger: `@app.serve`, `@app.serve("name")` or `app.serve("name", function)`.
         Plain functions and generators run on threads; `async` ones on one event loop, on a thread
-        that the app starts for them."""
+        that the app starts for them. The trigger's `doc` and `schema`, which other apps see, come
+        from the docstring and the hints, unless they are given here; `schema=False` is none."""
         if callable(name):
             name, function = None, name
 
         def register(function: F) -> F:
-            options = _serving(
-                self, function, pools, strategy, concurrency, doc, privileged
+            run, options = _serving(
+                self, function, pools, strategy, concurrency, doc, schema, privileged
             )
             loop = self._async_loop() if _is_async(function) else None
-            self._inner.serve(
-                name or function.__name__, _adapt(function), options, loop
-            ).wait()
+            self._inner.serve(name or function.__name__, run, options, loop).wait()
             return function
 
         return register if function is None else register(function)

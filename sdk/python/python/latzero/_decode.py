@@ -1,5 +1,6 @@
-"""Converts decoded JSON to the types that hints name. Values are checked, not coerced. Types of
-other libraries have their own conversion and are not imported here."""
+"""Converts decoded JSON to the types that hints name, and describes them as JSON Schema. Values are
+checked, not coerced. Types of other libraries have their own conversion and are not imported here.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 Decoder = Callable[[Any, str], Any]
+Schema = dict[str, Any]
+
+
+class Kind(typing.NamedTuple):
+    """What a hint means: how a value is checked and converted, and the same as JSON Schema."""
+
+    decode: Decoder
+    schema: Schema
 
 
 class Mismatch(ValueError):
@@ -25,19 +34,26 @@ def _same(value: Any, place: str) -> Any:
     return value
 
 
-_cache: dict[Any, Decoder] = {}
+_ANY = Kind(_same, {})
+
+_cache: dict[Any, Kind] = {}
 
 
 def decoder(hint: Any) -> Decoder:
     """A function that converts a value to the type `hint`; `TypeError` if the type is not
     supported."""
+    return kind(hint).decode
+
+
+def kind(hint: Any) -> Kind:
+    """What `hint` means; `TypeError` if the type is not supported."""
     try:
         found = _cache.get(hint)
     except TypeError:  # Not hashable, such as an `Annotated` with a list.
         return _make(hint)
     if found is None:
-        # A type may refer to itself.
-        _cache[hint] = lambda value, place: _cache[hint](value, place)
+        # A type may refer to itself. Its schema then leaves open what is inside.
+        _cache[hint] = Kind(lambda value, place: _cache[hint].decode(value, place), {})
         try:
             found = _cache[hint] = _make(hint)
         except BaseException:
@@ -46,52 +62,88 @@ def decoder(hint: Any) -> Decoder:
     return found
 
 
-def _make(hint: Any) -> Decoder:
+def parameters(known: dict[str, Kind], defaults: dict[str, Any], is_open: bool) -> Schema:
+    """The schema of an object with one field for each parameter of a function."""
+    properties = {}
+    for name, one in known.items():
+        default = defaults.get(name)
+        is_shown = name in defaults and _is_plain(default)
+        properties[name] = {**one.schema, "default": default} if is_shown else one.schema
+    return _object(properties, [name for name in known if name not in defaults], is_open)
+
+
+def _object(properties: dict[str, Schema], required: list[str], is_open: bool = False) -> Schema:
+    schema: Schema = {"type": "object", "properties": properties}
+    if required:
+        schema["required"] = required
+    if not is_open:
+        schema["additionalProperties"] = False
+    return schema
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is the same in JSON."""
+    if type(value) is float:
+        return value - value == 0  # Neither an infinity nor NaN.
+    return type(value) in (str, int, bool, type(None))
+
+
+def _one_of(values: list[Any]) -> Schema:
+    return {"enum": values} if all(map(_is_plain, values)) else {}
+
+
+def _make(hint: Any) -> Kind:
     if hint is Any or hint is object or hint is inspect.Parameter.empty:
-        return _same
+        return _ANY
     if isinstance(hint, typing.TypeVar):
-        return _same
+        return _ANY
     if hint is None:
         hint = type(None)
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
     if origin is typing.Annotated:
-        return decoder(arguments[0])
+        return kind(arguments[0])
     if origin in (typing.Union, types.UnionType):
-        return _union([decoder(a) for a in arguments], hint)
+        return _union([kind(a) for a in arguments], hint)
     if origin is typing.Literal:
-        return _literal(arguments)
+        return Kind(_literal(arguments), _one_of(list(arguments)))
     if origin in (typing.Required, typing.NotRequired):
-        return decoder(arguments[0])
+        return kind(arguments[0])
     if origin is None:
         origin = hint
     if not isinstance(origin, type):
         raise TypeError(f"a payload can't be decoded as {hint!r}")
     if origin is float:
-        return _float
+        return Kind(_float, {"type": "number"})
     if origin is int:
-        return _int
-    if origin in (str, bool, bytes, type(None)):
-        return _exact(origin)
+        return Kind(_int, {"type": "integer"})
+    if origin in _EXACT:
+        return Kind(_exact(origin), _EXACT[origin])
     if issubclass(origin, list) or origin.__module__ == "collections.abc" and origin.__name__ in (
         "Sequence", "Iterable", "Collection", "MutableSequence",
     ):
-        return _list(decoder(arguments[0]) if arguments else _same)
+        return _list(kind(arguments[0]) if arguments else _ANY)
     if origin is tuple:
         return _tuple(arguments)
     if origin in (set, frozenset):
-        return _set(origin, decoder(arguments[0]) if arguments else _same)
+        return _set(origin, kind(arguments[0]) if arguments else _ANY)
     if typing.is_typeddict(origin):
         return _typed_dict(origin)
     if issubclass(origin, dict) or origin.__module__ == "collections.abc":
-        return _dict(decoder(arguments[1]) if len(arguments) == 2 else _same)
+        return _dict(kind(arguments[1]) if len(arguments) == 2 else _ANY)
     return _class(origin)
 
 
-def _exact(kind: type) -> Decoder:
+# Raw bytes are not JSON.
+_EXACT: dict[type, Schema] = {
+    str: {"type": "string"}, bool: {"type": "boolean"}, type(None): {"type": "null"}, bytes: {},
+}
+
+
+def _exact(of: type) -> Decoder:
     def decode(value: Any, place: str) -> Any:
-        if type(value) is not kind:
-            raise _mismatch(place, "null" if kind is type(None) else kind.__name__, value)
+        if type(value) is not of:
+            raise _mismatch(place, "null" if of is type(None) else of.__name__, value)
         return value
 
     return decode
@@ -110,7 +162,10 @@ def _float(value: Any, place: str) -> Any:
     return float(value)
 
 
-def _union(decoders: list[Decoder], hint: Any) -> Decoder:
+def _union(kinds: list[Kind], hint: Any) -> Kind:
+    decoders = [one.decode for one in kinds]
+    schemas = [one.schema for one in kinds]
+
     def decode(value: Any, place: str) -> Any:
         for one in decoders:
             try:
@@ -119,7 +174,11 @@ def _union(decoders: list[Decoder], hint: Any) -> Decoder:
                 continue
         raise _mismatch(place, str(hint), value)
 
-    return decode
+    if {} in schemas:
+        return Kind(decode, {})
+    if all(schema.keys() == {"type"} for schema in schemas):
+        return Kind(decode, {"type": [schema["type"] for schema in schemas]})
+    return Kind(decode, {"anyOf": schemas})
 
 
 def _literal(values: tuple[Any, ...]) -> Decoder:
@@ -132,7 +191,9 @@ def _literal(values: tuple[Any, ...]) -> Decoder:
     return decode
 
 
-def _list(item: Decoder) -> Decoder:
+def _list(items: Kind) -> Kind:
+    item = items.decode
+
     def decode(value: Any, place: str) -> Any:
         if type(value) is not list:
             raise _mismatch(place, "list", value)
@@ -140,29 +201,36 @@ def _list(item: Decoder) -> Decoder:
             return value
         return [item(one, f"{place}[{i}]") for i, one in enumerate(value)]
 
-    return decode
+    schema: Schema = {"type": "array"}
+    return Kind(decode, {**schema, "items": items.schema} if items.schema else schema)
 
 
-def _tuple(arguments: tuple[Any, ...]) -> Decoder:
+def _tuple(arguments: tuple[Any, ...]) -> Kind:
     if len(arguments) == 2 and arguments[1] is Ellipsis or not arguments:
-        items = _list(decoder(arguments[0]) if arguments else _same)
-        return lambda value, place: tuple(items(value, place))
-    decoders = [decoder(a) for a in arguments]
+        items, schema = _list(kind(arguments[0]) if arguments else _ANY)
+        return Kind(lambda value, place: tuple(items(value, place)), schema)
+    kinds = [kind(a) for a in arguments]
+    decoders = [one.decode for one in kinds]
 
     def decode(value: Any, place: str) -> Any:
         if type(value) is not list or len(value) != len(decoders):
             raise _mismatch(place, f"a list of {len(decoders)}", value)
         return tuple(d(v, f"{place}[{i}]") for i, (d, v) in enumerate(zip(decoders, value)))
 
-    return decode
+    return Kind(decode, {
+        "type": "array", "prefixItems": [one.schema for one in kinds],
+        "minItems": len(kinds), "maxItems": len(kinds),
+    })
 
 
-def _set(kind: Any, item: Decoder) -> Decoder:
-    items = _list(item)
-    return lambda value, place: kind(items(value, place))
+def _set(of: Any, item: Kind) -> Kind:
+    items, schema = _list(item)
+    return Kind(lambda value, place: of(items(value, place)), schema)
 
 
-def _dict(item: Decoder) -> Decoder:
+def _dict(values: Kind) -> Kind:
+    item = values.decode
+
     def decode(value: Any, place: str) -> Any:
         if type(value) is not dict:
             raise _mismatch(place, "an object", value)
@@ -170,13 +238,16 @@ def _dict(item: Decoder) -> Decoder:
             return value
         return {key: item(one, f"{place}.{key}") for key, one in value.items()}
 
-    return decode
+    schema: Schema = {"type": "object"}
+    more = {"additionalProperties": values.schema} if values.schema else {}
+    return Kind(decode, {**schema, **more})
 
 
 def _fields(
-    make: Callable[[dict[str, Any]], Any], known: dict[str, Decoder], required: set[str],
-    name: str,
-) -> Decoder:
+    make: Callable[[dict[str, Any]], Any], fields: dict[str, Kind], required: list[str], name: str,
+) -> Kind:
+    known = {key: one.decode for key, one in fields.items()}
+
     def decode(value: Any, place: str) -> Any:
         if type(value) is not dict:
             raise _mismatch(place, name, value)
@@ -191,56 +262,67 @@ def _fields(
             decoded[key] = field(one, f"{place}.{key}")
         return make(decoded)
 
-    return decode
+    return Kind(decode, _object({key: one.schema for key, one in fields.items()}, required))
 
 
-def _typed_dict(kind: Any) -> Decoder:
-    hints = typing.get_type_hints(kind)
-    known = {key: decoder(hint) for key, hint in hints.items()}
-    return _fields(lambda fields: fields, known, set(kind.__required_keys__), kind.__name__)
+def _typed_dict(of: Any) -> Kind:
+    hints = typing.get_type_hints(of)
+    fields = {key: kind(hint) for key, hint in hints.items()}
+    required = [key for key in hints if key in of.__required_keys__]
+    return _fields(lambda given: given, fields, required, of.__name__)
 
 
-def _class(kind: Any) -> Decoder:
-    module = kind.__module__
-    if hasattr(kind, "__dataclass_fields__") and not hasattr(kind, "model_validate"):
+def _class(of: Any) -> Kind:
+    module = of.__module__
+    if hasattr(of, "__dataclass_fields__") and not hasattr(of, "model_validate"):
         import dataclasses
 
-        hints = typing.get_type_hints(kind)
-        fields = [f for f in dataclasses.fields(kind) if f.init]
-        known = {f.name: decoder(hints[f.name]) for f in fields}
-        required = {
+        hints = typing.get_type_hints(of)
+        fields = [f for f in dataclasses.fields(of) if f.init]
+        kinds = {f.name: kind(hints[f.name]) for f in fields}
+        required = [
             f.name for f in fields
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        }
-        return _fields(lambda given: kind(**given), known, required, kind.__name__)
-    if hasattr(kind, "model_validate"):
-        return _other(kind.model_validate, kind)
-    if hasattr(kind, "__struct_fields__") and "msgspec" in sys.modules:
+        ]
+        return _fields(lambda given: of(**given), kinds, required, of.__name__)
+    if hasattr(of, "model_validate"):
+        return Kind(_other(of.model_validate, of), _model(of))
+    if hasattr(of, "__struct_fields__") and "msgspec" in sys.modules:
         convert = sys.modules["msgspec"].convert
-        return _other(lambda value: convert(value, kind), kind)
-    if "enum" in sys.modules and issubclass(kind, sys.modules["enum"].Enum):
-        return _other(kind, kind)
+        return Kind(_other(lambda value: convert(value, of), of), {})
+    if "enum" in sys.modules and issubclass(of, sys.modules["enum"].Enum):
+        return Kind(_other(of, of), _one_of([member.value for member in of]))
     if module == "uuid":
-        return _other(kind, kind, str)
-    if module == "datetime" and hasattr(kind, "fromisoformat"):
-        return _other(kind.fromisoformat, kind, str)
+        return Kind(_other(of, of, str), {"type": "string", "format": "uuid"})
+    if module == "datetime" and hasattr(of, "fromisoformat"):
+        # Of its formats, JSON Schema has only some.
+        return Kind(_other(of.fromisoformat, of, str), {"type": "string"})
 
     def decode(value: Any, place: str) -> Any:
         # Such as a block.
-        if not isinstance(value, kind):
-            raise _mismatch(place, kind.__name__, value)
+        if not isinstance(value, of):
+            raise _mismatch(place, of.__name__, value)
         return value
 
-    return decode
+    return Kind(decode, {})
 
 
-def _other(convert: Callable[[Any], Any], kind: Any, given: type = object) -> Decoder:
+def _model(of: Any) -> Schema:
+    """The schema of a pydantic model, if it has one that can be part of another."""
+    try:
+        schema: Schema = of.model_json_schema()
+    except Exception:
+        return {}
+    return {} if "$defs" in schema else schema
+
+
+def _other(convert: Callable[[Any], Any], of: Any, given: type = object) -> Decoder:
     def decode(value: Any, place: str) -> Any:
         if not isinstance(value, given):
-            raise _mismatch(place, f"{kind.__name__} as {given.__name__}", value)
+            raise _mismatch(place, f"{of.__name__} as {given.__name__}", value)
         try:
             return convert(value)
         except (ValueError, TypeError) as error:
-            raise Mismatch(f"{place} is no {kind.__name__}: {error}") from error
+            raise Mismatch(f"{place} is no {of.__name__}: {error}") from error
 
     return decode

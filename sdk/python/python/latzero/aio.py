@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from . import _latzero
 from ._app import (
-    _MISSING, Answer, Event, Presence, Progress, Reply, _adapt, _calling, _close_quietly, _into,
+    _MISSING, Answer, Event, Presence, Progress, Reply, _calling, _close_quietly, _into,
     _is_async, _live, _options, _payload, _same, _serving, _shared,
 )
 from ._arrays import flat
@@ -775,23 +775,25 @@ class App:
     def serve(
         self, name: str | Callable[..., Any] | None = None, function: Any = None, *,
         pools: list[str] | None = None, strategy: str = "round_robin",
-        concurrency: int | None = None, doc: str | None = None, privileged: bool = False,
-        inline: bool = False,
+        concurrency: int | None = None, doc: str | None = None,
+        schema: dict[str, Any] | bool = True, privileged: bool = False, inline: bool = False,
     ) -> Any:
         """Serves a trigger: `@app.serve`, `@app.serve("name")` or `app.serve("name", function)`.
         `async` functions run as tasks of the loop, others on threads, or on the loop with
-        `inline`. It is registered in the background; `await app.ready()` waits for that."""
+        `inline`. It is registered in the background; `await app.ready()` waits for that. The
+        trigger's `doc` and `schema`, which other apps see, come from the docstring and the hints,
+        unless they are given here; `schema=False` is none."""
         if callable(name):
             name, function = None, name
 
         def register(function: F) -> F:
-            options = _serving(
-                self, function, pools, strategy, concurrency, doc, privileged
+            run, options = _serving(
+                self, function, pools, strategy, concurrency, doc, schema, privileged
             )
             on_loop = self._work.inner if inline or _is_async(function) else None
-            self._register(self._inner.serve(
-                name or function.__name__, _adapt(function), options, on_loop
-            ))
+            self._register(
+                self._inner.serve(name or function.__name__, run, options, on_loop)
+            )
             return function
 
         return register if function is None else register(function)
