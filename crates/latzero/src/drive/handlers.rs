@@ -188,14 +188,6 @@ impl Handlers {
             .cloned()
     }
 
-    /// Whether the handler of `name` takes only what was signed.
-    pub(crate) fn is_privileged(&self, name: &str) -> bool {
-        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
-        entries
-            .get(name)
-            .is_some_and(|entry| entry.spec.is_privileged)
-    }
-
     pub(crate) fn add(&self, entry: Entry) {
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
         entries.insert(entry.name.clone(), Arc::new(entry));
