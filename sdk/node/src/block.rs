@@ -156,8 +156,10 @@ impl NativeBlock {
     }
 }
 
-/// More than a block has slots.
-const SLOTS: u32 = 16;
+/// How many places a mapping has, which follow each other: more than a block has slots.
+#[napi]
+#[allow(unreachable_pub, reason = "the macro asks for it")]
+pub const PLACES: u32 = 16;
 
 #[napi]
 impl NativeBlock {
@@ -394,7 +396,7 @@ impl NativeBlock {
         let mapping = self.mapping(&view.0).filter(|_| may_share())?;
         mapping.restore(&view.0).ok()?;
         let slot = view.0.slot();
-        (slot < SLOTS).then(|| self.mappings.get().wrapping_mul(SLOTS) + slot)
+        (slot < PLACES).then(|| self.mappings.get().wrapping_mul(PLACES) + slot)
     }
 
     /// The memory of a view.
