@@ -270,8 +270,9 @@ When a call is cancelled or times out, its program and its process group are kil
 happens when this command ends, even by SIGKILL.
 Environment: LATZERO_TRIGGER, LATZERO_POOL, LATZERO_CALLER (AppID), LATZERO_CALLER_INSTANCE,
 LATZERO_HEADERS (a JSON object), LATZERO_DEADLINE (Unix time in ms), LATZERO_ATTEMPT, LATZERO_ID.
-Of other LATZERO_ variables only those that say where the server is are passed on: URL, SOCKET,
-HOST, PORT and DATA_DIR. No variable with the admin token or a key of a pool or an app is.
+Of other LATZERO_ variables only those that say where the server is and how the client libraries
+work are passed on: URL, SOCKET, HOST, PORT, DATA_DIR, BIN, DEBUG, NODE_DRIVER and NO_EXTERNAL.
+No variable with the admin token or a key of a pool or an app is.
 The server does not remember this handler unless --app is given. After Ctrl-C it takes no new calls,
 waits up to 5 seconds for the running ones, and exits.")]
     Serve(ServeArgs),

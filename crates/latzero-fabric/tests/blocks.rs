@@ -945,7 +945,9 @@ fn a_write_whose_lock_expires_meanwhile_is_not_lost() {
     let (mut net, a, b) = two();
     ask(&mut net, a, "create", r#""size":1"#, &[]);
     assert_eq!(lock(&mut net, a, r#""lease":100"#), "1");
-    net.world.beside_next_write(|world| world.advance(100));
+    net.world.beside_next_write(|world| {
+        world.advance(100);
+    });
     assert_eq!(
         ask(
             &mut net,

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 pub use error::{Position, Problem, SettingsError, SettingsErrors, Source};
 pub use file::{FILE_BYTES_MAX, FILES_MAX, Layer, load, parse_file};
-pub use inputs::{ConfigFile, Environment, Found, Inputs, OTHER_VARIABLES, Override};
+pub use inputs::{ConfigFile, Environment, Found, Inputs, Override, SDK_VARIABLES};
 pub use latzero_fabric::limits::{Limits, Takes};
 pub use reference::default_config;
 pub use resolve::{resolve, unknown_variables};

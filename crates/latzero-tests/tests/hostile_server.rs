@@ -325,6 +325,27 @@ fn messages_before_the_answer_to_a_proof_are_kept_within_a_limit() {
     }
 }
 
+/// Emits alone do not end a connection that waits for an answer to its proof: there may be more of
+/// them than the client keeps, because the server's outbox is filled while the client reads it.
+#[test]
+fn emits_before_the_answer_to_a_proof_are_dropped_and_counted_beyond_a_limit() {
+    let (server, set) = vault();
+    let relay = Relay::new(&server);
+    relay.change("response", move |reply| {
+        let pad = "x".repeat(1 << 20);
+        let emit = json!({"action": "emit", "process": "news", "pool": "vault", "data": pad});
+        let emits = std::iter::repeat_n((emit, None), 100);
+        emits.chain([reply]).collect()
+    });
+    let listener = relay.app(&server, "listener", keys(&set, READ));
+    let mut news = listener.on("news").unwrap();
+    // Each is a little longer than a sixteenth of what is kept.
+    assert_eq!(listener.lost(), 100 - 15);
+    let sender = member(&server, "sender", keys(&set, READ));
+    sender.emit("news", &1).send().unwrap();
+    assert_eq!(news.recv_timeout(TIMEOUT).unwrap().lost(), 100 - 15);
+}
+
 /// A program that listens on the port of a server can't play it for an administrator: without the
 /// token its answer is wrong, and nothing is requested of it.
 #[test]

@@ -447,8 +447,7 @@ class Block extends Sent {
   #memoryOf (native) {
     const place = this.#native.place(native)
     if (place === null) return null
-    // Places of one mapping follow each other.
-    const mapping = Math.floor(place / 16)
+    const mapping = Math.floor(place / addon.PLACES)
     if (mapping !== this.#mapping) this.#memory.clear()
     this.#mapping = mapping
     let buffer = this.#memory.get(place) ?? null

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::batch::{Batch, Outcome, Payload};
 use crate::block::{NativeBlock, Open};
 use crate::errors::{self, misuse};
-use crate::handlers::{Active, Emits, Incoming, hand_over};
+use crate::handlers::{Active, Incoming, hand_over};
 use crate::mailbox::{self, Mailbox, News};
 use crate::memory::Extra;
 use crate::options;
@@ -441,9 +441,8 @@ impl NativeApp {
             None => options::Serve::default(),
         };
         let handler = options.handler(self.app()?.handler(&name))?;
-        let (mailbox, emits) = (self.mailbox.clone(), Arc::new(Emits::default()));
-        let serving =
-            handler.serve_detached(move |call| hand_over(call, trigger, &mailbox, &emits));
+        let mailbox = self.mailbox.clone();
+        let serving = handler.serve_detached(move |call| hand_over(call, trigger, &mailbox));
         Ok(self.begin(token, async move {
             serving.await?;
             Ok(Outcome::nothing())

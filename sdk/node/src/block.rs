@@ -156,8 +156,10 @@ impl NativeBlock {
     }
 }
 
-/// More than a block has slots.
-const SLOTS: u32 = 16;
+/// How many places a mapping has, which follow each other: more than a block has slots.
+#[napi]
+#[allow(unreachable_pub, reason = "the macro asks for it")]
+pub const PLACES: u32 = 16;
 
 #[napi]
 impl NativeBlock {
@@ -394,7 +396,7 @@ impl NativeBlock {
         let mapping = self.mapping(&view.0).filter(|_| may_share())?;
         mapping.restore(&view.0).ok()?;
         let slot = view.0.slot();
-        (slot < SLOTS).then(|| self.mappings.get().wrapping_mul(SLOTS) + slot)
+        (slot < PLACES).then(|| self.mappings.get().wrapping_mul(PLACES) + slot)
     }
 
     /// The memory of a view.
@@ -437,9 +439,8 @@ impl NativeBlock {
     pub fn writer(&self, app: &NativeApp, token: i64, wait_ms: f64) -> Result<bool> {
         let (block, wait) = (self.get()?, time(wait_ms)?);
         Ok(app.begin(token, async move {
-            let writer = Rc::new(block.writer(wait).await?);
-            let writer = NativeWriter(RefCell::new(Some(writer)));
-            Ok(Outcome::extra(Extra::Writer(writer)))
+            let writer = Held::new(block.writer(wait).await?);
+            Ok(Outcome::extra(Extra::Writer(NativeWriter(writer))))
         }))
     }
 
@@ -464,8 +465,7 @@ impl NativeBlock {
                 Some(lease) => block.lock_for(mode, wait, lease).await?,
                 None => block.lock(mode, wait).await?,
             };
-            let held = RefCell::new(Some(Rc::new(held)));
-            Ok(Outcome::extra(Extra::Lock(NativeLock(held))))
+            Ok(Outcome::extra(Extra::Lock(NativeLock(Held::new(held)))))
         }))
     }
 
@@ -614,35 +614,78 @@ impl NativeDraft {
     }
 }
 
-/// The lock of a block under which many versions are written. Dropped, it is given back.
-#[napi(js_name = "Writer")]
-pub struct NativeWriter(RefCell<Option<Rc<BlockWriter>>>);
+/// What has a block's lock.
+trait Locking {
+    /// What is wrong where it is used after its end.
+    const ENDED: &'static str;
 
-impl NativeWriter {
-    fn writer(&self) -> Result<Rc<BlockWriter>> {
-        let writer = self.0.borrow().clone();
-        writer.ok_or_else(|| misuse("the writer was closed before"))
+    fn lock(&self) -> &BlockLock;
+}
+
+impl Locking for BlockWriter {
+    const ENDED: &'static str = "the writer was closed before";
+
+    fn lock(&self) -> &BlockLock {
+        BlockWriter::lock(self)
     }
 }
+
+impl Locking for BlockLock {
+    const ENDED: &'static str = "the lock was given back before";
+
+    fn lock(&self) -> &BlockLock {
+        self
+    }
+}
+
+/// A lock until it is given back. Dropped, it is given back.
+struct Held<T>(RefCell<Option<Rc<T>>>);
+
+impl<T: Locking> Held<T> {
+    fn new(held: T) -> Self {
+        Held(RefCell::new(Some(Rc::new(held))))
+    }
+
+    fn get(&self) -> Result<Rc<T>> {
+        let held = self.0.borrow().clone();
+        held.ok_or_else(|| misuse(T::ENDED))
+    }
+
+    fn take(&self) -> Result<Rc<T>> {
+        self.0.take().ok_or_else(|| misuse(T::ENDED))
+    }
+
+    fn fence(&self) -> Result<f64> {
+        Ok(version(self.get()?.lock().fence()))
+    }
+
+    fn is_held(&self) -> bool {
+        self.get().is_ok_and(|held| held.lock().is_held())
+    }
+}
+
+/// The lock of a block under which many versions are written. Dropped, it is given back.
+#[napi(js_name = "Writer")]
+pub struct NativeWriter(Held<BlockWriter>);
 
 #[napi]
 impl NativeWriter {
     /// Larger than that of every lock of this block before.
     #[napi(getter)]
     pub fn fence(&self) -> Result<f64> {
-        Ok(version(self.writer()?.lock().fence()))
+        self.0.fence()
     }
 
     /// Whether the lock is held, as far as is known here.
     #[napi(getter)]
     pub fn is_held(&self) -> bool {
-        self.writer().is_ok_and(|writer| writer.lock().is_held())
+        self.0.is_held()
     }
 
     /// Begins a version.
     #[napi]
     pub fn begin(&self) -> Result<NativeVersion> {
-        let writer = self.writer()?;
+        let writer = self.0.get()?;
         let held = writer.lock();
         let bytes = match held.block().is_viewable() && !held.is_inherited() {
             true => {
@@ -658,7 +701,8 @@ impl NativeWriter {
     /// Gives the lock back, at the end of a version that is under way.
     #[napi]
     pub fn close(&self) {
-        self.0.take();
+        // One that was closed before stays closed.
+        let _ = self.0.take();
     }
 }
 
@@ -729,33 +773,26 @@ impl NativeVersion {
 
 /// A block's lock.
 #[napi(js_name = "Lock")]
-pub struct NativeLock(RefCell<Option<Rc<BlockLock>>>);
-
-impl NativeLock {
-    fn held(&self) -> Result<Rc<BlockLock>> {
-        let held = self.0.borrow().clone();
-        held.ok_or_else(|| misuse("the lock was given back before"))
-    }
-}
+pub struct NativeLock(Held<BlockLock>);
 
 #[napi]
 impl NativeLock {
     /// Larger than that of every lock of this block before.
     #[napi(getter)]
     pub fn fence(&self) -> Result<f64> {
-        Ok(version(self.held()?.fence()))
+        self.0.fence()
     }
 
     /// Whether it is held, as far as is known here.
     #[napi(getter)]
     pub fn is_held(&self) -> bool {
-        self.held().is_ok_and(|held| held.is_held())
+        self.0.is_held()
     }
 
     /// Renews its lease.
     #[napi]
     pub fn renew(&self, app: &NativeApp, token: i64, lease_ms: Option<f64>) -> Result<bool> {
-        let (held, lease) = (self.held()?, lease_ms.map(time).transpose()?);
+        let (held, lease) = (self.0.get()?, lease_ms.map(time).transpose()?);
         Ok(app.begin(token, async move {
             held.renew(lease).await?;
             Ok(Outcome::nothing())
@@ -765,8 +802,7 @@ impl NativeLock {
     /// Gives it back.
     #[napi]
     pub fn unlock(&self, app: &NativeApp, token: i64) -> Result<bool> {
-        let held = self.0.take();
-        let held = held.ok_or_else(|| misuse("the lock was given back before"))?;
+        let held = self.0.take()?;
         Ok(app.begin(token, async move {
             match Rc::try_unwrap(held) {
                 Ok(held) => held.unlock().await?,

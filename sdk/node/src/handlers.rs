@@ -1,33 +1,12 @@
 //! Requests on their way to JavaScript functions.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Wake, Waker};
 
 use latzero::{Data, HandlerError, Request, Unanswered};
 use serde_json::{Value, json};
 
 use crate::mailbox::{Mailbox, News};
-
-/// Emits that a handler may have waiting or be at. Beyond them the newest are dropped and counted:
-/// nobody limits those who send them.
-const EMITS_MAX: u64 = 1024;
-
-/// What the emits of one trigger have in common.
-#[derive(Default)]
-pub(crate) struct Emits {
-    open: AtomicU64,
-    lost: AtomicU64,
-}
-
-/// One emit of those that are open.
-struct Open(Arc<Emits>);
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::AcqRel);
-    }
-}
 
 /// News of a request.
 pub(crate) enum Incoming {
@@ -41,9 +20,6 @@ pub(crate) enum Incoming {
 pub(crate) struct Active {
     unanswered: Unanswered,
     trigger: u32,
-    /// Emits that were dropped just before this one.
-    lost: u64,
-    _open: Option<Open>,
 }
 
 impl Active {
@@ -62,7 +38,7 @@ impl Active {
             origin.instance,
             request.is_emit(),
             request.block_ids(),
-            self.lost,
+            request.lost(),
         ])
     }
 
@@ -85,22 +61,7 @@ impl Wake for Cancelling {
 }
 
 /// Gives a request to JavaScript.
-pub(crate) fn hand_over(
-    unanswered: Unanswered,
-    trigger: u32,
-    mailbox: &Arc<Mailbox>,
-    emits: &Arc<Emits>,
-) {
-    let (mut lost, mut open) = (0, None);
-    if unanswered.request().is_emit() {
-        let before = emits.open.fetch_add(1, Ordering::AcqRel);
-        open = Some(Open(emits.clone()));
-        if before >= EMITS_MAX {
-            emits.lost.fetch_add(1, Ordering::AcqRel);
-            return;
-        }
-        lost = emits.lost.swap(0, Ordering::AcqRel);
-    }
+pub(crate) fn hand_over(unanswered: Unanswered, trigger: u32, mailbox: &Arc<Mailbox>) {
     let number = mailbox.number();
     let cancelling = Arc::new(Cancelling {
         number,
@@ -110,8 +71,6 @@ pub(crate) fn hand_over(
     let active = Box::new(Active {
         unanswered,
         trigger,
-        lost,
-        _open: open,
     });
     mailbox.push(News::Request(Incoming::Begin(number, active)));
 }

@@ -65,7 +65,9 @@ pub(crate) fn may_share() -> bool {
 /// The array, unless the engine made a copy because it takes no such memory.
 fn unless_copied(array: ArrayBuffer<'_>, start: *const u8) -> Option<ArrayBuffer<'_>> {
     let is_shared = std::ptr::eq(array.as_ptr(), start);
-    IS_REFUSED.fetch_or(!is_shared, Ordering::Relaxed);
+    if !is_shared {
+        IS_REFUSED.store(true, Ordering::Relaxed);
+    }
     is_shared.then_some(array)
 }
 

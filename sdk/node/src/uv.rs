@@ -196,15 +196,15 @@ impl Looping {
         let mut uv_loop = null_mut();
         let mut context = null_mut();
         let name = env.create_string("latzero").ok()?;
+        // The context is made last: only `Looping` destroys it.
         // SAFETY: the environment is that of the JavaScript function that is running on this
         // thread, and the results are written to places of their types.
-        let (found, made) = unsafe {
-            (
-                sys::napi_get_uv_event_loop(env.raw(), &raw mut uv_loop),
-                sys::napi_async_init(env.raw(), null_mut(), name.raw(), &raw mut context),
-            )
+        let is_made = unsafe {
+            sys::napi_get_uv_event_loop(env.raw(), &raw mut uv_loop) == sys::Status::napi_ok
+                && sys::napi_async_init(env.raw(), null_mut(), name.raw(), &raw mut context)
+                    == sys::Status::napi_ok
         };
-        if found != sys::Status::napi_ok || made != sys::Status::napi_ok {
+        if !is_made {
             return None;
         }
         let due = Arc::new(Due {

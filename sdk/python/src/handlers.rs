@@ -164,6 +164,12 @@ impl PyRequest {
         self.request.attempt()
     }
 
+    /// How many emits were dropped just before this one.
+    #[getter]
+    fn lost(&self) -> u64 {
+        self.request.lost()
+    }
+
     /// How many seconds are left, or `None` for an emit.
     #[getter]
     fn time_left(&self) -> Option<f64> {

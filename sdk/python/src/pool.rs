@@ -14,7 +14,8 @@ type Job = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct State {
-    /// As many at most as calls that the server lets be under way.
+    /// At most as many as calls that the server lets be under way, and emits that the client lets
+    /// wait.
     queue: VecDeque<Job>,
     threads: usize,
     idle: usize,

@@ -1,7 +1,7 @@
 //! Blocks that `share` fills for calls, and fills again for later ones.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use latzero::{Code, Error, Ran};
 
@@ -12,7 +12,13 @@ pub(crate) struct Share(Arc<AtomicBool>);
 impl Share {
     /// Whether only the one who asks holds it, and no handler may still read the block.
     pub(crate) fn is_free(&self) -> bool {
-        Arc::strong_count(&self.0) == 1 && !self.0.load(Ordering::Acquire)
+        if Arc::strong_count(&self.0) != 1 {
+            return false;
+        }
+        // The count is read without ordering: what another thread did to the block, or noted in the
+        // flag, before it dropped its clone comes before what follows.
+        fence(Ordering::Acquire);
+        !self.0.load(Ordering::Relaxed)
     }
 
     /// A handler may read the block, nobody knows until when.

@@ -218,6 +218,39 @@ def test_events_and_presence(on_loop):
         assert event.app_id == serves.app_id
 
 
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_a_handler_of_emits_has_a_bounded_number_of_them(on_loop, is_plain):
+    @on_loop
+    async def test(serves, calls):
+        go, seen = threading.Event(), []
+
+        def plain(n: int, request: latzero.Request):
+            assert go.wait(20)
+            seen.append(request.lost)
+
+        async def task(n: int, request: latzero.aio.Request):
+            while not go.is_set():
+                await asyncio.sleep(0.01)
+            seen.append(request.lost)
+
+        serves.serve("slow", plain if is_plain else task)
+        await serves.ready()
+
+        async def handled(count):
+            while len(seen) < count:
+                await asyncio.sleep(0.01)
+
+        for n in range(2000):
+            await calls.emit("slow", n=n)
+        while serves.lost < 2000 - 1024:
+            await asyncio.sleep(0.01)
+        go.set()
+        await handled(1024)
+        await calls.emit("slow", n=0)
+        await handled(1025)
+        assert (len(seen), sum(seen), serves.lost) == (1025, 2000 - 1024, 2000 - 1024)
+
+
 def test_many_in_flight_and_parked(on_loop):
     @on_loop
     async def test(serves, calls):

@@ -8,6 +8,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 
 import latzero
 import latzero.testing
@@ -437,12 +438,12 @@ def test_share_leaves_a_block_alone_that_a_handler_may_still_read(pair):
     @serves.serve
     def late(frame):
         inside.set()
-        release.wait(20)
+        assert release.wait(20)
         read.put(frame.read().tolist())
 
     block = calls.share(np.full(3, 1, "u1"))
     call = calls.submit("late", frame=block)
-    inside.wait(20)
+    assert inside.wait(20)
     first = block.id
     del block
     assert calls.share(np.full(3, 2, "u1")).id != first
@@ -468,12 +469,13 @@ def test_share_makes_another_block_after_a_restart():
             assert app.call("sum", frame=block, to="shares") == 10 * n
             del block
             server.restart()
+            deadline = time.monotonic() + 20
             while True:
                 try:
                     app.ping()
                     break
                 except latzero.Disconnected:
-                    pass
+                    assert time.monotonic() < deadline, "the app does not reconnect"
 
 
 def in_debug(latzero_server, body, url):

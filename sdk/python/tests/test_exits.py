@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -57,7 +58,7 @@ for wait in (
             pass  # The app was closed.
     threading.Thread(target=run, daemon=True).start()
 for _ in range(5):
-    inside.acquire(timeout=20)
+    assert inside.acquire(timeout=20)
 begun = []
 waits = app._closed.wait
 def wait(timeout):
@@ -160,6 +161,16 @@ WAYS = {
 }
 
 
+def line_of(process):
+    """The next line that a process prints. One that prints none in time is killed."""
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    try:
+        return process.stdout.readline()
+    finally:
+        watchdog.cancel()
+
+
 @pytest.mark.parametrize(("face", "way"), WAYS)
 def test_a_process_ends_with_everything_open(latzero_server, face, way):
     script = BLOCKING if face == "blocking" else ASYNCIO
@@ -176,7 +187,7 @@ def test_a_process_ends_with_everything_open(latzero_server, face, way):
         processes = [start(n) for n in range(first, min(first + AT_ONCE, TIMES))]
         try:
             for process in processes:
-                said = process.stdout.readline()
+                said = line_of(process)
                 assert said == "ready\n", process.communicate()
                 if way.startswith("interrupt"):
                     process.send_signal(signal.SIGINT)

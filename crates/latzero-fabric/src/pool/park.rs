@@ -7,8 +7,9 @@
 //!
 //! Callers take turns ([`turns`]). A call whose handler dies waits before it is redelivered, longer
 //! each time, behind the calls in the queue. After its last attempt it is dead and stays stored for
-//! inspection ([`attempts`]). A call that is not parked goes to the next handler ([`orphans`]). The end of a call (an answer, its deadline, a cancel) is sent to its
-//! caller if an instance of it is in the pool, and otherwise stored for it ([`answers`]).
+//! inspection ([`attempts`]). A call that is not parked goes to the next handler ([`orphans`]). The
+//! end of a call (an answer, its deadline, a cancel) is sent to its caller if an instance of it is
+//! in the pool, and otherwise stored for it ([`answers`]).
 
 mod answers;
 mod attempts;

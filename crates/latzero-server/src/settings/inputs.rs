@@ -7,12 +7,22 @@ use std::path::PathBuf;
 /// The prefix of all variables of this project.
 pub(super) const VARIABLE_PREFIX: &str = "LATZERO_";
 
-/// Variables that are not settings: they are for clients, for handlers that `latzero serve` runs,
-/// and for crash tests.
-pub const OTHER_VARIABLES: &[&str] = &[
+/// Variables that change how the client libraries work: which `latzero` they start, and what they
+/// check and avoid. There is no secret in them, and `latzero serve` passes them on.
+pub const SDK_VARIABLES: [&str; 4] = [
+    "LATZERO_BIN",
+    "LATZERO_DEBUG",
+    "LATZERO_NODE_DRIVER",
+    "LATZERO_NO_EXTERNAL",
+];
+
+/// Other variables that are not settings: they are for clients, for handlers that `latzero serve`
+/// runs, and for crash tests.
+const OTHER_VARIABLES: [&str; 16] = [
     "LATZERO_URL",
     "LATZERO_ADMIN_TOKEN",
-    "LATZERO_BIN",
+    "LATZERO_KEYS",
+    "LATZERO_KEY_FILE",
     "LATZERO_TRIGGER",
     "LATZERO_POOL",
     "LATZERO_CALLER",
@@ -24,10 +34,13 @@ pub const OTHER_VARIABLES: &[&str] = &[
     "LATZERO_BLOCK",
     "LATZERO_FENCE",
     "LATZERO_LOCKS",
-    "LATZERO_NODE_DRIVER",
-    "LATZERO_NO_EXTERNAL",
     "LATZERO_FAILPOINT",
 ];
+
+/// The variables with the prefix that are not settings.
+pub(super) fn other_variables() -> impl Iterator<Item = &'static str> {
+    SDK_VARIABLES.into_iter().chain(OTHER_VARIABLES)
+}
 
 /// The environment variables that settings and startup use.
 #[derive(Clone, Debug, Default)]

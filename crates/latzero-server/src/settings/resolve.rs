@@ -1,7 +1,7 @@
 //! Combines the sources of settings: each overrides the one before.
 
 use super::error::{Problem, SettingsError, SettingsErrors, Source};
-use super::inputs::{Environment, Inputs, OTHER_VARIABLES, VARIABLE_PREFIX};
+use super::inputs::{Environment, Inputs, VARIABLE_PREFIX, other_variables};
 use super::resolved::{Entry, Resolved};
 use super::value::{self, Kind, Value};
 use super::{SETTINGS, Setting, parse_file};
@@ -57,7 +57,9 @@ fn apply_environment(
     errors: &mut Vec<SettingsError>,
 ) {
     for (variable, value) in &environment.0 {
-        if !variable.starts_with(VARIABLE_PREFIX) || OTHER_VARIABLES.contains(&variable.as_str()) {
+        if !variable.starts_with(VARIABLE_PREFIX)
+            || other_variables().any(|other| other == variable)
+        {
             continue;
         }
         let source = Source::Environment(variable.clone());
@@ -90,7 +92,7 @@ fn apply_environment(
 pub fn unknown_variables(environment: &Environment) -> Vec<String> {
     let is_unknown = |variable: &&String| {
         variable.starts_with(VARIABLE_PREFIX)
-            && !OTHER_VARIABLES.contains(&variable.as_str())
+            && !other_variables().any(|other| other == *variable)
             && !SETTINGS
                 .iter()
                 .any(|setting| setting.variable() == **variable)
@@ -176,7 +178,7 @@ pub(super) fn nearest_key(key: &str) -> Option<String> {
 }
 
 fn nearest_variable(variable: &str) -> Option<String> {
-    let others = OTHER_VARIABLES.iter().map(|&other| other.to_owned());
+    let others = other_variables().map(str::to_owned);
     let name = variable.trim_start_matches(VARIABLE_PREFIX);
     let all: Vec<String> = SETTINGS
         .iter()

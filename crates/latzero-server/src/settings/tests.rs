@@ -161,9 +161,12 @@ fn unknown_variables_are_warnings() {
         })
         .unwrap();
     };
+    for name in SDK_VARIABLES {
+        check(name, &[]);
+    }
+    check("LATZERO_KEYS", &[]);
+    check("LATZERO_KEY_FILE", &[]);
     check("LATZERO_LOCKS", &[]);
-    check("LATZERO_NODE_DRIVER", &[]);
-    check("LATZERO_NO_EXTERNAL", &[]);
     check("OTHER_PORT", &[]);
     check(
         "LATZERO_PROT",

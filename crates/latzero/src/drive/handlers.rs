@@ -5,7 +5,7 @@ use std::future::Future;
 use std::hash::{Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
@@ -33,7 +33,41 @@ pub(crate) enum Kind {
     /// It runs on the thread that read the call.
     Blocking(Box<dyn Fn(Request) -> Outcome + Send + Sync>),
     /// It takes the call, which is answered later.
-    Detached(Box<dyn Fn(Unanswered) + Send + Sync>),
+    Detached(Box<dyn Fn(Unanswered) + Send + Sync>, Arc<Emits>),
+}
+
+/// How many emits a handler that answers later may have waiting or be at. Beyond that the newest
+/// are dropped and counted: unlike calls, no server limits how many are under way.
+const EMITS_MAX: u64 = 1024;
+
+/// What a handler that answers later has of emits.
+#[derive(Debug, Default)]
+pub(crate) struct Emits {
+    open: AtomicU64,
+    lost: AtomicU64,
+}
+
+/// One emit of those that wait or are handled.
+#[derive(Debug)]
+pub(crate) struct OpenEmit(Arc<Emits>);
+
+impl Drop for OpenEmit {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Emits {
+    /// Takes an emit; returns how many were dropped just before it. `None` if it is dropped too.
+    fn take(self: &Arc<Self>) -> Option<(OpenEmit, u64)> {
+        let before = self.open.fetch_add(1, Ordering::Relaxed);
+        let open = OpenEmit(self.clone());
+        if before >= EMITS_MAX {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        Some((open, self.lost.swap(0, Ordering::Relaxed)))
+    }
 }
 
 /// The options of a served trigger.
@@ -109,7 +143,7 @@ impl HandlerJob {
 
     /// Whether it only takes a call, to be answered later.
     pub(crate) fn is_detached(&self) -> bool {
-        matches!(self, HandlerJob::Start(entry, _) if matches!(entry.kind, Kind::Detached(_)))
+        matches!(self, HandlerJob::Start(entry, _) if matches!(entry.kind, Kind::Detached(..)))
     }
 
     /// Whether it is the start of call `id`.
@@ -191,14 +225,6 @@ impl Handlers {
             .unwrap_or_else(PoisonError::into_inner)
             .get(name)
             .cloned()
-    }
-
-    /// Whether the handler of `name` takes only what was signed.
-    pub(crate) fn is_privileged(&self, name: &str) -> bool {
-        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
-        entries
-            .get(name)
-            .is_some_and(|entry| entry.spec.is_privileged)
     }
 
     pub(crate) fn add(&self, entry: Entry) {
@@ -423,7 +449,7 @@ pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instan
             task.run(core);
             started
         }
-        HandlerJob::Start(entry, request) => match &entry.kind {
+        HandlerJob::Start(entry, mut request) => match &entry.kind {
             Kind::Blocking(handler) => {
                 let ticket = request.ticket.clone();
                 core.handlers.begin_blocking(&ticket);
@@ -436,9 +462,17 @@ pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instan
                 core.handlers.finish(&ticket);
                 ended
             }
-            Kind::Detached(handler) => {
+            Kind::Detached(handler, emits) => {
+                let mut open = None;
+                if request.is_emit() {
+                    let Some((taken, lost)) = emits.take() else {
+                        core.lost_ever.fetch_add(1, Ordering::Relaxed);
+                        return started;
+                    };
+                    (open, request.lost) = (Some(taken), lost);
+                }
                 core.handlers.begin(&request.ticket);
-                let unanswered = Unanswered::new(request);
+                let unanswered = Unanswered::new(request, open);
                 // Dropped by a panic, it says so.
                 let _ = catch_unwind(AssertUnwindSafe(|| handler(unanswered)));
                 started
@@ -552,5 +586,26 @@ impl Wake for Task {
         {
             core.push_jobs(&mut vec![HandlerJob::Poll(self)]);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn emits_beyond_the_limit_are_counted() {
+        let emits = Arc::new(Emits::default());
+        let mut open: Vec<_> = (0..EMITS_MAX).filter_map(|_| emits.take()).collect();
+        assert!(open.iter().all(|(_, lost)| *lost == 0));
+        assert_eq!(
+            (open.len() as u64, emits.take().is_none()),
+            (EMITS_MAX, true)
+        );
+        assert!(emits.take().is_none());
+        open.pop();
+        let (_open, lost) = emits.take().unwrap();
+        assert_eq!(lost, 2);
+        assert!(emits.take().is_none());
     }
 }

@@ -84,7 +84,7 @@ struct Batch<'a> {
     jobs: &'a mut Vec<HandlerJob>,
     wake: Vec<Waker>,
     must_flush: bool,
-    /// The handler of the previous call: most calls of a batch have the same one.
+    /// The handler that was looked up last: most messages of a batch have the same one.
     entry: Option<Arc<Entry>>,
 }
 
@@ -215,6 +215,15 @@ impl Batch<'_> {
         }
     }
 
+    /// The handler of `name`.
+    fn find(&mut self, name: &str) -> Option<&Arc<Entry>> {
+        let is_it = |entry: &Arc<Entry>| *entry.name == *name;
+        if !self.entry.as_ref().is_some_and(is_it) {
+            self.entry = self.core.handlers.find(name);
+        }
+        self.entry.as_ref()
+    }
+
     /// A call or an emit as a handler sees it: decrypted, if it came in an encrypted pool.
     fn request(&mut self, action: Action, e: &Envelope<'_>) -> Option<Request> {
         let core = self.core;
@@ -223,7 +232,9 @@ impl Batch<'_> {
             return Request::received(core, self.epoch, self.now, e);
         };
         let name = e.process.and_then(Raw::as_str).unwrap_or_default();
-        let is_privileged = core.handlers.is_privileged(&name);
+        let is_privileged = self
+            .find(&name)
+            .is_some_and(|entry| entry.spec.is_privileged);
         let plain = pool.open(action, is_privileged, e)?;
         let attachment = plain.bytes.as_deref();
         let envelope = match &plain.text {
@@ -258,14 +269,7 @@ impl Batch<'_> {
         if let Some(blocks) = e.blocks {
             request.lend(blocks, descriptors);
         }
-        if self
-            .entry
-            .as_ref()
-            .is_none_or(|entry| *entry.name != *request.name())
-        {
-            self.entry = self.core.handlers.find(request.name());
-        }
-        match &self.entry {
+        match self.find(request.name()).cloned() {
             // In a pool that is not encrypted, or opened before the trigger became privileged.
             Some(entry) if entry.spec.is_privileged && !request.is_privileged() => {
                 let text = format!(
@@ -275,7 +279,7 @@ impl Batch<'_> {
                 request.refuse(&Refusal::new(Code::Forbidden, text));
                 self.must_flush = true;
             }
-            Some(entry) => self.jobs.push(HandlerJob::Start(entry.clone(), request)),
+            Some(entry) => self.jobs.push(HandlerJob::Start(entry, request)),
             None => {
                 let text = format!(
                     "this instance has no handler for trigger '{}'",
@@ -293,10 +297,9 @@ impl Batch<'_> {
         };
         let queues = self.core.handlers.listeners(request.name());
         if queues.is_empty() {
-            let entry = self.core.handlers.find(request.name());
             // A server could pass an emit off as one of an unencrypted pool.
-            let may = |entry: &Arc<Entry>| !entry.spec.is_privileged || request.is_privileged();
-            let entry = entry.filter(may);
+            let may = |entry: &&Arc<Entry>| !entry.spec.is_privileged || request.is_privileged();
+            let entry = self.find(request.name()).filter(may).cloned();
             if let Some(entry) = entry {
                 self.jobs.push(HandlerJob::Start(entry, request));
             }

@@ -15,6 +15,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::drive::core::Core;
+use crate::drive::handlers::OpenEmit;
 use crate::error::{Error, HandlerError};
 use crate::payload::{self, Body, FromPayload, IntoPayload, Payload};
 use crate::sync::{lock, set_waker};
@@ -171,6 +172,8 @@ pub(crate) fn cancelled() -> Error {
 pub struct Request {
     pub(crate) ticket: Arc<Ticket>,
     pub(crate) core: Arc<Core>,
+    /// Emits that were dropped just before this one.
+    pub(crate) lost: u64,
 }
 
 /// The position of `part` in `whole`, of which it is a part.
@@ -240,6 +243,7 @@ impl Request {
         Some(Request {
             ticket: Arc::new(ticket),
             core: core.clone(),
+            lost: 0,
         })
     }
 
@@ -347,6 +351,13 @@ impl Request {
         self.ticket.id().is_none()
     }
 
+    /// How many emits of this trigger were dropped just before this one, because a handler that
+    /// answers later had 1024 of them; see [`Handler::serve_detached`](crate::Handler).
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.lost
+    }
+
     /// The payload as `T`.
     ///
     /// # Errors
@@ -415,13 +426,15 @@ impl Request {
 pub struct Unanswered {
     request: Arc<Request>,
     is_answered: bool,
+    _open: Option<OpenEmit>,
 }
 
 impl Unanswered {
-    pub(crate) fn new(request: Request) -> Self {
+    pub(crate) fn new(request: Request, open: Option<OpenEmit>) -> Self {
         Unanswered {
             request: Arc::new(request),
             is_answered: false,
+            _open: open,
         }
     }
 

@@ -692,6 +692,9 @@ impl Handler {
     /// taken in the order in which they arrived. `take` runs between two reads of the connection,
     /// so it must not block.
     ///
+    /// Of the trigger's emits at most 1024 wait or are worked on. Beyond them the newest are
+    /// dropped, and [`Request::lost`](crate::Request::lost) of the next one says how many.
+    ///
     /// # Errors
     /// If the name is not valid or the server refuses.
     pub async fn serve_detached(
@@ -699,7 +702,8 @@ impl Handler {
         take: impl Fn(Unanswered) + Send + Sync + 'static,
     ) -> Result<(), Error> {
         let (app, name) = (self.app.clone(), self.name.clone());
-        let registered = self.register(Kind::Detached(Box::new(take)))?.await;
+        let kind = Kind::Detached(Box::new(take), Arc::default());
+        let registered = self.register(kind)?.await;
         undo_failed(&app, &name, registered)
     }
 

@@ -156,9 +156,13 @@ impl Unsent {
         let Some(pool) = core.sealed_pool(route.pool.as_deref()) else {
             return self.check_plain();
         };
-        self.headers.push(b'}');
-        let headers = serde_json::from_slice(&std::mem::take(&mut self.headers));
-        let mut headers: serde_json::Map<String, Value> = headers.unwrap_or_default();
+        let mut headers = match self.take_headers() {
+            Ok(headers) => headers,
+            Err(error) => {
+                self.failure.get_or_insert(error);
+                return;
+            }
+        };
         let key = headers.remove(IDEMPOTENCY_KEY);
         let idempotency_key = key.and_then(|key| key.as_str().map(str::to_owned));
         if let Some(key) = &idempotency_key {
@@ -233,6 +237,18 @@ impl Unsent {
         append_str(&mut self.headers, name);
         self.headers.push(b':');
         append_str(&mut self.headers, value);
+    }
+
+    /// The headers so far; none are left.
+    fn take_headers(&mut self) -> Result<serde_json::Map<String, Value>, Error> {
+        if self.headers.is_empty() {
+            return Ok(serde_json::Map::new());
+        }
+        self.headers.push(b'}');
+        serde_json::from_slice(&std::mem::take(&mut self.headers)).map_err(|error| {
+            let text = format!("the headers cannot be sealed: {error}");
+            Error::new(Code::BadMessage, text)
+        })
     }
 
     /// Adds the headers, once all are known.

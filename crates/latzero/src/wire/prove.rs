@@ -8,8 +8,8 @@ use latzero_crypto::descriptor::{Descriptor, Expected, check_reply};
 use latzero_crypto::keys::Roles;
 use latzero_crypto::proof::{self, ChannelBinding, Exchange, Joining};
 use latzero_crypto::text;
-use latzero_protocol::frame::{self, Accept};
-use latzero_protocol::{Code, Ran};
+use latzero_protocol::frame::{self, Accept, Frame};
+use latzero_protocol::{Code, Envelope, Ran};
 use rustix::net::sockopt;
 use serde_json::{Value, json};
 
@@ -20,9 +20,14 @@ use crate::wire::link::Link;
 use crate::wire::sealed::{Joined, SealedPool};
 use crate::wire::wait::{HandshakeTimeout, RECV_TIMEOUT};
 
-/// Bytes of messages that may arrive before a reply that is awaited here; an honest server's outbox
-/// is smaller.
+/// Bytes of messages that are kept while a reply is awaited here: calls, events and emits of what
+/// the handshake named. Beyond them the connection is given up.
 const EARLY_BYTES_MAX: usize = 64 << 20;
+
+/// How many of these bytes may be emits. Nobody limits those who send them, and the server's outbox
+/// is filled again while it is read: more are dropped and counted, as by a server whose outbox is
+/// full.
+const EARLY_EMIT_BYTES_MAX: usize = 16 << 20;
 
 /// A connection that is not in use yet: it sends requests one at a time and waits for each reply.
 pub(crate) struct Talk<'a> {
@@ -32,7 +37,20 @@ pub(crate) struct Talk<'a> {
     buf: Vec<u8>,
     /// Complete frames that answer none of its requests, in order.
     early: Vec<u8>,
+    /// How many bytes of them are emits.
+    emit_bytes: usize,
+    /// How many emits were dropped after them.
+    lost: u64,
     descriptors: Vec<OwnedFd>,
+}
+
+/// Whether a message is an emit. One with file descriptors does not count: it can't be dropped
+/// without them.
+fn is_emit(frame: Frame<'_>) -> bool {
+    let envelope = Envelope::parse(frame).and_then(|envelope| envelope);
+    envelope.is_ok_and(|e| {
+        e.action.is_some_and(|action| action.text() == "\"emit\"") && e.descriptors.is_none()
+    })
 }
 
 fn lost(what: String) -> Error {
@@ -56,6 +74,8 @@ impl<'a> Talk<'a> {
             },
             buf: Vec::new(),
             early: Vec::new(),
+            emit_bytes: 0,
+            lost: 0,
             descriptors: Vec::new(),
         }
     }
@@ -75,8 +95,34 @@ impl<'a> Talk<'a> {
                 Ok(0) | Err(_) => break,
             }
         }
+        if self.lost > 0 {
+            // As the server says it: the gap is before what follows.
+            let lost = json!({"action": "event", "event": "lost", "count": self.lost}).to_string();
+            frame::append(&mut self.early, |out| {
+                out.extend_from_slice(lost.as_bytes());
+            });
+        }
         self.early.append(&mut self.buf);
         (self.early, self.descriptors)
+    }
+
+    /// Keeps the message in the first bytes of the buffer for later reads, or drops it if it is one
+    /// of too many emits.
+    fn keep(&mut self, used: usize, is_emit: bool) -> Result<(), Error> {
+        // After the first one that was dropped all are, so that there is one gap.
+        let is_full = self.lost > 0 || self.emit_bytes + used > EARLY_EMIT_BYTES_MAX;
+        if is_emit && is_full {
+            self.lost += 1;
+            self.buf.drain(..used);
+            return Ok(());
+        }
+        if self.early.len() + used > EARLY_BYTES_MAX {
+            let text = "the server sent too much before it answered a proof";
+            return Err(lost(text.into()));
+        }
+        self.emit_bytes += if is_emit { used } else { 0 };
+        self.early.extend(self.buf.drain(..used));
+        Ok(())
     }
 
     pub(crate) fn say(&self, json: &str) -> Result<(), Error> {
@@ -94,7 +140,7 @@ impl<'a> Talk<'a> {
         known.unwrap_or_else(|| lost(format!("the handshake failed: {error}")).with_source(error))
     }
 
-    /// The next message that `wanted` accepts; others are kept for later reads.
+    /// The next message that `wanted` accepts; others are kept for later reads, within limits.
     pub(crate) fn hear<T>(
         &mut self,
         wanted: impl Fn(&[u8]) -> Result<Option<T>, Error>,
@@ -117,11 +163,8 @@ impl<'a> Talk<'a> {
                     self.buf.drain(..used);
                     return Ok(found);
                 }
-                if self.early.len() + used > EARLY_BYTES_MAX {
-                    let text = "the server sent too much before it answered a proof";
-                    return Err(lost(text.into()));
-                }
-                self.early.extend(self.buf.drain(..used));
+                let is_emit = is_emit(frame);
+                self.keep(used, is_emit)?;
             }
             let left = self.deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || interrupt::is_due() {

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from ._decode import Decoder, Kind
 
+    # The pool, shape, dtype and size of a shared block.
+    _ShareKey = tuple[str | None, Any, Any, int]
+
 # Modules that only some programs need are imported where they are used: `import latzero` is to be
 # quick.
 
@@ -663,8 +666,7 @@ class App:
         """Copies an array into a block with a generated name, as an argument of calls. Once the
         `Block` and its views are gone, and its calls were answered, a later `share` of this size
         uses it again."""
-        shape, dtype, data = _shared(array)
-        key = pool, shape, dtype, len(data)
+        key, data = _shared(array, pool)
         kept = self._shares.take(key)
         if kept is not None:
             try:
@@ -672,11 +674,7 @@ class App:
                     return self._fill(key, kept, data)
             except LatZeroError:
                 pass  # It ended with an earlier connection.
-        options = _block_options(
-            shape, dtype, len(data), "new", None, pool, "shared", "snapshot", 2, None, None,
-            "attached",
-        )
-        made = self._inner.block(f"share-{os.urandom(16).hex()}", options).wait()
+        made = self._inner.block(*_new_share(key)).wait()
         return self._fill(key, made.kept(), data)
 
     def _fill(self, key: Any, kept: _latzero.Block, data: memoryview) -> Block:
@@ -748,13 +746,24 @@ class App:
         self.close()
 
 
-def _shared(array: Any) -> tuple[Any, Any, memoryview]:
-    """Shape, dtype and bytes of an array, of bytes, or of another buffer."""
+def _shared(array: Any, pool: str | None) -> tuple[_ShareKey, memoryview]:
+    """The key of the blocks that an array, bytes or another buffer can be shared in, and its
+    bytes."""
     module = numpy()
     if module is not None and isinstance(array, module.ndarray):
         array = module.ascontiguousarray(array)
-        return array.shape, array.dtype.str, memoryview(array.reshape(-1).view("u1"))
-    return None, None, memoryview(array).cast("B")
+        data = memoryview(array.reshape(-1).view("u1"))
+        return (pool, array.shape, array.dtype.str, len(data)), data
+    data = memoryview(array).cast("B")
+    return (pool, None, None, len(data)), data
+
+
+def _new_share(key: _ShareKey) -> tuple[str, dict[str, Any]]:
+    """A name and the options for a new block of a key."""
+    pool, shape, dtype, size = key
+    return f"share-{os.urandom(16).hex()}", _block_options(
+        shape, dtype, size, "new", None, pool, "shared", "snapshot", 2, None, None, "attached",
+    )
 
 
 def _options(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import os
 import sys
 import threading
 import weakref
@@ -19,7 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 from . import _latzero
 from ._app import (
     _MISSING, Answer, Event, Presence, Progress, Reply, _calling, _close_quietly, _into,
-    _is_async, _live, _options, _payload, _same, _serving, _shared,
+    _is_async, _live, _new_share, _options, _payload, _same, _serving, _shared,
 )
 from ._arrays import flat
 from ._block import BlockInfo, Filling, Shares, _seconds, begin, is_ours_alone
@@ -903,8 +902,7 @@ class App:
         """Copies an array into a block with a generated name, as an argument of calls. Once the
         `Block` and its views are gone, and its calls were answered, a later `share` of this size
         uses it again."""
-        shape, dtype, data = _shared(array)
-        key = pool, shape, dtype, len(data)
+        key, data = _shared(array, pool)
         kept = self._shares.take(key)
         if kept is not None:
             try:
@@ -912,11 +910,7 @@ class App:
                     return await self._fill(key, kept, data)
             except LatZeroError:
                 pass  # It ended with an earlier connection.
-        options = _block_options(
-            shape, dtype, len(data), "new", None, pool, "shared", "snapshot", 2, None, None,
-            "attached",
-        )
-        made = await self._start(self._inner.block(f"share-{os.urandom(16).hex()}", options))
+        made = await self._start(self._inner.block(*_new_share(key)))
         return await self._fill(key, made.kept(), data)
 
     async def _fill(self, key: Any, kept: _latzero.Block, data: memoryview) -> Block:

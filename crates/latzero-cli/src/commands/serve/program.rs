@@ -11,6 +11,7 @@ use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitSta
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use latzero::{Bytes, Data, HandlerError, Request};
+use latzero_server::settings::SDK_VARIABLES;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
@@ -241,11 +242,17 @@ fn too_long() -> HandlerError {
     ))
 }
 
+/// LatZero's own variables that programs get: where the server is, and how the client libraries
+/// work.
+fn passed_on() -> impl Iterator<Item = &'static str> {
+    SERVER_VARIABLES.into_iter().chain(SDK_VARIABLES)
+}
+
 /// Whether programs that answer other apps get a variable: none with a secret in it, and of
-/// LatZero's own only those that say where the server is.
+/// LatZero's own only [`passed_on`].
 fn is_passed_on(name: &OsStr, value: &OsStr, admin_token: Option<&OsStr>) -> bool {
     let (name, value) = (name.to_string_lossy(), value.to_string_lossy());
-    let is_known = !name.starts_with("LATZERO_") || SERVER_VARIABLES.contains(&name.as_ref());
+    let is_known = !name.starts_with("LATZERO_") || passed_on().any(|known| known == name);
     let token = admin_token.map(OsStr::to_string_lossy);
     let has_token = token.is_some_and(|token| !token.is_empty() && value.contains(token.as_ref()));
     // Keys of pools and of apps, whatever the variable is called.
@@ -556,6 +563,8 @@ fn is_for_later(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory as _;
+
     use super::*;
 
     #[test]
@@ -622,10 +631,12 @@ mod tests {
             is_passed_on(name.as_ref(), value.as_ref(), Some("f00d".as_ref()))
         };
         assert!(is_passed_on("LATZERO_DATA_DIR", "x"));
+        assert!(is_passed_on("LATZERO_DEBUG", "1"));
         assert!(is_passed_on("MY_TOKEN", "x"));
         for (name, value) in [
             ("LATZERO_ADMIN_TOKEN", "f00d"),
             ("LATZERO_LOCKS", "x"),
+            ("LATZERO_KEYS", "x"),
             ("LATZERO_ANYTHING", "x"),
             ("MY_TOKEN", "bearer f00d"),
             ("VAULT", "lzs1_AAEC lzc1_ICEi"),
@@ -634,5 +645,20 @@ mod tests {
         ] {
             assert!(!is_passed_on(name, value), "{name}={value}");
         }
+    }
+
+    #[test]
+    fn the_help_names_the_variables_that_are_passed_on() {
+        let cli = crate::args::Cli::command();
+        let serve = cli.find_subcommand("serve").expect("there is one");
+        let help = serve.get_after_help().expect("it has one").to_string();
+        let (_, list) = help.split_once("are passed on:").expect("it says so");
+        let (list, _) = list.split_once('.').expect("the sentence ends");
+        let named = list.split([',', ' ', '\n']).filter(|word| !word.is_empty());
+        let named: Vec<_> = named.filter(|word| *word != "and").collect();
+        let expected: Vec<_> = super::passed_on()
+            .map(|name| name.trim_start_matches("LATZERO_"))
+            .collect();
+        assert_eq!(named, expected);
     }
 }

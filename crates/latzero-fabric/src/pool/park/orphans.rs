@@ -162,7 +162,7 @@ impl<D: Driver> DurableCalls<'_, D> {
         (handler, process): (MemberKey, Option<TriggerName>),
     ) {
         // Read from the call only if its handler no longer served the trigger.
-        let read = || durable.read(|trigger| TriggerName::new(&*trigger.process).ok())?;
+        let read = || durable.read(|trigger| TriggerName::new(&trigger.process).ok())?;
         let process = process.or_else(read).expect("it was read when it arrived");
         let app = self.members.at(handler).map_or("?", |m| m.app.as_str());
         let cause = format!("handler '{app}' disconnected before it answered");
