@@ -25,7 +25,7 @@ use latzero_tests::vault::{
     JOIN, READ, WRITE, bound, builder, code, exchange, key_set, keys, member, proof_for, prove,
     raw, vault, with_keys,
 };
-use latzero_tests::{Server, Via, Wire, eventually};
+use latzero_tests::{Server, TIMEOUT, Via, Wire, eventually};
 use serde_json::{Value, json};
 
 /// Creates a file with the permissions of a key file.
@@ -265,6 +265,45 @@ fn guessing_over_tcp_is_rate_limited() {
     }
     wire.send(&json!({"action": "handshake", "app_id": "late"}));
     assert_eq!(wire.receive()["status"], "ok");
+}
+
+/// A connection that closes while it is not read is gone at once: it holds no descriptor after it no
+/// longer counts as a connection.
+#[test]
+fn whoever_guesses_and_leaves_holds_no_descriptor() {
+    let server = Server::start();
+    let mut admin = server.app(Via::Unix, json!({"app_id": "admin"}));
+    let mut held = || {
+        let stats = admin.request(json!({"action": "stats"}))["response"].clone();
+        let count = |value: &Value| value.as_u64().unwrap();
+        (
+            count(&stats["transport"]["connections"]),
+            count(&stats["resources"]["descriptors"]),
+        )
+    };
+    guess(&server);
+    eventually(|| held().0 == 1);
+    let before = held();
+    let mut wires = Vec::new();
+    for _ in 0..20 {
+        let mut wire = server.connect(Via::Tcp);
+        wire.request(json!({"action": "challenge"}));
+        wire.send(&json!({
+            "id": "p", "action": "app_proof", "app_id": "a", "app_key": text::encode(&[1; 32]),
+            "client_nonce": text::encode(&[1; 32]), "sig": text::encode(&[1; 64]),
+            "cb_type": "none",
+        }));
+        // With an unread reply the end is a reset, which the server gets without reading.
+        assert!(wire.has_more(TIMEOUT));
+        wires.push(wire);
+    }
+    drop(wires);
+    let mut now = held();
+    eventually(|| {
+        now = held();
+        now.0 == before.0
+    });
+    assert_eq!(now, before);
 }
 
 /// A proof may wait behind requests that are being stored. It costs its connection a rest then too,
