@@ -282,14 +282,23 @@ struct PoolEntry<D: Driver> {
 impl<D: Driver> PoolEntry<D> {
     /// What an app may do here.
     fn rights(&self, actor: &Actor<'_>) -> Rights {
-        match self.owner.as_ref() == Some(actor.app) {
+        match self.is_owned_by(actor) {
             true => Rights::ALL,
             false => self.policy.rights(actor),
         }
     }
 
+    /// Whether an app has one right here.
+    fn allows(&self, right: Right, actor: &Actor<'_>) -> bool {
+        self.is_owned_by(actor) || self.policy.allows(right, actor)
+    }
+
     fn admits(&self, actor: &Actor<'_>) -> bool {
-        self.rights(actor).have(Right::Join)
+        self.allows(Right::Join, actor)
+    }
+
+    fn is_owned_by(&self, actor: &Actor<'_>) -> bool {
+        self.owner.as_ref() == Some(actor.app)
     }
 }
 

@@ -358,7 +358,7 @@ impl<D: Driver> Registry<D> {
             if !entry.admits(actor) {
                 return Err(refusals::pool_not_open(actor.app, name));
             }
-            if !entry.rights(actor).have(Right::Serve) {
+            if !entry.allows(Right::Serve, actor) {
                 return Err(refusals::may_not_serve(actor.app, name));
             }
             if spec.privileged {
