@@ -115,8 +115,6 @@ refusals! {
          encrypted pools alone"
     Forbidden triggers_in_system_pool(trigger, pool)
         "trigger '{trigger}' cannot be served in pool '{pool}', which belongs to the server"
-    Forbidden may_not_serve(app, pool)
-        "app '{app}' may not serve triggers in pool '{pool}' (the pool's policy \"serve\")"
     Forbidden right_is_denied(right, pool)
         "the policy of pool '{pool}' does not give this app the right '{right}'"
     Storage policy_is_invalid(pool) "the policy of pool '{pool}' is invalid"

@@ -359,7 +359,8 @@ impl<D: Driver> Registry<D> {
                 return Err(refusals::pool_not_open(actor.app, name));
             }
             if !entry.allows(Right::Serve, actor) {
-                return Err(refusals::may_not_serve(actor.app, name));
+                let right = Right::Serve.as_str();
+                return Err(refusals::right_is_denied(right, name));
             }
             if spec.privileged {
                 return Err(refusals::privileged_in_plain_pool(&spec.name, name));
