@@ -16,6 +16,7 @@ mod sealed;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Deref;
 use std::sync::{Arc, Weak};
 
 use latzero_crypto::Suite;
@@ -103,20 +104,12 @@ pub struct Instance<D: Driver> {
     is_known: bool,
 }
 
-/// An instance's membership in one pool.
+/// An instance's membership in one pool. It has the fields of its [`Entrance`].
 pub struct Membership<D: Driver> {
-    /// The pool's name.
-    pub name: PoolName,
-    /// The pool's number, which is part of the ids of its calls.
-    pub number: u32,
-    /// The pool's handle.
-    pub pool: D::Pool,
+    /// The pool, and what the app may do there.
+    pub entrance: Entrance<D>,
     /// The place.
     pub member: MemberKey,
-    /// What the pool's policy lets the app do.
-    pub rights: Rights,
-    /// What was proved, where the pool is encrypted.
-    pub grant: Option<Grant>,
 }
 
 /// What a member of an encrypted pool proved.
@@ -128,35 +121,26 @@ pub struct Grant {
     pub suite: Suite,
 }
 
-/// How a member serves a trigger in a pool, if at all. In an encrypted pool readers may listen, but
-/// not keep other readers from sending; elsewhere nothing can be privileged.
-fn served_as(grant: Option<Grant>, spec: &TriggerSpec) -> Option<Cow<'_, TriggerSpec>> {
-    match grant.map(|grant| grant.roles) {
-        None => (!spec.privileged).then_some(Cow::Borrowed(spec)),
-        Some(Roles::Write) => Some(Cow::Borrowed(spec)),
-        Some(Roles::Read) if spec.concurrency == Some(0) => Some(Cow::Owned(TriggerSpec {
-            privileged: false,
-            ..spec.clone()
-        })),
-        Some(Roles::Read | Roles::Join) => None,
-    }
-}
-
 impl<D: Driver> Entrance<D> {
-    /// How a trigger is served here, if it is.
+    /// How a trigger is served here, if at all. In an encrypted pool readers may listen, but not
+    /// keep other readers from sending; elsewhere nothing can be privileged.
     pub(crate) fn served_as<'a>(&self, spec: &'a TriggerSpec) -> Option<Cow<'a, TriggerSpec>> {
-        let spec = self.rights.have(Right::Serve).then_some(spec)?;
-        served_as(self.grant, spec)
+        if !self.rights.have(Right::Serve) {
+            return None;
+        }
+        match self.grant.map(|grant| grant.roles) {
+            None => (!spec.privileged).then_some(Cow::Borrowed(spec)),
+            Some(Roles::Write) => Some(Cow::Borrowed(spec)),
+            Some(Roles::Read) if spec.concurrency == Some(0) => Some(Cow::Owned(TriggerSpec {
+                privileged: false,
+                ..spec.clone()
+            })),
+            Some(Roles::Read | Roles::Join) => None,
+        }
     }
 }
 
 impl<D: Driver> Membership<D> {
-    /// How a trigger is served here, if it is.
-    pub(crate) fn served_as<'a>(&self, spec: &'a TriggerSpec) -> Option<Cow<'a, TriggerSpec>> {
-        let spec = self.rights.have(Right::Serve).then_some(spec)?;
-        served_as(self.grant, spec)
-    }
-
     /// Checks a trigger that names this pool, if it is encrypted; the registry checks the others.
     ///
     /// # Errors
@@ -234,21 +218,25 @@ impl<D: Driver> Membership<D> {
 impl<D: Driver> Clone for Membership<D> {
     fn clone(&self) -> Self {
         Membership {
-            name: self.name.clone(),
-            number: self.number,
-            pool: self.pool.clone(),
+            entrance: self.entrance.clone(),
             member: self.member,
-            rights: self.rights,
-            grant: self.grant,
         }
     }
 }
 
-/// A pool to join.
+impl<D: Driver> Deref for Membership<D> {
+    type Target = Entrance<D>;
+
+    fn deref(&self) -> &Entrance<D> {
+        &self.entrance
+    }
+}
+
+/// A pool that an instance joins or is in.
 pub struct Entrance<D: Driver> {
     /// Its name.
     pub name: PoolName,
-    /// Its number.
+    /// Its number, which is part of the ids of its calls.
     pub number: u32,
     /// Its handle.
     pub pool: D::Pool,
@@ -256,6 +244,16 @@ pub struct Entrance<D: Driver> {
     pub rights: Rights,
     /// What was proved, where the pool is encrypted.
     pub grant: Option<Grant>,
+}
+
+impl<D: Driver> Clone for Entrance<D> {
+    fn clone(&self) -> Self {
+        Entrance {
+            name: self.name.clone(),
+            pool: self.pool.clone(),
+            ..*self
+        }
+    }
 }
 
 struct PoolEntry<D: Driver> {
