@@ -100,6 +100,8 @@ pub struct Instance<D: Driver> {
     pub memberships: Vec<Membership<D>>,
     exclusive: bool,
     since: Time,
+    /// Its user, if the kernel reports it.
+    uid: Option<u32>,
     /// Whether it is authenticated: as a user of this machine, or with the app's key.
     is_known: bool,
 }
@@ -555,6 +557,13 @@ impl<D: Driver> Registry<D> {
         self.instances -= gone.len();
         self.mark_offline(app_id, turn);
         gone
+    }
+
+    /// The user of an instance, if it is connected and the kernel reports it.
+    #[must_use]
+    pub fn uid_of(&self, app: &AppId, instance: InstanceId) -> Option<u32> {
+        let instances = &self.apps.get(app)?.instances;
+        instances.iter().find(|i| i.id == instance)?.uid
     }
 
     /// What is known about an app that is not in a pool.

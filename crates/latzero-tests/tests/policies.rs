@@ -128,8 +128,16 @@ fn a_rule_names_users_whichever_app_they_use() {
     assert!(joins(&mut here));
     let mut far = server.app(Via::Tcp, json!({"app_id": "far"}));
     assert!(!joins(&mut far));
-    let list = far.request(json!({"action": "pool_list"}));
-    assert!(!list.to_string().contains("lab"), "{list}");
+    // Each way of listing shows the pool to those that may join it.
+    for (wire, is_shown) in [(&mut here, true), (&mut far, false)] {
+        let joined = wire.request(json!({"action": "pool_join", "pool": "system"}));
+        assert_eq!(code(&joined), "ok");
+        let call = |name| json!({"action": "trigger", "process": name, "pool": "system"});
+        for request in [json!({"action": "pool_list"}), call("pools"), call("apps")] {
+            let reply = wire.request(request);
+            assert_eq!(reply.to_string().contains("lab"), is_shown, "{reply}");
+        }
+    }
 
     let server = Server::start();
     lab(&server, &json!({"join": {"deny": [format!("uid:{uid}")]}}));

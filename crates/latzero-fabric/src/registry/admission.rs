@@ -214,6 +214,7 @@ impl<D: Driver> Registry<D> {
             memberships: Vec::new(),
             exclusive: handshake.exclusive,
             since: now,
+            uid: who.uid,
             is_known: is_known_now,
         });
         // From now on it belongs to its newest user.
