@@ -271,7 +271,8 @@ happens when this command ends, even by SIGKILL.
 Environment: LATZERO_TRIGGER, LATZERO_POOL, LATZERO_CALLER (AppID), LATZERO_CALLER_INSTANCE,
 LATZERO_HEADERS (a JSON object), LATZERO_DEADLINE (Unix time in ms), LATZERO_ATTEMPT, LATZERO_ID.
 Of other LATZERO_ variables only those that say where the server is are passed on: URL, SOCKET,
-HOST, PORT and DATA_DIR. No variable with the admin token or a key of a pool or an app is.
+HOST, PORT and DATA_DIR. A variable whose value contains the admin token, a pool key or an app key
+is never passed on.
 The server does not remember this handler unless --app is given. After Ctrl-C it takes no new calls,
 waits up to 5 seconds for the running ones, and exits.")]
     Serve(ServeArgs),
@@ -1112,11 +1113,11 @@ pub(crate) struct PoolCreateArgs {
     /// Like --encrypted, but blocks are not encrypted; the keys decide who can open them
     #[arg(long)]
     pub(crate) gated: bool,
-    /// Who alone may join, serve, call, emit, read or write, like join=alice,uid:1000; may be
-    /// repeated
+    /// Limit a right (join, serve, call, emit, read, write) to these, like join=alice,uid:1000; may
+    /// be repeated
     #[arg(long, value_name = "RIGHT=WHO,…", value_parser = parse::pair)]
     pub(crate) policy: Vec<(String, String)>,
-    /// Who may not, like call=bob; may be repeated
+    /// Deny a right to these, like call=bob; may be repeated
     #[arg(long, value_name = "RIGHT=WHO,…", value_parser = parse::pair)]
     pub(crate) deny: Vec<(String, String)>,
     /// A property that every app can see; may be repeated

@@ -2,8 +2,8 @@
 //!
 //! A policy has a rule for each right that it restricts. A rule allows some, or everybody but those
 //! that it denies. They are named by AppID, by user (`uid:1000`), or by the key that the app proved
-//! (`key:…`, its public key): an AppID alone is only as good as whoever used it first. Who denies a
-//! user denies all whose user is unknown, because that user could come over TCP.
+//! (`key:…`, its public key): an AppID alone is only as good as whoever used it first. A rule that
+//! denies a user also denies apps whose user is unknown, because that user could connect over TCP.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -168,7 +168,7 @@ impl Rule {
     fn allows(&self, actor: &Actor<'_>) -> bool {
         let is_allowed = |allow: &[Subject]| allow.iter().any(|subject| subject.is(actor));
         let is_denied = |subject: &Subject| match subject {
-            // Otherwise that user would come over TCP.
+            // Otherwise that user could get in over TCP.
             Subject::Uid(_) if actor.uid.is_none() => true,
             subject => subject.is(actor),
         };
