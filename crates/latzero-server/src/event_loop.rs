@@ -6,7 +6,7 @@
 //! turns.
 //!
 //! A message is never handed to another thread on its way. Measured against a runtime's tasks this
-//! saves a wakeup per hop: sockets are watched for reading alone, and for writing only while the
+//! saves a wakeup per hop: sockets are watched for reading, and for writing only while the
 //! kernel takes nothing, because a Unix socket otherwise reports "writable" each time its peer
 //! reads. Those with TLS are always watched for both: TLS writes by itself too, and TCP reports
 //! "writable" only if it was full.

@@ -220,7 +220,7 @@ fn an_answer_belongs_to_its_call_and_the_server_s_own_word_is_marked() {
     });
     let error = call(2).unwrap_err();
     assert_eq!(error.kind(), Code::Integrity, "another status");
-    // It may end a call, and the error says that this is the server's word alone.
+    // It may end a call, and the error says that this is only the server's word.
     relay.change("response", |(json, _)| {
         let error = json!({"code": "refund_denied", "message": "no", "ran": "no"});
         let answer = json!({
@@ -254,7 +254,7 @@ fn a_privileged_handler_sees_nothing_that_the_server_changed() {
         let call = writer.call("admin", &number).privileged();
         call.timeout(Duration::from_millis(200)).send::<u64>()
     };
-    // Where the kind and its signature are in an envelope: section 9 of the description of keys.
+    // The offset of the kind in an envelope; see `latzero_crypto::envelope`.
     const KIND: usize = 28;
     let of_kind = |kind: u8, has_signature: bool| -> Change {
         Box::new(move |(json, sealed)| {

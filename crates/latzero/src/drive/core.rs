@@ -42,8 +42,8 @@ pub(crate) const TICK: Duration = Duration::from_millis(250);
 pub(crate) enum DriverKind {
     /// Threads of this crate.
     Threads,
-    /// A task on the caller's tokio runtime, or its own event loop: it is woken, and alone reads
-    /// and runs handlers.
+    /// A task on the caller's tokio runtime, or its own event loop: it is woken, and nothing
+    /// else reads or runs handlers.
     Woken,
 }
 
