@@ -886,11 +886,10 @@ fn keys_decide_access_to_memory_in_a_gated_pool() {
     );
 }
 
-/// Whoever measures how long a refusal takes learns nothing: not whether a pool exists, nor which
-/// signature is wrong.
+/// A refusal does not say whether a pool exists, nor which signature is wrong. That it takes the same
+/// time too is measured by `cargo xtask bench keys`.
 #[test]
-fn every_cause_of_a_refusal_takes_the_same_time() {
-    const ROUNDS: usize = 40;
+fn every_cause_of_a_refusal_looks_the_same() {
     let (server, set) = vault();
     let other = key_set(2);
     let mut maker = server.app(Via::Unix, json!({"app_id": "plain"}));
@@ -902,36 +901,22 @@ fn every_cause_of_a_refusal_takes_the_same_time() {
         ("no such pool", "nothing", &set, "asker"),
         ("a pool that is not encrypted", "open", &set, "asker"),
     ];
-    let mut times = [const { Vec::new() }; 6];
-    // In turn, so that whatever else the machine does affects all of them.
-    for _ in 0..ROUNDS {
-        for (at, (why, pool, keys, app)) in causes.into_iter().enumerate() {
-            let mut wire = server.app(Via::Unix, json!({"app_id": "asker", "pools": []}));
-            let mut proof = proof_for(&mut wire, bound(&server), keys, pool, app, WRITE);
-            if why.starts_with("the last") {
-                proof["proof"]["sig_write"] = proof["proof"]["sig_read"].clone();
-            }
-            let mut refused = |times: &mut Vec<Duration>| {
-                let asked = std::time::Instant::now();
-                let reply = wire.request(proof.clone());
-                times.push(asked.elapsed());
-                assert_eq!(code(&reply), "unauthenticated", "{why}: {reply}");
-                assert_eq!(reply["error"]["message"], "the proof was not accepted");
-            };
-            refused(&mut times[at]);
-            // Once more without a challenge, which is refused unchecked: a difference would show.
-            refused(&mut times[5]);
+    let mut replies = BTreeSet::new();
+    for (why, pool, keys, app) in causes {
+        let mut wire = server.app(Via::Unix, json!({"app_id": "asker", "pools": []}));
+        let mut proof = proof_for(&mut wire, bound(&server), keys, pool, app, WRITE);
+        if why.starts_with("the last") {
+            proof["proof"]["sig_write"] = proof["proof"]["sig_read"].clone();
+        }
+        // The second time without a challenge.
+        for _ in 0..2 {
+            let reply = wire.request(proof.clone());
+            assert_eq!(code(&reply), "unauthenticated", "{why}: {reply}");
+            assert_eq!(reply["error"]["message"], "the proof was not accepted");
+            replies.insert(reply.to_string());
         }
     }
-    // The shorter ones were disturbed least.
-    let [times @ .., unchecked] = times.map(|mut times| {
-        times.sort();
-        times[times.len() / 4]
-    });
-    println!("unchecked {unchecked:?}, checked {times:?}");
-    let (least, most) = (times.iter().min().unwrap(), times.iter().max().unwrap());
-    assert!(unchecked * 3 < *least * 2, "{unchecked:?} {times:?}");
-    assert!(*most * 3 < *least * 4, "{unchecked:?} {times:?}");
+    assert_eq!(replies.len(), 1, "{replies:?}");
 }
 
 /// A proof with invalid signatures.
