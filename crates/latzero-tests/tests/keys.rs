@@ -9,8 +9,7 @@
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::PermissionsExt as _;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -22,25 +21,11 @@ use latzero_crypto::proof::{self, ChannelBinding, Exchange};
 use latzero_crypto::text;
 use latzero_protocol::frame;
 use latzero_tests::vault::{
-    JOIN, READ, WRITE, bound, builder, code, exchange, key_set, keys, member, proof_for, prove,
-    raw, vault, with_keys,
+    JOIN, READ, WRITE, bound, builder, code, exchange, key_set, keys, member, private_file,
+    proof_for, prove, raw, vault, with_keys,
 };
 use latzero_tests::{Server, TIMEOUT, Via, Wire, eventually};
 use serde_json::{Value, json};
-
-/// Creates a file with the permissions of a key file.
-fn private_file(dir: &Path, name: &str, content: &str) -> PathBuf {
-    let path = dir.join(name);
-    let mut options = std::fs::OpenOptions::new();
-    let mut file = options
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&path)
-        .unwrap();
-    file.write_all(content.as_bytes()).unwrap();
-    path
-}
 
 fn over_tcp(server: &Server, app: &str) -> Builder {
     latzero::App::builder(&format!("latzero://{app}@{}", server.0.tcp()))
@@ -51,8 +36,8 @@ fn an_app_id_with_a_key_belongs_to_its_holder() {
     let mut server = Server::start();
     let dir = server.0.data_dir().to_owned();
     let line = |seed: u8| app_key::AppKey::new(Secret::new([seed; 32])).to_text();
-    let file = private_file(&dir, "shop", &format!("{}\n", line(1).as_str()));
-    let other = private_file(&dir, "other", line(2).as_str());
+    let file = private_file(&dir.join("shop"), &format!("{}\n", line(1).as_str()));
+    let other = private_file(&dir.join("other"), line(2).as_str());
     let key = AppKey::from_file(&file).unwrap();
     let app = App::connect_with(builder(&server, "shop").app_key(key.clone())).unwrap();
     app.close().unwrap();
@@ -133,7 +118,7 @@ fn a_relay_on_the_port_gets_no_proof() {
         (kind, sent.contains("client_nonce"))
     };
     let line = app_key::AppKey::new(Secret::new([1; 32])).to_text();
-    let file = private_file(server.0.data_dir(), "shop", line.as_str());
+    let file = private_file(&server.0.data_dir().join("shop"), line.as_str());
     let key = AppKey::from_file(&file).unwrap();
     let with_app_key = |url: &str| latzero::App::builder(url).app_key(key.clone());
     assert_eq!(proofs(&with_app_key), (Code::Downgrade, false));

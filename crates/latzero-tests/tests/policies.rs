@@ -5,12 +5,10 @@
     reason = "a test that can't go on says where by panicking"
 )]
 
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
-
 use latzero::AppKey;
 use latzero::blocking::App;
 use latzero_crypto::{app_key, keys::Secret, text};
-use latzero_tests::vault::{builder, code};
+use latzero_tests::vault::{builder, code, private_file};
 use latzero_tests::{Server, Via, Wire};
 use serde_json::{Value, json};
 
@@ -162,16 +160,10 @@ fn a_rule_names_keys() {
     let key = app_key::AppKey::new(Secret::new([1; 32]));
     let public = text::encode(&key.signing_key().public().to_bytes());
     lab(&server, &json!({"join": [format!("key:{public}")]}));
-    let path = server.0.data_dir().join("shop.key");
-    let mut options = std::fs::OpenOptions::new();
-    let mut file = options
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&path)
-        .unwrap();
-    std::io::Write::write_all(&mut file, key.to_text().as_bytes()).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let path = private_file(
+        &server.0.data_dir().join("shop.key"),
+        key.to_text().as_str(),
+    );
     let key = AppKey::from_file(&path).unwrap();
     let shop = App::connect_with(builder(&server, "shop").app_key(key)).unwrap();
     shop.join("lab").unwrap();
