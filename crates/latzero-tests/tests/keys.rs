@@ -252,8 +252,8 @@ fn guessing_over_tcp_is_rate_limited() {
     assert_eq!(wire.receive()["status"], "ok");
 }
 
-/// A connection that closes while it is not read is gone at once: it holds no descriptor after it no
-/// longer counts as a connection.
+/// A connection that closes while it is not read is gone at once: it holds no descriptor once it
+/// no longer counts as a connection.
 #[test]
 fn whoever_guesses_and_leaves_holds_no_descriptor() {
     let server = Server::start();
@@ -871,8 +871,8 @@ fn keys_decide_access_to_memory_in_a_gated_pool() {
     );
 }
 
-/// A refusal does not say whether a pool exists, nor which signature is wrong. That it takes the same
-/// time too is measured by `cargo xtask bench keys`.
+/// A refusal does not say whether a pool exists, nor which signature is wrong. Whether it takes the
+/// same time too is measured by `cargo xtask bench keys`.
 #[test]
 fn every_cause_of_a_refusal_looks_the_same() {
     let (server, set) = vault();

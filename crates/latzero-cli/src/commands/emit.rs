@@ -43,7 +43,7 @@ pub(crate) fn run(args: &EmitArgs, output: &Output) -> CommandResult {
             error,
         )
     })?;
-    // The server can't see that the signature is missing. What reached nobody was dropped by nobody.
+    // The server can't see that the signature is missing. What reached nobody was not dropped.
     let is_encrypted = proved(&args.reach, &target).is_some();
     if delivered > 0
         && is_encrypted
