@@ -1,4 +1,4 @@
-"""Sorts messages to a support desk into topics. It trains at the start, with numpy alone.
+"""Sorts messages to a support desk into topics. It trains at the start, with only numpy.
 
 A message is a vector that counts its words. The caller makes the vectors, all of them as one block
 of shared memory, and the handler reads them in place. `web.mjs` is such a caller.

@@ -179,7 +179,7 @@ pub(crate) fn check() -> Done {
                 .any(|line| line.trim_start().starts_with("unsafe ") || line.contains("unsafe {"))
         {
             faults.push(format!(
-                "{shown}: `unsafe` belongs into {} alone",
+                "{shown}: `unsafe` belongs only in {}",
                 UNSAFE.join(" and ")
             ));
         }

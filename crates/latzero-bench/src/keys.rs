@@ -3,11 +3,13 @@
 //!
 //! Caller and handler are two apps of this process, so that the two pools differ only in the keys.
 //! Turns are interleaved, and the encrypted pool is reported as a multiple of the plain one. In
-//! addition, the time to seal a large message is compared with the cipher alone, and calls are
-//! timed beside clients that try to send 10,000 wrong proofs a second.
+//! addition, the time to seal a large message is compared with the cipher alone, calls are timed
+//! beside clients that try to send 10,000 wrong proofs a second, and so are refusals of proofs with
+//! different faults.
 
 mod blocks;
 mod joins;
+mod refusals;
 mod tls;
 
 use std::time::Instant;
@@ -37,6 +39,9 @@ const TLS_RATIO_MAX: f64 = 1.4;
 
 /// The largest ratio of the 99th percentile of a call's time beside wrong proofs to that without.
 const JOINS_RATIO_MAX: f64 = 1.2;
+
+/// The largest ratio between the times of refusing proofs with different faults.
+const REFUSALS_RATIO_MAX: f64 = 1.1;
 
 /// The longest that a TLS handshake may occupy a loop, in microseconds.
 const HANDSHAKE_MICROS_MAX: f64 = 1000.0;
@@ -112,6 +117,7 @@ pub(crate) fn run(args: &KeysArgs) -> Result<Results, Failure> {
         ))
     })?;
     let (joins, guessed) = joins::measure(rounds, calls, placement)?;
+    let refusals = placement.run(|| refusals::measure(args.quick))?;
     let middle = |outcomes: &[Outcome], of: fn(&Latency) -> u64| {
         let micros = |outcome: &Outcome| Some(of(outcome.latency.as_ref()?) as f64 / 1000.0);
         median(outcomes.iter().filter_map(micros).collect()).expect("there is a round")
@@ -155,6 +161,12 @@ pub(crate) fn run(args: &KeysArgs) -> Result<Results, Failure> {
         Finding::new("another client's call: p99", alone, Unit::Micros),
         Finding::new("beside the wrong proofs: p99", beside, Unit::Micros),
         Finding::new("beside ÷ alone", beside / alone, Unit::Ratio).expect_at_most(JOINS_RATIO_MAX),
+        Finding::new(
+            "refusing a proof: the slowest cause ÷ the fastest",
+            refusals,
+            Unit::Ratio,
+        )
+        .expect_at_most(REFUSALS_RATIO_MAX),
     ];
     let sheet = Sheet {
         bench: "keys",

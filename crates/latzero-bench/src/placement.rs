@@ -96,7 +96,7 @@ mod cpus {
         on(&one, &before, act)
     }
 
-    /// Runs `act` with this thread on all CPUs but that of [`on_one`], unless there is one alone.
+    /// Runs `act` with this thread on all CPUs but that of [`on_one`], unless there is only one.
     pub(super) fn on_others<T>(act: impl FnOnce() -> T) -> Result<T, Failure> {
         let before = affinity(None).during("read this thread's CPUs")?;
         let mut others = before;

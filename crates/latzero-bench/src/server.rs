@@ -176,7 +176,7 @@ impl Memory {
     fn of(pid: u32) -> Result<Self, Failure> {
         let path = format!("/proc/{pid}/smaps_rollup");
         let text = std::fs::read_to_string(&path)
-            .during(format!("read {path} (memory is measured on Linux alone)"))?;
+            .during(format!("read {path} (memory is measured only on Linux)"))?;
         Self::parse(&text).ok_or_else(|| Failure::said(format!("{path} is not as expected")))
     }
 

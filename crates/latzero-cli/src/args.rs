@@ -272,7 +272,7 @@ Environment: LATZERO_TRIGGER, LATZERO_POOL, LATZERO_CALLER (AppID), LATZERO_CALL
 LATZERO_HEADERS (a JSON object), LATZERO_DEADLINE (Unix time in ms), LATZERO_ATTEMPT, LATZERO_ID.
 Of other LATZERO_ variables only those that say where the server is and how the client libraries
 work are passed on: URL, SOCKET, HOST, PORT, DATA_DIR, BIN, DEBUG, NODE_DRIVER and NO_EXTERNAL.
-No variable with the admin token or a key of a pool or an app is.
+A variable whose value contains the admin token, a pool key or an app key is never passed on.
 The server does not remember this handler unless --app is given. After Ctrl-C it takes no new calls,
 waits up to 5 seconds for the running ones, and exits.")]
     Serve(ServeArgs),
@@ -1125,11 +1125,11 @@ pub(crate) struct PoolCreateArgs {
     /// Like --encrypted, but blocks are not encrypted; the keys decide who can open them
     #[arg(long)]
     pub(crate) gated: bool,
-    /// Who alone may join, serve, call, emit, read or write, like join=alice,uid:1000; may be
-    /// repeated
+    /// Limit a right (join, serve, call, emit, read, write) to these, like join=alice,uid:1000; may
+    /// be repeated
     #[arg(long, value_name = "RIGHT=WHO,…", value_parser = parse::pair)]
     pub(crate) policy: Vec<(String, String)>,
-    /// Who may not, like call=bob; may be repeated
+    /// Deny a right to these, like call=bob; may be repeated
     #[arg(long, value_name = "RIGHT=WHO,…", value_parser = parse::pair)]
     pub(crate) deny: Vec<(String, String)>,
     /// A property that every app can see; may be repeated

@@ -185,6 +185,13 @@ pub enum KeyError {
     AppKey,
 }
 
+/// Whether a text contains what looks like a token or an app key.
+#[must_use]
+pub fn holds_secret(text: &str) -> bool {
+    let prefixes = Kind::ALL.map(Kind::prefix);
+    text.contains(crate::app_key::PREFIX) || prefixes.iter().any(|prefix| text.contains(prefix))
+}
+
 /// Checks a raw key: exactly 32 bytes, which are not all printable.
 ///
 /// # Errors

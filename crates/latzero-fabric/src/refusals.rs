@@ -71,7 +71,7 @@ refusals! {
          choose another AppID"
     Forbidden name_of_server(app) "AppID '{app}' is the server's own; choose another"
     Forbidden name_of_tool(app, uid)
-        "AppID '{app}' is for user {uid} on the Unix socket alone; choose another"
+        "AppID '{app}' is only for user {uid} on the Unix socket; choose another"
     Forbidden name_not_certified(app, names)
         "your TLS certificate is for {names}, not for AppID '{app}'; use a certificate that names \
          it as latzero://{app}"
@@ -108,12 +108,10 @@ refusals! {
         "trigger '{trigger}' of pool '{pool}' is privileged: only members that may write can \
          call it or emit to it"
     BadMessage privileged_in_plain_pool(trigger, pool)
-        "trigger '{trigger}' is privileged, and pool '{pool}' is not encrypted: serve it in \
-         encrypted pools alone"
+        "trigger '{trigger}' is privileged, and pool '{pool}' is not encrypted; serve it only \
+         in encrypted pools"
     Forbidden triggers_in_system_pool(trigger, pool)
         "trigger '{trigger}' cannot be served in pool '{pool}', which belongs to the server"
-    Forbidden may_not_serve(app, pool)
-        "app '{app}' may not serve triggers in pool '{pool}' (the pool's policy \"serve\")"
     Forbidden right_is_denied(right, pool)
         "the policy of pool '{pool}' does not give this app the right '{right}'"
     Storage policy_is_invalid(pool) "the policy of pool '{pool}' is invalid"
@@ -282,8 +280,8 @@ refusals! {
     BadMessage sealed_block_is_raw()
         "a sealed block has snapshots; \"consistency\":\"raw\" has none"
     BadMessage sealed_block_changed_by_server()
-        "the content of a sealed block is changed by clients alone: take its lock, and write a \
-         whole version"
+        "only clients change the content of a sealed block: take its lock, and write a whole \
+         version"
     BadMessage sealed_block_written_in_part()
         "a sealed block is written as a whole slot, at offset 0 and under its 'lock'"
     BadMessage block_uid_missing()

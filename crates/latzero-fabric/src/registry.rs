@@ -16,6 +16,7 @@ mod sealed;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Deref;
 use std::sync::{Arc, Weak};
 
 use latzero_crypto::Suite;
@@ -99,24 +100,18 @@ pub struct Instance<D: Driver> {
     pub memberships: Vec<Membership<D>>,
     exclusive: bool,
     since: Time,
+    /// Its user, if the kernel reports it.
+    uid: Option<u32>,
     /// Whether it is authenticated: as a user of this machine, or with the app's key.
     is_known: bool,
 }
 
-/// An instance's membership in one pool.
+/// An instance's membership in one pool. It has the fields of its [`Entrance`].
 pub struct Membership<D: Driver> {
-    /// The pool's name.
-    pub name: PoolName,
-    /// The pool's number, which is part of the ids of its calls.
-    pub number: u32,
-    /// The pool's handle.
-    pub pool: D::Pool,
+    /// The pool, and what the app may do there.
+    pub entrance: Entrance<D>,
     /// The place.
     pub member: MemberKey,
-    /// What the pool's policy lets the app do.
-    pub rights: Rights,
-    /// What was proved, where the pool is encrypted.
-    pub grant: Option<Grant>,
 }
 
 /// What a member of an encrypted pool proved.
@@ -128,25 +123,22 @@ pub struct Grant {
     pub suite: Suite,
 }
 
-/// How a member serves a trigger in a pool, if at all. In an encrypted pool readers may listen, but
-/// not keep other readers from sending; elsewhere nothing can be privileged.
-fn served_as(grant: Option<Grant>, spec: &TriggerSpec) -> Option<Cow<'_, TriggerSpec>> {
-    match grant.map(|grant| grant.roles) {
-        None => (!spec.privileged).then_some(Cow::Borrowed(spec)),
-        Some(Roles::Write) => Some(Cow::Borrowed(spec)),
-        Some(Roles::Read) if spec.concurrency == Some(0) => Some(Cow::Owned(TriggerSpec {
-            privileged: false,
-            ..spec.clone()
-        })),
-        Some(Roles::Read | Roles::Join) => None,
-    }
-}
-
 impl<D: Driver> Entrance<D> {
-    /// How a trigger is served here, if it is.
+    /// How a trigger is served here, if at all. In an encrypted pool readers may listen, but not
+    /// keep other readers from sending; elsewhere nothing can be privileged.
     pub(crate) fn served_as<'a>(&self, spec: &'a TriggerSpec) -> Option<Cow<'a, TriggerSpec>> {
-        let spec = self.rights.have(Right::Serve).then_some(spec)?;
-        served_as(self.grant, spec)
+        if !self.rights.have(Right::Serve) {
+            return None;
+        }
+        match self.grant.map(|grant| grant.roles) {
+            None => (!spec.privileged).then_some(Cow::Borrowed(spec)),
+            Some(Roles::Write) => Some(Cow::Borrowed(spec)),
+            Some(Roles::Read) if spec.concurrency == Some(0) => Some(Cow::Owned(TriggerSpec {
+                privileged: false,
+                ..spec.clone()
+            })),
+            Some(Roles::Read | Roles::Join) => None,
+        }
     }
 
     /// Whether answers to parked calls are delivered here: in an encrypted pool to readers.
@@ -156,12 +148,6 @@ impl<D: Driver> Entrance<D> {
 }
 
 impl<D: Driver> Membership<D> {
-    /// How a trigger is served here, if it is.
-    pub(crate) fn served_as<'a>(&self, spec: &'a TriggerSpec) -> Option<Cow<'a, TriggerSpec>> {
-        let spec = self.rights.have(Right::Serve).then_some(spec)?;
-        served_as(self.grant, spec)
-    }
-
     /// Checks a trigger that names this pool, if it is encrypted; the registry checks the others.
     ///
     /// # Errors
@@ -239,21 +225,25 @@ impl<D: Driver> Membership<D> {
 impl<D: Driver> Clone for Membership<D> {
     fn clone(&self) -> Self {
         Membership {
-            name: self.name.clone(),
-            number: self.number,
-            pool: self.pool.clone(),
+            entrance: self.entrance.clone(),
             member: self.member,
-            rights: self.rights,
-            grant: self.grant,
         }
     }
 }
 
-/// A pool to join.
+impl<D: Driver> Deref for Membership<D> {
+    type Target = Entrance<D>;
+
+    fn deref(&self) -> &Entrance<D> {
+        &self.entrance
+    }
+}
+
+/// A pool that an instance joins or is in.
 pub struct Entrance<D: Driver> {
     /// Its name.
     pub name: PoolName,
-    /// Its number.
+    /// Its number, which is part of the ids of its calls.
     pub number: u32,
     /// Its handle.
     pub pool: D::Pool,
@@ -261,6 +251,16 @@ pub struct Entrance<D: Driver> {
     pub rights: Rights,
     /// What was proved, where the pool is encrypted.
     pub grant: Option<Grant>,
+}
+
+impl<D: Driver> Clone for Entrance<D> {
+    fn clone(&self) -> Self {
+        Entrance {
+            name: self.name.clone(),
+            pool: self.pool.clone(),
+            ..*self
+        }
+    }
 }
 
 struct PoolEntry<D: Driver> {
@@ -287,14 +287,23 @@ struct PoolEntry<D: Driver> {
 impl<D: Driver> PoolEntry<D> {
     /// What an app may do here.
     fn rights(&self, actor: &Actor<'_>) -> Rights {
-        match self.owner.as_ref() == Some(actor.app) {
+        match self.is_owned_by(actor) {
             true => Rights::ALL,
             false => self.policy.rights(actor),
         }
     }
 
+    /// Whether an app has one right here.
+    fn allows(&self, right: Right, actor: &Actor<'_>) -> bool {
+        self.is_owned_by(actor) || self.policy.allows(right, actor)
+    }
+
     fn admits(&self, actor: &Actor<'_>) -> bool {
-        self.rights(actor).have(Right::Join)
+        self.allows(Right::Join, actor)
+    }
+
+    fn is_owned_by(&self, actor: &Actor<'_>) -> bool {
+        self.owner.as_ref() == Some(actor.app)
     }
 }
 
@@ -553,6 +562,13 @@ impl<D: Driver> Registry<D> {
         self.instances -= gone.len();
         self.mark_offline(app_id, turn);
         gone
+    }
+
+    /// The user of an instance, if it is connected and the kernel reports it.
+    #[must_use]
+    pub fn uid_of(&self, app: &AppId, instance: InstanceId) -> Option<u32> {
+        let instances = &self.apps.get(app)?.instances;
+        instances.iter().find(|i| i.id == instance)?.uid
     }
 
     /// What is known about an app that is not in a pool.

@@ -32,6 +32,15 @@ fn join(net: &mut Net, app: &str, more: &str) -> Peer {
     peer
 }
 
+/// Calls of 1 MiB that are redelivered.
+fn call_large(net: &mut Net, caller: Peer, ids: &[&str], more: &str) {
+    let text = "x".repeat(1 << 20);
+    for id in ids {
+        let call = format!(r#"{more}"redeliver":true,"data":"{text}""#);
+        net.call(caller, id, &call);
+    }
+}
+
 /// The calls that a client has received: their ids at the handler, and their data.
 fn calls(net: &mut Net, peer: Peer) -> Vec<Value> {
     let messages = net.messages(peer).into_iter().map(|m| m.json);
@@ -467,10 +476,7 @@ fn large_calls_are_redelivered_over_several_steps() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     let first = join(&mut net, "handler", r#""triggers":["t"]"#);
-    let text = "x".repeat(1 << 20);
-    for id in ["1", "2", "3", "4"] {
-        net.call(caller, id, &format!(r#""redeliver":true,"data":"{text}""#));
-    }
+    call_large(&mut net, caller, &["1", "2", "3", "4"], "");
     assert_eq!(calls(&mut net, first).len(), 4);
     let second = join(&mut net, "handler", r#""triggers":["t"]"#);
     net.hang_up(first);
@@ -491,10 +497,7 @@ fn other_calls_do_not_take_the_place_of_those_that_are_redelivered() {
     let mut net = Net::with(|l| l.in_flight_max = 3);
     let caller = net.app("caller", "");
     let first = join(&mut net, "handler", r#""triggers":["t"]"#);
-    let text = "x".repeat(1 << 20);
-    for id in ["1", "2", "3", "4", "5"] {
-        net.call(caller, id, &format!(r#""redeliver":true,"data":"{text}""#));
-    }
+    call_large(&mut net, caller, &["1", "2", "3", "4", "5"], "");
     assert_eq!(calls(&mut net, first).len(), 3);
     let second = join(&mut net, "handler", r#""triggers":["t"]"#);
     net.hang_up(first);
@@ -516,10 +519,7 @@ fn a_redelivered_call_waits_for_the_room_that_later_calls_took() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     let first = join(&mut net, "handler", r#""triggers":["t"]"#);
-    let text = "x".repeat(1 << 20);
-    for id in ["1", "2"] {
-        net.call(caller, id, &format!(r#""redeliver":true,"data":"{text}""#));
-    }
+    call_large(&mut net, caller, &["1", "2"], "");
     let second = join(
         &mut net,
         "handler",
@@ -542,10 +542,7 @@ fn redelivered_calls_wait_for_busy_handlers_and_go_before_parked_ones() {
     let mut net = Net::with(|l| l.in_flight_max = 4);
     let caller = net.app("caller", "");
     let first = join(&mut net, "handler", r#""triggers":["t"]"#);
-    let text = "x".repeat(1 << 20);
-    for id in ["1", "2", "3", "4"] {
-        net.call(caller, id, &format!(r#""redeliver":true,"data":"{text}""#));
-    }
+    call_large(&mut net, caller, &["1", "2", "3", "4"], "");
     let second = join(
         &mut net,
         "handler",
@@ -576,11 +573,7 @@ fn redelivered_calls_end_in_time_while_all_handlers_are_busy() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     let first = join(&mut net, "handler", r#""triggers":["t"]"#);
-    let text = "x".repeat(1 << 20);
-    for id in ["1", "2", "3"] {
-        let more = format!(r#""redeliver":true,"ttl":5000,"data":"{text}""#);
-        net.call(caller, id, &more);
-    }
+    call_large(&mut net, caller, &["1", "2", "3"], r#""ttl":5000,"#);
     join(
         &mut net,
         "handler",
@@ -599,14 +592,7 @@ fn items_are_allowed_to_a_call_that_waits_for_another_handler() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     let first = join(&mut net, "handler", r#""triggers":["t"]"#);
-    let text = "x".repeat(1 << 20);
-    for id in ["1", "2"] {
-        net.call(
-            caller,
-            id,
-            &format!(r#""redeliver":true,"window":2,"data":"{text}""#),
-        );
-    }
+    call_large(&mut net, caller, &["1", "2"], r#""window":2,"#);
     let second = join(&mut net, "handler", r#""triggers":["t"]"#);
     net.hang_up(first);
     assert_eq!(calls(&mut net, second).len(), 1);
@@ -621,10 +607,7 @@ fn a_call_that_waits_for_another_handler_ends_with_its_caller() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     let first = join(&mut net, "handler", r#""triggers":["t"]"#);
-    let text = "x".repeat(1 << 20);
-    for id in ["1", "2"] {
-        net.call(caller, id, &format!(r#""redeliver":true,"data":"{text}""#));
-    }
+    call_large(&mut net, caller, &["1", "2"], "");
     let second = join(&mut net, "handler", r#""triggers":["t"]"#);
     net.hang_up(first);
     assert_eq!(calls(&mut net, second).len(), 1);

@@ -20,10 +20,15 @@ fn keys(seed: u8) -> KeySet {
 }
 
 fn first(keys: &KeySet) -> Descriptor {
+    made(keys, "vault", 5)
+}
+
+/// The first descriptor of a pool.
+fn made(keys: &KeySet, name: &str, id: u8) -> Descriptor {
     let pool = NewPool {
-        name: "vault",
+        name,
         suite: Suite::Sealed,
-        pool_id: [5; 16],
+        pool_id: [id; 16],
         salt: [6; 32],
         created_ms: 1,
         wrap_nonce: [7; 24],
@@ -167,15 +172,7 @@ fn a_good_proof_does_not_decide_on_a_wrong_one_behind_it() {
             .starts_with("c ok")
     );
     let thief = net.app("thief", "");
-    let mine = NewPool {
-        name: "mine",
-        suite: Suite::Sealed,
-        pool_id: [15; 16],
-        salt: [6; 32],
-        created_ms: 1,
-        wrap_nonce: [7; 24],
-    };
-    let mine = Descriptor::create(&keys(50), &mine).expect("all keys are here");
+    let mine = made(&keys(50), "mine", 15);
     let create = creation(mine.as_bytes(), "c").replace("vault", "mine");
     assert!(net.ask(thief, &create).starts_with("c ok"));
     let good = proof_in(&mut net, thief, "mine", "thief", &keys(50));

@@ -23,7 +23,7 @@
 //! 3 or 4, a client checks that the directory holding the socket belongs to itself and has mode
 //! 0700: anyone may create a name in `/tmp`.
 //!
-//! This file depends on the standard library alone, so that it can be copied.
+//! This file depends only on the standard library, so that it can be copied.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};

@@ -197,8 +197,8 @@ pub struct TriggerSpec {
     pub concurrency: Option<u32>,
     /// What it does, for people.
     pub doc: Option<String>,
-    /// Whether only writers of an encrypted pool may call it or emit to it. It is served in
-    /// encrypted pools alone.
+    /// Whether only writers of an encrypted pool may call it or emit to it. It is served only
+    /// in encrypted pools.
     pub privileged: bool,
     /// What its payloads look like, for people and programs: the text of a JSON object, which the
     /// server keeps and shows. Copies of the trigger share it.

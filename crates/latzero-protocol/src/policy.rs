@@ -2,8 +2,8 @@
 //!
 //! A policy has a rule for each right that it restricts. A rule allows some, or everybody but those
 //! that it denies. They are named by AppID, by user (`uid:1000`), or by the key that the app proved
-//! (`key:…`, its public key): an AppID alone is only as good as whoever used it first. Who denies a
-//! user denies all whose user is unknown, because that user could come over TCP.
+//! (`key:…`, its public key): an AppID alone is only as good as whoever used it first. A rule that
+//! denies a user also denies apps whose user is unknown, because that user could connect over TCP.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -168,7 +168,7 @@ impl Rule {
     fn allows(&self, actor: &Actor<'_>) -> bool {
         let is_allowed = |allow: &[Subject]| allow.iter().any(|subject| subject.is(actor));
         let is_denied = |subject: &Subject| match subject {
-            // Otherwise that user would come over TCP.
+            // Otherwise that user could get in over TCP.
             Subject::Uid(_) if actor.uid.is_none() => true,
             subject => subject.is(actor),
         };
@@ -238,18 +238,16 @@ impl Policy {
     /// What an app may do.
     #[must_use]
     pub fn rights(&self, actor: &Actor<'_>) -> Rights {
-        let may = |right: Right| {
-            let rule = self.rules[right as usize].as_ref();
-            rule.is_none_or(|rule| rule.allows(actor))
-        };
-        let bits = Right::ALL.into_iter().filter(|right| may(*right));
-        Rights(bits.fold(0, |bits, right| bits | 1 << right as u8))
+        let allowed = Right::ALL.into_iter();
+        let allowed = allowed.filter(|right| self.allows(*right, actor));
+        Rights(allowed.fold(0, |bits, right| bits | 1 << right as u8))
     }
 
-    /// Whether an app has a right.
+    /// Whether an app has a right; only its rule is evaluated.
     #[must_use]
     pub fn allows(&self, right: Right, actor: &Actor<'_>) -> bool {
-        self.rights(actor).have(right)
+        let rule = self.rules[right as usize].as_ref();
+        rule.is_none_or(|rule| rule.allows(actor))
     }
 
     /// The field on the wire: a rule for each right that is restricted.

@@ -116,7 +116,7 @@ pub(crate) fn sealed<'a>(fields: &Fields<'a>) -> Result<Option<Sealed<'a>>, Refu
             (true, _) => {
                 bad("an encrypted pool is made of its 'descriptor'; `latzero keys new` makes keys")
             }
-            (false, Some(_)) => bad("field 'memory' is for encrypted pools alone"),
+            (false, Some(_)) => bad("field 'memory' is only for encrypted pools"),
             (false, None) => Ok(None),
         };
     };

@@ -12,8 +12,8 @@ const REFUSED_MAX: u32 = 20;
 /// How long a refusal counts, in milliseconds.
 const WINDOW_MS: u64 = 60_000;
 
-/// How long a connection is not read after a proof that was not checked, in milliseconds. So
-/// whoever guesses on costs others little.
+/// How long a connection is not read after a proof that was refused unchecked, in milliseconds, so
+/// that a client that keeps guessing costs others little.
 pub(crate) const REST_MS: u64 = 250;
 
 /// How many users are remembered; beyond that the oldest are forgotten.

@@ -17,7 +17,7 @@ use latzero_fabric::{Session, Transport};
 use latzero_protocol::frame::{self, Accept, Frame};
 use latzero_protocol::limits::{SYSTEM_APP, SYSTEM_POOL};
 use latzero_protocol::message::{Fields, Page};
-use latzero_protocol::{AppId, Body, Code, Envelope, Refusal, encode};
+use latzero_protocol::{AppId, Body, Code, Envelope, InstanceId, Refusal, encode};
 use serde_json::json;
 
 use crate::host::IoHost;
@@ -140,7 +140,8 @@ fn answer_to(e: &Envelope<'_>, host: &mut IoHost, out: &mut Vec<u8>) {
     let Some(id) = text(e.id) else { return };
     let body = e.body(e.data, "data").unwrap_or(Body::None);
     let process = text(e.process).unwrap_or_default();
-    match reply(&process, body, &caller(e), host) {
+    let (app, instance) = caller(e);
+    match reply(&process, body, (&app, instance), host) {
         Ok(Reply::Echo) => {
             let body = if body == Body::None {
                 Body::Json(latzero_protocol::Raw::NULL)
@@ -167,24 +168,26 @@ enum Reply {
     Json(String),
 }
 
-/// The AppID of the caller.
-fn caller(e: &Envelope<'_>) -> AppId {
+/// The AppID of the caller, and its instance.
+fn caller(e: &Envelope<'_>) -> (AppId, InstanceId) {
     let origin = e.origin.and_then(|raw| Fields::of(raw.text()).ok());
-    let app_id =
-        origin.and_then(|fields| fields.required_string("app_id").ok().map(Cow::into_owned));
-    let app_id = app_id.and_then(|app_id| AppId::new(&app_id).ok());
-    app_id.expect("the core names the caller")
+    let named = origin.and_then(|fields| {
+        let app_id = AppId::new(&fields.required_string("app_id").ok()?).ok()?;
+        let instance = InstanceId::parse(&fields.required_string("instance").ok()?)?;
+        Some((app_id, instance))
+    });
+    named.expect("the core names the caller")
 }
 
 fn reply(
     process: &str,
     body: Body<'_>,
-    caller: &AppId,
+    (app, instance): (&AppId, InstanceId),
     host: &mut IoHost,
 ) -> Result<Reply, Refusal> {
     let view = View {
-        app: caller,
-        uid: None,
+        app,
+        uid: host.with_registry(|registry, _| registry.uid_of(app, instance)),
         is_admin: false,
         instance: None,
     };

@@ -497,10 +497,11 @@ impl Connection {
         }
     }
 
-    /// Whether it is not read, because too much waits in its session, or its user guesses.
+    /// Whether it is not read, because too much waits in its session, or its user guesses. One that
+    /// ends is read to the end at once.
     pub(crate) fn is_paused(&self, host: &IoHost) -> bool {
-        let is_full = !self.is_ending && self.session.must_pause(&host.context().limits);
-        is_full || self.peer.is_resting.load(Relaxed)
+        let is_full = || self.session.must_pause(&host.context().limits);
+        !self.is_ending && (self.peer.is_resting.load(Relaxed) || is_full())
     }
 
     /// Ends the session and writes what is left; the connection is removed when that is done.

@@ -385,8 +385,8 @@ fn port(facts: &Facts) -> Finding {
 fn tls(facts: &Facts) -> Finding {
     const NAME: &str = "tls";
     match (facts.has_tls, facts.is_insecure) {
-        (true, _) => Finding::ok(NAME, "on: the TCP port speaks TLS alone"),
-        (false, false) => Finding::ok(NAME, "off: the TCP port is plain, for this machine alone"),
+        (true, _) => Finding::ok(NAME, "on: the TCP port speaks only TLS"),
+        (false, false) => Finding::ok(NAME, "off: the TCP port is plain, only for this machine"),
         (false, true) => Finding::warn(
             NAME,
             "off, and `insecure` allows other machines to connect in plain text",

@@ -6,7 +6,7 @@
 //! turns.
 //!
 //! A message is never handed to another thread on its way. Measured against a runtime's tasks this
-//! saves a wakeup per hop: sockets are watched for reading alone, and for writing only while the
+//! saves a wakeup per hop: sockets are watched for reading, and for writing only while the
 //! kernel takes nothing, because a Unix socket otherwise reports "writable" each time its peer
 //! reads. Those with TLS are always watched for both: TLS writes by itself too, and TCP reports
 //! "writable" only if it was full.
@@ -15,8 +15,8 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use latzero_fabric::ledger::{Account, Resource};
@@ -123,8 +123,9 @@ pub(crate) struct EventLoop {
     /// Connections of this loop to write to again, and when.
     crowded: Vec<Arc<Peer>>,
     crowded_at: Option<Time>,
-    /// Connections that are not read because their users guess, and until when.
-    resting: VecDeque<(Time, Arc<Peer>)>,
+    /// Connections that are not read because their users guess, and until when. One that is closed
+    /// meanwhile keeps no descriptor open.
+    resting: VecDeque<(Time, Weak<Peer>)>,
     front: Option<Front>,
     backoff: AcceptBackoff,
     /// When accepting continues, after the system refused.
@@ -752,7 +753,8 @@ impl EventLoop {
         }
         for peer in std::mem::take(&mut self.host.resting) {
             self.await_writable(&peer);
-            self.resting.push_back((now.after_ms(REST_MS), peer));
+            let until = now.after_ms(REST_MS);
+            self.resting.push_back((until, Arc::downgrade(&peer)));
         }
         self.host.count();
         if self.host.shared.core.context.ledger.is_over_limit() {
@@ -795,6 +797,9 @@ impl EventLoop {
             && *until <= now
             && let Some((_, peer)) = self.resting.pop_front()
         {
+            let Some(peer) = peer.upgrade() else {
+                continue;
+            };
             peer.is_resting.store(false, Relaxed);
             self.await_writable(&peer);
             if let Some(slot) = self.slot_of(&peer) {

@@ -16,7 +16,7 @@ use crate::memory::{Fault, Memory};
 #[derive(Debug)]
 pub(crate) struct FileMemory {
     file: Arc<OwnedFd>,
-    /// The header's page, for the address of the futex alone: nothing here reads or writes through
+    /// The header's page, only for the address of the futex: nothing here reads or writes through
     /// it, and the kernel answers EFAULT for one that is gone.
     page: Option<Mapped>,
 }

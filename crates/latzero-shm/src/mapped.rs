@@ -222,8 +222,8 @@ impl Memory for Mapped {
 
     fn read(&self, at: u64, to: &mut [u8]) -> Result<(), Fault> {
         let from = self.range(at, to.len())?;
-        // SAFETY: `range` checked that the bytes lie within the mapping; `to` is memory of this
-        // process alone.
+        // SAFETY: `range` checked that the bytes lie within the mapping; `to` is memory that
+        // only this process has.
         unsafe { copy_out(from, to.as_mut_ptr(), to.len()) };
         Ok(())
     }

@@ -19,7 +19,7 @@ fn a_version_is_written_in_place() {
         let mut writing = client.begin(0).unwrap();
         let exposed = writing.expose(10, 20, keeps).unwrap();
         assert_eq!(exposed.len(), 20);
-        // SAFETY: the 20 bytes are mapped while `exposed` exists, and written by this thread alone
+        // SAFETY: the 20 bytes are mapped while `exposed` exists, and written only by this thread
         // before they are published.
         unsafe {
             if keeps {

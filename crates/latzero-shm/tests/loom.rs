@@ -1,4 +1,4 @@
-//! Small changes in every order of steps, through the public interface alone: each version changes
+//! Small changes in every order of steps, only through the public interface: each version changes
 //! one word of the block, so a writer copies the other word from slot to slot while it is read. The
 //! writer dies at any step, or drops its draft.
 //!

@@ -2,7 +2,7 @@
 //! a torn version.
 //!
 //! The test starts its own program again in other roles and passes the path of the block's
-//! descriptor. A version's content follows from its number alone, whoever wrote it: version v sets
+//! descriptor. A version's content follows only from its number, whoever wrote it: version v sets
 //! one quarter of the block to v. So each slot is updated by ranges, and an error in that is as
 //! visible as a torn copy.
 //!

@@ -4,7 +4,8 @@
 //! with keys of before a rotation. Verdicts may come later than other messages. The model knows
 //! which proof is good, and holds every message against it: nobody without a good proof on its
 //! connection gets a message of the pool or learns that it is there, and an app that comes back
-//! gets what it had behind its proof, and nothing before. A privileged trigger hears writers alone.
+//! gets what it had behind its proof, and nothing before. A privileged trigger gets messages
+//! only from writers.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -13,7 +13,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use latzero_protocol::frame::{self, Accept};
 use latzero_tls::client::Trust;
@@ -21,6 +21,18 @@ use serde_json::Value;
 
 /// How long a test waits for something that must happen. Only a failing test waits this long.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Waits up to [`TIMEOUT`] until a condition holds.
+///
+/// # Panics
+/// If it does not hold in time.
+#[track_caller]
+pub fn eventually(mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < TIMEOUT, "the condition holds in time");
+    }
+}
 
 /// The most descriptors that one read receives.
 const DESCRIPTORS_MAX: usize = 64;

@@ -6,6 +6,10 @@
     reason = "a test that can't go on says where by panicking"
 )]
 
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
 use latzero::blocking::App;
 use latzero::{Builder, Keys};
 use latzero_crypto::keys::{KeySet, Kind, NewKeys, Secret};
@@ -46,6 +50,15 @@ pub const WRITE: &[Kind] = &[Kind::Sigil, Kind::Shard, Kind::Seal];
 pub const READ: &[Kind] = &[Kind::Sigil, Kind::Shard];
 /// The key of a member that can only join.
 pub const JOIN: &[Kind] = &[Kind::Sigil];
+
+/// Creates a file with the permissions of a key file; returns its path.
+pub fn private_file(path: &Path, content: &str) -> PathBuf {
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create_new(true).mode(0o600);
+    let mut file = options.open(path).unwrap();
+    file.write_all(content.as_bytes()).unwrap();
+    path.to_owned()
+}
 
 /// An app that connects over the Unix socket.
 #[must_use]
@@ -127,19 +140,7 @@ pub fn prove_in(
     app: &str,
     kinds: &[Kind],
 ) -> Value {
-    prove_bound(wire, bound(server), set, pool, app, kinds)
-}
-
-/// As [`prove_in`], over a connection with this binding.
-pub fn prove_bound(
-    wire: &mut Wire,
-    binding: ChannelBinding,
-    set: &KeySet,
-    pool: &str,
-    app: &str,
-    kinds: &[Kind],
-) -> Value {
-    let proof = proof_for(wire, binding, set, pool, app, kinds);
+    let proof = proof_for(wire, bound(server), set, pool, app, kinds);
     wire.request(proof)
 }
 

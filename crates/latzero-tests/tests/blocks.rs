@@ -638,7 +638,7 @@ fn killing_everything_leaves_no_memory_and_no_name() {
                 std::fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().contains(name))
             })
             .filter(|fd| {
-                // Counts this server alone, because other tests run servers of their own.
+                // Counts only this server, because other tests run servers of their own.
                 let pid = fd
                     .path()
                     .components()

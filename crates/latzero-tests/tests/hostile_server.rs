@@ -220,7 +220,7 @@ fn an_answer_belongs_to_its_call_and_the_server_s_own_word_is_marked() {
     });
     let error = call(2).unwrap_err();
     assert_eq!(error.kind(), Code::Integrity, "another status");
-    // It may end a call, and the error says that this is the server's word alone.
+    // It may end a call, and the error says that this is only the server's word.
     relay.change("response", |(json, _)| {
         let error = json!({"code": "refund_denied", "message": "no", "ran": "no"});
         let answer = json!({
@@ -250,11 +250,13 @@ fn a_privileged_handler_sees_nothing_that_the_server_changed() {
     });
     serving.unwrap();
     let writer = member(&server, "writer", keys(&set, WRITE));
-    let call = |number: u64| {
+    let call = |number: u64, timeout| {
         let call = writer.call("admin", &number).privileged();
-        call.timeout(Duration::from_millis(200)).send::<u64>()
+        call.timeout(timeout).send::<u64>()
     };
-    // Where the kind and its signature are in an envelope: section 9 of the description of keys.
+    // Nobody answers these.
+    let fail = || call(1, Duration::from_millis(200)).unwrap_err();
+    // The offset of the kind in an envelope; see `latzero_crypto::envelope`.
     const KIND: usize = 28;
     let of_kind = |kind: u8, has_signature: bool| -> Change {
         Box::new(move |(json, sealed)| {
@@ -279,7 +281,7 @@ fn a_privileged_handler_sees_nothing_that_the_server_changed() {
     ];
     for change in changes {
         relay.change("trigger", change);
-        call(1).unwrap_err();
+        fail();
     }
     // As a call in a pool that is not encrypted, where nothing is checked.
     relay.change("trigger", |(mut json, _)| {
@@ -287,14 +289,14 @@ fn a_privileged_handler_sees_nothing_that_the_server_changed() {
         json["data"] = 1.into();
         vec![(json, None)]
     });
-    call(1).unwrap_err();
+    fail();
     relay.change("emit", |(mut json, _)| {
         json["pool"] = "default".into();
         json["data"] = 1.into();
         vec![(json, None)]
     });
     writer.emit("admin", &1).privileged().send().unwrap();
-    assert_eq!(call(2).unwrap(), 2);
+    assert_eq!(call(2, TIMEOUT).unwrap(), 2);
     assert_eq!(hears.try_iter().collect::<Vec<_>>(), [2]);
     // The answer to a signed call is signed too.
     let relay = Relay::new(&server);

@@ -9,8 +9,7 @@
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::PermissionsExt as _;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -22,25 +21,11 @@ use latzero_crypto::proof::{self, ChannelBinding, Exchange};
 use latzero_crypto::text;
 use latzero_protocol::frame;
 use latzero_tests::vault::{
-    JOIN, READ, WRITE, bound, builder, code, exchange, key_set, keys, member, proof_for, prove,
-    raw, vault, vault_on, with_keys,
+    JOIN, READ, WRITE, bound, builder, code, exchange, key_set, keys, member, private_file,
+    proof_for, prove, raw, vault, vault_on, with_keys,
 };
-use latzero_tests::{Server, Via, Wire};
+use latzero_tests::{Server, TIMEOUT, Via, Wire, eventually};
 use serde_json::{Value, json};
-
-/// Creates a file with the permissions of a key file.
-fn private_file(dir: &Path, name: &str, content: &str) -> PathBuf {
-    let path = dir.join(name);
-    let mut options = std::fs::OpenOptions::new();
-    let mut file = options
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&path)
-        .unwrap();
-    file.write_all(content.as_bytes()).unwrap();
-    path
-}
 
 fn over_tcp(server: &Server, app: &str) -> Builder {
     latzero::App::builder(&format!("latzero://{app}@{}", server.0.tcp()))
@@ -51,8 +36,8 @@ fn an_app_id_with_a_key_belongs_to_its_holder() {
     let mut server = Server::start();
     let dir = server.0.data_dir().to_owned();
     let line = |seed: u8| app_key::AppKey::new(Secret::new([seed; 32])).to_text();
-    let file = private_file(&dir, "shop", &format!("{}\n", line(1).as_str()));
-    let other = private_file(&dir, "other", line(2).as_str());
+    let file = private_file(&dir.join("shop"), &format!("{}\n", line(1).as_str()));
+    let other = private_file(&dir.join("other"), line(2).as_str());
     let key = AppKey::from_file(&file).unwrap();
     let app = App::connect_with(builder(&server, "shop").app_key(key.clone())).unwrap();
     app.close().unwrap();
@@ -133,7 +118,7 @@ fn a_relay_on_the_port_gets_no_proof() {
         (kind, sent.contains("client_nonce"))
     };
     let line = app_key::AppKey::new(Secret::new([1; 32])).to_text();
-    let file = private_file(server.0.data_dir(), "shop", line.as_str());
+    let file = private_file(&server.0.data_dir().join("shop"), line.as_str());
     let key = AppKey::from_file(&file).unwrap();
     let with_app_key = |url: &str| latzero::App::builder(url).app_key(key.clone());
     assert_eq!(proofs(&with_app_key), (Code::Downgrade, false));
@@ -267,6 +252,45 @@ fn guessing_over_tcp_is_rate_limited() {
     assert_eq!(wire.receive()["status"], "ok");
 }
 
+/// A connection that closes while it is not read is gone at once: it holds no descriptor once it
+/// no longer counts as a connection.
+#[test]
+fn whoever_guesses_and_leaves_holds_no_descriptor() {
+    let server = Server::start();
+    let mut admin = server.app(Via::Unix, json!({"app_id": "admin"}));
+    let mut held = || {
+        let stats = admin.request(json!({"action": "stats"}))["response"].clone();
+        let count = |value: &Value| value.as_u64().unwrap();
+        (
+            count(&stats["transport"]["connections"]),
+            count(&stats["resources"]["descriptors"]),
+        )
+    };
+    guess(&server);
+    eventually(|| held().0 == 1);
+    let before = held();
+    let mut wires = Vec::new();
+    for _ in 0..20 {
+        let mut wire = server.connect(Via::Tcp);
+        wire.request(json!({"action": "challenge"}));
+        wire.send(&json!({
+            "id": "p", "action": "app_proof", "app_id": "a", "app_key": text::encode(&[1; 32]),
+            "client_nonce": text::encode(&[1; 32]), "sig": text::encode(&[1; 64]),
+            "cb_type": "none",
+        }));
+        // With an unread reply the end is a reset, which the server gets without reading.
+        assert!(wire.has_more(TIMEOUT));
+        wires.push(wire);
+    }
+    drop(wires);
+    let mut now = held();
+    eventually(|| {
+        now = held();
+        now.0 == before.0
+    });
+    assert_eq!(now, before);
+}
+
 /// A proof may wait behind requests that are being stored. It costs its connection a rest then too,
 /// and no more than that.
 #[test]
@@ -304,7 +328,7 @@ fn a_guess_that_waited_for_the_disk_does_not_end_the_connection() {
         let late = apps.into_iter().find(|app| app["app_id"] == "late");
         late.is_some_and(|late| late["live"] == true)
     };
-    while is_live() {}
+    eventually(|| !is_live());
 }
 
 #[test]
@@ -885,11 +909,10 @@ fn keys_decide_access_to_memory_in_a_gated_pool() {
     );
 }
 
-/// Whoever measures how long a refusal takes learns nothing: not whether a pool exists, nor which
-/// signature is wrong.
+/// A refusal does not say whether a pool exists, nor which signature is wrong. Whether it takes the
+/// same time too is measured by `cargo xtask bench keys`.
 #[test]
-fn every_cause_of_a_refusal_takes_the_same_time() {
-    const ROUNDS: usize = 40;
+fn every_cause_of_a_refusal_looks_the_same() {
     let (server, set) = vault();
     let other = key_set(2);
     let mut maker = server.app(Via::Unix, json!({"app_id": "plain"}));
@@ -901,36 +924,22 @@ fn every_cause_of_a_refusal_takes_the_same_time() {
         ("no such pool", "nothing", &set, "asker"),
         ("a pool that is not encrypted", "open", &set, "asker"),
     ];
-    let mut times = [const { Vec::new() }; 6];
-    // In turn, so that whatever else the machine does affects all of them.
-    for _ in 0..ROUNDS {
-        for (at, (why, pool, keys, app)) in causes.into_iter().enumerate() {
-            let mut wire = server.app(Via::Unix, json!({"app_id": "asker", "pools": []}));
-            let mut proof = proof_for(&mut wire, bound(&server), keys, pool, app, WRITE);
-            if why.starts_with("the last") {
-                proof["proof"]["sig_write"] = proof["proof"]["sig_read"].clone();
-            }
-            let mut refused = |times: &mut Vec<Duration>| {
-                let asked = std::time::Instant::now();
-                let reply = wire.request(proof.clone());
-                times.push(asked.elapsed());
-                assert_eq!(code(&reply), "unauthenticated", "{why}: {reply}");
-                assert_eq!(reply["error"]["message"], "the proof was not accepted");
-            };
-            refused(&mut times[at]);
-            // Once more without a challenge, which is refused unchecked: a difference would show.
-            refused(&mut times[5]);
+    let mut replies = BTreeSet::new();
+    for (why, pool, keys, app) in causes {
+        let mut wire = server.app(Via::Unix, json!({"app_id": "asker", "pools": []}));
+        let mut proof = proof_for(&mut wire, bound(&server), keys, pool, app, WRITE);
+        if why.starts_with("the last") {
+            proof["proof"]["sig_write"] = proof["proof"]["sig_read"].clone();
+        }
+        // The second time without a challenge.
+        for _ in 0..2 {
+            let reply = wire.request(proof.clone());
+            assert_eq!(code(&reply), "unauthenticated", "{why}: {reply}");
+            assert_eq!(reply["error"]["message"], "the proof was not accepted");
+            replies.insert(reply.to_string());
         }
     }
-    // The shorter ones were disturbed least.
-    let [times @ .., unchecked] = times.map(|mut times| {
-        times.sort();
-        times[times.len() / 4]
-    });
-    println!("unchecked {unchecked:?}, checked {times:?}");
-    let (least, most) = (times.iter().min().unwrap(), times.iter().max().unwrap());
-    assert!(unchecked * 3 < *least * 2, "{unchecked:?} {times:?}");
-    assert!(*most * 3 < *least * 4, "{unchecked:?} {times:?}");
+    assert_eq!(replies.len(), 1, "{replies:?}");
 }
 
 /// A proof with invalid signatures.

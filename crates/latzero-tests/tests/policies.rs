@@ -5,12 +5,10 @@
     reason = "a test that can't go on says where by panicking"
 )]
 
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
-
 use latzero::AppKey;
 use latzero::blocking::App;
 use latzero_crypto::{app_key, keys::Secret, text};
-use latzero_tests::vault::{builder, code};
+use latzero_tests::vault::{builder, code, private_file};
 use latzero_tests::{Server, Via, Wire};
 use serde_json::{Value, json};
 
@@ -128,8 +126,16 @@ fn a_rule_names_users_whichever_app_they_use() {
     assert!(joins(&mut here));
     let mut far = server.app(Via::Tcp, json!({"app_id": "far"}));
     assert!(!joins(&mut far));
-    let list = far.request(json!({"action": "pool_list"}));
-    assert!(!list.to_string().contains("lab"), "{list}");
+    // Each way of listing shows the pool to those that may join it.
+    for (wire, is_shown) in [(&mut here, true), (&mut far, false)] {
+        let joined = wire.request(json!({"action": "pool_join", "pool": "system"}));
+        assert_eq!(code(&joined), "ok");
+        let call = |name| json!({"action": "trigger", "process": name, "pool": "system"});
+        for request in [json!({"action": "pool_list"}), call("pools"), call("apps")] {
+            let reply = wire.request(request);
+            assert_eq!(reply.to_string().contains("lab"), is_shown, "{reply}");
+        }
+    }
 
     let server = Server::start();
     lab(&server, &json!({"join": {"deny": [format!("uid:{uid}")]}}));
@@ -154,16 +160,10 @@ fn a_rule_names_keys() {
     let key = app_key::AppKey::new(Secret::new([1; 32]));
     let public = text::encode(&key.signing_key().public().to_bytes());
     lab(&server, &json!({"join": [format!("key:{public}")]}));
-    let path = server.0.data_dir().join("shop.key");
-    let mut options = std::fs::OpenOptions::new();
-    let mut file = options
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&path)
-        .unwrap();
-    std::io::Write::write_all(&mut file, key.to_text().as_bytes()).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let path = private_file(
+        &server.0.data_dir().join("shop.key"),
+        key.to_text().as_str(),
+    );
     let key = AppKey::from_file(&path).unwrap();
     let shop = App::connect_with(builder(&server, "shop").app_key(key)).unwrap();
     shop.join("lab").unwrap();

@@ -13,7 +13,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -354,16 +353,8 @@ impl Play<'_> {
             .map(|kind| set.token(*kind).unwrap())
             .collect();
         let path = self.stage.state.path().join(format!("{}.keys", self.pool));
-        let mut options = std::fs::OpenOptions::new();
-        let mut file = options
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .unwrap();
-        for token in &tokens {
-            writeln!(file, "{}", token.as_str()).unwrap();
-        }
+        let lines = tokens.iter().map(|token| format!("{}\n", token.as_str()));
+        vault::private_file(&path, &lines.collect::<String>());
         let maker = App::connect_with(vault::builder(&self.server, "maker")).unwrap();
         let keys = vault::keys(&set, vault::WRITE);
         let made = maker.request(&keys.pool_create(&self.pool, false).unwrap());

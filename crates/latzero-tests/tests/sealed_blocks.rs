@@ -380,7 +380,7 @@ fn rollbacks_and_forks_are_detected() {
     assert_eq!(kind(seen.read()), Code::Fork);
     assert_eq!(deceived.write_at(0, b"THREE").unwrap(), 3);
     assert_eq!(kind(seen.read()), Code::Fork);
-    // The head alone, as if the block had never been written.
+    // Only the head, as if the block had never been written.
     intruder.write(0, &two);
     assert_eq!(seen.read().unwrap().1, 2);
     intruder.write(128, &[0; 8]);

@@ -724,7 +724,8 @@ fn members_of_a_gated_pool_prove_it_again() {
     let prove = |wire: &mut Wire, pid: u32, kinds: &[Kind]| {
         let uid = rustix::process::geteuid().as_raw();
         let binding = ChannelBinding::Unix { uid, pid };
-        vault::prove_bound(wire, binding, &set, "vault", "maker", kinds)
+        let proof = vault::proof_for(wire, binding, &set, "vault", "maker", kinds);
+        wire.request(proof)
     };
     assert_eq!(prove(&mut maker, old.pid(), vault::WRITE)["status"], "ok");
     let block = |action: &str, more: Value| {

@@ -18,7 +18,7 @@ use latzero::blocking::App;
 use latzero::{AppKey, Code, Error, Reconnect};
 use latzero_crypto::app_key;
 use latzero_crypto::keys::Secret;
-use latzero_tests::{Server, Via, Wire};
+use latzero_tests::{Server, Via, Wire, eventually};
 use latzero_tls::PLAIN_BYTES_MAX;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType, date_time_ymd,
@@ -417,14 +417,6 @@ fn memory_of_tls_for_a_slow_reader_is_counted() {
     assert!(held >= 8192 + PLAIN_BYTES_MAX as u64, "{held}");
     drop((slow, caller));
     eventually(|| inbound(&stats()) == before);
-}
-
-/// Polls until the condition holds, for at most half a minute.
-fn eventually(mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !is_so() {
-        assert!(Instant::now() < deadline, "this is not reached");
-    }
 }
 
 /// Runs the program with a private home directory.

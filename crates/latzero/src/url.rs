@@ -138,7 +138,7 @@ fn with_tls(url: &str, place: Endpoint, tls: bool, options: TlsOptions) -> Resul
     if options.pin.is_some() && options.ca.is_some() {
         return Err(bad(
             url,
-            "has both a pin and a ca; the pin alone would count",
+            "has both a pin and a ca; only the pin would count",
         ));
     }
     if options.cert.is_some() != options.key.is_some() {

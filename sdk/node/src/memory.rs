@@ -104,7 +104,7 @@ pub(crate) fn lend<'env>(
     // SAFETY: the bytes lie in a mapping that is writable, and that `kept` keeps in place; it is
     // dropped when the engine has let go of the bytes. Other processes may change those that were
     // not written here, but no code of this process has a reference to them. Arrays of the same
-    // bytes may exist at a time: they are used on this thread alone.
+    // bytes may exist at a time: they are used only on this thread.
     let lent = unsafe { ArrayBuffer::from_external(env, start, length, kept, |_, m| drop(m)) }?;
     Ok(unless_copied(lent, start))
 }

@@ -212,7 +212,7 @@ impl PyView {
         let length = usize::try_from(shown.len()).unwrap_or(usize::MAX);
         let bytes = (shown.as_ptr().cast_mut(), length);
         // SAFETY: the view comes from the interpreter; the owned view keeps the bytes mapped, and
-        // they are given out for reading alone.
+        // they are given out only for reading.
         unsafe { fill(slf.as_any(), view, flags, bytes, true) }?;
         if let Some(form) = &slf.get().form {
             // SAFETY: it was just filled with that many bytes, and refers to this view.

@@ -261,7 +261,7 @@ pub(crate) fn write_json(object: &Bound<'_, PyAny>) -> PyResult<Box<RawValue>> {
 fn no_blocks(py: Python<'_>) -> PyErr {
     bad_request(
         py,
-        "blocks travel with calls alone: send the block's id instead",
+        "blocks travel only with calls: send the block's id instead",
     )
 }
 

@@ -43,9 +43,10 @@ pub(crate) fn run(args: &EmitArgs, output: &Output) -> CommandResult {
             error,
         )
     })?;
-    // The server can't see that the signature is missing.
+    // The server can't see that the signature is missing. What reached nobody was not dropped.
     let is_encrypted = proved(&args.reach, &target).is_some();
-    if is_encrypted
+    if delivered > 0
+        && is_encrypted
         && !args.delivery.privileged
         && is_privileged(&connection.app, &target, pool.as_deref())
     {

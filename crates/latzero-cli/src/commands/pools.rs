@@ -50,7 +50,7 @@ fn list_all(args: &PoolsArgs, output: &Output) -> CommandResult {
 fn encryption(pool: &Value) -> String {
     match (pool["encrypted"] == true, pool["memory"].as_str()) {
         (false, _) => "no".to_owned(),
-        (true, Some("gated")) => format!("messages alone, epoch {}", pool["epoch"]),
+        (true, Some("gated")) => format!("only messages, epoch {}", pool["epoch"]),
         (true, _) => format!("yes, epoch {}", pool["epoch"]),
     }
 }

@@ -333,7 +333,7 @@ fn a_restored_pool_is_taken_after_a_decision_and_app_keys_stay() {
         assert_ne!(refused.code, 0, "{app} with another key: {}", refused.out);
         call(&server, app, &["--app-key", key]).ended_with(0);
     }
-    // Who knew epoch 2 takes the older one after a decision alone, once.
+    // Who knew epoch 2 takes the older one only after a decision, once.
     let refused = server.run(&["pools", "info", "vault"]).ended_with(5);
     let refused = refused.said("restored from a backup");
     let refused = refused.said("latzero keys accept-restore vault");
@@ -406,7 +406,7 @@ fn a_privileged_trigger_says_what_is_missing() {
     // Whoever may not serve is told so, instead of waiting for calls that never come.
     let plain = ["serve", "admin", "--privileged", "--", "cat"];
     let refused = server.run(&plain).ended_with(5);
-    refused.said("serve it in encrypted pools alone");
+    refused.said("serve it only in encrypted pools");
     let with_read = ["serve", "vault/admin", "--keys", read, "--", "cat"];
     let refused = server.run(&with_read).ended_with(77);
     refused.said("needs the role 'write' in pool 'vault'");

@@ -1,4 +1,4 @@
-//! AWS-LC: faster than RustCrypto but for short messages, and the library that TLS uses.
+//! AWS-LC: faster than RustCrypto except for short messages, and the library that TLS uses.
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::digest;

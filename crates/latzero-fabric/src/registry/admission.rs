@@ -215,6 +215,7 @@ impl<D: Driver> Registry<D> {
             memberships: Vec::new(),
             exclusive: handshake.exclusive,
             since: now,
+            uid: who.uid,
             is_known: is_known_now,
         });
         // From now on it belongs to its newest user.
@@ -359,8 +360,9 @@ impl<D: Driver> Registry<D> {
             if !entry.admits(actor) {
                 return Err(refusals::pool_not_open(actor.app, name));
             }
-            if !entry.rights(actor).have(Right::Serve) {
-                return Err(refusals::may_not_serve(actor.app, name));
+            if !entry.allows(Right::Serve, actor) {
+                let right = Right::Serve.as_str();
+                return Err(refusals::right_is_denied(right, name));
             }
             if spec.privileged {
                 return Err(refusals::privileged_in_plain_pool(&spec.name, name));

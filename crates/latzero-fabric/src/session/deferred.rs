@@ -159,7 +159,7 @@ impl<D: Driver> Session<D> {
         let Some(why) = self.reason(request, turn) else {
             return Ok(false);
         };
-        // Calls alone are found by their ids again, and expire.
+        // Only calls are found by their ids again, and expire.
         let call = match request {
             Request::Trigger(trigger) => Some(trigger),
             _ => None,

@@ -230,27 +230,14 @@ impl<D: Driver> Session<D> {
             }
             Some(member)
         });
-        let crate::registry::Entrance {
-            name,
-            number,
-            pool,
-            rights,
-            grant,
-        } = entrance;
         match member {
-            Some(member) => self.memberships.push(Membership {
-                name,
-                number,
-                pool,
-                member,
-                rights,
-                grant,
-            }),
+            Some(member) => self.memberships.push(Membership { entrance, member }),
             // Removed after the registry's reply: handled as if it had been removed right
             // afterwards.
             None => {
                 let json = format!(
-                    "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{name}\"}}"
+                    "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{}\"}}",
+                    entrance.name
                 );
                 self.send(Class::Control, json.len(), turn, |out| {
                     encode::message(out, &json)

@@ -273,13 +273,12 @@ fn check_rights<D: Driver>(
     };
     let allowed = match needed {
         Roles::Join => Ok(()),
-        Roles::Read => m
-            .check_right(Right::Read)
-            .or_else(|_| m.check_right(Right::Write)),
+        Roles::Read if m.rights.have(Right::Write) => Ok(()),
+        Roles::Read => m.check_right(Right::Read),
         Roles::Write => m.check_right(Right::Write),
     };
     if let Err(refusal) = allowed {
-        // The call says how far.
+        // The call that lends the block limits the access.
         let is_lent = turn.with_pool(&m.pool, |pool, _| {
             lendable(action).is_some_and(|block| pool.blocks().is_lent(m.member, block))
         });

@@ -441,7 +441,7 @@ impl<D: Driver> Session<D> {
         let Some(m) = self.memberships.iter_mut().find(|m| m.name == *pool) else {
             return;
         };
-        if let Some(grant) = &mut m.grant {
+        if let Some(grant) = &mut m.entrance.grant {
             grant.roles = roles;
         }
         let m = m.clone();

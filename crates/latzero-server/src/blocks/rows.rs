@@ -26,7 +26,7 @@ type Name = (PoolName, BlockId);
 /// The rows, and for which of them clients may still offer the memory.
 #[derive(Default)]
 pub(crate) struct Rows {
-    /// Absent in tests of blocks alone.
+    /// Absent in tests that need only blocks.
     store: Option<Store>,
     boot_id: String,
     awaited: Mutex<HashMap<Name, BlockRow>>,

@@ -275,7 +275,7 @@ impl Checker {
         } else {
             ensure!(
                 distinct == *meant,
-                "an emit for {meant:?} reached {distinct:?} alone"
+                "an emit for {meant:?} reached only {distinct:?}"
             );
         }
         if let Some(reply) = current.replies.first() {

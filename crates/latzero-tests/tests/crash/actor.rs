@@ -257,7 +257,7 @@ impl Actor {
         Ok(())
     }
 
-    /// Connects, by the AppID alone or with a new registration.
+    /// Connects, with only the AppID or with a new registration.
     fn come(&mut self, round: &Round<'_>) -> Result<Wire, Gone> {
         // State that one instance leaves stays while another is connected, so the earlier one ends
         // first.

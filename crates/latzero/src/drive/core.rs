@@ -46,8 +46,8 @@ const HANDSHAKE_TRIGGERS_BYTES: usize = 32 * 1024;
 pub(crate) enum DriverKind {
     /// Threads of this crate.
     Threads,
-    /// A task on the caller's tokio runtime, or its own event loop: it is woken, and alone reads
-    /// and runs handlers.
+    /// A task on the caller's tokio runtime, or its own event loop: it is woken, and nothing
+    /// else reads or runs handlers.
     Woken,
 }
 

@@ -645,8 +645,8 @@ impl Handler {
     }
 
     /// Takes only calls and emits that a writer of an encrypted pool signed
-    /// ([`Call::privileged`](crate::Call::privileged)). The trigger is served in encrypted pools
-    /// alone. Readers of the pool can neither call it nor forge a call, even together with the
+    /// ([`Call::privileged`](crate::Call::privileged)). The trigger is served only in encrypted
+    /// pools. Readers of the pool can neither call it nor forge a call, even together with the
     /// server; a call that is not signed is answered with `forbidden`, such an emit is dropped.
     pub fn privileged(mut self) -> Self {
         self.spec.is_privileged = true;

@@ -538,9 +538,9 @@ impl From<crate::Emit> for Emit {
 
 impl Emit {
     builder_methods! {
-        /// To this app alone.
+        /// Only to this app.
         to(app_id: &str);
-        /// To this instance of an app alone.
+        /// Only to this instance of an app.
         to_instance(app_id: &str, instance: InstanceId);
         /// To one handler rather than to all.
         one();

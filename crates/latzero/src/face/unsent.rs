@@ -35,7 +35,7 @@ pub(super) struct Unsent {
     /// Blocks that are passed with a call, as JSON.
     pub(super) blocks: Vec<Value>,
     pub(super) parking: ParkOptions,
-    /// Whether it is signed, which it can be in an encrypted pool alone.
+    /// Whether it is signed, which it can be only in an encrypted pool.
     pub(super) is_privileged: bool,
     /// Its destination; only for an app with keys, which may have to seal it.
     pub(super) route: Option<Box<Route>>,

@@ -145,7 +145,7 @@ pub(crate) struct OpenCall {
     items: Option<Box<Items>>,
     /// The id that its caller chose.
     chosen: Option<Box<str>>,
-    /// Whether it may outlive its connection: it is not named by its index alone.
+    /// Whether it may outlive its connection: more than its index names it.
     lasts: bool,
     /// The server has stored it, whatever happens to the connection.
     is_parked: bool,
@@ -280,7 +280,7 @@ impl Pending {
         self.chosen.contains_key(id)
     }
 
-    /// The call in flight with this id, if it is not named by its index alone.
+    /// The call in flight with this id, if more than its index names it.
     pub(crate) fn find_lasting(&mut self, id: &str) -> Option<Key> {
         let key = match Id::parse(id) {
             Some(Id { key, life }) if life == Some(self.life) => key,
@@ -446,7 +446,7 @@ impl Pending {
                 State::Done(result) => Poll::Ready(result),
                 _ => unreachable!("it was just seen"),
             },
-            _ => unreachable!("a call is polled by its owner alone, and not after its end"),
+            _ => unreachable!("a call is polled only by its owner, and not after its end"),
         }
     }
 
@@ -477,7 +477,7 @@ impl Pending {
                 State::Done(end) => Poll::Ready(Next::End(end)),
                 _ => unreachable!("it was just seen"),
             },
-            _ => unreachable!("a stream is polled by its owner alone, and not after its end"),
+            _ => unreachable!("a stream is polled only by its owner, and not after its end"),
         }
     }
 

@@ -220,7 +220,7 @@ impl SealedPool {
         Ok(())
     }
 
-    /// Says of an older state what may have led to it. The server's word changes the text alone.
+    /// Says of an older state what may have led to it. The server's word changes only the text.
     fn explain(&self, error: Error, restored_ms: Option<u64>) -> Error {
         let Some(unix_ms) =
             restored_ms.filter(|_| matches!(error.kind(), Code::Rollback | Code::Fork))

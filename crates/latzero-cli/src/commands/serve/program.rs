@@ -256,8 +256,7 @@ fn is_passed_on(name: &OsStr, value: &OsStr, admin_token: Option<&OsStr>) -> boo
     let token = admin_token.map(OsStr::to_string_lossy);
     let has_token = token.is_some_and(|token| !token.is_empty() && value.contains(token.as_ref()));
     // Keys of pools and of apps, whatever the variable is called.
-    let prefixes = ["lzs1_", "lzc1_", "lzo1_", "lzw1_", "lza1_"];
-    is_known && !has_token && !prefixes.iter().any(|prefix| value.contains(prefix))
+    is_known && !has_token && !latzero_crypto::keys::holds_secret(&value)
 }
 
 impl OutputKind {

@@ -69,7 +69,7 @@ pub(super) struct Edit<'a> {
 enum Under {
     /// A lock that the app holds.
     Held(u64),
-    /// A lock taken for this change alone.
+    /// A lock taken only for this change.
     Taken(BlockLock),
 }
 
