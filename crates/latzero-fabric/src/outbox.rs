@@ -221,7 +221,7 @@ impl<F> PendingWrite<F> {
     }
 }
 
-/// From this many bytes on, an emit has a buffer of its own, which its receivers share.
+/// From this many bytes on, an emit to several receivers has a buffer that they share.
 pub const SHARE_BYTES: usize = 4096;
 
 /// A chunk of this many bytes is followed by another one, rather than grown.

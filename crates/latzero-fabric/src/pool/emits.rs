@@ -19,6 +19,8 @@ use crate::turn::Turn;
 
 /// An emit, encoded for all receivers of the same form.
 enum Encoded {
+    /// A large one for a single receiver, in its outbox.
+    Once,
     /// In the pool's scratch buffer.
     Here(std::ops::Range<usize>),
     Shared(SharedBody),
@@ -58,7 +60,8 @@ impl<D: Driver> Pool<D> {
         // Encoded once for all receivers of the same form, and shared if it is large.
         let mut encoded: [Option<Encoded>; 2] = [None, None];
         let account = Arc::clone(sender.peer.link().account());
-        let is_shared = emit.body.len() >= SHARE_BYTES;
+        let is_large = emit.body.len() >= SHARE_BYTES;
+        let is_alone = served.handlers.len() == 1;
         let around = raw_length(notice.destination) + raw_length(notice.headers);
         let mut refused = None;
         let scratch = &mut self.scratch;
@@ -70,19 +73,23 @@ impl<D: Driver> Pool<D> {
             {
                 return Offer::NotMeant;
             }
+            let length = around + forwarded_length(emit.body, to.attachments);
+            let encode = |out: &mut Vec<u8>| encode::notice(out, &notice, to.attachments);
             let form = usize::from(to.attachments == Attachments::Taken);
             let frame = encoded[form].get_or_insert_with(|| {
-                if is_shared {
-                    let length = around + forwarded_length(emit.body, to.attachments);
-                    let encode = |out: &mut Vec<u8>| encode::notice(out, &notice, to.attachments);
+                if is_large && is_alone {
+                    return Encoded::Once;
+                }
+                if is_large {
                     let shared = SharedBody::encode(length, &account, encode);
                     return shared.map_or_else(Encoded::Refused, Encoded::Shared);
                 }
                 let start = scratch.len();
-                encode::notice(scratch, &notice, to.attachments);
+                encode(scratch);
                 Encoded::Here(start..scratch.len())
             });
             let sent = match frame {
+                Encoded::Once => turn.send(&to.peer, Class::Emit, length, encode),
                 Encoded::Here(range) => {
                     let bytes = &scratch[range.clone()];
                     turn.send(&to.peer, Class::Emit, bytes.len(), |out| {
@@ -126,9 +133,6 @@ impl<D: Driver> Pool<D> {
         }
         if let Some(full) = refused.filter(|_| delivered == 0) {
             return Err(full.into());
-        }
-        if self.scratch.capacity() > 64 * 1024 {
-            self.scratch = Vec::new();
         }
         Ok(delivered)
     }
