@@ -58,6 +58,21 @@ impl Remembered {
     }
 }
 
+/// About how many bytes of memory a value takes, which may be many times its text: each number is
+/// as large as an empty list, and each field of an object has a text of its own.
+pub(crate) fn json_bytes(value: &Value) -> usize {
+    let inner = match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+        Value::String(text) => text.len() + 16,
+        Value::Array(items) => 16 + items.iter().map(json_bytes).sum::<usize>(),
+        Value::Object(fields) => fields
+            .iter()
+            .map(|(name, value)| name.len() + 72 + json_bytes(value))
+            .sum(),
+    };
+    size_of::<Value>() + inner
+}
+
 /// Bytes that an app takes in addition to its registration.
 const APP_BYTES: usize = 768;
 
@@ -79,10 +94,7 @@ impl Registration {
                 + spec.pools.as_deref().map_or(0, pools)
         };
         let blocks = self.subscriptions.iter();
-        let meta = self
-            .meta
-            .as_ref()
-            .map_or(0, |meta| 2 * meta.to_string().len());
+        let meta = self.meta.as_ref().map_or(0, json_bytes);
         pools(&self.pools)
             + self.triggers.iter().map(trigger).sum::<usize>()
             + blocks

@@ -280,6 +280,8 @@ struct PoolEntry<D: Driver> {
     created: u64,
     /// Its reservation, if a client created it.
     place: Option<Reservation>,
+    /// The memory of its policy, properties and descriptor, likewise.
+    memory: Option<Reservation>,
     /// Its descriptors, if it is an encrypted pool.
     sealed: Option<Sealed>,
 }
@@ -422,7 +424,9 @@ impl<D: Driver> Registry<D> {
     /// The bytes of registrations, and the number of pools that clients created.
     #[must_use]
     pub fn held(&self) -> (u64, u64) {
-        let registered = self.apps.values().map(|app| app.held.amount()).sum();
+        let apps = self.apps.values().map(|app| app.held.amount());
+        let pools = self.pools.values().filter_map(|pool| pool.memory.as_ref());
+        let registered = apps.chain(pools.map(Reservation::amount)).sum();
         let made = self.pools.values().filter(|entry| entry.place.is_some());
         (registered, made.count() as u64)
     }

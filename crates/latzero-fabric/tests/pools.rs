@@ -543,3 +543,31 @@ fn an_invalid_message_fails_alone() {
         r#"1 ok: {"time":1700000000000}"#
     );
 }
+
+#[test]
+fn the_policies_and_properties_of_pools_count_as_memory_of_their_user() {
+    let names: Vec<String> = (0..64).map(|n| format!("\"app{n}\"")).collect();
+    let list = names.join(",");
+    let policy = format!(r#""policy":{{"join":[{list}],"serve":{{"deny":[{list}]}}}}"#);
+    let numbers = vec!["0"; 4000].join(",");
+    let properties = format!(r#""properties":{{"a":[{numbers}]}}"#);
+    for more in [policy, properties] {
+        let mut net = Net::with(|limits| limits.memory_max = 4 << 20);
+        let a = net.stranger("a", "");
+        let create = |n: usize| {
+            format!(r#"{{"action":"pool_create","id":"c","pool":"p{n}","durable":false,{more}}}"#)
+        };
+        let created = (0..1000).find(|n| !net.ask(a, &create(*n)).starts_with("c ok"));
+        let created = created.unwrap();
+        assert!((5..150).contains(&created), "{created}");
+        let refused = net.ask(a, &create(created));
+        assert!(refused.starts_with("c failed: quota"), "{refused}");
+        // What is removed is released.
+        net.ask(
+            a,
+            r#"{"action":"pool_remove","id":"r","pool":"p0","force":true}"#,
+        );
+        assert!(net.ask(a, &create(created)).starts_with("c ok"));
+        net.world.check_ledger();
+    }
+}

@@ -278,3 +278,22 @@ fn a_repeat_ends_alone_and_the_first_call_continues() {
     net.advance(9000);
     assert_eq!(net.sees(caller), "");
 }
+
+#[test]
+fn keys_in_use_count_as_memory_of_their_user() {
+    let mut net = Net::with(|limits| limits.memory_max = 4 << 20);
+    net.app("handler", HANDLER);
+    let caller = net.stranger("caller", "");
+    let key = "k".repeat(1000);
+    let refused = (0..2000).find_map(|n| {
+        let seen = call(&mut net, caller, &n.to_string(), &format!("{key}{n}"), "");
+        (!seen.is_empty()).then_some((n, seen))
+    });
+    let (begun, refused) = refused.unwrap();
+    assert!((50..1000).contains(&begun), "{begun}");
+    assert!(
+        refused.contains("overloaded") || refused.contains("quota"),
+        "{refused}"
+    );
+    net.world.check_ledger();
+}

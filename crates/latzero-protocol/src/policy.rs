@@ -205,7 +205,22 @@ pub struct Policy {
     rules: [Option<Rule>; Right::ALL.len()],
 }
 
+/// Bytes that each subject of a rule takes in addition to its text.
+const SUBJECT_BYTES: usize = 80;
+
 impl Policy {
+    /// About how many bytes of memory it takes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let text = |subject: &Subject| match subject {
+            Subject::App(app) => app.as_str().len(),
+            Subject::Anybody | Subject::Uid(_) | Subject::Key(_) => 0,
+        };
+        let rules = self.rules.iter().flatten();
+        let subjects = rules.flat_map(|rule| rule.allow.iter().flatten().chain(&rule.deny));
+        subjects.map(|subject| text(subject) + SUBJECT_BYTES).sum()
+    }
+
     /// Reads the field `policy`.
     ///
     /// # Errors

@@ -31,6 +31,13 @@ const WAITING_MAX: usize = 16;
 /// The caller and its key, in the form of [`scoped`].
 type Known = (AppId, Box<str>);
 
+/// Bytes of a key that is in use, in addition to those of its text: it is in two tables.
+const KEY_BYTES: usize = 256;
+
+fn key_bytes(known: &Known) -> usize {
+    2 * (known.0.as_str().len() + known.1.len()) + KEY_BYTES
+}
+
 /// A key belongs to the trigger and the destination that it was used with, so that one order can be
 /// billed and shipped under the same number.
 pub(super) fn scoped(process: &str, destination: Option<&str>, key: &str) -> Box<str> {
@@ -71,8 +78,8 @@ enum Repeat {
     Running {
         /// Repeats that wait for the answer.
         waiting: Repeaters,
-        /// The account in which the answer will be counted.
-        account: Arc<Account>,
+        /// Its reservation, in the account in which the answer will be counted.
+        held: Reservation,
         /// Parked repeats that wait for the answer.
         followers: Vec<u64>,
     },
@@ -96,7 +103,10 @@ pub(super) struct Repeats {
     known: HashMap<Known, Repeat>,
     /// When answers expire.
     expires: BTreeSet<(Time, Known)>,
+    /// Bytes of the answers.
     bytes: usize,
+    /// Bytes of the keys of calls in progress.
+    running_bytes: u64,
     /// The repeats that wait, by member.
     waits: BTreeMap<Waiter, Wait>,
     /// When they expire.
@@ -152,13 +162,13 @@ impl Repeats {
 
     /// Ends a call that is in progress; returns the repeats that wait with it, connected and
     /// parked.
-    fn take_running(&mut self, known: &Known) -> Option<(Repeaters, Vec<u64>, Arc<Account>)> {
+    fn take_running(&mut self, known: &Known) -> Option<(Repeaters, Vec<u64>, Reservation)> {
         let Some(Repeat::Running { .. }) = self.known.get(known) else {
             return None;
         };
         let Some(Repeat::Running {
             waiting,
-            account,
+            held,
             followers,
         }) = self.known.remove(known)
         else {
@@ -167,7 +177,8 @@ impl Repeats {
         for (member, id) in &waiting {
             self.forget_wait(&waiter(*member, id));
         }
-        Some((waiting, followers, account))
+        self.running_bytes -= held.amount();
+        Some((waiting, followers, held))
     }
 
     /// A member leaves: removes its waiting repeats.
@@ -186,17 +197,17 @@ impl Repeats {
     /// Restores the key of a call that an earlier run parked.
     pub(super) fn restore(&mut self, caller: &AppId, key: &str, account: &Arc<Account>) {
         let known = (caller.clone(), key.into());
-        self.begin(known, account);
+        let mut held = account.hold(Resource::Repeats);
+        held.force(key_bytes(&known) as u64);
+        self.begin(known, held);
     }
 
-    fn begin(&mut self, known: Known, account: &Arc<Account>) {
-        let account = Arc::clone(account);
-        let waiting = Vec::new();
-        let followers = Vec::new();
+    fn begin(&mut self, known: Known, held: Reservation) {
+        self.running_bytes += held.amount();
         let repeat = Repeat::Running {
-            waiting,
-            account,
-            followers,
+            waiting: Vec::new(),
+            held,
+            followers: Vec::new(),
         };
         self.known.insert(known, repeat);
     }
@@ -262,7 +273,7 @@ impl Repeats {
     }
 
     pub(super) fn bytes(&self) -> u64 {
-        self.bytes as u64
+        self.bytes as u64 + self.running_bytes
     }
 
     /// When the oldest answer expires.
@@ -274,14 +285,14 @@ impl Repeats {
         let Some((_, known)) = self.expires.pop_first() else {
             return false;
         };
-        if let Some(Repeat::Answered { answer, .. }) = self.known.remove(&known) {
-            self.bytes -= answer.bytes();
+        if let Some(Repeat::Answered { held, .. }) = self.known.remove(&known) {
+            self.bytes -= held.amount() as usize;
         }
         true
     }
 
     pub(super) fn check(&self) {
-        let mut bytes = 0;
+        let (mut bytes, mut running_bytes) = (0, 0);
         let mut answered = 0;
         let mut waiting = 0;
         for (known, repeat) in &self.known {
@@ -291,12 +302,19 @@ impl Repeats {
                     expires,
                     held,
                 } => {
-                    assert_eq!(held.amount(), answer.bytes() as u64);
-                    bytes += answer.bytes();
+                    let all = key_bytes(known) + answer.bytes();
+                    assert_eq!(held.amount(), all as u64);
+                    bytes += all;
                     answered += 1;
                     assert!(self.expires.contains(&(*expires, known.clone())));
                 }
-                Repeat::Running { waiting: with, .. } => {
+                Repeat::Running {
+                    waiting: with,
+                    held,
+                    ..
+                } => {
+                    assert_eq!(held.amount(), key_bytes(known) as u64);
+                    running_bytes += held.amount();
                     waiting += with.len();
                     for (member, id) in with {
                         assert_eq!(self.waits[&waiter(*member, id)].known, *known);
@@ -307,6 +325,7 @@ impl Repeats {
         assert_eq!(waiting, self.waits.len());
         assert_eq!(waiting, self.wait_deadlines.len());
         assert_eq!((bytes, answered), (self.bytes, self.expires.len()));
+        assert_eq!(running_bytes, self.running_bytes);
     }
 }
 
@@ -342,7 +361,17 @@ impl<D: Driver> DurableCalls<'_, D> {
                         return Err(refusals::too_many_keyed_calls(limits.repeats_max));
                     }
                 }
-                self.repeats.begin(known, &account);
+                let bytes = key_bytes(&known) as u64;
+                let mut held = account.hold(Resource::Repeats);
+                while let Err(full) = held.resize(bytes) {
+                    if self.repeats.forget_oldest() {
+                        continue;
+                    }
+                    // The next such call has the room of the oldest answers of other pools.
+                    turn.driver.effects().is_over_repeats |= full.is_of_server();
+                    return Err(full.into());
+                }
+                self.repeats.begin(known, held);
                 Ok(Seen::First)
             }
             Some(Repeat::Running {
@@ -389,7 +418,7 @@ impl<D: Driver> DurableCalls<'_, D> {
     ) {
         let now = turn.time();
         let known = (caller.clone(), Box::from(key));
-        let Some((waiting, followers, account)) = self.repeats.take_running(&known) else {
+        let Some((waiting, followers, mut held)) = self.repeats.take_running(&known) else {
             return;
         };
         for (member, id) in waiting {
@@ -404,14 +433,13 @@ impl<D: Driver> DurableCalls<'_, D> {
         for number in followers {
             self.finish_parked(number, (answer.clone(), true), turn);
         }
-        let bytes = answer.bytes();
+        let bytes = key_bytes(&known) + answer.bytes();
         if bytes > self.info.limits.repeats_bytes_max {
             return;
         }
         while self.repeats.bytes + bytes > self.info.limits.repeats_bytes_max {
             self.repeats.forget_oldest();
         }
-        let mut held = account.hold(Resource::Repeats);
         while let Err(full) = held.resize(bytes as u64) {
             if full.is_of_server() {
                 // The oldest answers of all pools are dropped once this pool is released.

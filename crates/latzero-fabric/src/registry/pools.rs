@@ -16,7 +16,7 @@ use crate::now::Time;
 use crate::pool::Pool;
 use crate::prng::Prng;
 use crate::refusals;
-use crate::registration::{Registration, Remembered};
+use crate::registration::{Registration, Remembered, json_bytes};
 use crate::rows::{PoolRow, StoreChange};
 use crate::turn::Turn;
 
@@ -183,6 +183,12 @@ impl<D: Driver> Registry<D> {
         self.check_room_for_pools(1)?;
         let place = promise.link().account().reserve(Resource::Pools, 1);
         let place = place.map_err(Refusal::from)?;
+        let bytes = policy.bytes()
+            + properties.as_ref().map_or(0, json_bytes)
+            + descriptor.as_ref().map_or(0, |d| d.as_bytes().len());
+        let account = Arc::clone(promise.link().account());
+        let held = account.reserve(Resource::Registrations, bytes as u64);
+        let held = held.map_err(Refusal::from)?;
         let has_rules = policy != Policy::default();
         if durable || has_rules {
             let row = PoolRow {
@@ -204,6 +210,7 @@ impl<D: Driver> Registry<D> {
         entry.policy = policy;
         entry.properties = properties;
         entry.sealed = descriptor.map(Sealed::new);
+        entry.memory = Some(held);
         Ok(durable)
     }
 
@@ -350,6 +357,7 @@ impl<D: Driver> Registry<D> {
             properties: None,
             created,
             place,
+            memory: None,
             sealed: None,
         };
         self.pools.entry(name).or_insert(entry)

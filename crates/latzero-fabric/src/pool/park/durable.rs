@@ -64,7 +64,8 @@ impl DurableCall {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.message.len() + self.attachment.as_ref().map_or(0, |bytes| bytes.len()) + OVERHEAD
+        let key = self.idempotency_key.as_ref().map_or(0, |key| key.len());
+        self.message.len() + self.attachment.as_ref().map_or(0, |b| b.len()) + key + OVERHEAD
     }
 
     /// Decodes the call and passes it to `f`; `None` if the stored row is invalid.
@@ -89,12 +90,10 @@ pub(in crate::pool) fn bytes(trigger: &Trigger<'_>) -> usize {
     let raw = |raw: Option<Raw<'_>>| raw.map_or(0, |raw| raw.text().len());
     let text = |text: &Option<std::borrow::Cow<'_, str>>| text.as_ref().map_or(0, |t| t.len());
     let destination = trigger.destination.as_ref().map(|d| d.raw);
-    trigger.body.len()
-        + raw(trigger.headers)
-        + raw(destination)
-        + text(&trigger.id)
-        + text(&trigger.key)
-        + OVERHEAD
+    // Names and ids are in several tables, and so is a key with the names of its trigger.
+    let names = trigger.process.len() + raw(destination) + text(&trigger.id);
+    let key = text(&trigger.idempotency_key);
+    trigger.body.len() + raw(trigger.headers) + text(&trigger.key) + 3 * names + 2 * key + OVERHEAD
 }
 
 /// Bytes of a stored call in addition to its message: what each of 100,000 small ones takes.
