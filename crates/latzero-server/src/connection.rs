@@ -262,12 +262,13 @@ impl Connection {
                 return ReadOutcome::Starved;
             };
             let scratch = &mut scratch[..room];
+            let has_offers = !is_in_place && self.accepts_offers(host);
             let read = if is_in_place {
                 let mut inbox = std::mem::take(&mut self.inbox);
                 let read = self.socket().read_more(&mut inbox);
                 self.inbox = inbox;
                 read
-            } else if self.accepts_offers(host) {
+            } else if has_offers {
                 self.read_offers(scratch)
             } else {
                 self.socket().read(scratch)
@@ -313,8 +314,9 @@ impl Connection {
             }
             total += n;
             // A short read has emptied the socket (epoll(7)), unless an end is waiting behind the
-            // data.
-            if self.socket().is_drained(n, scratch.len()) && !self.is_ending {
+            // data, or descriptors: recvmsg(2) stops after a message with some (unix(7)).
+            let is_drained = !has_offers && self.socket().is_drained(n, scratch.len());
+            if is_drained && !self.is_ending {
                 return ReadOutcome::Idle;
             }
             if total >= budget || started.elapsed() >= TIME_BUDGET {
