@@ -538,6 +538,32 @@ fn a_redelivered_call_waits_for_the_room_that_later_calls_took() {
 }
 
 #[test]
+fn a_single_redelivered_call_waits_for_a_busy_handler() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    let first = join(&mut net, "handler", r#""triggers":["t"]"#);
+    net.call(caller, "1", r#""redeliver":true"#);
+    let second = join(
+        &mut net,
+        "handler",
+        r#""triggers":[{"name":"t","concurrency":1}]"#,
+    );
+    net.call(caller, "2", "");
+    let busy = calls(&mut net, second);
+    assert_eq!(busy.len(), 1);
+    net.hang_up(first);
+    net.advance(1_000);
+    assert_eq!(answers(&mut net, caller), [""; 0]);
+    answer(&mut net, second, &busy[0]);
+    assert_eq!(calls(&mut net, second)[0]["attempt"], 2);
+    // With its last handler the call ends too.
+    net.hang_up(second);
+    let ended = answers(&mut net, caller);
+    assert_eq!(ended, ["2:null", "1:handler_gone"]);
+    net.world.check();
+}
+
+#[test]
 fn redelivered_calls_wait_for_busy_handlers_and_go_before_parked_ones() {
     let mut net = Net::with(|l| l.in_flight_max = 4);
     let caller = net.app("caller", "");

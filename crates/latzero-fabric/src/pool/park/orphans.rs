@@ -2,6 +2,7 @@
 //!
 //! They keep their place: they are in flight for their callers until another handler has them, and
 //! while all handlers are busy they wait for the next that has room, before calls that were parked.
+//! Those that may be parked are.
 //! A step gives as many as [`GIVEN_AT_ONCE_MAX`] and [`GIVEN_BYTES_AT_ONCE`] allow.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -46,23 +47,11 @@ impl Orphan {
     }
 }
 
-/// What becomes of a call while all handlers are busy.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum WhenBusy {
-    /// It is parked if it may be, and refused otherwise.
-    Refuse,
-    /// It waits.
-    Wait,
-}
-
 /// The calls whose handler has left, until another one has them.
 #[derive(Default)]
 pub(super) struct Orphans {
     /// Those that were not offered to another handler yet, the oldest first.
     new: VecDeque<Orphan>,
-    /// Whether one step was not enough for them. Newer calls may take the room that they would have
-    /// had, so they wait for other room.
-    is_split: bool,
     /// Those that found all handlers busy, by trigger, the oldest first.
     waiting: BTreeMap<TriggerName, VecDeque<Orphan>>,
     /// When these are offered again. A handler that finishes a call takes one before.
@@ -116,7 +105,6 @@ impl Orphans {
     fn retry(&mut self, now: Time) {
         if self.retry.is_some_and(|at| at <= now) {
             self.retry = None;
-            self.is_split = true;
             let waiting = std::mem::take(&mut self.waiting).into_values().flatten();
             self.new.extend(waiting);
         }
@@ -287,10 +275,6 @@ impl<D: Driver> Pool<D> {
 
     /// Gives calls whose handler died to others, as many as one step may give.
     fn give_orphans(&mut self, turn: &mut Turn<'_, D>) {
-        let orphans = &mut self.parked.orphans;
-        orphans.is_split = orphans.is_split
-            || orphans.new.len() > GIVEN_AT_ONCE_MAX
-            || orphans.new.iter().map(Orphan::bytes).sum::<u64>() > GIVEN_BYTES_AT_ONCE;
         let (mut tried, mut bytes) = (0, 0);
         while tried < GIVEN_AT_ONCE_MAX
             && bytes < GIVEN_BYTES_AT_ONCE
@@ -298,12 +282,7 @@ impl<D: Driver> Pool<D> {
         {
             tried += 1;
             bytes += orphan.bytes();
-            let orphans = &self.parked.orphans;
-            let when_busy = match orphans.is_split || orphans.wait_for(orphan.process.as_str()) {
-                true => WhenBusy::Wait,
-                false => WhenBusy::Refuse,
-            };
-            if let Some(orphan) = self.redeliver(orphan, when_busy, turn) {
+            if let Some(orphan) = self.redeliver(orphan, turn) {
                 let orphans = &mut self.parked.orphans;
                 let queue = orphans.waiting.entry(orphan.process.clone());
                 queue.or_default().push_back(orphan);
@@ -312,9 +291,7 @@ impl<D: Driver> Pool<D> {
             }
         }
         let orphans = &mut self.parked.orphans;
-        let is_done = orphans.new.is_empty();
-        orphans.is_split &= !is_done;
-        orphans.step = (!is_done).then(|| soon(turn.time()));
+        orphans.step = (!orphans.new.is_empty()).then(|| soon(turn.time()));
     }
 
     /// Gives those that did not fit into the step before, and those that waited for some time.
@@ -335,7 +312,7 @@ impl<D: Driver> Pool<D> {
             let Some(orphan) = self.parked.orphans.take_waiting(process) else {
                 return;
             };
-            if let Some(orphan) = self.redeliver(orphan, WhenBusy::Wait, turn) {
+            if let Some(orphan) = self.redeliver(orphan, turn) {
                 // Meant for another handler, or no handler reads what it gets.
                 let queue = self.parked.orphans.waiting.entry(orphan.process.clone());
                 queue.or_default().push_front(orphan);
@@ -345,13 +322,8 @@ impl<D: Driver> Pool<D> {
     }
 
     /// Redelivers a call to another handler; else parks it if it may wait, or notifies its caller.
-    /// Returns it if all handlers are busy and it waits for them.
-    fn redeliver(
-        &mut self,
-        mut orphan: Orphan,
-        when_busy: WhenBusy,
-        turn: &mut Turn<'_, D>,
-    ) -> Option<Orphan> {
+    /// Returns it if it waits for a handler, because all are busy.
+    fn redeliver(&mut self, mut orphan: Orphan, turn: &mut Turn<'_, D>) -> Option<Orphan> {
         if self.members.at(orphan.caller).is_none() {
             self.durable()
                 .refuse_orphan(orphan, &refusals::caller_left(), turn);
@@ -363,6 +335,7 @@ impl<D: Driver> Pool<D> {
             return None;
         }
         let is_last = orphan.durable.attempt >= orphan.durable.attempts;
+        let mut are_busy = false;
         if !is_last {
             match self.dispatch(Some(orphan.caller), orphan.durable, turn) {
                 Ok((key, durable)) => {
@@ -373,11 +346,8 @@ impl<D: Driver> Pool<D> {
                 }
                 Err((back, error)) => {
                     orphan.durable = back;
-                    if when_busy == WhenBusy::Wait
-                        && matches!(error, CallError::Refused(why) if why.code == Code::Overloaded)
-                    {
-                        return Some(orphan);
-                    }
+                    are_busy =
+                        matches!(error, CallError::Refused(why) if why.code == Code::Overloaded);
                 }
             }
         }
@@ -400,6 +370,9 @@ impl<D: Driver> Pool<D> {
             self.durable().attempt_ended(caller, ended, turn);
             self.durable().attempt_failed(number, durable, &cause, turn);
             return None;
+        }
+        if are_busy {
+            return Some(orphan);
         }
         let refusal = if is_last {
             exhausted(orphan.durable.attempt, &orphan.cause)
