@@ -163,3 +163,30 @@ fn only_the_same_block_is_accepted_back() {
     ok(ask(&mut maker, "create", json!({"size": 100})));
     assert_eq!(offer(&mut mapping(&server, "reader"), &held), "no_block");
 }
+
+#[test]
+fn offers_that_are_sent_together_are_all_answered() {
+    let (mut server, _maker, held) = server_with_block();
+    server.kill();
+    server.restart();
+    let mut reader = mapping(&server, "reader");
+    let nothing = std::fs::File::open("/dev/null").unwrap();
+    for n in 0..20 {
+        let held = if n == 19 {
+            held.as_fd()
+        } else {
+            nothing.as_fd()
+        };
+        let offer = json!({"action": "memory_reoffer", "id": n.to_string(), "block_id": "b",
+            "descriptors": 1});
+        reader.send_with_descriptors(&offer, &[held]);
+    }
+    let mut answered = Vec::new();
+    while answered.len() < 20 {
+        let reply = reader.receive();
+        if let Some(id) = reply["in_reply_to"].as_str() {
+            assert_eq!(reply["status"] == "ok", id == "19", "{reply}");
+            answered.push(id.to_owned());
+        }
+    }
+}

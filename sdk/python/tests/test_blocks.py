@@ -296,7 +296,7 @@ def test_a_block_is_an_argument(pair):
     with pytest.raises(latzero.LatZeroError):
         calls.call("fill", frame=block, value=4)
     assert calls.call("mean", frame=calls.share(np.arange(5, dtype="f8"))) == 2
-    with pytest.raises(latzero.BadRequest, match="blocks travel with calls"):
+    with pytest.raises(latzero.BadRequest, match="blocks travel only with calls"):
         calls.emit("mean", frame=block)
 
 
