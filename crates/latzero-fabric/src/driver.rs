@@ -87,6 +87,8 @@ pub struct BlockWrite<'a> {
     pub if_version: Option<u64>,
     /// The bytes that the block must have there now, as many as `data`.
     pub expected: Option<&'a [u8]>,
+    /// How many of the block's other bytes may be copied from its newest version.
+    pub copied_max: u64,
 }
 
 /// The result of a [`BlockWrite`].
@@ -96,13 +98,15 @@ pub enum Written {
     Version(u64),
     /// The block has other bytes than expected; they, and its version.
     Differs(u64, Vec<u8>),
+    /// Nothing was written: more would be copied than allowed.
+    Slow,
 }
 
 impl Written {
     pub(crate) fn version(&self) -> Option<u64> {
         match self {
             Written::Version(version) => Some(*version),
-            Written::Differs(..) => None,
+            Written::Differs(..) | Written::Slow => None,
         }
     }
 }
@@ -158,7 +162,7 @@ pub trait BlockStorage {
         if_version: Option<u64>,
     ) -> Result<(Vec<u8>, u64), Refusal>;
 
-    /// Writes bytes into a block.
+    /// Writes bytes into a block, unless that copies too much.
     ///
     /// # Errors
     /// `out_of_range`, `version_conflict`, `contended`, `storage`; nothing was written.

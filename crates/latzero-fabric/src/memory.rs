@@ -5,7 +5,9 @@ use hashbrown::HashMap;
 use latzero_protocol::memory::Kind;
 use latzero_protocol::{BlockId, PoolName};
 
-use crate::pool::BlockKey;
+use crate::driver::BlockWrite;
+use crate::ledger::Reservation;
+use crate::pool::{BlockKey, WritePlan};
 
 /// Bytes before the first slot of a block: its header.
 pub const HEADER_BYTES: u64 = 4096;
@@ -112,9 +114,54 @@ pub struct Making {
     pub record: String,
 }
 
+/// How many bytes of a block's newest version a loop copies for one write. A write that copies more
+/// is a job.
+pub const COPIED_MAX: u64 = 1024 * 1024;
+
+/// A write that is a job. Its connection waits for it, so that there is one for each at most.
+#[derive(Debug)]
+pub struct SlowWrite<P> {
+    pub(crate) plan: WritePlan,
+    pub(crate) peer: P,
+    /// The id of the request.
+    pub(crate) id: Option<Box<str>>,
+    pub(crate) offset: u64,
+    pub(crate) data: Box<[u8]>,
+    pub(crate) if_version: Option<u64>,
+    pub(crate) expected: Option<Box<[u8]>>,
+    /// The reservation of its bytes.
+    pub(crate) memory: Reservation,
+}
+
+impl<P> SlowWrite<P> {
+    /// In which storage.
+    #[must_use]
+    pub fn storage(&self) -> StorageId {
+        self.plan.storage
+    }
+
+    /// What to write, whatever has to be copied.
+    #[must_use]
+    pub fn write(&self) -> BlockWrite<'_> {
+        BlockWrite {
+            offset: self.offset,
+            data: &self.data,
+            if_version: self.if_version,
+            expected: self.expected.as_deref(),
+            copied_max: u64::MAX,
+        }
+    }
+
+    /// Bytes of the request.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.memory.amount()
+    }
+}
+
 /// A job for the storage of a block. The driver does the jobs once the pool is released, in the
 /// order in which they were requested.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub enum Job<P> {
     /// Creates storage; the result is passed to [`crate::PoolBlocks::storage_made`].
     Make {
@@ -143,6 +190,9 @@ pub enum Job<P> {
         /// Who requested it.
         ticket: u64,
     },
+    /// Writes bytes for a client; the result is passed to [`crate::PoolBlocks::written`]. Writes of
+    /// one block are done in the order in which they were requested.
+    Write(Box<SlowWrite<P>>),
 }
 
 /// How many ended blocks have their last generation remembered individually.

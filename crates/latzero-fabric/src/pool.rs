@@ -35,6 +35,7 @@ use crate::prng::Prng;
 use crate::refusals;
 use crate::turn::Turn;
 use blocks::Blocks;
+pub(crate) use blocks::written_json;
 pub use blocks::{
     Asking, BlockCounts, BlockKey, BlockTag, Found, LockRequest, PoolBlocks, ReadPlan, Replied,
     SealedContent, WritePlan,

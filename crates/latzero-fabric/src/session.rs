@@ -30,7 +30,7 @@ use latzero_protocol::{
 };
 use serde_json::json;
 
-use crate::driver::{Driver, Report, Transport};
+use crate::driver::{Driver, Peer as _, Report, Transport};
 use crate::effects::{Audit, Count};
 use crate::ledger::Account;
 use crate::limits::Limits;
@@ -131,10 +131,16 @@ impl<D: Driver> Session<D> {
     }
 
     /// Whether no input is accepted until [`Session::handle_stored`] or
-    /// [`Session::handle_verified`].
+    /// [`Session::handle_verified`], or until a write of a block is done
+    /// ([`crate::Effects::resumed`]).
     #[must_use]
     pub fn is_waiting(&self) -> bool {
-        self.is_proving() || self.has_shaken_hands()
+        self.is_busy() || self.has_shaken_hands()
+    }
+
+    /// Whether another thread works for the connection, which it waits for.
+    fn is_busy(&self) -> bool {
+        self.is_proving() || self.peer.in_flight().is_writing()
     }
 
     /// Whether the handshake came, and is being stored.

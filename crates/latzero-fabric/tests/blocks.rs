@@ -1025,3 +1025,103 @@ fn lists_come_in_pages() {
     assert_eq!(page(r#","limit":2"#), "a,b true");
     assert_eq!(page(r#","limit":2,"after":"b""#), "c false");
 }
+
+/// Makes every write of `b` by `peer` that leaves a byte as it is wait, and sends one.
+fn begin_slow_write(net: &mut Net, peer: Peer, more: &str) {
+    net.world.limit_copies(0);
+    net.world.hold_jobs(true);
+    let written = ask(net, peer, "write", &format!(r#""data":"Bw=="{more}"#), &[]);
+    assert_eq!(written, "(waits)");
+}
+
+#[test]
+fn a_slow_write_delays_only_its_sender() {
+    let (mut net, a, b) = two();
+    ask(&mut net, a, "create", r#""size":8"#, &[]);
+    begin_slow_write(&mut net, a, "");
+    // Everything behind it waits for it.
+    net.say(
+        a,
+        r#"{"action":"memory_read","id":"r","block_id":"b","length":1}"#,
+    );
+    net.say(a, r#"{"action":"ping","id":"p"}"#);
+    assert_eq!(net.sees(a), "");
+    // Others read the previous version, and their writes follow.
+    assert_eq!(ask(&mut net, b, "read", "", &["version"]), "0");
+    assert_eq!(lock(&mut net, b, ""), "locked");
+    let whole = r#""data":"AQIDBAUGBwg=""#;
+    assert_eq!(ask(&mut net, b, "write", whole, &[]), "(waits)");
+    net.world.check_ledger();
+    net.world.hold_jobs(false);
+    let replies = net.messages(a);
+    let of = |id: &str| {
+        let at = replies.iter().position(|m| m.json["in_reply_to"] == id);
+        (at.unwrap(), &replies[at.unwrap()].json["response"])
+    };
+    assert_eq!(of("m").1["version"], 1);
+    assert!(of("m").0 < of("r").0 && of("r").0 < of("p").0);
+    assert!(of("r").1["version"].as_u64() >= Some(1), "{replies:?}");
+    assert_eq!(gist(&mut net, b, &["version"]), "2");
+    net.say(b, r#"{"action":"memory_read","id":"r","block_id":"b"}"#);
+    assert_eq!(
+        net.messages(b).remove(0).json["response"]["data"],
+        "AQIDBAUGBwg="
+    );
+    assert_eq!(lock(&mut net, b, ""), "1");
+    net.world.check_ledger();
+}
+
+#[test]
+fn a_slow_comparison_is_answered_like_any_other() {
+    let (mut net, a, _) = two();
+    ask(&mut net, a, "create", r#""size":8"#, &[]);
+    net.world.limit_copies(0);
+    let swap = |net: &mut Net| {
+        let more = r#""offset":0,"expected":"AA==","data":"Bw==""#;
+        ask(net, a, "cas", more, &["swapped", "version", "current"])
+    };
+    assert_eq!(swap(&mut net), "true 1 null");
+    assert_eq!(swap(&mut net), "false 1 Bw==");
+    let outside = r#""offset":8,"data":"Bw==""#;
+    assert_eq!(ask(&mut net, a, "write", outside, &[]), "out_of_range");
+    assert_eq!(ask(&mut net, a, "info", "", &["version"]), "1");
+}
+
+#[test]
+fn a_slow_write_ends_without_its_client_and_then_the_lock_is_free() {
+    let (mut net, a, b) = two();
+    ask(&mut net, a, "create", r#""size":8"#, &[]);
+    assert_eq!(lock(&mut net, a, ""), "1");
+    begin_slow_write(&mut net, a, r#","lock":"1""#);
+    assert_eq!(lock(&mut net, b, r#""wait":1000"#), "(waits)");
+    net.hang_up(a);
+    assert_eq!(net.sees(b), "");
+    net.world.hold_jobs(false);
+    net.world.check_ledger();
+    assert_eq!(gist(&mut net, b, &["fence"]), "3");
+    net.say(b, r#"{"action":"memory_read","id":"r","block_id":"b"}"#);
+    assert_eq!(
+        net.messages(b).remove(0).json["response"]["data"],
+        "BwAAAAAAAAA="
+    );
+}
+
+#[test]
+fn a_block_may_go_while_it_is_written_slowly() {
+    let (mut net, a, _) = two();
+    let b = net.app("writer", WRITER);
+    ask(&mut net, a, "create", r#""size":8"#, &[]);
+    begin_slow_write(&mut net, a, "");
+    let resized = ask(&mut net, b, "resize", r#""size":9"#, &[]);
+    assert_eq!(resized, "locked", "not while it is written");
+    net.world.hold_jobs(false);
+    assert_eq!(gist(&mut net, a, &["version"]), "1");
+    begin_slow_write(&mut net, a, "");
+    assert_eq!(ask(&mut net, b, "remove", "", &[]), "");
+    net.world.hold_jobs(false);
+    assert_eq!(gist(&mut net, a, &["version"]), "2");
+    assert_eq!(ask(&mut net, b, "info", "", &[]), "no_block");
+    net.world.check_ledger();
+    let pong = net.ask(a, r#"{"action":"ping","id":"p"}"#);
+    assert!(pong.starts_with("p ok"), "{pong}");
+}

@@ -411,3 +411,39 @@ fn a_client_that_leaves_before_the_result_writes_nothing() {
         "{seen}"
     );
 }
+
+#[test]
+fn a_rotation_during_a_slow_write_moves_the_block_after_it() {
+    let (mut net, descriptor, owner) = vault();
+    let writer = holder(&mut net);
+    net.world.limit_copies(0);
+    net.world.hold_jobs(true);
+    let good = slot(&descriptor, 1, &keys(1));
+    assert_eq!(write(&mut net, &writer, &good), "");
+    assert_eq!(net.ask(writer.0, PING), "", "what comes behind it waits");
+    let to = NewEpoch {
+        salt: [8; 32],
+        created_ms: 2,
+        wrap_nonce: [9; 24],
+        history: History::Cut,
+        content: OldContent::AsBefore,
+    };
+    let next = descriptor.rotate(&keys(1), &keys(100), &to);
+    let next = next.expect("all keys are here");
+    let seen = net.ask(owner, &rotation(next.as_bytes()));
+    assert!(seen.contains("r ok"), "{seen}");
+    net.world.hold_jobs(false);
+    let seen = net.sees(writer.0);
+    assert!(seen.contains(r#"w ok: {"version":1}"#), "{seen}");
+    assert!(seen.contains("later ok"), "{seen}");
+    let info = r#"{"action":"memory_info","pool":"vault","block_id":"b","id":"i"}"#;
+    let late = net.app("late", "");
+    let proof = proof(&mut net, late, "late", &keys(100));
+    assert!(net.ask(late, &proof).starts_with("p ok"));
+    let seen = net.ask(late, info);
+    assert!(
+        seen.contains(r#""version":1"#) && seen.contains(r#""generation":2"#),
+        "{seen}"
+    );
+    net.world.check_ledger();
+}

@@ -16,12 +16,13 @@ mod workers;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
+use latzero_fabric::driver::{BlockWrite, Written};
 use latzero_fabric::ledger::{Ledger, Resource};
-use latzero_fabric::memory::{Job, Making, Numbers, StorageId};
+use latzero_fabric::memory::{Job, Making, Numbers, SlowWrite, StorageId};
 use latzero_fabric::pool::Found;
 use latzero_fabric::{BlockKey, Limits, Time};
 use latzero_protocol::memory::{Access, Kind};
@@ -115,6 +116,7 @@ pub(crate) struct JobResult {
 pub(crate) enum Finished {
     Made(BlockKey, Result<Option<StorageId>, Refusal>),
     Flushed(BlockKey, u64, Result<u64, Refusal>),
+    Written(Box<SlowWrite<Arc<Peer>>>, Result<Written, Refusal>),
 }
 
 /// The storage of all blocks.
@@ -123,8 +125,11 @@ pub(crate) struct Blocks {
     numbers: Mutex<Numbers>,
     files: Arc<Files>,
     rows: Rows,
-    // At most one job of each kind for each block and waiter, which are bounded.
+    // At most one job of each kind for each block and waiter, which are bounded, and one write for
+    // each connection.
     work: Workers,
+    /// The loops have ended: nobody waits for a write any more.
+    is_ending: AtomicBool,
 }
 
 impl Blocks {
@@ -144,6 +149,7 @@ impl Blocks {
         let work = Workers {
             small: worker("blocks")?,
             large: worker("large-blocks")?,
+            writes: worker("block-writes")?,
         };
         Ok(Blocks {
             stored: RwLock::new(HashMap::new()),
@@ -151,6 +157,7 @@ impl Blocks {
             files,
             rows,
             work,
+            is_ending: AtomicBool::new(false),
         })
     }
 
@@ -276,35 +283,35 @@ impl Blocks {
     pub(crate) fn write(
         &self,
         storage: StorageId,
-        offset: u64,
-        data: &[u8],
-        if_version: Option<u64>,
-    ) -> Result<u64, Refusal> {
+        write: &BlockWrite<'_>,
+    ) -> Result<Written, Refusal> {
+        let &BlockWrite {
+            offset,
+            data,
+            if_version,
+            expected,
+            copied_max,
+        } = write;
         let stored = self.found(storage)?;
-        let version = stored.custodian.write(offset, data, if_version);
-        version
-            .inspect(|&version| {
-                stored.take_results(version);
-            })
-            .map_err(|error| write_error(&stored, error))
-    }
-
-    pub(crate) fn swap(
-        &self,
-        storage: StorageId,
-        offset: u64,
-        expected: &[u8],
-        data: &[u8],
-    ) -> Result<(u64, Option<Vec<u8>>), Refusal> {
-        let stored = self.found(storage)?;
-        match stored.custodian.cas(offset, expected, data) {
-            Ok(Cas::Swapped { version }) => {
-                stored.take_results(version);
-                Ok((version, None))
+        let custodian = &stored.custodian;
+        let written = match expected {
+            None => {
+                let version = custodian.write_within(copied_max, offset, data, if_version);
+                version.map(|version| version.map_or(Written::Slow, Written::Version))
             }
-            Ok(Cas::Differs { current, version }) => Ok((version, Some(current))),
-            Err(error) => Err(write_error(&stored, error)),
+            Some(expected) => {
+                let swapped = custodian.cas_within(copied_max, offset, expected, data);
+                swapped.map(|swapped| match swapped {
+                    None => Written::Slow,
+                    Some(Cas::Swapped { version }) => Written::Version(version),
+                    Some(Cas::Differs { current, version }) => Written::Differs(version, current),
+                })
+            }
+        };
+        if let Ok(Written::Version(version)) = written {
+            stored.take_results(version);
         }
+        written.map_err(|error| write_error(&stored, error))
     }
 
     /// Runs `job`, or queues it for the blocks' thread. Returns the result for the pool, if there
@@ -320,6 +327,7 @@ impl Blocks {
                 let stored = shared.storage.blocks.at(*storage);
                 stored.map_or(0, |stored| stored.custodian.description().geometry.total())
             }
+            Job::Write(_) => 0,
         };
         let takes_long = match &job {
             Job::Make { making, .. } => {
@@ -328,8 +336,13 @@ impl Blocks {
                     || has_rights(making)
             }
             Job::Flush { .. } => true,
-            Job::Drop { .. } => false,
+            Job::Drop { .. } | Job::Write(_) => false,
         };
+        if let Job::Write(_) = &job {
+            let work = Work::Job(Arc::clone(shared), Arc::clone(pool), job);
+            shared.storage.blocks.work.write(work);
+            return None;
+        }
         if takes_long {
             let work = Work::Job(Arc::clone(shared), Arc::clone(pool), job);
             shared.storage.blocks.work.send(bytes, work);
@@ -377,6 +390,13 @@ impl Blocks {
             } => {
                 let version = self.flush(storage);
                 Some(Finished::Flushed(key, ticket, version))
+            }
+            Job::Write(slow) if self.is_ending.load(Relaxed) => {
+                Some(Finished::Written(slow, Err(stopped())))
+            }
+            Job::Write(slow) => {
+                let written = self.write(slow.storage(), &slow.write());
+                Some(Finished::Written(slow, written))
             }
         }
     }
@@ -630,6 +650,17 @@ impl Blocks {
         corrupt.truncate(CORRUPT_SHOWN_MAX);
         let seen = json!({"blocks": all.len(), "corrupt_total": total, "corrupt": corrupt});
         (total == 0, seen)
+    }
+
+    /// Waits for the write in progress, and drops those that wait: after this, no block changes by
+    /// this server.
+    pub(crate) fn end_writes(&self) {
+        self.is_ending.store(true, Relaxed);
+        let (done, is_done) = channel();
+        self.work.write(Work::Report(done));
+        if is_done.recv().is_err() {
+            tracing::error!("the thread that writes blocks has ended");
+        }
     }
 
     /// Flushes every persistent block to disk. `progress` gets the count done and the total before

@@ -137,6 +137,7 @@ impl IoHost {
             Finished::Flushed(key, ticket, version) => {
                 pool.blocks().flushed(key, ticket, version, turn)
             }
+            Finished::Written(slow, result) => pool.blocks().written(*slow, result, turn),
         });
     }
 
@@ -272,21 +273,7 @@ impl BlockStorage for IoHost {
         storage: StorageId,
         write: &BlockWrite<'_>,
     ) -> Result<Written, Refusal> {
-        let blocks = &self.shared.storage.blocks;
-        let &BlockWrite {
-            offset,
-            data,
-            if_version,
-            expected,
-        } = write;
-        let Some(expected) = expected else {
-            let version = blocks.write(storage, offset, data, if_version)?;
-            return Ok(Written::Version(version));
-        };
-        Ok(match blocks.swap(storage, offset, expected, data)? {
-            (version, None) => Written::Version(version),
-            (version, Some(current)) => Written::Differs(version, current),
-        })
+        self.shared.storage.blocks.write(storage, write)
     }
 
     fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId> {

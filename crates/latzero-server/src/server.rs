@@ -332,6 +332,7 @@ impl Server {
             result = result.and(ended);
         }
         drop(watch);
+        shared.storage.blocks.end_writes();
         // The server that takes over has the same files and flushes them itself, so nothing waits
         // for that.
         if !shared.loops.handover.is_taken() {

@@ -182,6 +182,22 @@ impl Custodian {
         bytes: &[u8],
         if_version: Option<u64>,
     ) -> Result<u64, WriteError> {
+        let version = self.write_within(u64::MAX, offset, bytes, if_version)?;
+        Ok(version.expect("nothing copies more"))
+    }
+
+    /// Like [`Custodian::write`], but gives up (`None`) if bringing the slot up to date would copy
+    /// more than `copied_max` bytes.
+    ///
+    /// # Errors
+    /// As [`Custodian::write`].
+    pub fn write_within(
+        &self,
+        copied_max: u64,
+        offset: u64,
+        bytes: &[u8],
+        if_version: Option<u64>,
+    ) -> Result<Option<u64>, WriteError> {
         if !self.description.geometry.contains(offset, bytes.len()) {
             return Err(WriteError::OutOfRange);
         }
@@ -191,7 +207,7 @@ impl Custodian {
         if if_version.is_some_and(|wanted| wanted != current) {
             return Err(WriteError::Conflict { current });
         }
-        self.publish(offset, bytes)
+        self.publish(copied_max, offset, bytes)
     }
 
     /// Writes bytes as a new version if the current bytes are `expected`.
@@ -199,6 +215,22 @@ impl Custodian {
     /// # Errors
     /// As [`WriteError`] says.
     pub fn cas(&self, offset: u64, expected: &[u8], bytes: &[u8]) -> Result<Cas, WriteError> {
+        let swapped = self.cas_within(u64::MAX, offset, expected, bytes)?;
+        Ok(swapped.expect("nothing copies more"))
+    }
+
+    /// Like [`Custodian::cas`], but gives up (`None`) if bringing the slot up to date would copy
+    /// more than `copied_max` bytes.
+    ///
+    /// # Errors
+    /// As [`Custodian::cas`].
+    pub fn cas_within(
+        &self,
+        copied_max: u64,
+        offset: u64,
+        expected: &[u8],
+        bytes: &[u8],
+    ) -> Result<Option<Cas>, WriteError> {
         if expected.len() != bytes.len() || !self.description.geometry.contains(offset, bytes.len())
         {
             return Err(WriteError::OutOfRange);
@@ -214,17 +246,25 @@ impl Custodian {
             Wait::Hurry,
         )?;
         if current != expected {
-            return Ok(Cas::Differs { current, version });
+            return Ok(Some(Cas::Differs { current, version }));
         }
-        Ok(Cas::Swapped {
-            version: self.publish(offset, bytes)?,
-        })
+        let published = self.publish(copied_max, offset, bytes)?;
+        Ok(published.map(|version| Cas::Swapped { version }))
     }
 
-    fn publish(&self, offset: u64, bytes: &[u8]) -> Result<u64, WriteError> {
+    fn publish(
+        &self,
+        copied_max: u64,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<Option<u64>, WriteError> {
         let mut draft = slots::begin(&self.memory, &self.description.geometry)?;
+        if draft.behind(offset, bytes.len() as u64) > copied_max {
+            // Nothing was changed but the slot's sequence, as a writer leaves it that ends.
+            return Ok(None);
+        }
         draft.write(&self.memory, offset, bytes)?;
-        Ok(draft.publish(&self.memory, self.stamp()?)?)
+        Ok(Some(draft.publish(&self.memory, self.stamp()?)?))
     }
 
     fn stamp(&self) -> Result<Stamp, Fault> {

@@ -389,6 +389,17 @@ impl Draft {
         Ok(())
     }
 
+    /// How many bytes of the newest version a publication copies if nothing but `length` bytes from
+    /// `offset` on is written. Who calls this has read the header, and it is not read again: what
+    /// somebody writes there later changes nothing.
+    #[must_use]
+    pub fn behind(&self, offset: u64, length: u64) -> u64 {
+        let end = offset.saturating_add(length);
+        let written = |from: u64, to: u64| end.min(to).saturating_sub(offset.max(from));
+        let ranges = self.lag.ranges();
+        ranges.map(|(from, to)| to - from - written(from, to)).sum()
+    }
+
     /// Marks the content of the slot as invalid before changing it. If this writer dies, the next
     /// one copies all of it.
     fn spoil<M: Memory>(&self, memory: &M) -> Result<(), Fault> {

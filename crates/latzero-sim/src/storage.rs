@@ -31,17 +31,33 @@ pub struct StoredBlock {
 }
 
 /// All storage of the world, and the jobs that wait.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Storages {
     pub(crate) stored: BTreeMap<StorageId, StoredBlock>,
     pub(crate) numbers: Numbers,
     pub(crate) waiting: VecDeque<(PoolHandle, Job<Line>)>,
     /// Jobs wait until they are released.
     pub(crate) is_holding: bool,
+    /// A write that leaves more than this many bytes of its block as they are is a job.
+    pub(crate) copied_max: u64,
     /// Creating storage fails from now on.
     pub(crate) is_full: bool,
     /// Records of persistent blocks, as on a disk.
     pub(crate) records: BTreeMap<StorageId, String>,
+}
+
+impl Default for Storages {
+    fn default() -> Storages {
+        Storages {
+            stored: BTreeMap::new(),
+            numbers: Numbers::default(),
+            waiting: VecDeque::new(),
+            is_holding: false,
+            copied_max: u64::MAX,
+            is_full: false,
+            records: BTreeMap::new(),
+        }
+    }
 }
 
 impl Storages {

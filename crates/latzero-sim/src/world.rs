@@ -226,10 +226,7 @@ impl World {
         connection.inbound.force(received.len() as u64);
         connection.received = received;
         self.reap();
-        // Messages that others sent while they waited.
-        for peer in std::mem::take(&mut self.woken) {
-            self.feed(peer, &[]);
-        }
+        self.wake();
     }
 
     fn is_waiting(&self, peer: Peer) -> bool {
@@ -443,6 +440,9 @@ impl World {
         loop {
             for line in std::mem::take(&mut self.effects.resumed) {
                 self.resume(line.id);
+                if !self.connections[line.id.0 as usize].received.is_empty() {
+                    self.woken.push(line.id);
+                }
             }
             let tally = std::mem::take(&mut self.effects.tally);
             self.observer.count(tally);
@@ -770,6 +770,15 @@ impl World {
     pub fn hold_jobs(&mut self, is_holding: bool) {
         self.storages.is_holding = is_holding;
         self.run_jobs();
+        self.reap();
+        self.wake();
+    }
+
+    /// Handles messages that others sent while they waited.
+    fn wake(&mut self) {
+        for peer in std::mem::take(&mut self.woken) {
+            self.feed(peer, &[]);
+        }
     }
 
     /// Makes the sockets of all current connections accept no more bytes, or accept them again.
@@ -785,6 +794,11 @@ impl World {
         self.write(peer, 0);
         self.reap();
         self.write_down();
+    }
+
+    /// Makes every write a job that leaves more than this many bytes of its block as they are.
+    pub fn limit_copies(&mut self, copied_max: u64) {
+        self.storages.copied_max = copied_max;
     }
 
     /// Makes every creation of a block fail for lack of memory, or succeed again.
@@ -821,6 +835,16 @@ impl World {
                     let version = self.block_version(storage, None);
                     self.turn().with_pool(&pool, |pool, turn| {
                         pool.blocks().flushed(key, ticket, Ok(version), turn);
+                    });
+                }
+                Job::Write(slow) => {
+                    let storage = slow.storage();
+                    let written = match self.storages.stored.contains_key(&storage) {
+                        true => self.write_block(storage, &slow.write()),
+                        false => Err(Refusal::new(Code::NoBlock, "the block was removed")),
+                    };
+                    self.turn().with_pool(&pool, |pool, turn| {
+                        pool.blocks().written(*slow, written, turn);
                     });
                 }
             }
@@ -927,7 +951,12 @@ impl World {
         let connections = || self.connections.iter();
         let waiting = |c: &Connection| c.session.as_ref().map_or(0, Session::held_bytes);
         let inbound = |c: &Connection| c.inbound.amount() + waiting(c) as u64;
-        let inbound: u64 = connections().map(inbound).sum();
+        let jobs = self.storages.waiting.iter();
+        let writes = jobs.map(|(_, job)| match job {
+            Job::Write(slow) => slow.bytes(),
+            _ => 0,
+        });
+        let inbound = connections().map(inbound).sum::<u64>() + writes.sum::<u64>();
         assert_eq!(all.used(Resource::Inbound), inbound, "unfinished frames");
         // Frames that several outboxes share are counted separately.
         let outbox: u64 = connections().map(|c| c.line.link().held()).sum();
@@ -1017,9 +1046,16 @@ impl BlockStorage for World {
         {
             beside(self);
         }
+        let slow = match write.copied_max {
+            u64::MAX => u64::MAX,
+            _ => self.storages.copied_max,
+        };
         let (stored, range) =
             self.storages
                 .write_range(storage, write.offset, write.data.len(), write.if_version)?;
+        if (stored.bytes.len() - range.len()) as u64 > write.copied_max.min(slow) {
+            return Ok(Written::Slow);
+        }
         let current = &mut stored.bytes[range];
         if write.expected.is_some_and(|expected| expected != current) {
             return Ok(Written::Differs(stored.version, current.to_vec()));

@@ -287,6 +287,110 @@ fn large_blocks_are_created_while_others_are_served() {
     );
 }
 
+/// Bytes that the clients of [`writes_that_copy_much_keep_their_order_and_lose_nothing`] write at
+/// once: so much that the next version copies more than a loop may.
+const MUCH: usize = 8 << 20;
+
+#[test]
+fn writes_that_copy_much_keep_their_order_and_lose_nothing() {
+    const CLIENTS: u8 = 4;
+    const ROUNDS: u8 = 6;
+    for kind in ["shared", "persistent"] {
+        let server = Server::start();
+        let mut a = copying(&server, Via::Unix, "a");
+        let size = (usize::from(CLIENTS) + 1) * MUCH;
+        ok(ask(&mut a, "create", json!({"size": size, "kind": kind})));
+        let versions: Vec<u64> = std::thread::scope(|scope| {
+            let server = &server;
+            let clients = (0..CLIENTS).map(|client| {
+                scope.spawn(move || {
+                    let via = BOTH[usize::from(client % 2)];
+                    let mut wire = copying(server, via, &format!("c{client}"));
+                    let own = usize::from(client) * MUCH;
+                    let counter = usize::from(CLIENTS) * MUCH;
+                    let mut versions = Vec::new();
+                    for round in 1..=ROUNDS {
+                        // Sent without waiting: each is to see the one before it.
+                        let large = vec![round; MUCH];
+                        let write = json!({"action": "memory_write", "id": "large",
+                            "block_id": "b", "offset": own});
+                        wire.send_attachment(&write, &large);
+                        wire.send(&json!({"action": "memory_write", "id": "small",
+                            "block_id": "b", "offset": own + 7, "data": "/w=="}));
+                        wire.send(
+                            &json!({"action": "memory_read", "id": "read", "block_id": "b",
+                            "offset": own, "length": 9}),
+                        );
+                        for id in ["large", "small"] {
+                            let reply = wire.receive();
+                            assert_eq!(reply["in_reply_to"], id, "{reply}");
+                            versions.push(ok(reply)["version"].as_u64().unwrap());
+                        }
+                        let (reply, bytes) = wire.receive_whole();
+                        assert_eq!(reply["in_reply_to"], "read", "{reply}");
+                        let mut expected = [round; 9];
+                        expected[7] = 0xff;
+                        assert_eq!(bytes.unwrap(), expected);
+                        versions.push(count_up(&mut wire, counter));
+                    }
+                    versions
+                })
+            });
+            let clients: Vec<_> = clients.collect();
+            clients
+                .into_iter()
+                .flat_map(|c| c.join().unwrap())
+                .collect()
+        });
+        let mut sorted = versions.clone();
+        sorted.sort_unstable();
+        let last = u64::from(CLIENTS) * u64::from(ROUNDS) * 3;
+        assert_eq!(sorted, (1..=last).collect::<Vec<_>>(), "one version each");
+        for client in 0..usize::from(CLIENTS) {
+            let more = json!({"offset": client * MUCH, "length": MUCH});
+            let bytes = read(&mut a, &more);
+            let mut expected = vec![ROUNDS; MUCH];
+            expected[7] = 0xff;
+            assert!(bytes == expected, "{kind}: what client {client} wrote");
+        }
+        let more = json!({"offset": usize::from(CLIENTS) * MUCH, "length": 1});
+        assert_eq!(read(&mut a, &more), [CLIENTS * ROUNDS], "no count is lost");
+    }
+}
+
+/// One byte in base64.
+fn base64(byte: u8) -> String {
+    let digit = |at: u8| {
+        let digits = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        char::from(digits[usize::from(at)])
+    };
+    format!("{}{}==", digit(byte >> 2), digit((byte & 3) << 4))
+}
+
+/// Reads bytes of block `b`.
+fn read(wire: &mut Wire, more: &Value) -> Vec<u8> {
+    wire.send(
+        &json!({"action": "memory_read", "id": "read", "block_id": "b",
+        "offset": more["offset"], "length": more["length"]}),
+    );
+    let (reply, bytes) = wire.receive_whole();
+    assert_eq!(reply["status"], "ok", "{reply}");
+    bytes.unwrap()
+}
+
+/// Adds one to a byte of block `b` by compare-and-swap; returns the version.
+fn count_up(wire: &mut Wire, offset: usize) -> u64 {
+    loop {
+        let now = read(wire, &json!({"offset": offset, "length": 1}))[0];
+        let [expected, data] = [now, now + 1].map(base64);
+        let more = json!({"offset": offset, "expected": expected, "data": data});
+        let reply = ok(ask(wire, "cas", more));
+        if reply["swapped"] == true {
+            return reply["version"].as_u64().unwrap();
+        }
+    }
+}
+
 #[test]
 fn persistent_blocks_are_back_after_a_kill_and_leave_no_file_when_removed() {
     let mut server = Server::start();

@@ -3,7 +3,7 @@
 //! The pool decides about blocks; the driver owns their bytes. Slow operations (create, grow,
 //! flush) are a [`Job`] for the driver. Its result comes back as an input, and waiting requests are
 //! answered then. For a read or write through the server, the pool gives permission, the driver
-//! does it outside of the pool and then reports the result.
+//! does it outside of the pool and then reports the result; a write that copies much is a job too.
 
 mod block;
 mod content;
@@ -42,7 +42,8 @@ use crate::turn::Turn;
 
 pub use block::SealedContent;
 pub(super) use block::Seat;
-use block::{Attachment, Block, BlockWaiter, Flushing, Phase, Room, check_layout};
+use block::{Attachment, Block, BlockWaiter, Flushing, MoveDue, Phase, Room, check_layout};
+pub(crate) use content::written_json;
 pub use content::{ReadPlan, WritePlan};
 use locks::access_for;
 pub use record::Found;
@@ -281,7 +282,7 @@ impl Blocks {
             for attachment in &block.attachments {
                 assert!(attachment.own.is_some() || attachment.calls() > 0);
             }
-            assert!(!block.is_move_due || block.lock.is_held_by_server());
+            assert!(block.move_due.is_none() || block.lock.is_held_by_server());
         }
         assert_eq!(bytes, self.bytes);
         for (member, id, key, place) in &self.waits {

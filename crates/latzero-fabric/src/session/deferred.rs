@@ -102,9 +102,9 @@ impl<D: Driver> Session<D> {
         self.held.bytes >= limits.held_bytes_max
     }
 
-    /// The other end sends nothing more. Returns whether requests still wait for the disk or for
-    /// the check of a proof, which the driver lets finish; calls that wait for other calls end with
-    /// the connection.
+    /// The other end sends nothing more. Returns whether requests still wait for the disk, for the
+    /// check of a proof or for a write of a block, which the driver lets finish; calls that wait
+    /// for other calls end with the connection.
     pub fn finish(&mut self, turn: &mut Turn<'_, D>) -> bool {
         let calls = self.held.messages.iter();
         let calls = calls.filter(|(_, waiting)| waiting.why == For::Calls);
@@ -113,7 +113,7 @@ impl<D: Driver> Session<D> {
             self.held.remove(number);
         }
         let waits = self.resume(turn) == Flow::Continue && !self.held.messages.is_empty();
-        waits || self.is_proving()
+        waits || self.is_busy()
     }
 
     /// Bytes of requests that wait.
@@ -233,9 +233,10 @@ impl<D: Driver> Session<D> {
     }
 
     /// Removes and returns the first message that no longer has to wait. While a proof is being
-    /// checked all of them do: the result must not be taken for that of another proof.
+    /// checked all of them do: the result must not be taken for that of another proof. They also
+    /// follow a write that is a job.
     pub fn next_waiting(&mut self, turn: &Turn<'_, D>) -> Option<DeferredFrame> {
-        if self.is_proving() {
+        if self.is_busy() {
             return None;
         }
         let (&number, first) = self.held.messages.first_key_value()?;

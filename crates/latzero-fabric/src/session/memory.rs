@@ -13,11 +13,15 @@ use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 use super::Session;
 use crate::driver::{BlockWrite, Driver, Peer as _, Written};
 use crate::ledger::{Reservation, Resource};
+use crate::memory::{COPIED_MAX, SlowWrite};
 use crate::outbox::{Class, Sent};
-use crate::pool::{Asking, LockRequest, MemberKey, ReadPlan, Replied, WritePlan};
+use crate::pool::{Asking, LockRequest, MemberKey, ReadPlan, Replied, WritePlan, written_json};
 use crate::refusals;
 use crate::registry::Membership;
 use crate::turn::Turn;
+
+/// Approximate size of a write that is a job, in addition to its bytes.
+const SLOW_WRITE_BYTES: usize = 256;
 
 impl<D: Driver> Session<D> {
     pub(super) fn memory(
@@ -89,7 +93,7 @@ impl<D: Driver> Session<D> {
                 }
             }
             Action::Write(write) => match sealed_pool {
-                None => write_block((&pool, member), write, None, turn),
+                None => self.write_block(id, (&pool, member), write, None, turn),
                 Some(name) => self.prove_write(id, (name, pool, member), write, turn),
             },
             Action::Cas {
@@ -102,32 +106,14 @@ impl<D: Driver> Session<D> {
                 let plan = turn.with_pool(&pool, |pool, _| {
                     pool.blocks().begin_write(member, block, *lock)
                 })?;
-                let swapped = turn.driver.write_block(
-                    plan.storage,
-                    &BlockWrite {
-                        offset: *offset,
-                        data,
-                        if_version: None,
-                        expected: Some(expected),
-                    },
-                );
-                let version = swapped.as_ref().ok().and_then(Written::version);
-                turn.with_pool(&pool, |pool, turn| {
-                    pool.blocks().end_write(plan, version, turn)
-                });
-                Ok(Some(match swapped? {
-                    Written::Version(version) => {
-                        format!("{{\"swapped\":true,\"version\":{version}}}")
-                    }
-                    Written::Differs(version, current) => {
-                        let mut text =
-                            format!("{{\"swapped\":false,\"version\":{version},\"current\":")
-                                .into_bytes();
-                        encode::append_base64(&mut text, &current);
-                        text.push(b'}');
-                        String::from_utf8(text).expect("base64 is text")
-                    }
-                }))
+                let write = BlockWrite {
+                    offset: *offset,
+                    data,
+                    if_version: None,
+                    expected: Some(expected),
+                    copied_max: COPIED_MAX,
+                };
+                self.carry_out(id, (&pool, plan), write, turn)
             }
             Action::Lock {
                 block,
@@ -375,57 +361,108 @@ impl<D: Driver> Session<D> {
     /// lock and the block may have changed in the meantime.
     pub(super) fn write_slot(
         &mut self,
+        id: Option<&str>,
         slot: &SlotWrite,
         turn: &mut Turn<'_, D>,
-    ) -> Result<String, Refusal> {
+    ) -> Result<Replied, Refusal> {
         let m = self.checked_membership(Some(slot.pool.as_str()), turn)?;
         m.check_roles(Roles::Write)?;
         let (pool, member) = (m.pool.clone(), m.member);
         let signed = Some((&slot.pool, &slot.seal));
-        let reply = write_block((&pool, member), &slot.write, signed, turn)?;
-        Ok(reply.expect("a write has a reply"))
+        self.write_block(id, (&pool, member), &slot.write, signed, turn)
     }
-}
 
-/// Writes into a block, or refuses. The content of a sealed block was signed with the seal in
-/// `signed`.
-fn write_block<D: Driver>(
-    (pool, member): (&D::Pool, MemberKey),
-    write: &Write<'_>,
-    signed: Option<(&PoolName, &PublicKey)>,
-    turn: &mut Turn<'_, D>,
-) -> Result<Replied, Refusal> {
-    let plan = turn.with_pool(pool, |pool, _| {
-        pool.blocks().begin_write(member, &write.block, write.lock)
-    })?;
-    let if_version = match signed {
-        None => Ok(write.if_version),
-        Some((name, signed_by)) => {
-            check_written(name, &plan, write, turn).and_then(|(manifest, seal)| {
-                match seal == *signed_by {
-                    true => Ok(Some(manifest.version() - 1)),
-                    false => Err(refusals::pool_just_removed(name)),
+    /// Writes into a block, or refuses. The content of a sealed block was signed with the seal in
+    /// `signed`.
+    fn write_block(
+        &self,
+        id: Option<&str>,
+        (pool, member): (&D::Pool, MemberKey),
+        write: &Write<'_>,
+        signed: Option<(&PoolName, &PublicKey)>,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Replied, Refusal> {
+        let plan = turn.with_pool(pool, |pool, _| {
+            pool.blocks().begin_write(member, &write.block, write.lock)
+        })?;
+        let if_version = match signed {
+            None => Ok(write.if_version),
+            Some((name, signed_by)) => {
+                check_written(name, &plan, write, turn).and_then(|(manifest, seal)| {
+                    match seal == *signed_by {
+                        true => Ok(Some(manifest.version() - 1)),
+                        false => Err(refusals::pool_just_removed(name)),
+                    }
+                })
+            }
+        };
+        let if_version = match if_version {
+            Ok(if_version) => if_version,
+            Err(refusal) => {
+                turn.with_pool(pool, |pool, turn| pool.blocks().end_write(plan, None, turn));
+                return Err(refusal);
+            }
+        };
+        let write = BlockWrite {
+            offset: write.offset,
+            data: &write.data,
+            if_version,
+            expected: None,
+            copied_max: COPIED_MAX,
+        };
+        self.carry_out(id, (pool, plan), write, turn)
+    }
+
+    /// Carries out a write that was allowed. It is left to a job if it copies much, or follows
+    /// another one of the block: the loop must not wait for that.
+    fn carry_out(
+        &self,
+        id: Option<&str>,
+        (pool, plan): (&D::Pool, WritePlan),
+        write: BlockWrite<'_>,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Replied, Refusal> {
+        let mut written = match plan.is_behind {
+            true => Ok(Written::Slow),
+            false => turn.driver.write_block(plan.storage, &write),
+        };
+        if written == Ok(Written::Slow) {
+            match self.slow_write(id, plan, &write) {
+                Ok(slow) => {
+                    turn.with_pool(pool, |pool, turn| pool.blocks().write_later(slow, turn));
+                    return Ok(None);
                 }
-            })
+                Err(refusal) => written = Err(refusal),
+            }
         }
-    };
-    let written = if_version.and_then(|if_version| {
-        turn.driver.write_block(
-            plan.storage,
-            &BlockWrite {
-                offset: write.offset,
-                data: &write.data,
-                if_version,
-                expected: None,
-            },
-        )
-    });
-    let version = written.as_ref().ok().and_then(Written::version);
-    turn.with_pool(pool, |pool, turn| {
-        pool.blocks().end_write(plan, version, turn)
-    });
-    let (Written::Version(version) | Written::Differs(version, _)) = written?;
-    Ok(Some(format!("{{\"version\":{version}}}")))
+        let version = written.as_ref().ok().and_then(Written::version);
+        turn.with_pool(pool, |pool, turn| {
+            pool.blocks().end_write(plan, version, turn)
+        });
+        Ok(Some(written_json(written?, write.expected.is_some())))
+    }
+
+    fn slow_write(
+        &self,
+        id: Option<&str>,
+        plan: WritePlan,
+        write: &BlockWrite<'_>,
+    ) -> Result<SlowWrite<D::Peer>, Refusal> {
+        let account = self.peer.link().account().clone();
+        let bytes = write.data.len() + write.expected.map_or(0, <[u8]>::len);
+        let bytes = bytes + id.map_or(0, str::len) + SLOW_WRITE_BYTES;
+        let memory = account.reserve(Resource::Inbound, bytes as u64)?;
+        Ok(SlowWrite {
+            plan,
+            peer: self.peer.clone(),
+            id: id.map(Into::into),
+            offset: write.offset,
+            data: write.data.into(),
+            if_version: write.if_version,
+            expected: write.expected.map(Into::into),
+            memory,
+        })
+    }
 }
 
 /// Checks a slot of a sealed block, but not its signature. Returns its manifest, and the key that

@@ -157,7 +157,10 @@ impl<D: Driver> Session<D> {
                 self.create(*pool, turn)
             }
             Proof::Rotation(pool, next) => self.rotate(&pool, next, turn),
-            Proof::Write(slot) => self.write_slot(&slot, turn).map(Reply::Now),
+            Proof::Write(slot) => {
+                let reply = self.write_slot(id, &slot, turn)?;
+                Ok(reply.map_or(Reply::Later, Reply::Now))
+            }
         }
     }
 

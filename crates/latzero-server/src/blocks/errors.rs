@@ -6,6 +6,10 @@ pub(super) fn removed() -> Refusal {
     Refusal::new(Code::NoBlock, "the block was just removed")
 }
 
+pub(super) fn stopped() -> Refusal {
+    Refusal::new(Code::Draining, "the server stopped; nothing was written")
+}
+
 pub(super) fn no_storage(making: &Making, error: &CreateError) -> Refusal {
     Refusal::new(
         Code::Storage,

@@ -32,6 +32,17 @@ fn making(generation: u64, from: Option<u64>) -> Making {
     }
 }
 
+fn write(blocks: &Blocks, data: &[u8]) {
+    let write = BlockWrite {
+        offset: 0,
+        data,
+        if_version: None,
+        expected: None,
+        copied_max: 0,
+    };
+    assert_eq!(blocks.write(StorageId(1), &write), Ok(Written::Version(1)));
+}
+
 /// The files that are there, but for the marks of removed blocks, which wait for a database.
 fn files(directory: &TempDir) -> Vec<String> {
     let entries = std::fs::read_dir(directory.path()).unwrap();
@@ -63,7 +74,7 @@ fn a_block_that_is_removed_while_it_moves_does_not_come_back() {
 fn a_move_leaves_the_new_generation_and_its_record() {
     let (blocks, directory) = blocks();
     blocks.make(&making(1, None)).unwrap();
-    blocks.write(StorageId(1), 0, b"bytes", None).unwrap();
+    write(&blocks, b"bytes");
     blocks.make(&making(2, Some(1))).unwrap();
     blocks.drop_storage(StorageId(1), true);
     let [bytes, record] = <[String; 2]>::try_from(files(&directory)).unwrap();
@@ -79,7 +90,7 @@ fn a_move_leaves_the_new_generation_and_its_record() {
 fn nothing_is_left_of_a_move_that_fails() {
     let (blocks, directory) = blocks();
     blocks.make(&making(1, None)).unwrap();
-    blocks.write(StorageId(1), 0, b"bytes", None).unwrap();
+    write(&blocks, b"bytes");
     let before = files(&directory);
     let path = directory.path().join(&before[0]);
     let length = std::fs::metadata(&path).unwrap().len();

@@ -11,12 +11,16 @@ pub(super) enum Work {
     /// Storage to drop, which frees its memory; and the database in which its removal is recorded,
     /// if it is removed.
     Free(Arc<StoredBlock>, Option<Store>),
+    /// Reports that everything before it is done.
+    Report(Sender<()>),
 }
 
 /// The threads for slow jobs: those of small blocks do not wait for those of large ones.
 pub(super) struct Workers {
     pub(super) small: Sender<Work>,
     pub(super) large: Sender<Work>,
+    /// Writes do not wait for the disk, so they do not wait behind flushes.
+    pub(super) writes: Sender<Work>,
 }
 
 impl Workers {
@@ -25,10 +29,18 @@ impl Workers {
             0..LARGE_BYTES_MIN => &self.small,
             _ => &self.large,
         };
-        worker
-            .send(work)
-            .expect("the threads for blocks run as long as the server");
+        pass_on(worker, work);
     }
+
+    pub(super) fn write(&self, work: Work) {
+        pass_on(&self.writes, work);
+    }
+}
+
+fn pass_on(worker: &Sender<Work>, work: Work) {
+    worker
+        .send(work)
+        .expect("the threads for blocks run as long as the server");
 }
 
 /// The loop of a thread for blocks: one job after the other, until the server ends.
@@ -71,6 +83,10 @@ pub(super) fn run(queue: &Receiver<Work>, files: &Files) {
                     }
                     shared.loops.mailboxes[0].send(Command::BlockDone(JobResult { pool, what }));
                 }
+            }
+            Work::Report(to) => {
+                // Who asked may no longer wait.
+                let _ = to.send(());
             }
             Work::Free(stored, store) => {
                 let Some(names) = &stored.names else { continue };

@@ -265,6 +265,8 @@ fn confirm(host: &mut IoHost, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Re
 /// more.
 pub(crate) fn send_rest(host: &mut IoHost, to: &Arc<Peer>) {
     let shared = Arc::clone(&host.shared);
+    // The new server has the same memory, and may write it as soon as it has everything.
+    shared.storage.blocks.end_writes();
     let mut blocks = shared.storage.blocks.shared();
     let given = std::mem::take(&mut shared.loops.handover.state().blocks);
     blocks.retain(|(pool, block, fd)| {

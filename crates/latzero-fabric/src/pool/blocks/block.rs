@@ -192,8 +192,17 @@ pub(super) struct Block {
     pub(super) flushing: Vec<Flushing>,
     /// The newest announced version, and its generation. Announced versions only grow.
     pub(super) announced: (u64, u64),
-    /// A lock was broken during a write by the server: a new generation follows that write.
-    pub(super) is_move_due: bool,
+    /// A new generation follows the write by the server that is in progress.
+    pub(super) move_due: Option<MoveDue>,
+}
+
+/// Why a new generation is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum MoveDue {
+    /// A lock was broken.
+    LockBroken,
+    /// Members had to leave the pool.
+    Rotated,
 }
 
 impl Block {

@@ -2,6 +2,8 @@
 //! order. The driver has the bytes.
 
 use super::*;
+use crate::driver::Written;
+use crate::memory::SlowWrite;
 
 /// Where to read a block's bytes, as [`PoolBlocks::read`] allows it.
 #[derive(Debug, Clone, Copy)]
@@ -25,6 +27,26 @@ pub struct WritePlan {
     pub storage: StorageId,
     /// The identity that its content must be bound to, in a sealed pool.
     pub sealed: Option<SealedContent>,
+    /// Whether another write is in progress, which this one must follow.
+    pub(crate) is_behind: bool,
+}
+
+/// The reply to a write, or to a comparison that may have written.
+pub(crate) fn written_json(written: Written, is_swap: bool) -> String {
+    match (written, is_swap) {
+        (Written::Version(version), true) => {
+            format!("{{\"swapped\":true,\"version\":{version}}}")
+        }
+        (Written::Version(version), false) => format!("{{\"version\":{version}}}"),
+        (Written::Differs(version, current), _) => {
+            let text = format!("{{\"swapped\":false,\"version\":{version},\"current\":");
+            let mut text = text.into_bytes();
+            encode::append_base64(&mut text, &current);
+            text.push(b'}');
+            String::from_utf8(text).expect("base64 is text")
+        }
+        (Written::Slow, _) => unreachable!("a slow write becomes a job, which has no bound"),
+    }
 }
 
 impl<D: Driver> PoolBlocks<'_, D> {
@@ -59,16 +81,53 @@ impl<D: Driver> PoolBlocks<'_, D> {
             return Err(refusals::block_is_moving(id));
         }
         let (storage, sealed) = (block.storage, block.sealed);
-        self.blocks
-            .at_mut(key)
-            .expect("just found")
-            .lock
-            .begin_server();
+        let lock = &mut self.blocks.at_mut(key).expect("just found").lock;
+        let is_behind = lock.is_held_by_server();
+        lock.begin_server();
         Ok(WritePlan {
             key,
             storage,
             sealed,
+            is_behind,
         })
+    }
+
+    /// Leaves a write that was allowed to a job. Until it is done its connection is not read.
+    pub(crate) fn write_later(&mut self, slow: SlowWrite<D::Peer>, turn: &mut Turn<'_, D>) {
+        slow.peer.in_flight().set_writing(true);
+        turn.block_job(Job::Write(Box::new(slow)));
+    }
+
+    /// A write that was a job is over: it is answered, and its connection is read again. It may
+    /// have left the pool, or have ended.
+    pub fn written(
+        &mut self,
+        slow: SlowWrite<D::Peer>,
+        result: Result<Written, Refusal>,
+        turn: &mut Turn<'_, D>,
+    ) {
+        let version = result.as_ref().ok().and_then(Written::version);
+        let is_swap = slow.expected.is_some();
+        let SlowWrite { plan, peer, id, .. } = slow;
+        self.end_write(plan, version, turn);
+        match (result, id.as_deref()) {
+            (Ok(written), Some(id)) => {
+                let reply = written_json(written, is_swap);
+                turn.send(&peer, Class::Control, reply.len() + 256, |out| {
+                    encode::reply(out, id, &reply);
+                });
+            }
+            (Ok(_), None) => {}
+            (Err(refusal), id) => {
+                turn.refused(refusal.code);
+                let length = refusal.message.len() + 256;
+                turn.send(&peer, Class::Control, length, |out| {
+                    encode::refusal(out, id, &refusal);
+                });
+            }
+        }
+        peer.in_flight().set_writing(false);
+        turn.driver.effects().resumed.push(peer);
     }
 
     /// Checks that a member holds the locks `held` of a block or names their fence. The fence is a
@@ -99,10 +158,16 @@ impl<D: Driver> PoolBlocks<'_, D> {
             return;
         };
         block.lock.end_server();
-        if block.is_move_due && !block.lock.is_held_by_server() {
-            block.is_move_due = false;
-            self.blocks
-                .renew_generation(plan.key, None, self.info, turn);
+        if !block.lock.is_held_by_server()
+            && let Some(due) = block.move_due.take()
+        {
+            match due {
+                MoveDue::LockBroken => {
+                    self.blocks
+                        .renew_generation(plan.key, None, self.info, turn);
+                }
+                MoveDue::Rotated => self.renew_or_end(plan.key, turn),
+            }
         }
         if let Some(version) = version {
             self.notify_change(plan.key, version, turn);

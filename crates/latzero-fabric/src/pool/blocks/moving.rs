@@ -69,7 +69,8 @@ impl Blocks {
         }
         if block.lock.is_held_by_server() {
             // A write through the server is in progress: the copy must not miss it.
-            self.at_mut(key).expect("just found").is_move_due = true;
+            let due = &mut self.at_mut(key).expect("just found").move_due;
+            due.get_or_insert(MoveDue::LockBroken);
             return;
         }
         let geometry = Geometry::new(block.kind, block.geometry.size, block.geometry.slots);
@@ -274,22 +275,31 @@ impl<D: Driver> PoolBlocks<'_, D> {
     pub fn renew_all(&mut self, turn: &mut Turn<'_, D>) {
         let keys: Vec<BlockKey> = self.blocks.blocks.iter().map(|(key, _)| key).collect();
         for key in keys {
-            let Some(block) = self.blocks.at(key) else {
+            let Some(block) = self.blocks.at_mut(key) else {
                 continue;
             };
             if !matches!(block.phase, Phase::Live) {
                 continue;
             }
-            let geometry = Geometry::new(block.kind, block.geometry.size, block.geometry.slots);
-            let is_busy = block.lock.is_held_by_server();
-            if is_busy
-                || self
-                    .blocks
-                    .begin_move(key, geometry, "rotated", None, self.info, turn)
-                    .is_err()
-            {
-                self.end(key, turn);
+            if block.lock.is_held_by_server() {
+                block.move_due = Some(MoveDue::Rotated);
+                continue;
             }
+            self.renew_or_end(key, turn);
+        }
+    }
+
+    /// Moves a block because members had to leave, or ends it.
+    pub(super) fn renew_or_end(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
+        let Some(block) = self.blocks.at(key) else {
+            return;
+        };
+        let geometry = Geometry::new(block.kind, block.geometry.size, block.geometry.slots);
+        let moved = self
+            .blocks
+            .begin_move(key, geometry, "rotated", None, self.info, turn);
+        if moved.is_err() {
+            self.end(key, turn);
         }
     }
 }

@@ -130,7 +130,7 @@ impl Found<'_> {
             waiting: Vec::new(),
             flushing: Vec::new(),
             announced: (0, 0),
-            is_move_due: false,
+            move_due: None,
         })
     }
 }

@@ -102,7 +102,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
             }],
             flushing: Vec::new(),
             announced: (0, 0),
-            is_move_due: false,
+            move_due: None,
         };
         let making = Making {
             storage,
