@@ -17,10 +17,12 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
                 .with_help("`latzero call --park` prints the AppID of the call"),
         );
     }
-    let options = ConnectOptions::once("answers").waiting(args.wait.unwrap_or_default());
-    let connection = args.reach.connect(&options)?;
+    let mut options = ConnectOptions::once("answers").waiting(args.wait.unwrap_or_default());
     let deadline = args.wait.map(|wait| Instant::now() + wait);
-    join(&connection, args, output)?;
+    let (with_keys, others) = pools(args, &options, output)?;
+    options.pools = with_keys;
+    let connection = args.reach.connect(&options)?;
+    join(&connection, others, args, output)?;
     // The server sends all kept answers before it answers this ping.
     connection.app.ping()?;
     let mut answers = connection.app.answers();
@@ -62,29 +64,65 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
     }
 }
 
-/// Joins the pools whose answers are wanted: the server sends answers only to members.
-fn join(connection: &Connection, args: &AnswersArgs, output: &Output) -> Result<(), Failure> {
-    let app = &connection.app;
-    for pool in &args.pool {
-        app.join(pool)?;
-    }
+/// The pools whose answers are wanted: those that are joined with keys while connecting, and the
+/// others.
+fn pools(
+    args: &AnswersArgs,
+    options: &ConnectOptions,
+    output: &Output,
+) -> Result<(Vec<String>, Vec<String>), Failure> {
+    let has_keys = |pool: &String| args.reach.key_file(pool).is_some();
     if !args.pool.is_empty() {
-        return Ok(());
+        return Ok(args.pool.iter().cloned().partition(has_keys));
     }
-    let pools = list(app, &json!({"action": "pool_list"}), ListKind::Pools)?;
-    let joined = app.joined();
-    let names = pools.iter().filter_map(|pool| pool["pool"].as_str());
-    let mut refused = Vec::new();
-    for name in names.filter(|name| *name != "system" && !joined.iter().any(|j| j == name)) {
-        match app.join(name) {
-            Ok(()) => {}
-            // The pool was removed in the meantime, with its answers.
-            Err(error) if error.kind() == Code::NoPool => {}
-            Err(error) => refused.push(format!("{name}: {}", error.message())),
+    let options = options.clone().scouting();
+    let scout = args.reach.connect(&options)?;
+    let all = list(&scout.app, &json!({"action": "pool_list"}), ListKind::Pools)?;
+    let (mut with_keys, mut others) = (Vec::new(), Vec::new());
+    for pool in &all {
+        let Some(name) = pool["pool"].as_str().filter(|name| *name != "system") else {
+            continue;
+        };
+        let name = name.to_owned();
+        if pool["encrypted"] != true {
+            others.push(name);
+        } else if !has_keys(&name) {
+            output.note(format_args!(
+                "skipped pool {name}: it is encrypted, and its keys are missing; give them with \
+                 --keys"
+            ));
+        } else {
+            // Keys that do not fit are no reason to print no answers of other pools.
+            match args.reach.connect(&options.clone().in_pool(Some(&name))) {
+                Ok(_) => with_keys.push(name),
+                Err(failure) if failure.exit == Exit::NotRunning => return Err(failure),
+                Err(failure) => {
+                    let why = failure.errors.join("; ");
+                    output.note(format_args!("skipped pool {name}: {why}"));
+                }
+            }
         }
     }
-    for why in refused {
-        output.note(format_args!("skipped pool {why}"));
+    Ok((with_keys, others))
+}
+
+/// Joins pools whose answers are wanted: the server sends answers only to members.
+fn join(
+    connection: &Connection,
+    pools: Vec<String>,
+    args: &AnswersArgs,
+    output: &Output,
+) -> Result<(), Failure> {
+    let app = &connection.app;
+    let joined = app.joined();
+    for name in pools.into_iter().filter(|name| !joined.contains(name)) {
+        match app.join(&name) {
+            Ok(()) => {}
+            Err(error) if !args.pool.is_empty() => return Err(error.into()),
+            // The pool was removed in the meantime, with its answers.
+            Err(error) if error.kind() == Code::NoPool => {}
+            Err(error) => output.note(format_args!("skipped pool {name}: {}", error.message())),
+        }
     }
     Ok(())
 }
