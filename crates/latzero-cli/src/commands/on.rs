@@ -12,7 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::args::OnArgs;
-use crate::connect::ConnectOptions;
+use crate::connect::{ConnectOptions, Connection};
 use crate::executor::block_on;
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, compact, count};
@@ -50,6 +50,9 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> CommandResult {
     connection.report_losses(output);
     let mut listening = Vec::new();
     for target in targets {
+        if let Some(pool) = &target.pool {
+            check_may_listen(&connection, pool, &target.trigger)?;
+        }
         let events = block_on(connection.app.as_async().on(&target.trigger))?;
         listening.push(Listening { target, events });
     }
@@ -78,6 +81,15 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> CommandResult {
     }
     report_lost(&mut lock(&listening), Unprinted::AreDropped);
     Ok(Exit::Ok)
+}
+
+/// Checks that the server serves events of a pool to this app. It refuses a registration that names
+/// the pool, and would not serve the client's, which names none, without a word.
+fn check_may_listen(connection: &Connection, pool: &str, trigger: &str) -> Result<(), Failure> {
+    let listener = json!({"name": trigger, "concurrency": 0, "pools": [pool]});
+    let request = json!({"action": "trigger_register", "triggers": [listener]});
+    let _: Value = connection.app.request(&request)?;
+    Ok(())
 }
 
 fn lock(listening: &Mutex<Vec<Listening>>) -> MutexGuard<'_, Vec<Listening>> {

@@ -4,7 +4,7 @@ use std::fs::Permissions;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 
-use crate::program::{Running, Server, latzero, run, run_with};
+use crate::program::{Running, Server, eventually, latzero, run, run_with};
 
 fn mode(path: &Path) -> u32 {
     std::fs::symlink_metadata(path)
@@ -432,4 +432,42 @@ fn a_privileged_trigger_says_what_is_missing() {
     plain
         .ended_with(5)
         .said("only a message to an encrypted pool can be privileged");
+}
+
+#[test]
+fn listening_without_the_right_fails_at_once() {
+    let server = Server::start();
+    server.run(&["keys", "new", "vault"]).ended_with(0);
+    let create = ["pools", "create", "vault", "--encrypted"];
+    server.run(&create).ended_with(0);
+    let key_file = |role: &str| {
+        let file = server.home().join(role).to_str().unwrap().to_owned();
+        let export = ["keys", "export", "vault", "--role", role, "--to", &file];
+        server.run(&export).ended_with(0);
+        file
+    };
+    let (join, read) = (key_file("join"), key_file("read"));
+    let on = ["on", "vault/news", "--count", "1", "--keys"];
+    let refused = server.run(&[&on[..], &[&join]].concat()).ended_with(77);
+    refused.said("needs the role 'read' in pool 'vault'");
+    let create = ["pools", "create", "lab", "--policy", "serve=boss"];
+    server.run(&create).ended_with(0);
+    let refused = server
+        .run(&["on", "lab/news", "--count", "1"])
+        .ended_with(77);
+    refused.said("does not give this app the right 'serve'");
+    // Whoever may listen hears what is emitted.
+    let boss = ["on", "lab/news", "--count", "1", "--app", "boss"];
+    for (on, emit) in [
+        (&[&on[..], &[&read]].concat()[..], "vault/news"),
+        (&boss, "lab/news"),
+    ] {
+        let mut hearing = Running::start(&mut server.command(on));
+        eventually(|| {
+            server.run(&["emit", emit, "1"]).ended_with(0);
+            hearing.has_ended()
+        });
+        hearing.line_with("\"data\":1");
+        assert_eq!(hearing.exit_code(), 0);
+    }
 }
