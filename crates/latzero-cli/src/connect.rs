@@ -17,13 +17,13 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use latzero::{
-    AppKey, Code, Error, FromPayload, HandshakeTimeout, Keys, Reconnect, State, blocking::App,
-    known_hosts,
+    Code, Error, FromPayload, HandshakeTimeout, Reconnect, State, blocking::App, known_hosts,
 };
 use latzero_server::address;
 use latzero_server::startup::lock;
 use serde_json::{Value, json};
 
+use crate::commands::keys;
 use crate::executor::block_on;
 use crate::exit::{Exit, Failure};
 use crate::output::Output;
@@ -509,12 +509,12 @@ impl ServerArgs {
                     "pid": std::process::id()}));
             for pool in &options.pools {
                 if let Some(path) = self.key_file(pool) {
-                    builder = builder.keys(pool, Keys::from_file(&path)?);
+                    builder = builder.keys(pool, keys::of_pool(&path)?);
                 }
             }
             let app_key_file = self.app_key_file(&app_id).filter(|_| !options.scouts);
             if let Some(path) = app_key_file {
-                builder = builder.app_key(AppKey::from_file(&path)?);
+                builder = builder.app_key(keys::of_app(&path)?);
             }
             if let Some(threads) = options.handler_threads {
                 builder = builder.handler_threads(threads);
@@ -568,13 +568,13 @@ impl ServerArgs {
         if let Some(path) = &self.keys {
             return Some(path.clone());
         }
-        let path = crate::commands::keys::default_file("keys", pool)?;
+        let path = keys::default_file("keys", pool)?;
         path.exists().then_some(path)
     }
 
     /// The key file of an app, if it has one.
     fn app_key_file(&self, app_id: &str) -> Option<PathBuf> {
-        let by_default = || crate::commands::keys::default_file("apps", app_id);
+        let by_default = || keys::default_file("apps", app_id);
         let path = self.app_key.clone().or_else(by_default)?;
         (self.app_key.is_some() || path.exists()).then_some(path)
     }

@@ -1,5 +1,6 @@
 //! `answers`: prints the answers to parked calls that arrived earlier, one JSON line each.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use latzero::{Answer, Code};
@@ -9,6 +10,8 @@ use crate::args::AnswersArgs;
 use crate::connect::{ConnectOptions, Connection, ListKind, list};
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, compact, count, hex};
+
+use super::keys::default_names;
 
 pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
     if args.reach.app.is_none() && args.reach.url.is_none() {
@@ -78,28 +81,35 @@ fn pools(
     let options = options.clone().scouting();
     let scout = args.reach.connect(&options)?;
     let all = list(&scout.app, &json!({"action": "pool_list"}), ListKind::Pools)?;
-    let (mut with_keys, mut others) = (Vec::new(), Vec::new());
-    for pool in &all {
-        let Some(name) = pool["pool"].as_str().filter(|name| *name != "system") else {
-            continue;
-        };
-        let name = name.to_owned();
-        if pool["encrypted"] != true {
-            others.push(name);
-        } else if !has_keys(&name) {
+    let names = |is_encrypted: bool| {
+        all.iter()
+            .filter(move |pool| (pool["encrypted"] == true) == is_encrypted)
+            .filter_map(|pool| pool["pool"].as_str())
+            .filter(|name| *name != "system")
+            .map(str::to_owned)
+    };
+    let others: Vec<String> = names(false).collect();
+    // An encrypted pool is listed only for administrators and its members.
+    let mut encrypted: BTreeSet<String> = names(true).collect();
+    let with_files = default_names("keys").into_iter();
+    encrypted.extend(with_files.filter(|name| !others.contains(name)));
+    let mut with_keys = Vec::new();
+    for name in encrypted {
+        if !has_keys(&name) {
             output.note(format_args!(
                 "skipped pool {name}: it is encrypted, and its keys are missing; give them with \
                  --keys"
             ));
-        } else {
-            // Keys that do not fit are no reason to print no answers of other pools.
-            match args.reach.connect(&options.clone().in_pool(Some(&name))) {
-                Ok(_) => with_keys.push(name),
-                Err(failure) if failure.exit == Exit::NotRunning => return Err(failure),
-                Err(failure) => {
-                    let why = failure.errors.join("; ");
-                    output.note(format_args!("skipped pool {name}: {why}"));
-                }
+            continue;
+        }
+        // Keys that do not fit are no reason to print no answers of other pools.
+        match args.reach.connect(&options.clone().in_pool(Some(&name))) {
+            Ok(_) => with_keys.push(name),
+            Err(failure) if failure.exit == Exit::NotRunning => return Err(failure),
+            Err(failure) if failure.is_of(Code::NoPool) => {}
+            Err(failure) => {
+                let why = failure.errors.join("; ");
+                output.note(format_args!("skipped pool {name}: {why}"));
             }
         }
     }

@@ -176,10 +176,7 @@ pub(crate) fn run_app(args: &AppArgs, output: &Output) -> CommandResult {
         }
         AppKeyCommand::Show(args) => {
             let path = args.path()?;
-            let text = read(&path)?;
-            let line = std::str::from_utf8(&text).map_err(|_| refused(&path, KeyError::AppKey))?;
-            let key = AppKey::parse(line).map_err(|error| refused(&path, error))?;
-            args.report(&path, &key, output)
+            args.report(&path, &read_app_key(&path)?, output)
         }
     }
 }
@@ -303,7 +300,7 @@ fn rotate(args: &RotateArgs, output: &Output) -> CommandResult {
     if is_new {
         write_keys(&args.pool, &new, &held(&new), &next)?;
     }
-    let keys = Keys::from_file(if is_new { &next } else { &path })?;
+    let keys = of_pool(if is_new { &next } else { &path })?;
     let done = connection
         .app
         .rotate_pool(&args.pool, &keys, args.cut_history);
@@ -351,7 +348,7 @@ fn rotate(args: &RotateArgs, output: &Output) -> CommandResult {
 fn accept_restore(args: &FileArgs, output: &Output) -> CommandResult {
     let path = args.path()?;
     read(&path)?;
-    let forgotten = Keys::from_file(path)?.accept_restore(&args.pool)?;
+    let forgotten = of_pool(&path)?.accept_restore(&args.pool)?;
     if output.json {
         output.value(&json!({"pool": args.pool, "forgotten": forgotten}))?;
     } else if forgotten {
@@ -498,15 +495,30 @@ fn place(named: Option<&Path>, folder: &str, name: &str) -> Result<PathBuf, Fail
     })
 }
 
+/// The names that have a key file by default.
+pub(crate) fn default_names(folder: &str) -> Vec<String> {
+    let folder = default_folder(folder);
+    let entries = folder.and_then(|folder| std::fs::read_dir(folder).ok());
+    let names = entries.into_iter().flatten().flatten();
+    names
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| !name.starts_with('.'))
+        .collect()
+}
+
 /// The key file that a pool or an app has by default.
 pub(crate) fn default_file(folder: &str, name: &str) -> Option<PathBuf> {
+    Some(default_folder(folder)?.join(name))
+}
+
+fn default_folder(folder: &str) -> Option<PathBuf> {
     let absolute = |name| {
         std::env::var_os(name)
             .map(PathBuf::from)
             .filter(|path| path.is_absolute())
     };
     let config = absolute("XDG_CONFIG_HOME").or_else(|| Some(absolute("HOME")?.join(".config")));
-    Some(config?.join("latzero").join(folder).join(name))
+    Some(config?.join("latzero").join(folder))
 }
 
 fn write_keys(pool: &str, keys: &KeySet, kinds: &[Kind], path: &Path) -> Result<(), Failure> {
@@ -559,6 +571,24 @@ fn write_new(path: &Path, content: &[u8]) -> Result<(), Failure> {
     File::open(parent)
         .and_then(|dir| dir.sync_all())
         .map_err(cannot)
+}
+
+/// The keys in the file of a pool.
+pub(crate) fn of_pool(path: &Path) -> Result<Keys, Failure> {
+    // What is wrong with a file is said the same way everywhere.
+    Keys::from_file(path).map_err(|error| read_keys(path).err().unwrap_or_else(|| error.into()))
+}
+
+/// The key in the file of an app.
+pub(crate) fn of_app(path: &Path) -> Result<latzero::AppKey, Failure> {
+    let key = latzero::AppKey::from_file(path);
+    key.map_err(|error| read_app_key(path).err().unwrap_or_else(|| error.into()))
+}
+
+fn read_app_key(path: &Path) -> Result<AppKey, Failure> {
+    let text = read(path)?;
+    let line = std::str::from_utf8(&text).map_err(|_| refused(path, KeyError::AppKey))?;
+    AppKey::parse(line).map_err(|error| refused(path, error))
 }
 
 fn read_keys(path: &Path) -> Result<KeySet, Failure> {

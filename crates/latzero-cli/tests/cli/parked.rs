@@ -108,6 +108,8 @@ fn answers_of_an_encrypted_pool_are_fetched_with_its_keys() {
     server.run(&["keys", "new", "vault"]).ended_with(0);
     let create = ["pools", "create", "vault", "--encrypted"];
     server.run(&create).ended_with(0);
+    // Keys of a pool that is not there change nothing.
+    server.run(&["keys", "new", "gone"]).ended_with(0);
     park(&server, "shop", "plain", "1");
     let sealed = ["call", "vault/job", "2", "--park", "--no-wait"];
     for id in ["one", "two", "three"] {
@@ -136,6 +138,8 @@ fn answers_of_an_encrypted_pool_are_fetched_with_its_keys() {
         line("two", 2),
     ];
     assert_eq!(lines, expected);
+    let pools = server.run(&["pools"]).ended_with(0).out;
+    assert!(!pools.contains("gone"), "{pools}");
     // Without the file at its usual place they have to be named.
     let moved = server.home().join("vault.keys");
     std::fs::rename(server.home().join(".config/latzero/keys/vault"), &moved).unwrap();
