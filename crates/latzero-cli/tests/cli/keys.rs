@@ -471,3 +471,35 @@ fn listening_without_the_right_fails_at_once() {
         assert_eq!(hearing.exit_code(), 0);
     }
 }
+
+#[test]
+fn a_wrong_file_or_name_is_an_error_of_usage() {
+    let server = Server::start();
+    let none = ["--keys", "/nonexistent"];
+    for command in [
+        &["call", "vault/x", "1"][..],
+        &["serve", "vault/x"],
+        &["on", "vault/x"],
+        &["watch", "vault"],
+        &["answers", "--app", "shop", "--pool", "vault"],
+    ] {
+        let mut args = [command, &none].concat();
+        if command[0] == "serve" {
+            args.extend(["--", "cat"]);
+        }
+        let missing = server.run(&args).ended_with(2);
+        missing.said("the key file /nonexistent cannot be opened");
+    }
+    let app = ["call", "system/echo", "1", "--app-key", "/nonexistent"];
+    server.run(&app).ended_with(2).said("cannot be opened");
+    for who in ["uid:-1", "uid:99999999999", "key:abc", "a b"] {
+        let rule = format!("join={who}");
+        for flag in ["--policy", "--deny"] {
+            let create = ["pools", "create", "lab", flag, &rule];
+            server.run(&create).ended_with(2).said(who);
+        }
+    }
+    let key = format!("join=key:{},uid:7,shop", "A".repeat(43));
+    let create = ["pools", "create", "lab", "--policy", &key];
+    server.run(&create).ended_with(0);
+}
