@@ -450,6 +450,11 @@ fn listening_without_the_right_fails_at_once() {
     let on = ["on", "vault/news", "--count", "1", "--keys"];
     let refused = server.run(&[&on[..], &[&join]].concat()).ended_with(77);
     refused.said("needs the role 'read' in pool 'vault'");
+    for command in ["call", "emit"] {
+        let send = [command, "vault/news", "1", "--keys", &join];
+        let refused = server.run(&send).ended_with(77);
+        refused.said("forbidden: this needs the role 'read' in pool 'vault'");
+    }
     let create = ["pools", "create", "lab", "--policy", "serve=boss"];
     server.run(&create).ended_with(0);
     let refused = server

@@ -299,6 +299,14 @@ impl SealedPool {
     }
 
     fn not_open(&self) -> Error {
+        if !self.keys.0.has(Kind::Shard) {
+            // As the server says it of what it checks itself.
+            let text = format!(
+                "this needs the role 'read' in pool '{}'; prove it with the keys that have it",
+                self.name
+            );
+            return Error::new(Code::Forbidden, text).with_ran(Ran::No);
+        }
         let text = format!(
             "the keys of pool '{}' are missing, or are not those of its epoch: nothing can be \
             sealed or opened",
@@ -319,8 +327,8 @@ impl SealedPool {
     /// Seals a call or an emit; of a call the answer is awaited from then on.
     ///
     /// # Errors
-    /// `stale_epoch` without the keys of the epoch; `forbidden` if it is privileged and the key to
-    /// sign it is missing; `too_large`, `overloaded`.
+    /// `stale_epoch` without the keys of the epoch; `forbidden` if the key to read is missing, or
+    /// it is privileged and the key to sign it is; `too_large`, `overloaded`.
     pub(crate) fn seal(
         self: &Arc<Self>,
         unsealed: &Unsealed<'_>,
