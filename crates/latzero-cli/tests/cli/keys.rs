@@ -406,7 +406,9 @@ fn a_privileged_trigger_says_what_is_missing() {
     // Whoever may not serve is told so, instead of waiting for calls that never come.
     let plain = ["serve", "admin", "--privileged", "--", "cat"];
     let refused = server.run(&plain).ended_with(5);
-    refused.said("serve it only in encrypted pools");
+    refused
+        .said("serve it only in encrypted pools")
+        .said("--privileged works only in encrypted pools");
     let with_read = ["serve", "vault/admin", "--keys", read, "--", "cat"];
     let refused = server.run(&with_read).ended_with(77);
     refused.said("needs the role 'write' in pool 'vault'");
@@ -431,7 +433,36 @@ fn a_privileged_trigger_says_what_is_missing() {
     let plain = server.run(&["call", "system/echo", "1", "--privileged"]);
     plain
         .ended_with(5)
-        .said("only a message to an encrypted pool can be privileged");
+        .said("only a message to an encrypted pool can be privileged")
+        .said("--privileged works only in encrypted pools");
+    // A signature is no help where the policy refuses.
+    server.run(&["keys", "new", "closed"]).ended_with(0);
+    let create = [
+        "pools",
+        "create",
+        "closed",
+        "--encrypted",
+        "--policy",
+        "call=boss",
+        "--app",
+        "boss",
+    ];
+    server.run(&create).ended_with(0);
+    let serve = [
+        "serve",
+        "closed/admin",
+        "--privileged",
+        "--app",
+        "closer",
+        "--",
+        "cat",
+    ];
+    let serving = Running::start_err(&mut server.command(&serve));
+    serving.line_with("serving ");
+    let call = ["call", "closed/admin", "1", "--privileged"];
+    let refused = server.run(&call).ended_with(77);
+    let refused = refused.said("does not give this app the right 'call'");
+    assert!(!refused.err.contains("sign the call"), "{}", refused.err);
 }
 
 #[test]
