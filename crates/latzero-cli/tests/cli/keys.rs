@@ -539,3 +539,20 @@ fn a_wrong_file_or_name_is_an_error_of_usage() {
     let create = ["pools", "create", "lab", "--policy", &key];
     server.run(&create).ended_with(0);
 }
+
+#[test]
+fn what_is_known_of_encrypted_pools_is_private() {
+    let server = Server::start();
+    server.run(&["keys", "new", "vault"]).ended_with(0);
+    let create = ["pools", "create", "vault", "--encrypted"];
+    server.run(&create).ended_with(0);
+    server.run(&["pools", "info", "vault"]).ended_with(0);
+    let folder = server.home().join(".local/state/latzero/pools");
+    let files: Vec<_> = std::fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    assert!(!files.is_empty());
+    let modes: Vec<u32> = files.iter().map(|file| mode(file)).collect();
+    assert_eq!((mode(&folder), &modes), (0o700, &vec![0o600; files.len()]));
+}

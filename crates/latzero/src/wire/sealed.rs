@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -736,13 +736,30 @@ impl Finished {
     }
 }
 
-/// Writes a whole file, or leaves it unchanged.
+/// Creates the directory of a file. Names of files in it are those of encrypted pools, which not
+/// every user may know.
+fn make_directory_of(path: &Path) -> std::io::Result<()> {
+    path.parent().map_or(Ok(()), |directory| {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+    })
+}
+
+/// Writes a whole file, which is private, or leaves it unchanged.
 fn replace(path: &Path, bytes: &[u8]) {
     let beside = PathBuf::from(format!("{}.{}.new", path.display(), std::process::id()));
-    let written = path
-        .parent()
-        .map_or(Ok(()), std::fs::create_dir_all)
-        .and_then(|()| std::fs::write(&beside, bytes))
+    let written = make_directory_of(path)
+        .and_then(|()| {
+            std::fs::OpenOptions::new()
+                .create(true)
+                .write(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&beside)
+        })
+        .and_then(|mut file| file.write_all(bytes))
         .and_then(|()| std::fs::rename(&beside, path));
     if written.is_err() {
         let _ = std::fs::remove_file(&beside);
