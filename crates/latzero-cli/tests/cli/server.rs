@@ -625,3 +625,24 @@ fn a_server_that_is_not_trusted_is_an_error_with_its_own_remedy() {
     let other = other.said("help: this may be another server");
     assert!(!other.err.contains("--keys"), "{}", other.err);
 }
+
+#[test]
+fn only_administrators_are_told_the_paths_of_the_server() {
+    let server = Server::start();
+    let stats = server.run(&["stats", "--json"]).ended_with(0).json();
+    let dir = server.data_dir();
+    let dir = dir.to_str().unwrap();
+    assert_eq!(stats["server"]["data_dir"], dir);
+    let port = server.port();
+    for ask in [
+        &["stats", "--json"][..],
+        &["call", "system/stats"],
+        &["status"],
+        &["status", "--json"],
+    ] {
+        let told = server
+            .run(&[ask, &["--port", &port]].concat())
+            .ended_with(0);
+        assert!(!told.out.contains(dir), "{ask:?}: {}", told.out);
+    }
+}
