@@ -694,7 +694,8 @@ pub(crate) struct CallArgs {
         conflicts_with = "timeout"
     )]
     pub(crate) ttl: Option<Duration>,
-    /// Always park, and return once the call is on disk; `latzero answers` prints the answer
+    /// With --park, park the call in any case and return once it is on disk; `latzero answers`
+    /// prints the answer
     #[arg(long, requires = "park")]
     pub(crate) no_wait: bool,
     /// If the handler dies, give the call to another one: it may run more than once
