@@ -20,6 +20,7 @@ use rustix::fs::OFlags;
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 use serde_json::json;
 
+use super::trigger::POOL_DEFAULT;
 use crate::connect::{ConnectOptions, ServerArgs};
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Cell, Output};
@@ -168,6 +169,7 @@ pub(crate) fn run_app(args: &AppArgs, output: &Output) -> CommandResult {
     let AppCommand::Key(command) = &args.command;
     match command {
         AppKeyCommand::New(args) => {
+            check_app(&args.app_id)?;
             let path = args.path()?;
             let key = AppKey::new(random()?);
             let line = Zeroizing::new(format!("{}\n", key.to_text().as_str()));
@@ -241,6 +243,7 @@ impl FileArgs {
 }
 
 fn new(args: &NewArgs, output: &Output) -> CommandResult {
+    check_pool(&args.file.pool)?;
     let path = args.file.path()?;
     let owner = if args.owner_key {
         Some(random()?)
@@ -388,6 +391,7 @@ fn export(args: &ExportArgs, output: &Output) -> CommandResult {
 }
 
 fn from_passphrase(args: &FileArgs, output: &Output) -> CommandResult {
+    check_pool(&args.pool)?;
     let path = args.path()?;
     let words = read_passphrase(output)?;
     output.note(format!("warning: {}", passphrase::WARNING));
@@ -448,6 +452,26 @@ fn read_passphrase(output: &Output) -> Result<Zeroizing<String>, Failure> {
         return Err(Failure::usage("stdin has no passphrase").with_help(help));
     }
     Ok(Zeroizing::new(words.to_owned()))
+}
+
+/// Refuses new keys for the pools that exist without any.
+fn check_pool(pool: &str) -> Result<(), Failure> {
+    match pool {
+        "system" | POOL_DEFAULT => {
+            let text = format!("pool '{pool}' is there without keys, and cannot be encrypted");
+            Err(Failure::usage(text).with_help("choose another name"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a new key for an AppID that no app can have.
+fn check_app(app_id: &str) -> Result<(), Failure> {
+    if app_id == "latzero" || app_id.starts_with("latzero-") {
+        let text = format!("AppID '{app_id}' is reserved for the server");
+        return Err(Failure::usage(text).with_help("choose another AppID"));
+    }
+    Ok(())
 }
 
 /// A new secret from the system's random number generator.

@@ -556,3 +556,23 @@ fn what_is_known_of_encrypted_pools_is_private() {
     let modes: Vec<u32> = files.iter().map(|file| mode(file)).collect();
     assert_eq!((mode(&folder), &modes), (0o700, &vec![0o600; files.len()]));
 }
+
+#[test]
+fn names_that_no_key_can_have_are_refused() {
+    let home = tempfile::tempdir().unwrap();
+    for pool in ["system", "default"] {
+        for command in ["new", "from-passphrase"] {
+            let made = run(&mut latzero(home.path(), &["keys", command, pool]));
+            made.ended_with(2).said("is there without keys");
+        }
+    }
+    for app_id in ["latzero", "latzero-x"] {
+        let made = run(&mut latzero(home.path(), &["app", "key", "new", app_id]));
+        made.ended_with(2).said("is reserved for the server");
+    }
+    run(&mut latzero(
+        home.path(),
+        &["app", "key", "new", "latzerox"],
+    ))
+    .ended_with(0);
+}
