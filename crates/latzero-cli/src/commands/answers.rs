@@ -78,8 +78,15 @@ fn pools(
     if !args.pool.is_empty() {
         return Ok(args.pool.iter().cloned().partition(has_keys));
     }
-    let options = options.clone().scouting();
-    let scout = args.reach.connect(&options)?;
+    let mut scouting = options.clone().scouting();
+    let scout = match args.reach.connect(&scouting) {
+        // A certificate may allow only the app itself.
+        Err(failure) if failure.exit == Exit::Denied => {
+            scouting = options.clone();
+            args.reach.connect(&scouting)?
+        }
+        scout => scout?,
+    };
     let all = list(&scout.app, &json!({"action": "pool_list"}), ListKind::Pools)?;
     let names = |is_encrypted: bool| {
         all.iter()
@@ -103,7 +110,7 @@ fn pools(
             continue;
         }
         // Keys that do not fit are no reason to print no answers of other pools.
-        match args.reach.connect(&options.clone().in_pool(Some(&name))) {
+        match args.reach.connect(&scouting.clone().in_pool(Some(&name))) {
             Ok(_) => with_keys.push(name),
             Err(failure) if failure.exit == Exit::NotRunning => return Err(failure),
             Err(failure) if failure.is_of(Code::NoPool) => {}
