@@ -576,3 +576,41 @@ fn names_that_no_key_can_have_are_refused() {
     ))
     .ended_with(0);
 }
+
+#[test]
+fn serving_and_listening_end_with_the_pool() {
+    let server = Server::start();
+    server.run(&["keys", "new", "vault"]).ended_with(0);
+    let create = ["pools", "create", "vault", "--encrypted"];
+    server.run(&create).ended_with(0);
+    let start = |args: &[&str]| Running::start_err(&mut server.command(args));
+    let serving = start(&["serve", "lab/x", "--", "cat"]);
+    serving.line_with("serving ");
+    let listening = start(&["on", "lab/news"]);
+    let sealed_serving = start(&["serve", "vault/x", "--app", "sealed", "--", "cat"]);
+    sealed_serving.line_with("serving ");
+    let sealed_listening = start(&["on", "vault/news"]);
+    let listens = |pool: &str| {
+        let info = server.run(&["pools", "info", pool]).ended_with(0).out;
+        info.contains("trigger\tnews")
+    };
+    eventually(|| listens("lab") && listens("vault"));
+    // Who keeps the same keys stays.
+    server.run(&["keys", "rotate", "vault"]).ended_with(0);
+    let called = server.run(&["call", "vault/x", "1"]).ended_with(0);
+    assert_eq!(called.out, "1\n");
+    let rotate = ["keys", "rotate", "vault", "--remove-reader"];
+    server.run(&rotate).ended_with(0);
+    server
+        .run(&["pools", "remove", "lab", "--force"])
+        .ended_with(0);
+    for (mut running, said) in [
+        (sealed_serving, "pool 'vault' has new keys"),
+        (sealed_listening, "pool 'vault' has new keys"),
+        (serving, "pool 'lab' was removed"),
+        (listening, "pool 'lab' was removed"),
+    ] {
+        running.line_with(said);
+        assert_eq!(running.exit_code(), 1);
+    }
+}
