@@ -98,8 +98,12 @@ fn pools(
     let others: Vec<String> = names(false).collect();
     // An encrypted pool is listed only for administrators and its members.
     let mut encrypted: BTreeSet<String> = names(true).collect();
-    let with_files = default_names("keys").into_iter();
-    encrypted.extend(with_files.filter(|name| !others.contains(name)));
+    if args.reach.keys.is_none() {
+        let with_files = default_names("keys").into_iter();
+        encrypted.extend(with_files.filter(|name| !others.contains(name)));
+    } else if encrypted.is_empty() {
+        output.note("there is no encrypted pool to be seen; name the pool of the keys with --pool");
+    }
     let mut with_keys = Vec::new();
     for name in encrypted {
         if !has_keys(&name) {
