@@ -48,6 +48,9 @@ pub(crate) const ADMIN_TOKEN: &str = "LATZERO_ADMIN_TOKEN";
 /// How long connecting may take.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How the client's message about a server that speaks TLS begins.
+const SPEAKS_TLS: &str = "the server speaks TLS there";
+
 /// How long a connection may be lost, as when the server restarts, before a person is told.
 const UNREPORTED_LOSS: Duration = Duration::from_secs(1);
 
@@ -670,6 +673,20 @@ impl ServerArgs {
             // Its own text would end with "(os error 111)".
             Some(cause) if cause.raw_os_error().is_some() => Ok(cause.kind().to_string()),
             Some(cause) => Ok(cause.to_string()),
+            // The message says what to do about it.
+            None if error.message().starts_with(SPEAKS_TLS) => {
+                let text = format!("{place}: {SPEAKS_TLS}");
+                let help = match place {
+                    Address::Tcp(host, port) if host.contains(':') => {
+                        format!("run `latzero trust [{host}]:{port}`, and this command again")
+                    }
+                    Address::Tcp(host, port) => {
+                        format!("run `latzero trust {host}:{port}`, and this command again")
+                    }
+                    _ => "run `latzero trust HOST:PORT`, and add `?tls` to the address".to_owned(),
+                };
+                Err(Failure::new(Exit::NotRunning, text).with_help(help))
+            }
             None if error.kind() == Code::Disconnected => {
                 let text = format!("{place}: {}", error.message());
                 let help = "check which program listens there, or choose another server with \

@@ -615,6 +615,10 @@ fn a_server_that_is_not_trusted_is_an_error_with_its_own_remedy() {
     let server = Server::with(&["--tls"]);
     let url = format!("latzero://x@127.0.0.1:{}?tls", server.port());
     let call = |url: &str| server.run(&["call", "system/echo", "1", "--url", url]);
+    let port = server.port();
+    let plain = server.run(&["call", "system/echo", "1", "--port", &port]);
+    let plain = plain.ended_with(3).said("the server speaks TLS there\n");
+    plain.said(&format!("help: run `latzero trust 127.0.0.1:{port}`"));
     let unknown = call(&url).ended_with(77).said("is not trusted yet\n");
     let unknown = unknown.said("help: run `latzero trust 127.0.0.1:");
     assert!(!unknown.err.contains("--keys"), "{}", unknown.err);
