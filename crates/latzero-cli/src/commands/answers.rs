@@ -1,6 +1,5 @@
 //! `answers`: prints the answers to parked calls that arrived earlier, one JSON line each.
 
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use latzero::{Answer, Code};
@@ -11,8 +10,6 @@ use crate::connect::{ConnectOptions, Connection, ListKind, list};
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, compact, count, hex};
 
-use super::keys::default_names;
-
 pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
     if args.reach.app.is_none() && args.reach.url.is_none() {
         return Err(
@@ -20,12 +17,10 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
                 .with_help("`latzero call --park` prints the AppID of the call"),
         );
     }
-    let mut options = ConnectOptions::once("answers").waiting(args.wait.unwrap_or_default());
-    let deadline = args.wait.map(|wait| Instant::now() + wait);
-    let (with_keys, others) = pools(args, &options, output)?;
-    options.pools = with_keys;
+    let options = ConnectOptions::once("answers").waiting(args.wait.unwrap_or_default());
     let connection = args.reach.connect(&options)?;
-    join(&connection, others, args, output)?;
+    let deadline = args.wait.map(|wait| Instant::now() + wait);
+    join(&connection, args, output)?;
     // The server sends all kept answers before it answers this ping.
     connection.app.ping()?;
     let mut answers = connection.app.answers();
@@ -67,83 +62,29 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
     }
 }
 
-/// The pools whose answers are wanted: those that are joined with keys while connecting, and the
-/// others.
-fn pools(
-    args: &AnswersArgs,
-    options: &ConnectOptions,
-    output: &Output,
-) -> Result<(Vec<String>, Vec<String>), Failure> {
-    let has_keys = |pool: &String| args.reach.key_file(pool).is_some();
-    if !args.pool.is_empty() {
-        return Ok(args.pool.iter().cloned().partition(has_keys));
-    }
-    let mut scouting = options.clone().scouting();
-    let scout = match args.reach.connect(&scouting) {
-        // A certificate may allow only the app itself.
-        Err(failure) if failure.exit == Exit::Denied => {
-            scouting = options.clone();
-            args.reach.connect(&scouting)?
-        }
-        scout => scout?,
-    };
-    let all = list(&scout.app, &json!({"action": "pool_list"}), ListKind::Pools)?;
-    let names = |is_encrypted: bool| {
-        all.iter()
-            .filter(move |pool| (pool["encrypted"] == true) == is_encrypted)
-            .filter_map(|pool| pool["pool"].as_str())
-            .filter(|name| *name != "system")
-            .map(str::to_owned)
-    };
-    let others: Vec<String> = names(false).collect();
-    // An encrypted pool is listed only for administrators and its members.
-    let mut encrypted: BTreeSet<String> = names(true).collect();
-    if args.reach.keys.is_none() {
-        let with_files = default_names("keys").into_iter();
-        encrypted.extend(with_files.filter(|name| !others.contains(name)));
-    } else if encrypted.is_empty() {
-        output.note("there is no encrypted pool to be seen; name the pool of the keys with --pool");
-    }
-    let mut with_keys = Vec::new();
-    for name in encrypted {
-        if !has_keys(&name) {
-            output.note(format_args!(
-                "skipped pool {name}: it is encrypted, and its keys are missing; give them with \
-                 --keys"
-            ));
-            continue;
-        }
-        // Keys that do not fit are no reason to print no answers of other pools.
-        match args.reach.connect(&scouting.clone().in_pool(Some(&name))) {
-            Ok(_) => with_keys.push(name),
-            Err(failure) if failure.exit == Exit::NotRunning => return Err(failure),
-            Err(failure) if failure.is_of(Code::NoPool) => {}
-            Err(failure) => {
-                let why = failure.errors.join("; ");
-                output.note(format_args!("skipped pool {name}: {why}"));
-            }
-        }
-    }
-    Ok((with_keys, others))
-}
-
-/// Joins pools whose answers are wanted: the server sends answers only to members.
-fn join(
-    connection: &Connection,
-    pools: Vec<String>,
-    args: &AnswersArgs,
-    output: &Output,
-) -> Result<(), Failure> {
+/// Joins the pools whose answers are wanted: the server sends answers only to members.
+fn join(connection: &Connection, args: &AnswersArgs, output: &Output) -> Result<(), Failure> {
     let app = &connection.app;
+    for pool in &args.pool {
+        app.join(pool)?;
+    }
+    if !args.pool.is_empty() {
+        return Ok(());
+    }
+    let pools = list(app, &json!({"action": "pool_list"}), ListKind::Pools)?;
     let joined = app.joined();
-    for name in pools.into_iter().filter(|name| !joined.contains(name)) {
-        match app.join(&name) {
+    let names = pools.iter().filter_map(|pool| pool["pool"].as_str());
+    let mut refused = Vec::new();
+    for name in names.filter(|name| *name != "system" && !joined.iter().any(|j| j == name)) {
+        match app.join(name) {
             Ok(()) => {}
-            Err(error) if !args.pool.is_empty() => return Err(error.into()),
             // The pool was removed in the meantime, with its answers.
             Err(error) if error.kind() == Code::NoPool => {}
-            Err(error) => output.note(format_args!("skipped pool {name}: {}", error.message())),
+            Err(error) => refused.push(format!("{name}: {}", error.message())),
         }
+    }
+    for why in refused {
+        output.note(format_args!("skipped pool {why}"));
     }
     Ok(())
 }
