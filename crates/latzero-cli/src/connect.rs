@@ -164,21 +164,6 @@ fn tcp_url(app_id: &str, host: &str, port: u16) -> String {
     }
 }
 
-/// An app's address for another app, which joins none of its pools.
-fn scout_url(url: &str, app_id: &str) -> String {
-    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
-    let (authority, parameters) = rest.split_once('?').unwrap_or((rest, ""));
-    let place = authority.split_once('@').map(|(_, place)| place);
-    let parameters: Vec<&str> = parameters
-        .split('&')
-        .filter(|parameter| !parameter.is_empty() && !parameter.starts_with("pool="))
-        .collect();
-    match place {
-        Some(place) => format!("latzero://tcp-{app_id}@{place}?{}", parameters.join("&")),
-        None => format!("latzero://{app_id}?{}", parameters.join("&")),
-    }
-}
-
 /// Escapes a path for an address (RFC 3986, section 2.1).
 fn escape(path: &Path) -> String {
     let mut out = String::new();
@@ -215,8 +200,6 @@ pub(crate) struct ConnectOptions {
     pub(crate) request_time: Option<Duration>,
     /// The deadline of the command, including connecting.
     pub(crate) deadline: Option<Instant>,
-    /// Whether it only looks around, under another AppID and in no pools of the address.
-    pub(crate) scouts: bool,
 }
 
 impl ConnectOptions {
@@ -229,14 +212,7 @@ impl ConnectOptions {
             handler_threads: None,
             request_time: None,
             deadline: None,
-            scouts: false,
         }
-    }
-
-    /// As another app than the command's, which then gets nothing that is meant for that one.
-    pub(crate) fn scouting(mut self) -> ConnectOptions {
-        self.scouts = true;
-        self
     }
 
     /// Gives up after `timeout`, whatever it waits for.
@@ -486,7 +462,6 @@ impl ServerArgs {
     /// connection but does not respond.
     pub(crate) fn connect(&self, options: &ConnectOptions) -> Result<Connection, Failure> {
         let app_id = match (&self.app, &options.app_id) {
-            _ if options.scouts => ServerArgs::default().own_app_id(None),
             (None, Some(own)) => own.clone(),
             _ => self.app_id(),
         };
@@ -496,11 +471,7 @@ impl ServerArgs {
             let left = options
                 .deadline
                 .map(|at| at.saturating_duration_since(Instant::now()));
-            let url = match &place {
-                Address::Url(url) if options.scouts => scout_url(url, &app_id),
-                place => place.url(&place.app_id(&app_id)),
-            };
-            let mut builder = latzero::App::builder(&url)
+            let mut builder = latzero::App::builder(&place.url(&place.app_id(&app_id)))
                 .pools(&options.pools)
                 .transient(self.is_transient(options))
                 .connect_timeout(left.map_or(CONNECT_TIMEOUT, |left| left.min(CONNECT_TIMEOUT)))
@@ -515,8 +486,7 @@ impl ServerArgs {
                     builder = builder.keys(pool, keys::of_pool(&path)?);
                 }
             }
-            let app_key_file = self.app_key_file(&app_id).filter(|_| !options.scouts);
-            if let Some(path) = app_key_file {
+            if let Some(path) = self.app_key_file(&app_id) {
                 builder = builder.app_key(keys::of_app(&path)?);
             }
             if let Some(threads) = options.handler_threads {
@@ -871,20 +841,6 @@ mod tests {
             "tcp://[::1]:5",
         );
         check(Address::Tcp("h".into(), 5), "latzero://me@h:5", "tcp://h:5");
-    }
-
-    #[test]
-    fn a_scout_joins_none_of_the_pools_of_an_address() {
-        let check = |url: &str, expected: &str| assert_eq!(scout_url(url, "cli-0-1"), expected);
-        check(
-            "latzero://me?socket=/s&pool=a",
-            "latzero://cli-0-1?socket=/s",
-        );
-        check(
-            "latzero://me@[::1]:5?pool=a&tls&pool=b",
-            "latzero://tcp-cli-0-1@[::1]:5?tls",
-        );
-        check("latzero://me", "latzero://cli-0-1?");
     }
 
     #[test]

@@ -170,12 +170,6 @@ impl Failure {
         })
     }
 
-    /// Whether a request or a call was answered with this error.
-    pub(crate) fn is_of(&self, code: Code) -> bool {
-        let wire = self.wire.as_ref().and_then(|wire| wire["code"].as_str());
-        wire == Some(code.as_str())
-    }
-
     /// The failure as `--json` prints it.
     pub(crate) fn to_json(&self) -> Value {
         let mut error = match &self.wire {

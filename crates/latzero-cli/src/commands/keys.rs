@@ -519,30 +519,15 @@ fn place(named: Option<&Path>, folder: &str, name: &str) -> Result<PathBuf, Fail
     })
 }
 
-/// The names that have a key file by default.
-pub(crate) fn default_names(folder: &str) -> Vec<String> {
-    let folder = default_folder(folder);
-    let entries = folder.and_then(|folder| std::fs::read_dir(folder).ok());
-    let names = entries.into_iter().flatten().flatten();
-    names
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| !name.starts_with('.'))
-        .collect()
-}
-
 /// The key file that a pool or an app has by default.
 pub(crate) fn default_file(folder: &str, name: &str) -> Option<PathBuf> {
-    Some(default_folder(folder)?.join(name))
-}
-
-fn default_folder(folder: &str) -> Option<PathBuf> {
     let absolute = |name| {
         std::env::var_os(name)
             .map(PathBuf::from)
             .filter(|path| path.is_absolute())
     };
     let config = absolute("XDG_CONFIG_HOME").or_else(|| Some(absolute("HOME")?.join(".config")));
-    Some(config?.join("latzero").join(folder))
+    Some(config?.join("latzero").join(folder).join(name))
 }
 
 fn write_keys(pool: &str, keys: &KeySet, kinds: &[Kind], path: &Path) -> Result<(), Failure> {
