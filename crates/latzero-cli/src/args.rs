@@ -240,7 +240,8 @@ Examples:
   latzero answers --app shop --pool orders --wait 1h --count 1     wait for one
 
 One JSON line per answer: id, pool, and data or error. Without --pool, the app joins every pool that
-has answers for it. The server deletes an answer once it has been printed.
+has answers for it, except encrypted pools: there only the command that parked a call can open its
+answer. The server deletes an answer once it has been printed.
 Exit code 6 if --wait was given and too few answers arrived.")]
     Answers(AnswersArgs),
     /// Send an event to the apps that handle it
@@ -274,7 +275,8 @@ Of other LATZERO_ variables only those that say where the server is and how the 
 work are passed on: URL, SOCKET, HOST, PORT, DATA_DIR, BIN, DEBUG, NODE_DRIVER and NO_EXTERNAL.
 A variable whose value contains the admin token, a pool key or an app key is never passed on.
 The server does not remember this handler unless --app is given. After Ctrl-C it takes no new calls,
-waits up to 5 seconds for the running ones, and exits.")]
+waits up to 5 seconds for the running ones, and exits.
+Exit code 1 if one of its pools is removed or gets other keys.")]
     Serve(ServeArgs),
     /// Print events as they arrive
     #[command(after_help = "\
@@ -283,7 +285,8 @@ Examples:
   latzero on alpha/saved --count 1 | jq .data     wait for one
 
 One JSON line per event: trigger, pool, from and data, and lost (how many) if events before it were
-dropped. If no event follows the dropped ones, the line {\"trigger\":…,\"lost\":N} reports them.")]
+dropped. If no event follows the dropped ones, the line {\"trigger\":…,\"lost\":N} reports them.
+Exit code 1 if one of its pools is removed or gets other keys.")]
     On(OnArgs),
     /// List the apps that the server knows, and forget offline ones
     #[command(
@@ -694,7 +697,8 @@ pub(crate) struct CallArgs {
         conflicts_with = "timeout"
     )]
     pub(crate) ttl: Option<Duration>,
-    /// Always park, and return once the call is on disk; `latzero answers` prints the answer
+    /// With --park, park the call in any case and return once it is on disk; `latzero answers`
+    /// prints the answer
     #[arg(long, requires = "park")]
     pub(crate) no_wait: bool,
     /// If the handler dies, give the call to another one: it may run more than once

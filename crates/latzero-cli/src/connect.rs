@@ -17,13 +17,13 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use latzero::{
-    AppKey, Code, Error, FromPayload, HandshakeTimeout, Keys, Reconnect, State, blocking::App,
-    known_hosts,
+    Code, Error, FromPayload, HandshakeTimeout, Reconnect, State, blocking::App, known_hosts,
 };
 use latzero_server::address;
 use latzero_server::startup::lock;
 use serde_json::{Value, json};
 
+use crate::commands::keys;
 use crate::executor::block_on;
 use crate::exit::{Exit, Failure};
 use crate::output::Output;
@@ -47,6 +47,9 @@ pub(crate) const ADMIN_TOKEN: &str = "LATZERO_ADMIN_TOKEN";
 
 /// How long connecting may take.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How the client's message about a server that speaks TLS begins.
+const SPEAKS_TLS: &str = "the server speaks TLS there";
 
 /// How long a connection may be lost, as when the server restarts, before a person is told.
 const UNREPORTED_LOSS: Duration = Duration::from_secs(1);
@@ -480,11 +483,11 @@ impl ServerArgs {
                     "pid": std::process::id()}));
             for pool in &options.pools {
                 if let Some(path) = self.key_file(pool) {
-                    builder = builder.keys(pool, Keys::from_file(&path)?);
+                    builder = builder.keys(pool, keys::of_pool(&path)?);
                 }
             }
             if let Some(path) = self.app_key_file(&app_id) {
-                builder = builder.app_key(AppKey::from_file(&path)?);
+                builder = builder.app_key(keys::of_app(&path)?);
             }
             if let Some(threads) = options.handler_threads {
                 builder = builder.handler_threads(threads);
@@ -538,13 +541,13 @@ impl ServerArgs {
         if let Some(path) = &self.keys {
             return Some(path.clone());
         }
-        let path = crate::commands::keys::default_file("keys", pool)?;
+        let path = keys::default_file("keys", pool)?;
         path.exists().then_some(path)
     }
 
     /// The key file of an app, if it has one.
     fn app_key_file(&self, app_id: &str) -> Option<PathBuf> {
-        let by_default = || crate::commands::keys::default_file("apps", app_id);
+        let by_default = || keys::default_file("apps", app_id);
         let path = self.app_key.clone().or_else(by_default)?;
         (self.app_key.is_some() || path.exists()).then_some(path)
     }
@@ -640,6 +643,20 @@ impl ServerArgs {
             // Its own text would end with "(os error 111)".
             Some(cause) if cause.raw_os_error().is_some() => Ok(cause.kind().to_string()),
             Some(cause) => Ok(cause.to_string()),
+            // The message says what to do about it.
+            None if error.message().starts_with(SPEAKS_TLS) => {
+                let text = format!("{place}: {SPEAKS_TLS}");
+                let help = match place {
+                    Address::Tcp(host, port) if host.contains(':') => {
+                        format!("run `latzero trust [{host}]:{port}`, and this command again")
+                    }
+                    Address::Tcp(host, port) => {
+                        format!("run `latzero trust {host}:{port}`, and this command again")
+                    }
+                    _ => "run `latzero trust HOST:PORT`, and add `?tls` to the address".to_owned(),
+                };
+                Err(Failure::new(Exit::NotRunning, text).with_help(help))
+            }
             None if error.kind() == Code::Disconnected => {
                 let text = format!("{place}: {}", error.message());
                 let help = "check which program listens there, or choose another server with \

@@ -278,7 +278,9 @@ impl From<Error> for Failure {
             wire["data"] = data.clone();
         }
         // There is no known remedy for a handler's own code.
+        let of_tls = of_tls(error.kind(), error.message()).filter(|_| !is_own);
         let help = match error.message() {
+            _ if of_tls.is_some() => of_tls.map(|(_, help)| help),
             message if !is_own && message.contains(FORCE) => {
                 Some("--force removes it anyway".into())
             }
@@ -306,6 +308,13 @@ impl From<Error> for Failure {
 /// What to do about an error, in terms of this program's flags and commands.
 fn remedy(code: Code, message: &str) -> String {
     let text = match code {
+        Code::BadMessage
+            if PRIVILEGED_IN_PLAIN
+                .iter()
+                .any(|text| message.contains(text)) =>
+        {
+            "--privileged works only in encrypted pools: leave it out, or name such a pool"
+        }
         Code::AppInUse => "stop the other instance, or connect as another app with --app",
         Code::NotMember => "name a pool that the app is in; `latzero pools` lists them",
         Code::Unauthenticated => {
@@ -358,6 +367,37 @@ fn remedy(code: Code, message: &str) -> String {
     text.to_owned()
 }
 
+/// How the messages about a privileged trigger or message in a pool that is not encrypted end.
+const PRIVILEGED_IN_PLAIN: [&str; 2] = [
+    "serve it only in encrypted pools",
+    "only a message to an encrypted pool can be privileged",
+];
+
+/// What is wrong with the identity of a server or a client in TLS, and what to do about it. These
+/// messages of the client say both.
+fn of_tls(code: Code, message: &str) -> Option<(String, String)> {
+    if code != Code::Unauthenticated {
+        return None;
+    }
+    let known = [
+        ("is not trusted yet", "; "),
+        ("is not the one that you trust", ". "),
+        ("refused the TLS handshake", "; "),
+    ];
+    if let Some((_, end)) = known.iter().find(|(text, _)| message.contains(text)) {
+        let (what, help) = message.split_once(end)?;
+        let help = match help.strip_prefix("This") {
+            Some(rest) => format!("this{rest}"),
+            None => help.to_owned(),
+        };
+        return Some((what.to_owned(), help));
+    }
+    let help = "name the authority that signed it with `&ca=FILE` in the address, or the pin of \
+                the server with `&pin=PIN`";
+    let is_other = message.starts_with("the certificate of the server");
+    is_other.then(|| (message.to_owned(), help.to_owned()))
+}
+
 /// Whether only administrators may do what was refused.
 fn needs_admin(message: &str) -> bool {
     let beginnings = [
@@ -374,6 +414,9 @@ const FORCE: &str = "\"force\":true";
 /// The message in terms of this program, if the server's message names fields of the protocol.
 fn plain(code: Code, message: &str) -> Option<String> {
     let cut = |at: &str| message.split(at).next().map(str::to_owned);
+    if let Some((what, _)) = of_tls(code, message) {
+        return Some(what);
+    }
     match code {
         Code::BlockExists => cut("; attach it"),
         Code::Locked => cut("; wait for its lock"),

@@ -158,7 +158,10 @@ impl<D: Driver> Membership<D> {
             return Ok(());
         }
         self.check_right(Right::Serve)?;
-        self.check_roles(Roles::Write)
+        self.check_roles(match spec.concurrency {
+            Some(0) => Roles::Read,
+            _ => Roles::Write,
+        })
     }
 
     /// Checks a call or an emit of a member to a trigger that may be privileged.

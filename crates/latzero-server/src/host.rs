@@ -176,18 +176,24 @@ impl IoHost {
         }
         parked.oldest = parked.oldest.map(|ms| self.now.unix_ms_of(ms));
         let mut stats = self.shared.books.stats.to_json(now);
+        let identity = &self.shared.config.identity;
+        let addresses = identity.addresses.iter();
+        // Paths are not for everyone who reaches a port.
+        let addresses = addresses.filter(|text| view.is_admin || !text.starts_with("unix:"));
         stats["server"] = json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "node": self.shared.config.identity.node,
+            "node": identity.node,
             "pid": std::process::id(),
             "uptime_ms": now.since(self.shared.books.started).as_millis() as u64,
-            "addresses": self.shared.config.identity.addresses,
-            "data_dir": self.shared.config.identity.data_dir,
+            "addresses": addresses.collect::<Vec<_>>(),
             "draining": self.shared.core.context.is_draining(),
             "pin": self.shared.access.tls.as_ref().map(|tls| tls.pin().to_string()),
             "io_threads": self.shared.loops.mailboxes.len(),
             "log_lines_lost": (self.shared.books.log_lines_lost)(),
         });
+        if view.is_admin {
+            stats["server"]["data_dir"] = json!(identity.data_dir);
+        }
         let ledger = &self.shared.core.context.ledger;
         stats["transport"]["outbox_bytes"] = ledger.all().used(Resource::Outbox).into();
         stats["ledger"] = ledger.to_json();

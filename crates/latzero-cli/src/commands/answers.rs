@@ -10,6 +10,10 @@ use crate::connect::{ConnectOptions, Connection, ListKind, list};
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, compact, count, hex};
 
+/// Who can open what was not printed yet: the answer names a message that only its sender knows.
+const IN_ENCRYPTED_POOLS: &str = "in an encrypted pool only the command that parked a call can \
+                                  open its answer: let `latzero call --park` wait for it";
+
 pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
     if args.reach.app.is_none() && args.reach.url.is_none() {
         return Err(
@@ -66,17 +70,29 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
 fn join(connection: &Connection, args: &AnswersArgs, output: &Output) -> Result<(), Failure> {
     let app = &connection.app;
     for pool in &args.pool {
-        app.join(pool)?;
+        app.join(pool).map_err(|error| match error.kind() {
+            Code::Unauthenticated => Failure::from(error).with_help(IN_ENCRYPTED_POOLS),
+            _ => error.into(),
+        })?;
     }
     if !args.pool.is_empty() {
         return Ok(());
     }
     let pools = list(app, &json!({"action": "pool_list"}), ListKind::Pools)?;
     let joined = app.joined();
-    let names = pools.iter().filter_map(|pool| pool["pool"].as_str());
     let mut refused = Vec::new();
-    for name in names.filter(|name| *name != "system" && !joined.iter().any(|j| j == name)) {
-        match app.join(name) {
+    let (encrypted, plain): (Vec<_>, Vec<_>) =
+        pools.iter().partition(|pool| pool["encrypted"] == true);
+    let names_of = |pools: Vec<&Value>| -> Vec<String> {
+        let names = pools.into_iter().filter_map(|pool| pool["pool"].as_str());
+        names.map(str::to_owned).collect()
+    };
+    for name in names_of(encrypted) {
+        refused.push(format!("{name}: {IN_ENCRYPTED_POOLS}"));
+    }
+    let names = names_of(plain).into_iter();
+    for name in names.filter(|name| name != "system" && !joined.contains(name)) {
+        match app.join(&name) {
             Ok(()) => {}
             // The pool was removed in the meantime, with its answers.
             Err(error) if error.kind() == Code::NoPool => {}

@@ -20,6 +20,7 @@ use rustix::fs::OFlags;
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 use serde_json::json;
 
+use super::trigger::POOL_DEFAULT;
 use crate::connect::{ConnectOptions, ServerArgs};
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Cell, Output};
@@ -168,6 +169,7 @@ pub(crate) fn run_app(args: &AppArgs, output: &Output) -> CommandResult {
     let AppCommand::Key(command) = &args.command;
     match command {
         AppKeyCommand::New(args) => {
+            check_app(&args.app_id)?;
             let path = args.path()?;
             let key = AppKey::new(random()?);
             let line = Zeroizing::new(format!("{}\n", key.to_text().as_str()));
@@ -176,10 +178,7 @@ pub(crate) fn run_app(args: &AppArgs, output: &Output) -> CommandResult {
         }
         AppKeyCommand::Show(args) => {
             let path = args.path()?;
-            let text = read(&path)?;
-            let line = std::str::from_utf8(&text).map_err(|_| refused(&path, KeyError::AppKey))?;
-            let key = AppKey::parse(line).map_err(|error| refused(&path, error))?;
-            args.report(&path, &key, output)
+            args.report(&path, &read_app_key(&path)?, output)
         }
     }
 }
@@ -244,6 +243,7 @@ impl FileArgs {
 }
 
 fn new(args: &NewArgs, output: &Output) -> CommandResult {
+    check_pool(&args.file.pool)?;
     let path = args.file.path()?;
     let owner = if args.owner_key {
         Some(random()?)
@@ -303,7 +303,7 @@ fn rotate(args: &RotateArgs, output: &Output) -> CommandResult {
     if is_new {
         write_keys(&args.pool, &new, &held(&new), &next)?;
     }
-    let keys = Keys::from_file(if is_new { &next } else { &path })?;
+    let keys = of_pool(if is_new { &next } else { &path })?;
     let done = connection
         .app
         .rotate_pool(&args.pool, &keys, args.cut_history);
@@ -351,7 +351,7 @@ fn rotate(args: &RotateArgs, output: &Output) -> CommandResult {
 fn accept_restore(args: &FileArgs, output: &Output) -> CommandResult {
     let path = args.path()?;
     read(&path)?;
-    let forgotten = Keys::from_file(path)?.accept_restore(&args.pool)?;
+    let forgotten = of_pool(&path)?.accept_restore(&args.pool)?;
     if output.json {
         output.value(&json!({"pool": args.pool, "forgotten": forgotten}))?;
     } else if forgotten {
@@ -391,6 +391,7 @@ fn export(args: &ExportArgs, output: &Output) -> CommandResult {
 }
 
 fn from_passphrase(args: &FileArgs, output: &Output) -> CommandResult {
+    check_pool(&args.pool)?;
     let path = args.path()?;
     let words = read_passphrase(output)?;
     output.note(format!("warning: {}", passphrase::WARNING));
@@ -451,6 +452,26 @@ fn read_passphrase(output: &Output) -> Result<Zeroizing<String>, Failure> {
         return Err(Failure::usage("stdin has no passphrase").with_help(help));
     }
     Ok(Zeroizing::new(words.to_owned()))
+}
+
+/// Refuses new keys for the pools that exist without any.
+fn check_pool(pool: &str) -> Result<(), Failure> {
+    match pool {
+        "system" | POOL_DEFAULT => {
+            let text = format!("pool '{pool}' is there without keys, and cannot be encrypted");
+            Err(Failure::usage(text).with_help("choose another name"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a new key for an AppID that no app can have.
+fn check_app(app_id: &str) -> Result<(), Failure> {
+    if app_id == "latzero" || app_id.starts_with("latzero-") {
+        let text = format!("AppID '{app_id}' is reserved for the server");
+        return Err(Failure::usage(text).with_help("choose another AppID"));
+    }
+    Ok(())
 }
 
 /// A new secret from the system's random number generator.
@@ -559,6 +580,24 @@ fn write_new(path: &Path, content: &[u8]) -> Result<(), Failure> {
     File::open(parent)
         .and_then(|dir| dir.sync_all())
         .map_err(cannot)
+}
+
+/// The keys in the file of a pool.
+pub(crate) fn of_pool(path: &Path) -> Result<Keys, Failure> {
+    // What is wrong with a file is said the same way everywhere.
+    Keys::from_file(path).map_err(|error| read_keys(path).err().unwrap_or_else(|| error.into()))
+}
+
+/// The key in the file of an app.
+pub(crate) fn of_app(path: &Path) -> Result<latzero::AppKey, Failure> {
+    let key = latzero::AppKey::from_file(path);
+    key.map_err(|error| read_app_key(path).err().unwrap_or_else(|| error.into()))
+}
+
+fn read_app_key(path: &Path) -> Result<AppKey, Failure> {
+    let text = read(path)?;
+    let line = std::str::from_utf8(&text).map_err(|_| refused(path, KeyError::AppKey))?;
+    AppKey::parse(line).map_err(|error| refused(path, error))
 }
 
 fn read_keys(path: &Path) -> Result<KeySet, Failure> {

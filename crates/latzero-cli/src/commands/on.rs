@@ -6,20 +6,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::thread;
 
-use latzero::{Emission, Events};
+use latzero::{Emission, Events, Presence};
 use serde_json::{Map, Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::args::OnArgs;
-use crate::connect::ConnectOptions;
+use crate::connect::{ConnectOptions, Connection};
 use crate::executor::block_on;
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, compact, count};
 use crate::parse::Target;
 
 use super::trigger::POOL_DEFAULT;
-use super::watch::over;
+use super::watch::{left, over};
 
 /// Events of one trigger.
 struct Listening {
@@ -32,6 +32,8 @@ enum Next {
     Event(Emission),
     /// Events of a trigger were dropped, and no later event reports how many.
     Lost(Target, u64),
+    /// The app is no longer in a pool.
+    Left(Presence),
     /// The connection is over.
     End,
 }
@@ -48,8 +50,12 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> CommandResult {
     }
     let connection = args.reach.connect(&options)?;
     connection.report_losses(output);
+    let mut departures = connection.app.as_async().departures();
     let mut listening = Vec::new();
     for target in targets {
+        if let Some(pool) = &target.pool {
+            check_may_listen(&connection, pool, &target.trigger)?;
+        }
         let events = block_on(connection.app.as_async().on(&target.trigger))?;
         listening.push(Listening { target, events });
     }
@@ -64,7 +70,7 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> CommandResult {
     }
     let mut seen = 0;
     while args.limit.wants_more(seen) {
-        match block_on(next(&listening)) {
+        match block_on(next(&listening, &mut departures)) {
             Next::Event(emission) => {
                 seen += 1;
                 output.json_line(&line(&emission))?;
@@ -73,6 +79,10 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> CommandResult {
                 let lost = json!({"trigger": target.trigger, "pool": target.pool, "lost": lost});
                 output.json_line(&lost.to_string())?;
             }
+            Next::Left(departure) => {
+                report_lost(&mut lock(&listening), Unprinted::AreLost);
+                return Err(left(&departure));
+            }
             Next::End => return Err(over()),
         }
     }
@@ -80,12 +90,21 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> CommandResult {
     Ok(Exit::Ok)
 }
 
+/// Checks that the server serves events of a pool to this app. It refuses a registration that names
+/// the pool, and would not serve the client's, which names none, without a word.
+fn check_may_listen(connection: &Connection, pool: &str, trigger: &str) -> Result<(), Failure> {
+    let listener = json!({"name": trigger, "concurrency": 0, "pools": [pool]});
+    let request = json!({"action": "trigger_register", "triggers": [listener]});
+    let _: Value = connection.app.request(&request)?;
+    Ok(())
+}
+
 fn lock(listening: &Mutex<Vec<Listening>>) -> MutexGuard<'_, Vec<Listening>> {
     listening.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The next event of any trigger, or how many were lost after the last one.
-async fn next(listening: &Mutex<Vec<Listening>>) -> Next {
+/// The next event of any trigger, how many were lost after the last one, or why no more come.
+async fn next(listening: &Mutex<Vec<Listening>>, departures: &mut Events<Presence>) -> Next {
     poll_fn(|cx| {
         for Listening { target, events } in lock(listening).iter_mut() {
             while let Poll::Ready(emission) = events.poll_next_event(cx) {
@@ -104,7 +123,10 @@ async fn next(listening: &Mutex<Vec<Listening>>) -> Next {
                 return Poll::Ready(Next::Lost(target.clone(), lost));
             }
         }
-        Poll::Pending
+        // What arrived before it was printed first.
+        departures
+            .poll_next_event(cx)
+            .map(|departure| departure.map_or(Next::End, Next::Left))
     })
     .await
 }

@@ -1,6 +1,7 @@
 //! `pools`: lists, creates, shows and removes pools.
 
-use latzero::{Keys, Right};
+use latzero::Right;
+use latzero_crypto::text;
 use serde_json::{Map, Value, json};
 
 use crate::args::{
@@ -72,7 +73,7 @@ fn create(args: &PoolCreateArgs, output: &Output) -> CommandResult {
                 "make keys with `latzero keys new {name}`, or name a file with --keys"
             ))
         })?;
-        request = Keys::from_file(&file)?.pool_create(name, args.gated)?;
+        request = super::keys::of_pool(&file)?.pool_create(name, args.gated)?;
     } else if args.durable {
         request["durable"] = true.into();
     }
@@ -100,6 +101,22 @@ fn create(args: &PoolCreateArgs, output: &Output) -> CommandResult {
     Ok(Exit::Ok)
 }
 
+/// Checks whom a rule of a policy names; the server checks AppIDs.
+fn check_subject(who: &str) -> Result<(), Failure> {
+    let is_fine = match who.split_once(':') {
+        Some(("uid", uid)) => uid.parse::<u32>().is_ok(),
+        Some(("key", key)) => text::decode_within(key, 32).is_some_and(|key| key.len() == 32),
+        _ => true,
+    };
+    if is_fine {
+        return Ok(());
+    }
+    let text = format!("'{who}' names nobody in a policy");
+    Err(Failure::usage(text).with_help(
+        "write an AppID, uid:NUMBER, or key: and the public key that `latzero app key show` prints",
+    ))
+}
+
 /// The policy that allows and denies these rights, if any.
 fn policy(allow: &[(String, String)], deny: &[(String, String)]) -> Result<Option<Value>, Failure> {
     let mut policy: Map<String, Value> = Map::new();
@@ -110,10 +127,11 @@ fn policy(allow: &[(String, String)], deny: &[(String, String)]) -> Result<Optio
                 let rights = Right::ALL.map(Right::as_str).join(", ");
                 return Err(Failure::usage(text).with_help(format!("the rights are {rights}")));
             }
-            let who = who.split(',').filter(|who| !who.is_empty());
+            let who: Vec<_> = who.split(',').filter(|who| !who.is_empty()).collect();
+            who.iter().try_for_each(|who| check_subject(who))?;
             let rule = policy.entry(right.clone()).or_insert_with(|| json!({}));
             let mut all = rule[list].as_array().cloned().unwrap_or_default();
-            all.extend(who.map(Value::from));
+            all.extend(who.into_iter().map(Value::from));
             rule[list] = all.into();
         }
     }

@@ -26,7 +26,7 @@ use crate::parse::{self, Target};
 use self::program::ProgramSpec;
 use self::queue::Queue;
 use super::trigger::POOL_DEFAULT;
-use super::watch::over;
+use super::watch::{left, over};
 
 pub(crate) fn run(args: ServeArgs, output: &Output) -> CommandResult {
     let names_pools = args.reach.names_pools();
@@ -80,13 +80,8 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> CommandResult {
             format!("cannot start a thread or process: {error}"),
         )
     })?;
-    // Ends when the connection is closed permanently. Watching costs the server one event when an
-    // app connects or disconnects.
-    let pool = connection.app.joined().into_iter().next();
-    let mut events = match &pool {
-        Some(pool) => Some(block_on(connection.app.as_async().watch(pool))?),
-        None => None,
-    };
+    // Ends when the connection is closed permanently.
+    let mut departures = connection.app.as_async().departures();
     for target in &targets {
         let in_queue = Arc::clone(&queue);
         let mut handler = connection
@@ -124,16 +119,14 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> CommandResult {
         connection.place()
     ));
     // Not a blocking call of the client, which would read the socket here as well.
-    if let Some(events) = &mut events {
-        while block_on(events.next()).is_some() {}
-    }
+    let departure = block_on(departures.next());
     queue.end();
     let dropped = queue.events_dropped();
     if dropped > 0 {
         output.note(format_args!("dropped {}", count(dropped, "event")));
     }
     match asked.load(Ordering::Acquire) {
-        0 => Err(over()),
+        0 => Err(departure.map_or_else(over, |departure| left(&departure))),
         SIGINT => Ok(Exit::Interrupted),
         _ => Ok(Exit::Ok),
     }

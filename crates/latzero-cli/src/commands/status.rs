@@ -74,7 +74,6 @@ pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
         ("uptime", uptime(number(&server["uptime_ms"])).into()),
         ("version", text(&server["version"]).into()),
         ("addresses", addresses.join("  ").into()),
-        ("data", text(&server["data_dir"]).into()),
         (
             "apps",
             format!("{} live, {} known", apps["apps_live"], apps["apps_known"]).into(),
@@ -104,6 +103,10 @@ pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
             .into(),
         ),
     ];
+    // Only administrators are told.
+    if let Some(dir) = server["data_dir"].as_str() {
+        facts.insert(5, ("data", dir.into()));
+    }
     // It belongs to the addresses, so it follows them.
     let has_tcp = |address: &&str| !address.starts_with("unix:");
     match server["pin"].as_str() {

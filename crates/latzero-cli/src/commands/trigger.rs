@@ -78,7 +78,11 @@ pub(crate) fn explain(
     to: Option<&str>,
     error: Error,
 ) -> Failure {
-    if error.kind() == Code::Forbidden && is_privileged(&connection.app, target, pool) {
+    let is_of_policy = error.message().starts_with("the policy of pool");
+    if error.kind() == Code::Forbidden
+        && !is_of_policy
+        && is_privileged(&connection.app, target, pool)
+    {
         return Failure::from(error).with_help(format!(
             "trigger '{}' is privileged: sign the call or emit with --privileged, and with keys \
             that may write",

@@ -1,5 +1,6 @@
 //! `watch`: prints the presence events of a pool.
 
+use latzero::Presence;
 use serde_json::Value;
 
 use crate::args::WatchArgs;
@@ -48,6 +49,21 @@ pub(crate) fn run(args: &WatchArgs, output: &Output) -> CommandResult {
 pub(crate) fn over() -> Failure {
     Failure::new(Exit::Failure, "the server closed the connection")
         .with_help("another instance may have taken over the AppID; choose another one with --app")
+}
+
+/// The app is no longer in a pool that the command is for.
+pub(crate) fn left(departure: &Presence) -> Failure {
+    let pool = departure.pool().unwrap_or_default();
+    match departure.event() {
+        "pool_removed" => Failure::new(Exit::Failure, format!("pool '{pool}' was removed"))
+            .with_help("create it again if it is needed, and start this command again"),
+        _ => {
+            let text =
+                format!("pool '{pool}' has new keys, and this program would have to prove them");
+            Failure::new(Exit::Failure, text)
+                .with_help("start this command again, with a file of the new keys")
+        }
+    }
 }
 
 /// The fields of an event, on one line.

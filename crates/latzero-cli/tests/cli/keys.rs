@@ -4,7 +4,7 @@ use std::fs::Permissions;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 
-use crate::program::{Running, Server, latzero, run, run_with};
+use crate::program::{Running, Server, eventually, latzero, run, run_with};
 
 fn mode(path: &Path) -> u32 {
     std::fs::symlink_metadata(path)
@@ -406,7 +406,9 @@ fn a_privileged_trigger_says_what_is_missing() {
     // Whoever may not serve is told so, instead of waiting for calls that never come.
     let plain = ["serve", "admin", "--privileged", "--", "cat"];
     let refused = server.run(&plain).ended_with(5);
-    refused.said("serve it only in encrypted pools");
+    refused
+        .said("serve it only in encrypted pools")
+        .said("--privileged works only in encrypted pools");
     let with_read = ["serve", "vault/admin", "--keys", read, "--", "cat"];
     let refused = server.run(&with_read).ended_with(77);
     refused.said("needs the role 'write' in pool 'vault'");
@@ -431,5 +433,183 @@ fn a_privileged_trigger_says_what_is_missing() {
     let plain = server.run(&["call", "system/echo", "1", "--privileged"]);
     plain
         .ended_with(5)
-        .said("only a message to an encrypted pool can be privileged");
+        .said("only a message to an encrypted pool can be privileged")
+        .said("--privileged works only in encrypted pools");
+    // A signature is no help where the policy refuses.
+    server.run(&["keys", "new", "closed"]).ended_with(0);
+    let create = [
+        "pools",
+        "create",
+        "closed",
+        "--encrypted",
+        "--policy",
+        "call=boss",
+        "--app",
+        "boss",
+    ];
+    server.run(&create).ended_with(0);
+    let serve = [
+        "serve",
+        "closed/admin",
+        "--privileged",
+        "--app",
+        "closer",
+        "--",
+        "cat",
+    ];
+    let serving = Running::start_err(&mut server.command(&serve));
+    serving.line_with("serving ");
+    let call = ["call", "closed/admin", "1", "--privileged"];
+    let refused = server.run(&call).ended_with(77);
+    let refused = refused.said("does not give this app the right 'call'");
+    assert!(!refused.err.contains("sign the call"), "{}", refused.err);
+}
+
+#[test]
+fn listening_without_the_right_fails_at_once() {
+    let server = Server::start();
+    server.run(&["keys", "new", "vault"]).ended_with(0);
+    let create = ["pools", "create", "vault", "--encrypted"];
+    server.run(&create).ended_with(0);
+    let key_file = |role: &str| {
+        let file = server.home().join(role).to_str().unwrap().to_owned();
+        let export = ["keys", "export", "vault", "--role", role, "--to", &file];
+        server.run(&export).ended_with(0);
+        file
+    };
+    let (join, read) = (key_file("join"), key_file("read"));
+    let on = ["on", "vault/news", "--count", "1", "--keys"];
+    let refused = server.run(&[&on[..], &[&join]].concat()).ended_with(77);
+    refused.said("needs the role 'read' in pool 'vault'");
+    for command in ["call", "emit"] {
+        let send = [command, "vault/news", "1", "--keys", &join];
+        let refused = server.run(&send).ended_with(77);
+        refused.said("forbidden: this needs the role 'read' in pool 'vault'");
+    }
+    let create = ["pools", "create", "lab", "--policy", "serve=boss"];
+    server.run(&create).ended_with(0);
+    // The owner of the pool may do everything.
+    let other = ["on", "lab/news", "--count", "1", "--app", "other"];
+    let refused = server.run(&other).ended_with(77);
+    refused.said("does not give this app the right 'serve'");
+    // Whoever may listen hears what is emitted.
+    let boss = ["on", "lab/news", "--count", "1", "--app", "boss"];
+    for (on, emit) in [
+        (&[&on[..], &[&read]].concat()[..], "vault/news"),
+        (&boss, "lab/news"),
+    ] {
+        let mut hearing = Running::start(&mut server.command(on));
+        eventually(|| {
+            server.run(&["emit", emit, "1"]).ended_with(0);
+            hearing.has_ended()
+        });
+        hearing.line_with("\"data\":1");
+        assert_eq!(hearing.exit_code(), 0);
+    }
+}
+
+#[test]
+fn a_wrong_file_or_name_is_an_error_of_usage() {
+    let server = Server::start();
+    let none = ["--keys", "/nonexistent"];
+    for command in [
+        &["call", "vault/x", "1"][..],
+        &["serve", "vault/x"],
+        &["on", "vault/x"],
+        &["watch", "vault"],
+    ] {
+        let mut args = [command, &none].concat();
+        if command[0] == "serve" {
+            args.extend(["--", "cat"]);
+        }
+        let missing = server.run(&args).ended_with(2);
+        missing.said("the key file /nonexistent cannot be opened");
+    }
+    let app = ["call", "system/echo", "1", "--app-key", "/nonexistent"];
+    server.run(&app).ended_with(2).said("cannot be opened");
+    for who in ["uid:-1", "uid:99999999999", "key:abc", "a b"] {
+        let rule = format!("join={who}");
+        for flag in ["--policy", "--deny"] {
+            let create = ["pools", "create", "lab", flag, &rule];
+            server.run(&create).ended_with(2).said(who);
+        }
+    }
+    let key = format!("join=key:{},uid:7,shop", "A".repeat(43));
+    let create = ["pools", "create", "lab", "--policy", &key];
+    server.run(&create).ended_with(0);
+}
+
+#[test]
+fn what_is_known_of_encrypted_pools_is_private() {
+    let server = Server::start();
+    server.run(&["keys", "new", "vault"]).ended_with(0);
+    let create = ["pools", "create", "vault", "--encrypted"];
+    server.run(&create).ended_with(0);
+    server.run(&["pools", "info", "vault"]).ended_with(0);
+    let folder = server.home().join(".local/state/latzero/pools");
+    let files: Vec<_> = std::fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    assert!(!files.is_empty());
+    let modes: Vec<u32> = files.iter().map(|file| mode(file)).collect();
+    assert_eq!((mode(&folder), &modes), (0o700, &vec![0o600; files.len()]));
+}
+
+#[test]
+fn names_that_no_key_can_have_are_refused() {
+    let home = tempfile::tempdir().unwrap();
+    for pool in ["system", "default"] {
+        for command in ["new", "from-passphrase"] {
+            let made = run(&mut latzero(home.path(), &["keys", command, pool]));
+            made.ended_with(2).said("is there without keys");
+        }
+    }
+    for app_id in ["latzero", "latzero-x"] {
+        let made = run(&mut latzero(home.path(), &["app", "key", "new", app_id]));
+        made.ended_with(2).said("is reserved for the server");
+    }
+    run(&mut latzero(
+        home.path(),
+        &["app", "key", "new", "latzerox"],
+    ))
+    .ended_with(0);
+}
+
+#[test]
+fn serving_and_listening_end_with_the_pool() {
+    let server = Server::start();
+    server.run(&["keys", "new", "vault"]).ended_with(0);
+    let create = ["pools", "create", "vault", "--encrypted"];
+    server.run(&create).ended_with(0);
+    let start = |args: &[&str]| Running::start_err(&mut server.command(args));
+    let serving = start(&["serve", "lab/x", "--", "cat"]);
+    serving.line_with("serving ");
+    let listening = start(&["on", "lab/news"]);
+    let sealed_serving = start(&["serve", "vault/x", "--app", "sealed", "--", "cat"]);
+    sealed_serving.line_with("serving ");
+    let sealed_listening = start(&["on", "vault/news"]);
+    let listens = |pool: &str| {
+        let info = server.run(&["pools", "info", pool]).ended_with(0).out;
+        info.contains("trigger\tnews")
+    };
+    eventually(|| listens("lab") && listens("vault"));
+    // Who keeps the same keys stays.
+    server.run(&["keys", "rotate", "vault"]).ended_with(0);
+    let called = server.run(&["call", "vault/x", "1"]).ended_with(0);
+    assert_eq!(called.out, "1\n");
+    let rotate = ["keys", "rotate", "vault", "--remove-reader"];
+    server.run(&rotate).ended_with(0);
+    server
+        .run(&["pools", "remove", "lab", "--force"])
+        .ended_with(0);
+    for (mut running, said) in [
+        (sealed_serving, "pool 'vault' has new keys"),
+        (sealed_listening, "pool 'vault' has new keys"),
+        (serving, "pool 'lab' was removed"),
+        (listening, "pool 'lab' was removed"),
+    ] {
+        running.line_with(said);
+        assert_eq!(running.exit_code(), 1);
+    }
 }

@@ -103,6 +103,37 @@ fn waiting_for_a_parked_call_survives_a_restart() {
 }
 
 #[test]
+fn answers_of_an_encrypted_pool_stay_with_the_server() {
+    let server = Server::start();
+    server.run(&["keys", "new", "vault"]).ended_with(0);
+    let create = ["pools", "create", "vault", "--encrypted"];
+    server.run(&create).ended_with(0);
+    let sealed = ["call", "vault/job", "2", "--park", "--app", "shop"];
+    server
+        .run(&[&sealed[..], &["--no-wait"]].concat())
+        .ended_with(0);
+    park(&server, "shop", "plain", "1");
+    let _serving = server.serve(&["alpha/job", "vault/job", "--app", "worker", "--", "cat"]);
+    let answered = || {
+        let listed = server.run(&["parked", "ls", "--json"]).ended_with(0).json();
+        let calls = listed["parked"].as_array().unwrap();
+        let answered = calls.iter().filter(|call| call["state"] == "answered");
+        answered.count()
+    };
+    eventually(|| answered() == 2);
+    let fetch = ["answers", "--app", "shop", "--wait", "20s", "--count", "1"];
+    let fetched = server.run(&fetch).ended_with(0);
+    assert_eq!(fetched.out, "{\"id\":\"plain\",\"data\":1}\n");
+    let only = "only the command that parked a call can open its answer";
+    fetched.said("skipped pool vault: ").said(only);
+    let named = [&fetch[..], &["--pool", "vault"]].concat();
+    server.run(&named).ended_with(77).said(only);
+    eventually(|| answered() == 1);
+    // Which it does.
+    assert_eq!(server.run(&sealed).ended_with(0).out, "2\n");
+}
+
+#[test]
 fn answers_wait_for_the_app_that_parked_a_call() {
     let server = Server::start();
     park(&server, "shop", "one", "{\"b\": 1.50}");

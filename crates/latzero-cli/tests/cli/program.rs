@@ -162,6 +162,12 @@ impl Running {
         kill_process(Pid::from_child(&self.child), signal).expect("it runs");
     }
 
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        let ended = self.child.try_wait();
+        ended.expect("it is a child of this process").is_some()
+    }
+
     /// Waits until it has ended.
     pub(crate) fn wait(&mut self) -> ExitStatus {
         self.child.wait().expect("it is a child of this process")

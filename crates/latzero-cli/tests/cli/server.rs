@@ -609,3 +609,44 @@ fn pools_are_created_shown_and_removed() {
     server.run(&["pools", "remove", "lab"]).ended_with(0);
     server.run(&["pools", "info", "lab"]).ended_with(5);
 }
+
+#[test]
+fn a_server_that_is_not_trusted_is_an_error_with_its_own_remedy() {
+    let server = Server::with(&["--tls"]);
+    let url = format!("latzero://x@127.0.0.1:{}?tls", server.port());
+    let call = |url: &str| server.run(&["call", "system/echo", "1", "--url", url]);
+    let port = server.port();
+    let plain = server.run(&["call", "system/echo", "1", "--port", &port]);
+    let plain = plain.ended_with(3).said("the server speaks TLS there\n");
+    plain.said(&format!("help: run `latzero trust 127.0.0.1:{port}`"));
+    let unknown = call(&url).ended_with(77).said("is not trusted yet\n");
+    let unknown = unknown.said("help: run `latzero trust 127.0.0.1:");
+    assert!(!unknown.err.contains("--keys"), "{}", unknown.err);
+    let pin = format!("{url}&pin={}", "A".repeat(43));
+    let other = call(&pin)
+        .ended_with(77)
+        .said("is not the one that you trust");
+    let other = other.said("help: this may be another server");
+    assert!(!other.err.contains("--keys"), "{}", other.err);
+}
+
+#[test]
+fn only_administrators_are_told_the_paths_of_the_server() {
+    let server = Server::start();
+    let stats = server.run(&["stats", "--json"]).ended_with(0).json();
+    let dir = server.data_dir();
+    let dir = dir.to_str().unwrap();
+    assert_eq!(stats["server"]["data_dir"], dir);
+    let port = server.port();
+    for ask in [
+        &["stats", "--json"][..],
+        &["call", "system/stats"],
+        &["status"],
+        &["status", "--json"],
+    ] {
+        let told = server
+            .run(&[ask, &["--port", &port]].concat())
+            .ended_with(0);
+        assert!(!told.out.contains(dir), "{ask:?}: {}", told.out);
+    }
+}

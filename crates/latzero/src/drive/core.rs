@@ -104,6 +104,8 @@ pub(crate) struct Core {
     pub(super) reader: Handover<Input>,
     pub(crate) handlers: Handlers,
     pub(crate) watchers: Mutex<Watchers>,
+    /// Those who want to know which pools the app loses.
+    pub(crate) departures: Mutex<Vec<Weak<Queue<Presence>>>>,
     pub(crate) resources: Box<dyn Resources>,
     /// The encrypted pools.
     sealed: Vec<Arc<SealedPool>>,
@@ -158,6 +160,7 @@ impl Core {
             reader: Handover::new(Input::new()),
             handlers: Handlers::default(),
             watchers: Mutex::default(),
+            departures: Mutex::default(),
             resources,
             lost: AtomicU64::new(0),
             lost_ever: AtomicU64::new(0),
@@ -573,6 +576,11 @@ impl Core {
                 .filter_map(Weak::upgrade)
                 .for_each(|queue| queue.close());
         }
+        let departures = std::mem::take(&mut *lock(&self.departures));
+        departures
+            .iter()
+            .filter_map(Weak::upgrade)
+            .for_each(|queue| queue.close());
         let mut wake = Vec::new();
         self.resources.wake_all(&mut wake);
         wake.into_iter().for_each(Waker::wake);

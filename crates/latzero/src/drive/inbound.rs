@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use latzero_crypto::events::Action;
 use latzero_protocol::{Code, Envelope, Ran, Raw, Refusal, encode, frame};
+use serde_json::{Map, Value};
 
 use crate::drive::answers::Answer;
 use crate::drive::core::Core;
@@ -324,6 +325,35 @@ impl Batch<'_> {
         }
     }
 
+    /// Reports that the app is no longer in a pool, if the event says so.
+    fn departure(&mut self, event: &str, text: &str) {
+        if !matches!(event, "pool_removed" | "pool_rotated") {
+            return;
+        }
+        let fields: Map<String, Value> = serde_json::from_str(text).unwrap_or_default();
+        if fields.get("member").is_some_and(|member| member == true) {
+            return;
+        }
+        let presence = Presence {
+            event: event.to_owned(),
+            pool: fields
+                .get("pool")
+                .and_then(Value::as_str)
+                .map(str::to_owned),
+            lost: 0,
+            fields,
+        };
+        let departures = lock(&self.core.departures);
+        let queues: Vec<_> = departures
+            .iter()
+            .filter_map(std::sync::Weak::upgrade)
+            .collect();
+        drop(departures);
+        for queue in queues {
+            self.push(&queue, presence.clone());
+        }
+    }
+
     fn event(&mut self, e: &Envelope<'_>) {
         let event = e.event.and_then(Raw::as_str).unwrap_or_default();
         if event == "lost" {
@@ -356,6 +386,7 @@ impl Batch<'_> {
                 .resources
                 .event(&event, pool, e.text, &mut self.wake);
         }
+        self.departure(&event, e.text);
         let watchers = lock(&self.core.watchers);
         // An event without a pool (draining) is for every watcher.
         let queues: Vec<_> = match &pool {

@@ -352,6 +352,22 @@ impl App {
         Ok(events)
     }
 
+    /// The pools that the app is removed from, from now on: because they were removed
+    /// (`pool_removed`), or because the app would have to prove them with other keys
+    /// (`pool_rotated`). It serves nothing and hears nothing there any more.
+    #[must_use]
+    pub fn departures(&self) -> Events<Presence> {
+        let queue = Arc::new(Queue::new());
+        lock(&self.core().departures).push(Arc::downgrade(&queue));
+        if self.core().is_ended() {
+            queue.close();
+        }
+        Events {
+            queue,
+            app: self.clone(),
+        }
+    }
+
     pub(crate) fn watching(&self, pool: &str) -> (Events<Presence>, Calling<()>) {
         let queue = Arc::new(Queue::new());
         let mut watchers = lock(&self.core().watchers);

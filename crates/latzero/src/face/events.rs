@@ -105,6 +105,8 @@ fn forget_emissions(app: &App, queue: &Arc<Queue<Emission>>) {
 
 /// Ends watching a pool without watchers.
 fn forget_presence(app: &App, queue: &Arc<Queue<Presence>>) {
+    let is_other = |q: &Weak<_>| !std::ptr::eq(q.as_ptr(), Arc::as_ptr(queue));
+    lock(&app.core().departures).retain(is_other);
     let mut gone = Vec::new();
     lock(&app.core().watchers).retain(|pool, queues| {
         queues.retain(|q: &Weak<_>| {

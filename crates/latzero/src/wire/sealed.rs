@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -299,6 +299,14 @@ impl SealedPool {
     }
 
     fn not_open(&self) -> Error {
+        if !self.keys.0.has(Kind::Shard) {
+            // As the server says it of what it checks itself.
+            let text = format!(
+                "this needs the role 'read' in pool '{}'; prove it with the keys that have it",
+                self.name
+            );
+            return Error::new(Code::Forbidden, text).with_ran(Ran::No);
+        }
         let text = format!(
             "the keys of pool '{}' are missing, or are not those of its epoch: nothing can be \
             sealed or opened",
@@ -319,8 +327,8 @@ impl SealedPool {
     /// Seals a call or an emit; of a call the answer is awaited from then on.
     ///
     /// # Errors
-    /// `stale_epoch` without the keys of the epoch; `forbidden` if it is privileged and the key to
-    /// sign it is missing; `too_large`, `overloaded`.
+    /// `stale_epoch` without the keys of the epoch; `forbidden` if the key to read is missing, or
+    /// it is privileged and the key to sign it is; `too_large`, `overloaded`.
     pub(crate) fn seal(
         self: &Arc<Self>,
         unsealed: &Unsealed<'_>,
@@ -728,13 +736,30 @@ impl Finished {
     }
 }
 
-/// Writes a whole file, or leaves it unchanged.
+/// Creates the directory of a file. Names of files in it are those of encrypted pools, which not
+/// every user may know.
+fn make_directory_of(path: &Path) -> std::io::Result<()> {
+    path.parent().map_or(Ok(()), |directory| {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+    })
+}
+
+/// Writes a whole file, which is private, or leaves it unchanged.
 fn replace(path: &Path, bytes: &[u8]) {
     let beside = PathBuf::from(format!("{}.{}.new", path.display(), std::process::id()));
-    let written = path
-        .parent()
-        .map_or(Ok(()), std::fs::create_dir_all)
-        .and_then(|()| std::fs::write(&beside, bytes))
+    let written = make_directory_of(path)
+        .and_then(|()| {
+            std::fs::OpenOptions::new()
+                .create(true)
+                .write(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&beside)
+        })
+        .and_then(|mut file| file.write_all(bytes))
         .and_then(|()| std::fs::rename(&beside, path));
     if written.is_err() {
         let _ = std::fs::remove_file(&beside);
