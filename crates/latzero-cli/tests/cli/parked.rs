@@ -167,7 +167,7 @@ fn answers_wait_for_the_app_that_parked_a_call() {
         (&json!("two"), &json!("handler_error"))
     );
     // What was printed is not kept, and another app's answers are its own.
-    let none = ["answers", "--app", "shop", "--wait", "1ms"];
+    let none = ["answers", "--app", "shop", "--wait", "1s"];
     server.run(&none).ended_with(6).said("0 answers for shop");
     drop(serving);
     let server = Server::in_home(server.stop(), &[]);
