@@ -227,7 +227,7 @@ limits! {
     /// Requests waiting for memory blocks, in total.
     waits_max: usize = 1_048_576, Count(1, 16_777_216), Restart, "`overloaded`";
     /// Requests of one connection waiting for memory blocks.
-    waits_per_connection_max: usize = 16_384, Count(1, 16_777_216), Restart, "`overloaded`";
+    waits_per_connection_max: usize = 262_144, Count(1, 16_777_216), Restart, "`overloaded`";
     /// Parked calls and waiting answers.
     parked_max: usize = 100_000, Count(0, 16_777_216), Restart, "`overloaded`";
     /// Memory used by all parked calls and waiting answers.
