@@ -38,6 +38,11 @@ fn made(keys: &KeySet, name: &str, id: u8) -> Descriptor {
 
 /// The descriptor that follows, with the same keys.
 fn next(current: &Descriptor) -> Descriptor {
+    next_with(current, 1)
+}
+
+/// The descriptor that follows, with the keys of this seed.
+fn next_with(current: &Descriptor, seed: u8) -> Descriptor {
     let to = NewEpoch {
         salt: [8; 32],
         created_ms: 2,
@@ -45,7 +50,7 @@ fn next(current: &Descriptor) -> Descriptor {
         history: History::Cut,
         content: OldContent::AsBefore,
     };
-    let next = current.rotate(&keys(1), &keys(1), &to);
+    let next = current.rotate(&keys(1), &keys(seed), &to);
     next.expect("all keys are here")
 }
 
@@ -421,15 +426,7 @@ fn a_rotation_during_a_slow_write_moves_the_block_after_it() {
     let good = slot(&descriptor, 1, &keys(1));
     assert_eq!(write(&mut net, &writer, &good), "");
     assert_eq!(net.ask(writer.0, PING), "", "what comes behind it waits");
-    let to = NewEpoch {
-        salt: [8; 32],
-        created_ms: 2,
-        wrap_nonce: [9; 24],
-        history: History::Cut,
-        content: OldContent::AsBefore,
-    };
-    let next = descriptor.rotate(&keys(1), &keys(100), &to);
-    let next = next.expect("all keys are here");
+    let next = next_with(&descriptor, 100);
     let seen = net.ask(owner, &rotation(next.as_bytes()));
     assert!(seen.contains("r ok"), "{seen}");
     net.world.hold_jobs(false);

@@ -197,7 +197,8 @@ fn after_a_rotation_members_get_back_what_their_new_roles_allow() {
     let block = writer.block("b").attach_writable().unwrap();
     let mut seeing = proved(&server, &next_set, "seeing", READ);
     assert_eq!(ask(&mut seeing, about("subscribe", &json!({}))), "ok");
-    // Another reader is told of each change after `old` would be, by the same turn of the server.
+    // The server would notify `old` first, in the same turn. So once this reader has the event, a
+    // missing one for `old` was never sent.
     let change = |seeing: &mut Wire| {
         block.write_at(0, &[5; 100]).unwrap();
         next(seeing, "event", "block_changed");

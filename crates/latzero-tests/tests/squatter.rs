@@ -11,7 +11,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -21,7 +21,7 @@ use latzero::{AppKey, Code};
 use latzero_crypto::app_key;
 use latzero_crypto::keys::Secret;
 use latzero_protocol::limits::DEFAULT_PORT;
-use latzero_tests::vault::{WRITE, key_set, keys, vault};
+use latzero_tests::vault::{WRITE, key_set, keys, private_file, vault};
 use latzero_tests::{Server, TIMEOUT, site};
 use serde_json::json;
 
@@ -107,14 +107,6 @@ fn pass_on(mut client: TcpStream, upstream: &str, says: &Sender<Vec<u8>>) {
     let _ = says.send(sent);
 }
 
-fn private_file(path: &Path, content: &str) {
-    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-    let mut options = std::fs::OpenOptions::new();
-    let options = options.write(true).create_new(true).mode(0o600);
-    let mut file = options.open(path).unwrap();
-    file.write_all(content.as_bytes()).unwrap();
-}
-
 /// The output of the command line, as text.
 fn run(args: &[&str], token: Option<&str>) -> (Option<i32>, String) {
     let mut command = Command::new(site::program());
@@ -154,6 +146,9 @@ fn clients_of_another_test() {
     assert!(heard[0].contains("handshake"), "{heard:?}");
     // Apps with a key or keys do not even connect.
     let line = app_key::AppKey::new(Secret::new([1; 32])).to_text();
+    for folder in ["apps", "keys"] {
+        std::fs::create_dir_all(config.join(folder)).unwrap();
+    }
     private_file(&config.join("apps/shop"), line.as_str());
     let key = AppKey::from_file(config.join("apps/shop")).unwrap();
     let with_app_key = latzero::App::builder("latzero://shop").app_key(key);
@@ -172,7 +167,7 @@ fn clients_of_another_test() {
         assert_eq!(refused.unwrap_err().kind(), Code::Disconnected);
         assert_eq!(squatter.heard(), [""; 0]);
     }
-    // Nor does the command line say anything, with the keys that it finds or is told of.
+    // The CLI sends nothing either, whether it finds the key files or is given them.
     let keyed = [
         &["call", "--pool", "vault", "t", "1"][..],
         &["emit", "--pool", "vault", "t", "1"],

@@ -43,7 +43,8 @@ pub(crate) fn run(args: &EmitArgs, output: &Output) -> CommandResult {
             error,
         )
     })?;
-    // The server can't see that the signature is missing. What reached nobody was not dropped.
+    // Handlers drop an emit without a signature, which the server can't know. If it was delivered to
+    // none, there is nothing to explain.
     let is_encrypted = proved(&args.reach, &target).is_some();
     if delivered > 0
         && is_encrypted
