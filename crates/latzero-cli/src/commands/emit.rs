@@ -43,8 +43,8 @@ pub(crate) fn run(args: &EmitArgs, output: &Output) -> CommandResult {
             error,
         )
     })?;
-    // Handlers drop an emit without a signature, which the server can't know. If it was delivered to
-    // none, there is nothing to explain.
+    // A privileged handler drops an emit without a signature, and the server can't tell. If nobody
+    // received it, there is nothing to explain.
     let is_encrypted = proved(&args.reach, &target).is_some();
     if delivered > 0
         && is_encrypted

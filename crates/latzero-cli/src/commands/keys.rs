@@ -458,7 +458,7 @@ fn read_passphrase(output: &Output) -> Result<Zeroizing<String>, Failure> {
 fn check_pool(pool: &str) -> Result<(), Failure> {
     match pool {
         "system" | POOL_DEFAULT => {
-            let text = format!("pool '{pool}' is there without keys, and cannot be encrypted");
+            let text = format!("pool '{pool}' is built in and cannot be encrypted");
             Err(Failure::usage(text).with_help("choose another name"))
         }
         _ => Ok(()),

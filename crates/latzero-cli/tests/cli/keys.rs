@@ -562,7 +562,7 @@ fn names_that_no_key_can_have_are_refused() {
     for pool in ["system", "default"] {
         for command in ["new", "from-passphrase"] {
             let made = run(&mut latzero(home.path(), &["keys", command, pool]));
-            made.ended_with(2).said("is there without keys");
+            made.ended_with(2).said("is built in");
         }
     }
     for app_id in ["latzero", "latzero-x"] {
