@@ -1,9 +1,9 @@
 //! Calls whose handler died before it answered, and that go to another one.
 //!
-//! They keep their place: they are in flight for their callers until another handler has them, and
-//! while all handlers are busy they wait for the next that has room, before calls that were parked.
-//! Those that may be parked are.
-//! A step gives as many as [`GIVEN_AT_ONCE_MAX`] and [`GIVEN_BYTES_AT_ONCE`] allow.
+//! They keep their place: they are in flight for their callers until another handler has them.
+//! While all handlers are busy, a call that may be parked is parked, and any other waits for the
+//! next handler with room, before parked calls. A step gives as many as [`GIVEN_AT_ONCE_MAX`] and
+//! [`GIVEN_BYTES_AT_ONCE`] allow.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -286,8 +286,8 @@ impl<D: Driver> Pool<D> {
                 let orphans = &mut self.parked.orphans;
                 let queue = orphans.waiting.entry(orphan.process.clone());
                 queue.or_default().push_back(orphan);
-                let retry = orphans.retry.get_or_insert(turn.time().after_ms(PAUSE_MS));
-                debug_assert!(*retry > turn.time());
+                let retry = turn.time().after_ms(PAUSE_MS);
+                orphans.retry.get_or_insert(retry);
             }
         }
         let orphans = &mut self.parked.orphans;
