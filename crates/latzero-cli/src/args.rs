@@ -240,8 +240,8 @@ Examples:
   latzero answers --app shop --pool orders --wait 1h --count 1     wait for one
 
 One JSON line per answer: id, pool, and data or error. Without --pool, the app joins every pool that
-has answers for it, except encrypted pools: there only the command that parked a call can open its
-answer. The server deletes an answer once it has been printed.
+has answers for it, and encrypted pools in which a command of this user parked calls with --app. The
+server deletes an answer once it has been printed.
 Exit code 6 if --wait was given and too few answers arrived.")]
     Answers(AnswersArgs),
     /// Send an event to the apps that handle it

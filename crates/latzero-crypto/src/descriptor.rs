@@ -27,6 +27,10 @@ pub enum DescriptorError {
     /// It does not verify: `integrity`.
     #[error("the pool's descriptor does not verify: {0}")]
     Invalid(&'static str),
+    /// The tokens name another owner, and no known descriptor leads from that one to this one's:
+    /// `integrity`, if the server has no earlier descriptors.
+    #[error("the pool's descriptor does not verify: its owner is not the one that the tokens name")]
+    OtherOwner,
     /// A descriptor between the stored one and this one is needed: `integrity`, if the server did
     /// not return it on request.
     #[error("the pool's descriptor does not verify: the descriptor of epoch {0} is missing")]
@@ -47,7 +51,7 @@ pub enum DescriptorError {
     Fork(u32),
 }
 
-use DescriptorError::{Downgrade, Fork, Invalid, Missing, Rollback, Unprotected};
+use DescriptorError::{Downgrade, Fork, Invalid, Missing, OtherOwner, Rollback, Unprotected};
 
 /// The public keys of an epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -320,20 +324,19 @@ impl Descriptor {
 
     /// Checks that the tokens name the owner, or that the named owner made this one its successor.
     fn check_pin(&self, pin: &Pin, chain: &[Descriptor]) -> Result<(), DescriptorError> {
-        const OTHER: DescriptorError = Invalid("its owner is not the one that the tokens name");
         let mut current = self;
         let mut before = chain.iter().rev();
         while !bool::from(current.pin().ct_eq(pin)) {
-            let previous = before.next().ok_or(OTHER)?;
+            let previous = before.next().ok_or(OtherOwner)?;
             if !current.succeeds(previous) {
-                return Err(OTHER);
+                return Err(OtherOwner);
             }
             current = previous;
         }
         if current.is_signed() {
             Ok(())
         } else {
-            Err(OTHER)
+            Err(OtherOwner)
         }
     }
 

@@ -8,7 +8,7 @@
 )]
 
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -21,11 +21,16 @@ use latzero_tests::{Server, TIMEOUT};
 use serde_json::{Value, json};
 
 type Message = (Value, Option<Vec<u8>>);
+/// In place of a message: the end of the connection.
+const CUT: &str = "cut";
+
 type Change = Box<dyn FnOnce(Message) -> Vec<Message> + Send>;
 
-/// Passes one connection on to the server.
+/// Passes connections on to the server.
 struct Relay {
     address: SocketAddr,
+    /// All that clients sent.
+    sent: Arc<Mutex<Vec<u8>>>,
     /// The change of the next message to the client with this action.
     next: Arc<Mutex<Option<(&'static str, Change)>>>,
 }
@@ -37,14 +42,37 @@ impl Relay {
         let upstream = server.0.tcp().to_owned();
         let next = Arc::new(Mutex::new(None));
         let changes = Arc::clone(&next);
+        let sent = Arc::<Mutex<Vec<u8>>>::default();
+        let record = Arc::clone(&sent);
         std::thread::spawn(move || {
-            let (client, _) = listener.accept().unwrap();
-            let server = TcpStream::connect(upstream).unwrap();
-            let (mut from, mut to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
-            std::thread::spawn(move || std::io::copy(&mut from, &mut to));
-            pass(server, client, &changes);
+            while let Ok((client, _)) = listener.accept() {
+                let server = TcpStream::connect(&upstream).unwrap();
+                let (mut from, mut to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+                let record = Arc::clone(&record);
+                std::thread::spawn(move || {
+                    let mut piece = [0; 4096];
+                    while let Ok(read @ 1..) = from.read(&mut piece) {
+                        record.lock().unwrap().extend_from_slice(&piece[..read]);
+                        if to.write_all(&piece[..read]).is_err() {
+                            break;
+                        }
+                    }
+                    let _ = to.shutdown(Shutdown::Write);
+                });
+                pass(server, client, &changes);
+            }
         });
-        Relay { address, next }
+        Relay {
+            address,
+            sent,
+            next,
+        }
+    }
+
+    /// Whether a client sent this, in the clear.
+    fn saw(&self, text: &str) -> bool {
+        let sent = self.sent.lock().unwrap();
+        sent.windows(text.len()).any(|part| part == text.as_bytes())
     }
 
     fn app(&self, server: &Server, app: &str, keys: Keys) -> App {
@@ -58,6 +86,11 @@ impl Relay {
             .keys("vault", keys)
             .state_dir(state_dir)
             .unbound(true)
+    }
+
+    /// Waits until the change was made.
+    fn changed(&self) {
+        latzero_tests::eventually(|| self.next.lock().unwrap().is_none());
     }
 
     fn change(
@@ -94,6 +127,12 @@ fn pass(
                 None => vec![message],
             };
             for (json, attachment) in messages {
+                if json == CUT {
+                    let _ = client.write_all(&out);
+                    let _ = client.shutdown(Shutdown::Both);
+                    let _ = server.shutdown(Shutdown::Both);
+                    return;
+                }
                 let json = json.to_string();
                 let write = |out: &mut Vec<u8>| out.extend_from_slice(json.as_bytes());
                 match attachment {
@@ -308,6 +347,208 @@ fn a_privileged_handler_sees_nothing_that_the_server_changed() {
     });
     let error = caller.call("admin", &3).privileged().send::<u64>();
     assert_eq!(error.unwrap_err().kind(), Code::Integrity);
+}
+
+/// What the server says of a pool decides neither whether a call is sealed, nor whether it is
+/// answered.
+#[test]
+fn a_handler_of_an_encrypted_pool_takes_nothing_from_another_pool() {
+    let (server, set) = vault();
+    let relay = Relay::new(&server);
+    let worker = relay.builder(&server, "worker", keys(&set, WRITE));
+    let worker = App::connect_with(worker.pools(["vault", "open"])).unwrap();
+    let (ran, runs) = std::sync::mpsc::channel();
+    let serve = |name: &'static str, pools: &[&str]| {
+        let ran = ran.clone();
+        let handler = worker.handler(name).pools(pools.iter().copied());
+        let serving = handler.serve(move |request| {
+            let _ = ran.send((name, request.pool().to_owned()));
+            Ok::<_, HandlerError>("a secret of the handler")
+        });
+        serving.unwrap();
+    };
+    serve("pay", &["vault"]);
+    serve("any", &[]);
+    let mut news = worker.on("news").unwrap();
+    let caller = member(&server, "caller", keys(&set, READ));
+    let forged = |pool: Option<Value>| -> Change {
+        Box::new(move |(mut json, _)| {
+            match pool {
+                Some(pool) => json["pool"] = pool,
+                None => drop(json.as_object_mut().unwrap().remove("pool")),
+            }
+            json["data"] = 1.into();
+            vec![(json, None)]
+        })
+    };
+    let pools = [json!("default"), json!("nowhere"), Value::Null, json!(5)];
+    let pools = pools.into_iter().map(Some).chain([None]);
+    for pool in pools {
+        for name in ["pay", "any"] {
+            relay.change("trigger", forged(pool.clone()));
+            let error = caller.call(name, &1).send::<Value>().unwrap_err();
+            assert_eq!(error.kind(), Code::NoHandler, "{pool:?}");
+            assert!(!error.is_authenticated());
+        }
+        relay.change("emit", forged(pool));
+        caller.emit("news", &1).send().unwrap();
+        relay.changed();
+    }
+    // The app is in this pool, and one of the handlers is too.
+    relay.change("trigger", forged(Some("open".into())));
+    let error = caller.call("pay", &1).send::<Value>().unwrap_err();
+    assert_eq!(error.kind(), Code::NoHandler);
+    relay.change("trigger", forged(Some("open".into())));
+    // The caller is not, so the server refuses the answer.
+    let unsealed = caller.call("any", &1).timeout(Duration::from_millis(200));
+    assert!(!unsealed.send::<Value>().unwrap_err().is_authenticated());
+    caller.call("pay", &1).send::<Value>().unwrap();
+    let expected = [("any", "open".to_owned()), ("pay", "vault".to_owned())];
+    assert_eq!(runs.try_iter().collect::<Vec<_>>(), expected);
+    caller.emit("news", &2).send().unwrap();
+    let first = news.recv_timeout(TIMEOUT).unwrap();
+    assert_eq!(first.data::<u64>().unwrap(), 2);
+}
+
+#[test]
+fn an_acknowledgement_changes_nothing_about_where_messages_go() {
+    let (server, set) = vault();
+    let worker = member(&server, "worker", keys(&set, WRITE));
+    worker.serve("pay", |_| Ok::<_, HandlerError>(1)).unwrap();
+    for pools in [json!(["default"]), json!([]), json!(["vault", "default"])] {
+        let relay = Relay::new(&server);
+        relay.change("handshake_ack", |(mut ack, _)| {
+            ack["pools"] = pools;
+            vec![(ack, None)]
+        });
+        let caller = relay.app(&server, "caller", keys(&set, WRITE));
+        assert_eq!(caller.call("pay", &"TOP SECRET").send::<u64>().unwrap(), 1);
+        caller.emit("pay", &"TOP SECRET").send().unwrap();
+        let block = caller.block("b").create(64).send().unwrap();
+        let mut draft = block.write(TIMEOUT).unwrap();
+        draft.write(0, b"TOP SECRET").unwrap();
+        draft.commit().unwrap();
+        caller.block("b").remove().unwrap();
+        assert!(!relay.saw("TOP SECRET"));
+    }
+    // With several pools, each message has to name its own.
+    let relay = Relay::new(&server);
+    let caller = relay.builder(&server, "caller", keys(&set, WRITE));
+    let caller = App::connect_with(caller.pools(["vault", "open"])).unwrap();
+    let error = caller.call("pay", &"TOP SECRET").send::<u64>().unwrap_err();
+    assert_eq!(error.kind(), Code::BadMessage);
+    assert!(error.message().contains("name the pool"), "{error}");
+    assert!(caller.emit("pay", &"TOP SECRET").send().is_err());
+    assert!(caller.block("b").create(64).send().is_err());
+    let call = caller.call("pay", &"TOP SECRET").pool("vault");
+    assert_eq!(call.send::<u64>().unwrap(), 1);
+    assert!(!relay.saw("TOP SECRET"));
+}
+
+#[test]
+fn a_block_is_the_one_that_was_asked_for() {
+    let (server, set) = vault();
+    let owner = member(&server, "owner", keys(&set, WRITE));
+    let _block = owner.block("b").create(64).send().unwrap();
+    let changes: [fn(&mut Value); 3] = [
+        |block| {
+            block["pool"] = "default".into();
+            block.as_object_mut().unwrap().remove("sealed");
+        },
+        |block| drop(block.as_object_mut().unwrap().remove("sealed")),
+        |block| block["block_id"] = "c".into(),
+    ];
+    for change in changes {
+        let relay = Relay::new(&server);
+        let app = relay.app(&server, "app", keys(&set, WRITE));
+        relay.change("response", move |(mut reply, attachment)| {
+            change(&mut reply["response"]);
+            vec![(reply, attachment)]
+        });
+        let error = app.block("b").attach_writable().unwrap_err();
+        assert!(
+            matches!(error.kind(), Code::Integrity | Code::Downgrade),
+            "{error}"
+        );
+    }
+}
+
+/// The server may end a membership at any time, but not to have a message handled again.
+#[test]
+fn nothing_runs_again_after_a_membership_that_the_server_ended() {
+    let (server, set) = vault();
+    let relay = Relay::new(&server);
+    let worker = relay.app(&server, "worker", keys(&set, WRITE));
+    let mut news = worker.on("news").unwrap();
+    let (ran, runs) = std::sync::mpsc::channel();
+    let serving = worker.serve("pay", move |request| {
+        let _ = ran.send(request.data::<u64>()?);
+        Ok::<_, HandlerError>(())
+    });
+    serving.unwrap();
+    let sender = member(&server, "sender", keys(&set, READ));
+    let kept = Arc::new(Mutex::new(Vec::new()));
+    let ended = json!({"action": "event", "event": "pool_rotated", "pool": "vault",
+        "member": false});
+    let keep = |action: &'static str, then: Vec<Message>| {
+        let kept = Arc::clone(&kept);
+        relay.change(action, move |message| {
+            kept.lock().unwrap().push(message.clone());
+            [vec![message], then].concat()
+        });
+    };
+    keep("trigger", Vec::new());
+    sender.call("pay", &1).park().send::<()>().unwrap();
+    keep("emit", vec![(ended, None), (CUT.into(), None)]);
+    sender.emit("news", &1).send().unwrap();
+    assert_eq!(
+        news.recv_timeout(TIMEOUT).unwrap().data::<u64>().unwrap(),
+        1
+    );
+    // Handled once it is back, after what the server repeats.
+    let again = std::mem::take(&mut *kept.lock().unwrap());
+    relay.change("trigger", move |message| [again, vec![message]].concat());
+    latzero_tests::eventually(|| worker.ping().is_ok());
+    sender.call("pay", &2).park().send::<()>().unwrap();
+    sender.emit("news", &2).send().unwrap();
+    assert_eq!(
+        news.recv_timeout(TIMEOUT).unwrap().data::<u64>().unwrap(),
+        2
+    );
+    assert_eq!(runs.try_iter().collect::<Vec<_>>(), [1, 2]);
+}
+
+/// Another state of the pool than the accepted one is a matter for a person: the app ends, rather
+/// than try again without a word.
+#[test]
+fn a_reconnect_to_another_state_of_the_pool_ends_the_app() {
+    let (server, set) = vault();
+    let relay = Relay::new(&server);
+    let app = relay.app(&server, "app", keys(&set, READ));
+    let mut news = app.on("news").unwrap();
+    let next = Arc::clone(&relay.next);
+    relay.change("emit", move |_| {
+        // The first response is the challenge.
+        let joined: Change = Box::new(|(mut joined, _)| {
+            let descriptor = joined["response"]["descriptor"].as_str().unwrap();
+            let mut descriptor = text::decode_within(descriptor, 4096).unwrap();
+            *descriptor.last_mut().unwrap() ^= 1;
+            joined["response"]["descriptor"] = text::encode(&descriptor).into();
+            vec![(joined, None)]
+        });
+        let then = Arc::clone(&next);
+        let challenge: Change = Box::new(move |challenge| {
+            *then.lock().unwrap() = Some(("response", joined));
+            vec![challenge]
+        });
+        *next.lock().unwrap() = Some(("response", challenge));
+        vec![(CUT.into(), None)]
+    });
+    let sender = member(&server, "sender", keys(&set, READ));
+    sender.emit("news", &1).send().unwrap();
+    assert!(news.next().is_none());
+    let error = app.ping().unwrap_err();
+    assert_eq!(error.kind(), Code::Integrity, "{error}");
 }
 
 /// While a client waits for an answer to its proof it keeps what else arrives, up to a limit.

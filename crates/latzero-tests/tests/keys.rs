@@ -618,6 +618,40 @@ fn an_app_that_reconnects_is_restored_once_it_proves_the_pool_again() {
     );
 }
 
+/// A reply to a proof has the last descriptors only; a client that knew older ones asks for more.
+#[test]
+fn a_client_follows_the_pool_over_any_number_of_rotations() {
+    let (server, set) = vault();
+    let state = server.0.data_dir().join("of-the-reader");
+    let reader = |keys| {
+        let builder = with_keys(&server, "reader", keys).state_dir(&state);
+        App::connect_with(builder)
+    };
+    drop(reader(keys(&set, READ)).unwrap());
+    let worker = member(&server, "worker", keys(&set, WRITE));
+    for _ in 0..90 {
+        worker
+            .rotate_pool("vault", &keys(&set, WRITE), false)
+            .unwrap();
+    }
+    let back = reader(keys(&set, READ)).unwrap();
+    worker.serve("t", |_| Ok::<_, HandlerError>(1)).unwrap();
+    assert_eq!(back.call("t", &()).send::<i64>().unwrap(), 1);
+    // A state that cannot be read may be a newer one than the server's.
+    drop(back);
+    let files = std::fs::read_dir(&state)
+        .unwrap()
+        .map(|file| file.unwrap().path());
+    let stored: Vec<_> = files.filter(|path| path.is_file()).collect();
+    let [stored] = &stored[..] else {
+        panic!("one pool, not {stored:?}")
+    };
+    std::fs::write(stored, "").unwrap();
+    let error = reader(keys(&set, READ)).unwrap_err();
+    assert_eq!(error.kind(), Code::Storage);
+    assert!(error.message().contains("accept-restore"), "{error}");
+}
+
 #[test]
 fn a_rotation_removes_holders_of_the_old_keys() {
     let (server, set) = vault();

@@ -7,7 +7,7 @@ pub mod blocking;
 pub(crate) mod builder;
 pub(crate) mod call;
 pub(crate) mod events;
-mod keys;
+pub(crate) mod keys;
 pub(crate) mod outgoing;
 mod request;
 pub(crate) mod states;

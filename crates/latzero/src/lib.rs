@@ -75,6 +75,7 @@ pub use face::blocking;
 pub use face::builder::Builder;
 pub use face::call::{Call, Emit, Emitting};
 pub use face::events::Events;
+pub use face::keys::awaited_in;
 pub use face::outgoing::{Calling, Parked, Parking};
 pub use face::states::States;
 pub use face::stream::{ItemOrProgress, Stream};

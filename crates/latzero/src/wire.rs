@@ -11,5 +11,6 @@ pub(crate) mod outbox;
 pub(crate) mod pending;
 pub(crate) mod prove;
 pub(crate) mod sealed;
+pub(crate) mod stored;
 pub(crate) mod tls;
 pub(crate) mod wait;

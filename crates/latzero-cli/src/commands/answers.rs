@@ -10,10 +10,6 @@ use crate::connect::{ConnectOptions, Connection, ListKind, list};
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, compact, count, hex};
 
-/// Who can open what was not printed yet: the answer names a message that only its sender knows.
-const IN_ENCRYPTED_POOLS: &str = "in an encrypted pool only the command that parked a call can \
-                                  open its answer: let `latzero call --park` wait for it";
-
 pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
     if args.reach.app.is_none() && args.reach.url.is_none() {
         return Err(
@@ -21,7 +17,8 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
                 .with_help("`latzero call --park` prints the AppID of the call"),
         );
     }
-    let options = ConnectOptions::once("answers").waiting(args.wait.unwrap_or_default());
+    let mut options = ConnectOptions::once("answers").waiting(args.wait.unwrap_or_default());
+    options.pools = with_keys(args, output);
     let connection = args.reach.connect(&options)?;
     let deadline = args.wait.map(|wait| Instant::now() + wait);
     join(&connection, args, output)?;
@@ -66,41 +63,48 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
     }
 }
 
-/// Joins the pools whose answers are wanted: the server sends answers only to members.
+/// The encrypted pools whose answers are wanted, which are joined while connecting.
+fn with_keys(args: &AnswersArgs, output: &Output) -> Vec<String> {
+    let has_keys = |pool: &String| args.reach.key_file(pool).is_some();
+    if !args.pool.is_empty() {
+        return args
+            .pool
+            .iter()
+            .filter(|pool| has_keys(pool))
+            .cloned()
+            .collect();
+    }
+    let app_id = args.reach.app.as_deref();
+    let awaited = app_id.map(latzero::awaited_in).unwrap_or_default();
+    let (with_keys, without): (Vec<_>, Vec<_>) = awaited.into_iter().partition(has_keys);
+    for pool in without {
+        output.note(format_args!(
+            "skipped pool {pool}: it is encrypted; name it and its keys with --pool and --keys"
+        ));
+    }
+    with_keys
+}
+
+/// Joins the other pools whose answers are wanted: the server sends answers only to members.
 fn join(connection: &Connection, args: &AnswersArgs, output: &Output) -> Result<(), Failure> {
     let app = &connection.app;
-    for pool in &args.pool {
-        app.join(pool).map_err(|error| match error.kind() {
-            Code::Unauthenticated => Failure::from(error).with_help(IN_ENCRYPTED_POOLS),
-            _ => error.into(),
-        })?;
+    let joined = app.joined();
+    for pool in args.pool.iter().filter(|pool| !joined.contains(pool)) {
+        app.join(pool)?;
     }
     if !args.pool.is_empty() {
         return Ok(());
     }
     let pools = list(app, &json!({"action": "pool_list"}), ListKind::Pools)?;
-    let joined = app.joined();
-    let mut refused = Vec::new();
-    let (encrypted, plain): (Vec<_>, Vec<_>) =
-        pools.iter().partition(|pool| pool["encrypted"] == true);
-    let names_of = |pools: Vec<&Value>| -> Vec<String> {
-        let names = pools.into_iter().filter_map(|pool| pool["pool"].as_str());
-        names.map(str::to_owned).collect()
-    };
-    for name in names_of(encrypted) {
-        refused.push(format!("{name}: {IN_ENCRYPTED_POOLS}"));
-    }
-    let names = names_of(plain).into_iter();
-    for name in names.filter(|name| name != "system" && !joined.contains(name)) {
-        match app.join(&name) {
+    let plain = pools.iter().filter(|pool| pool["encrypted"] != true);
+    let names = plain.filter_map(|pool| pool["pool"].as_str());
+    for name in names.filter(|name| *name != "system" && !joined.iter().any(|j| j == name)) {
+        match app.join(name) {
             Ok(()) => {}
             // The pool was removed in the meantime, with its answers.
             Err(error) if error.kind() == Code::NoPool => {}
-            Err(error) => refused.push(format!("{name}: {}", error.message())),
+            Err(error) => output.note(format_args!("skipped pool {name}: {}", error.message())),
         }
-    }
-    for why in refused {
-        output.note(format_args!("skipped pool {why}"));
     }
     Ok(())
 }

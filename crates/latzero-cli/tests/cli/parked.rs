@@ -103,34 +103,72 @@ fn waiting_for_a_parked_call_survives_a_restart() {
 }
 
 #[test]
-fn answers_of_an_encrypted_pool_stay_with_the_server() {
+fn answers_of_an_encrypted_pool_are_opened_by_later_commands() {
     let server = Server::start();
     server.run(&["keys", "new", "vault"]).ended_with(0);
     let create = ["pools", "create", "vault", "--encrypted"];
     server.run(&create).ended_with(0);
-    let sealed = ["call", "vault/job", "2", "--park", "--app", "shop"];
-    server
-        .run(&[&sealed[..], &["--no-wait"]].concat())
-        .ended_with(0);
     park(&server, "shop", "plain", "1");
+    let sealed = ["call", "vault/job", "2", "--park", "--no-wait"];
+    let sealed = [&sealed[..], &["--app", "shop"]].concat();
+    server
+        .run(&[&sealed[..], &["--id", "one"]].concat())
+        .ended_with(0);
+    let generated = server.run(&sealed).ended_with(0).out;
+    let generated = generated
+        .lines()
+        .find_map(|line| line.strip_prefix("parked\t"));
+    let generated = generated.unwrap().to_owned();
+    // A command that waits leaves its call when it is killed.
+    let mut waiting = vec!["call", "vault/job", "3", "--park", "--app", "shop"];
+    waiting.extend(["--id", "killed"]);
+    let running = Running::start(&mut server.command(&waiting));
+    eventually(|| parked(&server) == 4);
+    drop(running);
+    let server = Server::in_home(server.stop(), &[]);
     let _serving = server.serve(&["alpha/job", "vault/job", "--app", "worker", "--", "cat"]);
-    let answered = || {
+    let state = |state: &str| {
         let listed = server.run(&["parked", "ls", "--json"]).ended_with(0).json();
         let calls = listed["parked"].as_array().unwrap();
-        let answered = calls.iter().filter(|call| call["state"] == "answered");
-        answered.count()
+        let calls = calls.iter().filter(|call| call["state"] == state);
+        calls.count()
     };
-    eventually(|| answered() == 2);
-    let fetch = ["answers", "--app", "shop", "--wait", "20s", "--count", "1"];
+    eventually(|| state("answered") == 4);
+    let fetch = ["answers", "--app", "shop", "--wait", "20s", "--count", "4"];
+    let fetched = server.run(&fetch).ended_with(0).out;
+    let mut lines: Vec<&str> = fetched.lines().collect();
+    lines.sort_unstable();
+    let line = |id: &str, data: u8| format!(r#"{{"id":"{id}","data":{data}}}"#);
+    let mut expected = [
+        line("killed", 3),
+        line("one", 2),
+        line("plain", 1),
+        line(&generated, 2),
+    ];
+    expected.sort_unstable();
+    assert_eq!(lines, expected);
+    // Nothing is left of them.
+    let pools = server.home().join(".local/state/latzero/pools");
+    let awaited = std::fs::read_dir(pools).unwrap().map(Result::unwrap);
+    let awaited = awaited.filter(|entry| entry.path().extension().is_some_and(|e| e == "awaited"));
+    let files = awaited.map(|entry| std::fs::read_dir(entry.path()).unwrap().count());
+    assert_eq!(files.collect::<Vec<_>>(), [0]);
+
+    // Without the keys at their usual place they have to be named.
+    server
+        .run(&[&sealed[..], &["--id", "two"]].concat())
+        .ended_with(0);
+    let moved = server.home().join("vault.keys");
+    std::fs::rename(server.home().join(".config/latzero/keys/vault"), &moved).unwrap();
+    let without = server.run(&["answers", "--app", "shop"]).ended_with(0);
+    without.said("skipped pool vault: it is encrypted; name it and its keys with --pool");
+    let fetch = [
+        "answers", "--app", "shop", "--wait", "20s", "--pool", "vault",
+    ];
+    server.run(&fetch).ended_with(77).said("--keys");
+    let fetch = [&fetch[..], &["--keys", moved.to_str().unwrap()]].concat();
     let fetched = server.run(&fetch).ended_with(0);
-    assert_eq!(fetched.out, "{\"id\":\"plain\",\"data\":1}\n");
-    let only = "only the command that parked a call can open its answer";
-    fetched.said("skipped pool vault: ").said(only);
-    let named = [&fetch[..], &["--pool", "vault"]].concat();
-    server.run(&named).ended_with(77).said(only);
-    eventually(|| answered() == 1);
-    // Which it does.
-    assert_eq!(server.run(&sealed).ended_with(0).out, "2\n");
+    assert_eq!(fetched.out, format!("{}\n", line("two", 2)));
 }
 
 #[test]

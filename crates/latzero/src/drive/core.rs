@@ -6,13 +6,14 @@
 //! under any of them.
 
 use std::any::Any;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use latzero_protocol::{Code, Ran};
+use latzero_protocol::{Code, PoolName, Ran};
 use serde_json::{Value, json};
 
 use crate::config::Config;
@@ -32,7 +33,7 @@ use crate::wire::link::{Ack, Link};
 use crate::wire::message::Message;
 use crate::wire::outbox::{By, Flushed, Outbox, Phase, Submitted};
 use crate::wire::pending::{InFlight, Key, Pending};
-use crate::wire::sealed::SealedPool;
+use crate::wire::sealed::{SealedCall, SealedPool, is_sealed};
 
 /// How often deadlines are checked that the server itself does not enforce.
 pub(crate) const TICK: Duration = Duration::from_millis(250);
@@ -117,6 +118,10 @@ pub(crate) struct Core {
     pub(crate) followers: Mutex<Followers>,
     /// The joined pools, as last acknowledged by the server and changed since.
     pub(crate) pools: Mutex<Vec<String>>,
+    /// The pools that this process has keys for, was configured with or joined. With keys, the
+    /// server's word does not make a message go to, or come from, any other pool: it would be
+    /// unencrypted.
+    named: Mutex<Vec<String>>,
     pub(crate) workers: Workers,
     pub(crate) signal: Signal,
     is_woken: AtomicBool,
@@ -151,9 +156,17 @@ impl Core {
             let state_dir = config.state_dir.clone();
             Arc::new(SealedPool::new(pool.as_str(), keys.clone(), state_dir))
         });
+        let sealed: Vec<_> = sealed.collect();
+        let mut named: Vec<String> = sealed.iter().map(|pool| pool.name().to_owned()).collect();
+        for pool in config.url.pools.iter().map(PoolName::as_str) {
+            if !named.iter().any(|known| known == pool) {
+                named.push(pool.to_owned());
+            }
+        }
         let core = Core {
             process: std::process::id(),
-            sealed: sealed.collect(),
+            sealed,
+            named: Mutex::new(named),
             outbox: Outbox::new(),
             pending: Mutex::new(Pending::new()),
             answers: Unclaimed::default(),
@@ -296,18 +309,47 @@ impl Core {
         !self.sealed.is_empty()
     }
 
-    /// The encrypted pool that a message is sent to: the one that it names, else the only pool that
-    /// the app is in.
-    pub(crate) fn sealed_pool(&self, pool: Option<&str>) -> Option<&Arc<SealedPool>> {
-        if self.sealed.is_empty() {
-            return None;
+    /// The encrypted pool of this name, if the app has keys for it.
+    pub(crate) fn sealed_pool(&self, pool: &str) -> Option<&Arc<SealedPool>> {
+        self.sealed.iter().find(|sealed| sealed.name() == pool)
+    }
+
+    /// The pool that a message is sent to. An app with keys says which one, because what the server
+    /// takes it for decides whether the message is encrypted.
+    ///
+    /// # Errors
+    /// `bad_message` if it names none, and the app has keys and several pools.
+    pub(crate) fn pool_of<'a>(&self, pool: Option<&'a str>) -> Result<Option<Cow<'a, str>>, Error> {
+        if pool.is_some() || !self.has_sealed() {
+            return Ok(pool.map(Cow::Borrowed));
         }
-        let only = || match &lock(&self.pools)[..] {
-            [only] => Some(only.clone()),
-            _ => None,
-        };
-        let name = pool.map(str::to_owned).or_else(only)?;
-        self.sealed.iter().find(|sealed| sealed.name() == name)
+        match &lock(&self.named)[..] {
+            [only] => Ok(Some(only.clone().into())),
+            several => {
+                let text = format!("name the pool: the app is in {}", several.join(", "));
+                Err(Error::new(Code::BadMessage, text).with_ran(Ran::No))
+            }
+        }
+    }
+
+    /// Whether this process itself named a pool.
+    pub(crate) fn has_named(&self, pool: &str) -> bool {
+        lock(&self.named).iter().any(|named| named == pool)
+    }
+
+    pub(crate) fn note_joined(&self, pool: &str) {
+        for pools in [&self.pools, &self.named] {
+            let mut pools = lock(pools);
+            if !pools.iter().any(|known| known == pool) {
+                pools.push(pool.to_owned());
+            }
+        }
+    }
+
+    pub(crate) fn note_left(&self, pool: &str) {
+        for pools in [&self.pools, &self.named] {
+            lock(pools).retain(|known| known != pool);
+        }
     }
 
     fn handshake_fields(&self) -> Value {
@@ -472,13 +514,37 @@ impl Core {
     }
 
     /// Detaches a parked call; its answer goes to [`App::answers`](crate::App::answers).
-    pub(crate) fn leave(&self, key: Key, id: &str) {
+    pub(crate) fn leave(&self, key: Key, id: &str, sealed: Option<&SealedCall>) {
         let mut wake = Vec::new();
         let answer = lock(&self.pending).leave(key, &mut wake);
-        if let Some(result) = answer {
-            wake.extend(self.answers.push(Answer::new(id, None, result)));
+        match (answer, sealed) {
+            (None, None) => {}
+            (None, Some(sealed)) => sealed.leave(),
+            (Some(result), sealed) => {
+                let result = match sealed {
+                    Some(sealed) => sealed.open_reply(result),
+                    None => result,
+                };
+                wake.extend(self.answers.push(Answer::new(id, None, result)));
+            }
         }
         wake.into_iter().for_each(Waker::wake);
+    }
+
+    /// Opens the answer to a parked call for which nobody here waits, if it is sealed.
+    pub(super) fn open_late(&self, id: &str, answer: Result<Reply, Error>) -> Result<Reply, Error> {
+        let mut pools = self.sealed.iter();
+        if let Some(opened) = pools.find_map(|pool| pool.open_late(id, &answer)) {
+            return opened;
+        }
+        if self.has_sealed() && is_sealed(id, &answer) {
+            let text = format!(
+                "the answer to call '{id}' can't be opened: this app awaits none, because it was \
+                answered before, or was parked with another state directory"
+            );
+            return Err(Error::new(Code::Integrity, text));
+        }
+        answer
     }
 
     /// Sends the server a cancel for a call.

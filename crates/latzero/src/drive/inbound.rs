@@ -202,6 +202,7 @@ impl Batch<'_> {
         drop(pending);
         if let CallEvent::End(result) = word {
             let pool = e.pool.and_then(Raw::as_str);
+            let result = self.core.open_late(&id, result);
             let answer = Answer::new(&id, pool.as_deref(), result);
             self.wake.extend(self.core.answers.push(answer));
         }
@@ -225,17 +226,34 @@ impl Batch<'_> {
         self.entry.as_ref()
     }
 
-    /// A call or an emit as a handler sees it: decrypted, if it came in an encrypted pool.
+    /// A call or an emit as a handler sees it: decrypted, if it came in an encrypted pool. An app
+    /// that has keys takes nothing from pools in which it does not serve: with a pool's name alone,
+    /// the server could have an unencrypted call answered.
     fn request(&mut self, action: Action, e: &Envelope<'_>) -> Option<Request> {
         let core = self.core;
-        let pool = e.pool.filter(|_| core.has_sealed()).and_then(Raw::as_str);
-        let Some(pool) = pool.and_then(|pool| core.sealed_pool(Some(&pool)).cloned()) else {
+        if !core.has_sealed() {
+            return Request::received(core, self.epoch, self.now, e);
+        }
+        let pool = e.pool.and_then(Raw::as_str).unwrap_or_default();
+        let name = e.process.and_then(Raw::as_str).unwrap_or_default();
+        let entry = self.find(&name);
+        let is_served = match entry {
+            Some(entry) if !entry.spec.pools.is_empty() => {
+                entry.spec.pools.iter().any(|served| *served == *pool)
+            }
+            _ => core.has_named(&pool),
+        };
+        let is_privileged = entry.is_some_and(|entry| entry.spec.is_privileged);
+        if !is_served {
+            let request = Request::received(core, self.epoch, self.now, e)?;
+            let text = format!("this app has keys, and does not serve '{name}' in pool '{pool}'");
+            request.refuse(&Refusal::new(Code::NoHandler, text));
+            self.must_flush = true;
+            return None;
+        }
+        let Some(pool) = core.sealed_pool(&pool).cloned() else {
             return Request::received(core, self.epoch, self.now, e);
         };
-        let name = e.process.and_then(Raw::as_str).unwrap_or_default();
-        let is_privileged = self
-            .find(&name)
-            .is_some_and(|entry| entry.spec.is_privileged);
         let plain = pool.open(action, is_privileged, e)?;
         let attachment = plain.bytes.as_deref();
         let envelope = match &plain.text {
@@ -375,7 +393,7 @@ impl Batch<'_> {
         }
         let pool = e.pool.and_then(Raw::as_str);
         if event == "pool_rotated"
-            && let Some(sealed) = self.core.sealed_pool(pool.as_deref())
+            && let Some(sealed) = pool.as_deref().and_then(|pool| self.core.sealed_pool(pool))
         {
             sealed.rotated(&serde_json::from_str(e.text).unwrap_or_default());
         }

@@ -36,6 +36,11 @@ fn is_final(error: &Error) -> bool {
             | Code::Forbidden
             | Code::Unauthenticated
             | Code::BadMessage
+            // The server changed, and somebody has to find out why.
+            | Code::Rollback
+            | Code::Fork
+            | Code::Downgrade
+            | Code::Integrity
     )
 }
 

@@ -146,7 +146,7 @@ impl App {
         new: &Keys,
         is_history_cut: bool,
     ) -> Result<Value, Error> {
-        let Some(sealed) = self.core().sealed_pool(Some(pool)) else {
+        let Some(sealed) = self.core().sealed_pool(pool) else {
             let text = format!("this app has no keys for pool '{pool}'");
             return Err(Error::new(Code::NotMember, text));
         };
@@ -426,7 +426,7 @@ impl App {
     /// If the server refuses.
     pub async fn join(&self, pool: &str) -> Result<(), Error> {
         self.joining("pool_join", pool).await?;
-        self.note_joined(pool);
+        self.core().note_joined(pool);
         Ok(())
     }
 
@@ -436,7 +436,7 @@ impl App {
     /// If the server refuses.
     pub async fn leave(&self, pool: &str) -> Result<(), Error> {
         self.joining("pool_leave", pool).await?;
-        self.note_left(pool);
+        self.core().note_left(pool);
         Ok(())
     }
 
@@ -476,17 +476,6 @@ impl App {
                 return Ok(blocks);
             }
         }
-    }
-
-    pub(crate) fn note_joined(&self, pool: &str) {
-        let mut pools = lock(&self.core().pools);
-        if !pools.iter().any(|p| p == pool) {
-            pools.push(pool.to_owned());
-        }
-    }
-
-    pub(crate) fn note_left(&self, pool: &str) {
-        lock(&self.core().pools).retain(|p| p != pool);
     }
 
     /// The apps that the server knows, as it describes them.

@@ -154,17 +154,18 @@ impl BlockName {
     async fn open(self, action: &str, request: Value, access: Access) -> Result<Block, Error> {
         BlockId::check(&self.id)
             .map_err(|e| Error::new(Code::InvalidName, e.to_string()).with_ran(Ran::No))?;
-        let message = message(action, self.pool.as_deref(), &self.id, &request);
         let core = self.app.core();
+        let pool = core.pool_of(self.pool.as_deref())?;
+        let message = message(action, pool.as_deref(), &self.id, &request);
         let uid = request["block_uid"].as_str().map(str::to_owned);
         // Locked until the handle is added, so that a concurrent drop does not detach it.
-        let mut opening = Blocks::of(core).open(core, self.pool.as_deref(), &self.id);
+        let mut opening = Blocks::of(core).open(core, pool.as_deref(), &self.id);
         let reply = Calling::of_message(&self.app, message, Ok)
             .within(MOVE_TIME)
             .await;
         opening.is_answered = true;
         let reply = reply?;
-        let current = Current::of_reply(core, reply)?;
+        let current = Current::of_reply(core, reply, (pool.as_deref(), &self.id))?;
         let block = Block::new(&self.app, access, current);
         if uid.is_some() && request["if_exists"] != "attach" && uid != block.uid().map(encode) {
             let text = format!("the server did not create block '{}' as requested", self.id);
@@ -239,7 +240,9 @@ impl CreateBlock {
     /// `block_exists`, `quota`, `too_large`, `storage`, `layout_mismatch`.
     pub async fn send(self) -> Result<Block, Error> {
         let CreateBlock { name, mut request } = self;
-        let sealed = name.app.core().sealed_pool(name.pool.as_deref());
+        let core = name.app.core();
+        let pool = core.pool_of(name.pool.as_deref())?;
+        let sealed = pool.as_deref().and_then(|pool| core.sealed_pool(pool));
         if sealed.is_some_and(|pool| pool.suite() == Some(Suite::Sealed)) {
             request["block_uid"] = encode(random()?).into();
         }

@@ -204,7 +204,7 @@ impl App {
     /// If the server refuses.
     pub fn join(&self, pool: &str) -> Result<(), Error> {
         self.0.joining("pool_join", pool).wait()?;
-        self.0.note_joined(pool);
+        self.0.core().note_joined(pool);
         Ok(())
     }
 
@@ -214,7 +214,7 @@ impl App {
     /// If the server refuses.
     pub fn leave(&self, pool: &str) -> Result<(), Error> {
         self.0.joining("pool_leave", pool).wait()?;
-        self.0.note_left(pool);
+        self.0.core().note_left(pool);
         Ok(())
     }
 

@@ -4,7 +4,8 @@ use latzero_protocol::Code;
 
 use crate::error::Error;
 use crate::keys::Keys;
-use crate::wire::sealed::{DescriptorFile, SealedPool};
+use crate::wire::sealed::SealedPool;
+use crate::wire::stored::DescriptorFile;
 
 impl Keys {
     /// Deletes the accepted state of a pool, so that an older state is accepted once. A person
@@ -21,4 +22,11 @@ impl Keys {
                 Error::new(Code::Storage, text).with_source(error)
             })
     }
+}
+
+/// The encrypted pools in which an app awaits answers to calls that it parked, according to the
+/// default [`state_dir`](crate::Builder::state_dir).
+#[must_use]
+pub fn awaited_in(app_id: &str) -> Vec<String> {
+    crate::wire::stored::awaited_in(app_id)
 }

@@ -182,7 +182,7 @@ impl Outgoing {
         };
         let reply = std::task::ready!(sent.app.core().poll_reply(key, cx));
         let reply = match &sent.sealed {
-            Some(sealed) => open_reply(sealed, reply),
+            Some(sealed) => sealed.open_reply(reply),
             None => reply,
         };
         self.0 = Stage::Ended;
@@ -213,21 +213,13 @@ impl Outgoing {
     }
 }
 
-/// Opens the end of a call in an encrypted pool.
-pub(crate) fn open_reply(sealed: &SealedCall, reply: Result<Reply, Error>) -> Result<Reply, Error> {
-    let mut reply = reply.map_err(|error| sealed.open_error(error))?;
-    let answer = sealed.open("ok", &reply.payload)?;
-    (reply.payload, reply.headers) = (answer.payload, answer.headers);
-    Ok(reply)
-}
-
 impl Drop for Outgoing {
     fn drop(&mut self) {
         if let Stage::Sent(sent) = &self.0 {
             let core = sent.app.core();
             match sent.at_drop {
                 AtDrop::Cancel => core.forget(sent.key),
-                AtDrop::Leave => core.leave(sent.key, &sent.id()),
+                AtDrop::Leave => core.leave(sent.key, &sent.id(), sent.sealed.as_ref()),
             }
         }
     }

@@ -44,7 +44,13 @@ impl Request {
             return Ok(Block::clone(block));
         }
         let descriptor = lock(&lent.descriptor).take();
-        let current = Current::new(&self.core, &lent.description, descriptor, self.ticket.epoch)?;
+        let current = Current::new(
+            &self.core,
+            &lent.description,
+            descriptor,
+            self.ticket.epoch,
+            (Some(self.pool()), id),
+        )?;
         let block = Block::lent(&self.app(), current);
         *handle = Some(Box::new(block.clone()));
         Ok(block)

@@ -11,7 +11,7 @@ use latzero_protocol::{Code, frame};
 use crate::drive::core::Leave;
 use crate::error::Error;
 use crate::face::app::App;
-use crate::face::outgoing::{Outgoing, open_reply};
+use crate::face::outgoing::Outgoing;
 use crate::payload::{self, FromPayload, Payload, Reply};
 use crate::sync::lock;
 use crate::wire::pending::Next;
@@ -94,7 +94,13 @@ impl<R: FromPayload> Stream<R> {
                 return Poll::Ready(Some(Err(error)));
             }
         };
-        let next = std::task::ready!(lock(&self.app.core().pending).poll_next(key, cx));
+        let next = loop {
+            let next = std::task::ready!(lock(&self.app.core().pending).poll_next(key, cx));
+            // In an encrypted pool nobody but the server could have sent a report.
+            if !(matches!(next, Next::Progress(_)) && self.outgoing.sealed().is_some()) {
+                break next;
+            }
+        };
         match next {
             Next::Item(item) => {
                 let opened = self
@@ -122,7 +128,7 @@ impl<R: FromPayload> Stream<R> {
             }
             Next::End(result) => {
                 let result = match self.outgoing.sealed() {
-                    Some(sealed) => open_reply(sealed, result),
+                    Some(sealed) => sealed.open_reply(result),
                     None => result,
                 };
                 self.outgoing.done();

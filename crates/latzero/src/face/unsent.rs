@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use latzero_crypto::envelope::Body;
 use latzero_crypto::events::Act;
 use latzero_crypto::meta::{CallMeta, LentBlock};
+use latzero_crypto::text;
 use latzero_protocol::encode::append_str;
 use latzero_protocol::limits::ID_BYTES_MAX;
 use latzero_protocol::message::{IDEMPOTENCY_KEY, Park};
@@ -13,10 +14,11 @@ use serde_json::Value;
 
 use crate::error::Error;
 use crate::face::app::App;
+use crate::keys::random;
 use crate::payload::{IntoPayload, Payload};
 use crate::wire::message::Message;
 use crate::wire::pending::{Id, Name};
-use crate::wire::sealed::{SealedCall, Unsealed};
+use crate::wire::sealed::{SEALED_ID, SealedCall, Unsealed};
 
 /// How long to wait for the server's `timeout` after a call's time has ended: half of that time,
 /// within these bounds.
@@ -153,7 +155,17 @@ impl Unsent {
             return self.check_plain();
         };
         let core = self.app.core().clone();
-        let Some(pool) = core.sealed_pool(route.pool.as_deref()) else {
+        let pool = match core.pool_of(route.pool.as_deref()) {
+            Ok(pool) => pool.unwrap_or_default(),
+            Err(error) => {
+                self.failure.get_or_insert(error);
+                return;
+            }
+        };
+        if route.pool.is_none() {
+            self.message.string("pool", &pool);
+        }
+        let Some(pool) = core.sealed_pool(&pool) else {
             return self.check_plain();
         };
         let mut headers = match self.take_headers() {
@@ -163,6 +175,13 @@ impl Unsent {
                 return;
             }
         };
+        let is_parkable = self.parking.park.is_allowed();
+        if is_parkable && self.parking.id.is_none() {
+            match random::<16>() {
+                Ok(id) => self.set_id(&format!("{SEALED_ID}{}", text::encode(&id))),
+                Err(error) => self.failure = self.failure.take().or(Some(error)),
+            }
+        }
         let key = headers.remove(IDEMPOTENCY_KEY);
         let idempotency_key = key.and_then(|key| key.as_str().map(str::to_owned));
         if let Some(key) = &idempotency_key {
@@ -194,6 +213,7 @@ impl Unsent {
                 Payload::Bytes(bytes) => Body::Bytes(bytes),
             },
             is_privileged: self.is_privileged,
+            parked_as: self.parking.id.as_deref().filter(|_| is_parkable),
         };
         match pool.seal(&unsealed) {
             Ok((envelope, call)) => {
@@ -211,6 +231,11 @@ impl Unsent {
             let refused = Error::new(Code::BadMessage, text).with_ran(Ran::No);
             self.failure.get_or_insert(refused);
         }
+    }
+
+    fn set_id(&mut self, id: &str) {
+        self.message.string("id", id);
+        self.parking.id = Some(id.into());
     }
 
     pub(super) fn set_app(&mut self, app_id: &str) {

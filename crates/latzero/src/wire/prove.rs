@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
-use latzero_crypto::descriptor::{Descriptor, Expected, check_reply};
+use latzero_crypto::descriptor::{Descriptor, DescriptorError, Expected, check_reply};
 use latzero_crypto::keys::Roles;
 use latzero_crypto::proof::{self, ChannelBinding, Exchange, Joining};
 use latzero_crypto::text;
@@ -62,6 +62,10 @@ fn no_server(why: impl std::fmt::Display) -> Error {
         "the program at this address is not a LatZero server: {why}"
     ))
 }
+
+/// How many descriptors of a pool a client asks for, to follow its history. A pool whose keys
+/// changed more often since the client knew it has to be accepted anew.
+const CHAIN_MAX: usize = 1024;
 
 impl<'a> Talk<'a> {
     pub(crate) fn new(link: &'a Link, deadline: Instant, max_frame: usize) -> Self {
@@ -245,7 +249,29 @@ impl<'a> Talk<'a> {
         let request = answer(&challenge, pool.name(), app_id, pool.keys(), binding)?;
         let (request, expected, roles) = request;
         let reply = self.ask(request)?;
-        pool.joined(app_id, &read_joined(&reply, &expected, roles)?)
+        let mut joined = read_joined(&reply, &expected, roles)?;
+        let accepted = loop {
+            match pool.accept(&joined)? {
+                Err(DescriptorError::Missing(_) | DescriptorError::OtherOwner)
+                    if self.lengthen(pool.name(), &mut joined)? => {}
+                accepted => break accepted,
+            }
+        };
+        pool.joined(app_id, &joined, accepted)
+    }
+
+    /// Asks for descriptors from before the known ones; returns whether there were any.
+    fn lengthen(&mut self, pool: &str, joined: &mut Joined) -> Result<bool, Error> {
+        let first = joined.chain.first().unwrap_or(&joined.descriptor);
+        if first.epoch() <= 1 || joined.chain.len() >= CHAIN_MAX {
+            return Ok(false);
+        }
+        let asked = json!({"action": "pool_chain", "pool": pool, "before": first.epoch()});
+        let mut earlier = read_chain(&self.ask(asked)?)?;
+        let has_more = !earlier.is_empty();
+        earlier.append(&mut joined.chain);
+        joined.chain = earlier;
+        Ok(has_more)
     }
 }
 
@@ -316,21 +342,26 @@ fn answer(
     Ok((request, said, roles))
 }
 
+/// The bytes of a descriptor.
+fn descriptor_bytes(value: &Value) -> Option<Vec<u8>> {
+    text::decode_within(value.as_str()?, 4096)
+}
+
+/// Earlier descriptors, in ascending order.
+fn read_chain(reply: &Value) -> Result<Vec<Descriptor>, Error> {
+    let chain = reply["chain"].as_array().into_iter().flatten();
+    let chain = chain.map(|one| Descriptor::parse(&descriptor_bytes(one).unwrap_or_default()));
+    chain
+        .collect::<Result<_, _>>()
+        .map_err(|error| unfit(&error))
+}
+
 fn read_joined(reply: &Value, said: &Said, asked: Roles) -> Result<Joined, Error> {
-    let bytes = |value: &Value| {
-        value
-            .as_str()
-            .and_then(|text| text::decode_within(text, 4096))
-    };
-    let descriptor = bytes(&reply["descriptor"]);
+    let descriptor = descriptor_bytes(&reply["descriptor"]);
     let descriptor = check_reply(asked, reply["roles"].as_u64(), descriptor.as_deref())
         .map_err(|error| unfit(&error))?;
     let descriptor = Descriptor::parse(descriptor).map_err(|error| unfit(&error))?;
-    let chain = reply["chain"].as_array().into_iter().flatten();
-    let chain = chain.map(|one| Descriptor::parse(&bytes(one).unwrap_or_default()));
-    let chain = chain
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| unfit(&error))?;
+    let chain = read_chain(reply)?;
     let expected = Expected {
         name: &said.name,
         pool_id: said.pool_id,
@@ -355,10 +386,11 @@ fn read_joined(reply: &Value, said: &Said, asked: Roles) -> Result<Joined, Error
 }
 
 /// The error for a descriptor that is not accepted.
-pub(crate) fn unfit(error: &latzero_crypto::descriptor::DescriptorError) -> Error {
-    use latzero_crypto::descriptor::DescriptorError;
+pub(crate) fn unfit(error: &DescriptorError) -> Error {
     let code = match error {
-        DescriptorError::Invalid(_) | DescriptorError::Missing(_) => Code::Integrity,
+        DescriptorError::Invalid(_) | DescriptorError::Missing(_) | DescriptorError::OtherOwner => {
+            Code::Integrity
+        }
         DescriptorError::Rollback(_) => Code::Rollback,
         DescriptorError::Fork(_) => Code::Fork,
         _ => Code::Downgrade,

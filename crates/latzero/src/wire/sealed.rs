@@ -5,20 +5,20 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::io::{Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use latzero_crypto::descriptor::{Descriptor, Expected, History, NewEpoch, OldContent};
+use latzero_crypto::descriptor::{
+    Descriptor, DescriptorError, Expected, History, NewEpoch, OldContent,
+};
 use latzero_crypto::envelope::{Body, Opened};
 use latzero_crypto::epochs::Epochs;
 use latzero_crypto::events::{
-    Act, Action, Answer, DEFERRED_MAX, Dropped, Id, Incoming, IncomingAnswer, Outgoing,
-    PendingCall, Receiver, ReplyTo, Sender,
+    Act, Action, Answer, Dropped, Id, Incoming, IncomingAnswer, Outgoing, PendingCall, Receiver,
+    ReplyTo, Sender,
 };
-use latzero_crypto::keys::Kind;
+use latzero_crypto::keys::{Kind, PoolKey};
 use latzero_crypto::meta::{AnswerMeta, CallFrame, CallMeta, LentBlock};
 use latzero_crypto::sign::SigningKey;
 use latzero_crypto::xaes::{NONCE_BYTES, Nonce};
@@ -29,9 +29,14 @@ use serde_json::{Map, Value};
 
 use crate::error::Error;
 use crate::keys::{Keys, now_ms, random};
-use crate::payload::Payload;
+use crate::payload::{Payload, Reply};
 use crate::sync::lock;
 use crate::wire::prove::unfit;
+use crate::wire::stored::{AwaitedCalls, DescriptorFile, Finished};
+
+/// How the ids of parked calls in encrypted pools begin, unless their callers choose them. Without
+/// a call that is awaited, nothing with such an id is an answer.
+pub(crate) const SEALED_ID: &str = "sealed.";
 
 /// An encrypted pool for which the app has keys.
 pub(crate) struct SealedPool {
@@ -42,6 +47,8 @@ pub(crate) struct SealedPool {
     /// Signs content. Deriving it takes longer than sealing a message.
     seal_key: OnceLock<Option<SigningKey>>,
     open: Mutex<Option<Open>>,
+    /// The parked calls whose answers are awaited; known once the app has joined.
+    awaited: OnceLock<Option<Arc<AwaitedCalls>>>,
 }
 
 /// The state of a member that can read.
@@ -50,7 +57,19 @@ struct Open {
     sender: Sender,
     receiver: Receiver,
     finished: Option<Arc<Finished>>,
+    /// Whether the keys are those of the current epoch. If not, nothing is sealed or opened until
+    /// the next proof, and what the receiver knows of earlier messages stays.
+    is_member: bool,
 }
+
+impl Open {
+    fn of_member(open: &mut Option<Open>) -> Option<&mut Open> {
+        open.as_mut().filter(|open| open.is_member)
+    }
+}
+
+/// Whether a descriptor is accepted; the key to the pool's content, for those who can read.
+type Accepted = Result<Option<PoolKey>, DescriptorError>;
 
 /// The server's reply to a proof.
 pub(crate) struct Joined {
@@ -70,12 +89,18 @@ pub(crate) struct Unsealed<'a> {
     pub(crate) body: Body<'a>,
     /// Whether it is signed, for a handler that takes nothing else.
     pub(crate) is_privileged: bool,
+    /// The id of a call whose answer may reach a later process.
+    pub(crate) parked_as: Option<&'a str>,
 }
 
 /// A call in an encrypted pool whose answer is awaited.
 pub(crate) struct SealedCall {
     pool: Arc<SealedPool>,
-    msg_id: [u8; 16],
+    msg_id: Id,
+    /// Where it is stored, with the id by which the server knows it.
+    stored: Option<(Arc<AwaitedCalls>, Box<str>)>,
+    /// Whether it stays stored.
+    is_left: AtomicBool,
 }
 
 /// What is needed to answer a call in an encrypted pool.
@@ -132,7 +157,12 @@ impl SealedPool {
             state_dir: state_dir.or_else(DescriptorFile::directory),
             seal_key: OnceLock::new(),
             open: Mutex::new(None),
+            awaited: OnceLock::new(),
         }
+    }
+
+    pub(super) fn state_dir(&self) -> Option<&Path> {
+        self.state_dir.as_deref()
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -163,29 +193,46 @@ impl SealedPool {
 
     /// Calls `f` with the known epochs and the id of the session.
     pub(crate) fn with_open<R>(&self, f: impl FnOnce(&Epochs, [u8; 16]) -> R) -> Result<R, Error> {
-        let open = lock(&self.open);
-        let open = open.as_ref().ok_or_else(|| self.not_open())?;
+        let mut open = lock(&self.open);
+        let open = Open::of_member(&mut open).ok_or_else(|| self.not_open())?;
         Ok(f(&open.epochs, open.sender.session()))
     }
 
-    /// Accepts the server's descriptor if it agrees with the keys, the pin and the state that was
-    /// accepted before. Each connection is a new session.
-    pub(crate) fn joined(&self, app_id: &str, joined: &Joined) -> Result<(), Error> {
-        let Joined {
-            descriptor, chain, ..
-        } = joined;
-        let stored = DescriptorFile::of(self);
-        let before = stored.as_ref().and_then(DescriptorFile::read);
+    /// Whether the server's descriptor agrees with the keys, the pin and the state that was
+    /// accepted before.
+    pub(crate) fn accept(&self, joined: &Joined) -> Result<Accepted, Error> {
+        let descriptor = &joined.descriptor;
         let expected = Expected {
             name: &self.name,
             pool_id: descriptor.pool_id(),
             epoch: descriptor.epoch(),
             suite: descriptor.suite().number(),
         };
-        let key = descriptor
-            .accept(&self.keys.0, &expected, chain, before.as_ref())
-            .map_err(|error| self.explain(unfit(&error), joined.restored_ms))?;
-        if let Some(stored) = &stored {
+        let accept = |before: Option<&Descriptor>| {
+            descriptor.accept(&self.keys.0, &expected, &joined.chain, before)
+        };
+        // Another process of the app may have accepted a newer one, and the file may be gone.
+        if let Some(open) = &*lock(&self.open)
+            && let Err(error) = accept(Some(open.epochs.current().descriptor()))
+        {
+            return Ok(Err(error));
+        }
+        let stored = DescriptorFile::of(self).map_or(Ok(None), |stored| stored.read());
+        Ok(accept(stored?.as_ref()))
+    }
+
+    /// Uses a descriptor that was accepted. Each connection is a new session.
+    pub(crate) fn joined(
+        &self,
+        app_id: &str,
+        joined: &Joined,
+        accepted: Accepted,
+    ) -> Result<(), Error> {
+        let Joined {
+            descriptor, chain, ..
+        } = joined;
+        let key = accepted.map_err(|error| self.explain(unfit(&error), joined.restored_ms))?;
+        if let Some(stored) = DescriptorFile::of(self) {
             stored.write(descriptor);
         }
         let mut open = lock(&self.open);
@@ -196,6 +243,8 @@ impl SealedPool {
         let again = Descriptor::parse(descriptor.as_bytes()).map_err(|error| unfit(&error))?;
         let sender = Sender::new(app_id, random()?);
         let finished = Finished::of(self, app_id).map(Arc::new);
+        let awaited = || AwaitedCalls::of(self, app_id).map(Arc::new);
+        self.awaited.get_or_init(awaited);
         let receiver = open.take().map(|open| open.receiver);
         let receiver = receiver.unwrap_or_else(|| {
             let mut receiver = Receiver::new(app_id, joined.at_ms);
@@ -216,6 +265,7 @@ impl SealedPool {
             sender,
             receiver,
             finished,
+            is_member: true,
         });
         Ok(())
     }
@@ -244,8 +294,8 @@ impl SealedPool {
         new: &Keys,
         is_history_cut: bool,
     ) -> Result<String, Error> {
-        let open = lock(&self.open);
-        let open = open.as_ref().ok_or_else(|| self.not_open())?;
+        let mut open = lock(&self.open);
+        let open = Open::of_member(&mut open).ok_or_else(|| self.not_open())?;
         let (old, new) = (&self.keys.0, &new.0);
         let removes_writer = old.token(Kind::Seal) != new.token(Kind::Seal);
         let to = NewEpoch {
@@ -272,14 +322,14 @@ impl SealedPool {
     /// The pool has another epoch. Members that must prove it again no longer have its keys.
     pub(crate) fn rotated(&self, event: &Value) {
         let mut open = lock(&self.open);
+        let Some(current) = open.as_mut() else { return };
         let bytes = event["descriptor"].as_str();
         let bytes = bytes.and_then(|bytes| text::decode_within(bytes, 4096));
         let next = bytes.and_then(|bytes| Descriptor::parse(&bytes).ok());
         let Some(next) = next.filter(|_| event["member"] == true) else {
-            *open = None;
+            current.is_member = false;
             return;
         };
-        let Some(current) = open.as_mut() else { return };
         let expected = Expected {
             name: &self.name,
             pool_id: next.pool_id(),
@@ -294,7 +344,7 @@ impl SealedPool {
                 }
                 current.epochs.advance(next, key, now_ms());
             }
-            _ => *open = None,
+            _ => current.is_member = false,
         }
     }
 
@@ -328,7 +378,7 @@ impl SealedPool {
     ///
     /// # Errors
     /// `stale_epoch` without the keys of the epoch; `forbidden` if the key to read is missing, or
-    /// it is privileged and the key to sign it is; `too_large`, `overloaded`.
+    /// it is privileged and the key to sign it is; `too_large`, `overloaded`, `storage`.
     pub(crate) fn seal(
         self: &Arc<Self>,
         unsealed: &Unsealed<'_>,
@@ -337,8 +387,8 @@ impl SealedPool {
             true => Some(self.seal_key().ok_or_else(|| self.no_seal())?),
             false => None,
         };
-        let mut open = lock(&self.open);
-        let open = open.as_mut().ok_or_else(|| self.not_open())?;
+        let mut guard = lock(&self.open);
+        let open = Open::of_member(&mut guard).ok_or_else(|| self.not_open())?;
         let (msg_id, nonce) = id_and_nonce()?;
         let out = Outgoing {
             act: unsealed.act,
@@ -363,12 +413,65 @@ impl SealedPool {
             signed: seal.is_some(),
             items: 0,
         };
+        let stored = unsealed.parked_as.zip(self.awaited());
+        let to_store = stored.is_some().then(|| waiting.clone());
+        let mut call = self.awaiting(open, msg_id, waiting)?;
+        drop(guard);
+        if let Some(((id, awaited), waiting)) = stored.zip(to_store) {
+            awaited.add(id, &msg_id, &waiting)?;
+            call.stored = Some((awaited, id.into()));
+        }
+        Ok((sealed, Some(call)))
+    }
+
+    fn awaited(&self) -> Option<Arc<AwaitedCalls>> {
+        self.awaited.get().cloned().flatten()
+    }
+
+    /// Starts to await the answer to a call.
+    fn awaiting(
+        self: &Arc<Self>,
+        open: &mut Open,
+        msg_id: Id,
+        waiting: PendingCall,
+    ) -> Result<SealedCall, Error> {
         if !open.receiver.wait(msg_id, waiting) {
             let text = format!("too many calls wait for answers in pool '{}'", self.name);
-            return Err(Error::new(Code::Overloaded, text));
+            return Err(Error::new(Code::Overloaded, text).with_ran(Ran::No));
         }
-        let pool = Arc::clone(self);
-        Ok((sealed, Some(SealedCall { pool, msg_id })))
+        Ok(SealedCall {
+            pool: Arc::clone(self),
+            msg_id,
+            stored: None,
+            is_left: AtomicBool::new(false),
+        })
+    }
+
+    /// Opens the answer to a parked call for which nobody here waits, if the app has parked a call
+    /// with this id in the pool.
+    pub(crate) fn open_late(
+        self: &Arc<Self>,
+        id: &str,
+        answer: &Result<Reply, Error>,
+    ) -> Option<Result<Reply, Error>> {
+        let awaited = self.awaited()?;
+        let mut last = None;
+        for (msg_id, waiting) in awaited.find(id) {
+            let call = match Open::of_member(&mut lock(&self.open)) {
+                Some(open) => self.awaiting(open, msg_id, waiting),
+                None => Err(self.not_open().with_ran(Ran::Unknown)),
+            };
+            let opened = call.and_then(|mut call| {
+                call.stored = Some((Arc::clone(&awaited), id.into()));
+                call.open_reply(answer.clone())
+            });
+            let is_its = !matches!(&opened, Err(error) if error.kind() == Code::Integrity);
+            last = Some(opened);
+            if is_its {
+                break;
+            }
+        }
+        last
     }
 
     /// Opens a call or an emit. One that cannot be opened is dropped and counted, because no member
@@ -420,7 +523,7 @@ impl SealedPool {
         let mut is_unprivileged = false;
         let received = {
             let mut open = lock(&self.open);
-            let open = open.as_mut()?;
+            let open = Open::of_member(&mut open)?;
             let mut receive = |incoming: &Incoming<'_>| {
                 open.receiver
                     .receive(&open.epochs, incoming, &sealed, now_ms())
@@ -459,6 +562,29 @@ impl SealedPool {
 }
 
 impl SealedCall {
+    /// The answer may reach a later process of the app.
+    pub(crate) fn leave(&self) {
+        self.is_left.store(true, Ordering::Relaxed);
+    }
+
+    /// Opens the end of the call. What does not verify does not end the wait for an answer that
+    /// does, and neither does the end of a connection.
+    pub(crate) fn open_reply(&self, reply: Result<Reply, Error>) -> Result<Reply, Error> {
+        let opened = match reply {
+            Ok(mut reply) => self.open("ok", &reply.payload).map(|answer| {
+                (reply.payload, reply.headers) = (answer.payload, answer.headers);
+                reply
+            }),
+            Err(error) => Err(self.open_error(error)),
+        };
+        if let Err(error) = &opened
+            && let Code::Disconnected | Code::Integrity | Code::StaleEpoch = error.kind()
+        {
+            self.leave();
+        }
+        opened
+    }
+
     /// Opens an answer or an item, depending on the frame's `status`.
     pub(crate) fn open(&self, status: &str, payload: &Payload) -> Result<PlainAnswer, Error> {
         let wrong = |why: &dyn std::fmt::Display| {
@@ -470,8 +596,7 @@ impl SealedCall {
         };
         let sealed = envelope_of(payload).ok_or_else(|| wrong(&"it is not sealed"))?;
         let mut open = lock(&self.pool.open);
-        let open = open
-            .as_mut()
+        let open = Open::of_member(&mut open)
             .ok_or_else(|| self.pool.not_open().with_ran(Ran::Unknown))?;
         let frame = IncomingAnswer {
             call: self.msg_id,
@@ -492,7 +617,7 @@ impl SealedCall {
     }
 
     /// Opens a handler's error. An error of the server is not sealed, and is marked.
-    pub(crate) fn open_error(&self, error: Error) -> Error {
+    fn open_error(&self, error: Error) -> Error {
         let sealed = error.data().filter(|_| error.code() == "sealed");
         let Some(sealed) = sealed.and_then(Value::as_str) else {
             return error.of_server_alone();
@@ -514,6 +639,11 @@ impl Drop for SealedCall {
         if let Some(open) = lock(&self.pool.open).as_mut() {
             open.receiver.forget(&self.msg_id);
         }
+        if let Some((awaited, id)) = &self.stored
+            && !self.is_left.load(Ordering::Relaxed)
+        {
+            awaited.remove(id, &self.msg_id);
+        }
     }
 }
 
@@ -533,7 +663,7 @@ impl SealedReply {
             ..AnswerMeta::default()
         };
         let mut open = lock(&self.pool.open);
-        let open = open.as_mut().ok_or_else(|| self.pool.not_open())?;
+        let open = Open::of_member(&mut open).ok_or_else(|| self.pool.not_open())?;
         let (msg_id, nonce) = id_and_nonce()?;
         let answer = Answer {
             msg_id,
@@ -648,6 +778,15 @@ fn plain_text(
     Some(Some(text))
 }
 
+/// Whether the answer to a call that nobody awaits comes from an encrypted pool.
+pub(crate) fn is_sealed(id: &str, answer: &Result<Reply, Error>) -> bool {
+    let is_envelope = match answer {
+        Ok(reply) => envelope_of(&reply.payload).is_some_and(|bytes| bytes.starts_with(b"LZEV")),
+        Err(error) => error.code() == "sealed",
+    };
+    is_envelope || id.starts_with(SEALED_ID)
+}
+
 /// The envelope of a payload, which is sent as bytes or as text.
 fn envelope_of(payload: &Payload) -> Option<Vec<u8>> {
     match payload {
@@ -668,151 +807,6 @@ fn payload_of(opened: &Opened) -> Payload {
     }
 }
 
-/// The file with the ids of the calls that an app finished, until they expire: a call runs once,
-/// even if the server delivers it again after the app's restart. An entry has [`FINISHED_BYTES`]:
-/// the id, and the time of expiry in Unix milliseconds, big-endian.
-struct Finished(PathBuf);
-
-const FINISHED_BYTES: usize = 24;
-
-/// A larger file is rewritten without the expired entries.
-const FINISHED_FILE_BYTES_MAX: u64 = 2 * (DEFERRED_MAX * FINISHED_BYTES) as u64;
-
-impl Finished {
-    fn of(pool: &SealedPool, app_id: &str) -> Option<Finished> {
-        let DescriptorFile(path) = DescriptorFile::of(pool)?;
-        let name = format!("{}@{app_id}", path.file_name()?.to_str()?);
-        Some(Finished(path.with_file_name(name)))
-    }
-
-    /// The newest entries that have not expired. A crash may leave half an entry at the end.
-    fn read(&self) -> Vec<(Id, u64)> {
-        let mut bytes = Vec::new();
-        let file = std::fs::File::open(&self.0);
-        let read = file.and_then(|file| {
-            let most = FINISHED_FILE_BYTES_MAX + FINISHED_BYTES as u64;
-            file.take(most).read_to_end(&mut bytes)
-        });
-        if read.is_err() {
-            return Vec::new();
-        }
-        let now = now_ms();
-        let (entries, _) = bytes.as_chunks::<FINISHED_BYTES>();
-        let mut known = Vec::new();
-        for entry in entries.iter().rev() {
-            let (id, expires_ms) = entry.split_at(16);
-            let id: Id = id.try_into().expect("sixteen bytes");
-            let expires_ms = u64::from_be_bytes(expires_ms.try_into().expect("eight bytes"));
-            if expires_ms >= now && known.len() < DEFERRED_MAX {
-                known.push((id, expires_ms));
-            }
-        }
-        known
-    }
-
-    /// Adds a call. If it cannot be stored, the call may run once more after a restart.
-    fn add(&self, call: (Id, u64)) {
-        let appended = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(&self.0)
-            .and_then(|mut file| {
-                file.write_all(&Self::entry(&call))?;
-                file.metadata()
-            });
-        if appended.is_ok_and(|file| file.len() > FINISHED_FILE_BYTES_MAX) {
-            let known = self.read();
-            let entries = known.iter().rev().flat_map(Self::entry);
-            replace(&self.0, &entries.collect::<Vec<u8>>());
-        }
-    }
-
-    fn entry((id, expires_ms): &(Id, u64)) -> [u8; FINISHED_BYTES] {
-        let mut entry = [0; FINISHED_BYTES];
-        entry[..16].copy_from_slice(id);
-        entry[16..].copy_from_slice(&expires_ms.to_be_bytes());
-        entry
-    }
-}
-
-/// Creates the directory of a file. Names of files in it are those of encrypted pools, which not
-/// every user may know.
-fn make_directory_of(path: &Path) -> std::io::Result<()> {
-    path.parent().map_or(Ok(()), |directory| {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-    })
-}
-
-/// Writes a whole file, which is private, or leaves it unchanged.
-fn replace(path: &Path, bytes: &[u8]) {
-    let beside = PathBuf::from(format!("{}.{}.new", path.display(), std::process::id()));
-    let written = make_directory_of(path)
-        .and_then(|()| {
-            std::fs::OpenOptions::new()
-                .create(true)
-                .write(true)
-                .truncate(true)
-                .mode(0o600)
-                .open(&beside)
-        })
-        .and_then(|mut file| file.write_all(bytes))
-        .and_then(|()| std::fs::rename(&beside, path));
-    if written.is_err() {
-        let _ = std::fs::remove_file(&beside);
-    }
-}
-
-/// The store of the newest accepted descriptor of each pool, by its pin and name. With it a client
-/// detects that a pool was replaced by another one, or by an older state.
-pub(crate) struct DescriptorFile(PathBuf);
-
-impl DescriptorFile {
-    pub(crate) fn of(pool: &SealedPool) -> Option<DescriptorFile> {
-        let pin = pool.keys.0.pin()?;
-        let directory = pool.state_dir.as_ref()?;
-        Some(DescriptorFile(directory.join(Self::file(&pin, &pool.name))))
-    }
-
-    fn file(pin: &[u8; 16], pool: &str) -> String {
-        format!("{}-{pool}", text::encode(pin))
-    }
-
-    fn directory() -> Option<PathBuf> {
-        let absolute = |name| {
-            let path = std::env::var_os(name).map(PathBuf::from);
-            path.filter(|path| path.is_absolute())
-        };
-        let state = absolute("XDG_STATE_HOME");
-        let state = state.or_else(|| Some(absolute("HOME")?.join(".local/state")))?;
-        Some(state.join("latzero/pools"))
-    }
-
-    /// Deletes it; returns whether there was anything.
-    pub(crate) fn forget(&self) -> std::io::Result<bool> {
-        match std::fs::remove_file(&self.0) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
-    fn read(&self) -> Option<Descriptor> {
-        Descriptor::parse(&std::fs::read(&self.0).ok()?).ok()
-    }
-
-    /// If it cannot be stored, a later process trusts the first descriptor that it gets.
-    fn write(&self, descriptor: &Descriptor) {
-        if std::fs::read(&self.0).is_ok_and(|bytes| bytes == descriptor.as_bytes()) {
-            return;
-        }
-        replace(&self.0, descriptor.as_bytes());
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use latzero_crypto::descriptor::NewPool;
@@ -820,32 +814,12 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn finished_calls_are_kept_until_they_expire_and_the_file_stays_small() {
-        let directory = tempfile::tempdir().unwrap();
-        let kept = Finished(directory.path().join("pin-pool@app"));
-        assert_eq!(kept.read(), []);
-        let later = now_ms() + 1_000_000;
-        kept.add(([1; 16], later));
-        kept.add(([2; 16], 1));
-        kept.add(([3; 16], later));
-        assert_eq!(kept.read(), [([3; 16], later), ([1; 16], later)]);
-        // A crash in the middle of an entry loses no other.
-        let mut bytes = std::fs::read(&kept.0).unwrap();
-        bytes.extend_from_slice(&[9; 5]);
-        std::fs::write(&kept.0, &bytes).unwrap();
-        assert_eq!(kept.read().len(), 2);
-        // What has expired goes when the file is large.
-        let old = Finished::entry(&([4; 16], 1));
-        let entries = FINISHED_FILE_BYTES_MAX as usize / FINISHED_BYTES;
-        std::fs::write(&kept.0, old.repeat(entries)).unwrap();
-        kept.add(([5; 16], later));
-        assert_eq!(kept.read(), [([5; 16], later)]);
-        assert_eq!(std::fs::read(&kept.0).unwrap().len(), FINISHED_BYTES);
-    }
-
     /// The same pool for two apps.
     fn pools() -> [Arc<SealedPool>; 2] {
+        pools_in(tempfile::tempdir().unwrap().path())
+    }
+
+    fn pools_in(directory: &Path) -> [Arc<SealedPool>; 2] {
         let set = KeySet::new_pool(NewKeys {
             sigil: Secret::new([1; 32]),
             shard: Secret::new([2; 32]),
@@ -862,9 +836,8 @@ mod tests {
         };
         let descriptor = Descriptor::create(&set, &new).unwrap();
         let keys = Keys(Arc::new(set));
-        let directory = tempfile::tempdir().unwrap();
         ["caller", "worker"].map(|app| {
-            let state_dir = Some(directory.path().to_owned());
+            let state_dir = Some(directory.to_owned());
             let pool = SealedPool::new("vault", keys.clone(), state_dir);
             let joined = Joined {
                 descriptor: Descriptor::parse(descriptor.as_bytes()).unwrap(),
@@ -872,9 +845,41 @@ mod tests {
                 at_ms: now_ms(),
                 restored_ms: None,
             };
-            pool.joined(app, &joined).unwrap();
+            pool.joined(app, &joined, pool.accept(&joined).unwrap())
+                .unwrap();
             Arc::new(pool)
         })
+    }
+
+    /// The file is for later processes: this one refuses an older state without it, too.
+    #[test]
+    fn an_older_state_is_refused_without_a_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let [pool, _] = pools_in(directory.path());
+        let state = |descriptor: &Descriptor| Joined {
+            descriptor: Descriptor::parse(descriptor.as_bytes()).unwrap(),
+            chain: Vec::new(),
+            at_ms: now_ms(),
+            restored_ms: None,
+        };
+        let current = |pool: &SealedPool| {
+            let bytes =
+                pool.with_epochs(|epochs| epochs.current().descriptor().as_bytes().to_vec());
+            state(&Descriptor::parse(&bytes.unwrap()).unwrap())
+        };
+        let first = current(&pool);
+        let next = pool.next_descriptor(&pool.keys, false).unwrap();
+        pool.rotated(&serde_json::json!({"member": true, "descriptor": next}));
+        let second = current(&pool);
+        assert_eq!(second.descriptor.epoch(), 2);
+        std::fs::remove_dir_all(directory.path()).unwrap();
+        assert_eq!(pool.accept(&second).unwrap().err(), None);
+        let refused = pool.accept(&first).unwrap().err();
+        assert_eq!(refused, Some(DescriptorError::Rollback("is older")));
+        let ended = serde_json::json!({"member": false});
+        pool.rotated(&ended);
+        let refused = pool.accept(&first).unwrap().err();
+        assert_eq!(refused, Some(DescriptorError::Rollback("is older")));
     }
 
     fn call<'a>(body: Body<'a>, headers: &Value) -> Unsealed<'a> {
@@ -889,6 +894,7 @@ mod tests {
             },
             body,
             is_privileged: false,
+            parked_as: None,
         }
     }
 
@@ -961,5 +967,60 @@ mod tests {
         );
         let answer = call.unwrap().open("ok", &Payload::Bytes(answer)).unwrap();
         assert!(matches!(answer.payload, Payload::Json(json) if json == "42"));
+    }
+
+    #[test]
+    fn an_answer_is_opened_by_a_later_process_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let [caller, worker] = pools_in(directory.path());
+        let parked = |id: &'static str| Unsealed {
+            act: Act::DeferredCall,
+            parked_as: Some(id),
+            ..call(Body::Empty, &Value::Null)
+        };
+        let answer_to = |sealed: &[u8], data: &str| {
+            let json = r#"{"action":"trigger","process":"echo","origin":{"app_id":"caller"}}"#;
+            let frame = latzero_protocol::Frame {
+                json: json.as_bytes(),
+                attachment: Some(sealed),
+            };
+            let envelope = Envelope::parse(frame).unwrap().unwrap();
+            let plain = worker.open(Action::Trigger, false, &envelope).unwrap();
+            let answer = plain.reply.seal("ok", &Payload::Json(data.into())).unwrap();
+            Ok(Reply {
+                payload: Payload::Bytes(answer),
+                headers: None,
+                beside: None,
+                epoch: 0,
+            })
+        };
+        let (first, call) = caller.seal(&parked("a")).unwrap();
+        call.unwrap().leave();
+        let (second, call) = caller.seal(&parked("b")).unwrap();
+        call.unwrap().leave();
+        // The server refuses a second call with an id in use.
+        drop(caller.seal(&parked("a")).unwrap());
+        let (first, second) = (answer_to(&first, "1"), answer_to(&second, "2"));
+        drop(caller);
+        let [later, _] = pools_in(directory.path());
+        let error = |opened: Option<Result<Reply, Error>>| opened.unwrap().unwrap_err().kind();
+        // Neither another call's answer nor a forged one ends the wait.
+        assert_eq!(error(later.open_late("a", &second)), Code::Integrity);
+        let forged = Payload::Json("1".into());
+        let forged = first.clone().map(|reply| Reply {
+            payload: forged,
+            ..reply
+        });
+        assert_eq!(error(later.open_late("a", &forged)), Code::Integrity);
+        let opened = later.open_late("a", &first).unwrap().unwrap();
+        assert!(matches!(opened.payload, Payload::Json(json) if json == "1"));
+        assert!(later.open_late("a", &first).is_none());
+        assert!(is_sealed("a", &first) && is_sealed("sealed.x", &forged));
+        assert!(!is_sealed("a", &forged));
+        // What the server says by itself ends the wait too, and is marked.
+        let timeout = Err(Error::new(Code::Timeout, "too late"));
+        let ended = later.open_late("b", &timeout).unwrap().unwrap_err();
+        assert!(!ended.is_authenticated());
+        assert!(later.open_late("b", &second).is_none());
     }
 }

@@ -103,7 +103,7 @@ impl SealedAs {
 
 impl SealedBlock {
     pub(super) fn new(core: &Core, pool: &str, name: &str, size: u64, said: SealedAs) -> Self {
-        let pool = core.sealed_pool(Some(pool));
+        let pool = core.sealed_pool(pool);
         SealedBlock {
             pool: Arc::clone(pool.expect("`check` found it")),
             name: name.to_owned(),
@@ -219,7 +219,7 @@ enum Oldest {
 /// Checks that the server describes a block as the pool's suite requires; otherwise the server
 /// could see what is written.
 pub(super) fn check(core: &Core, pool: &str, said: Option<&SealedAs>) -> Result<(), Error> {
-    let suite = match core.sealed_pool(Some(pool)) {
+    let suite = match core.sealed_pool(pool) {
         Some(pool) => pool.with_epochs(|epochs| Some(epochs.current().descriptor().suite()))?,
         None => None,
     };

@@ -90,13 +90,16 @@ pub(super) struct LockState {
     pub(super) epoch: u32,
 }
 
+/// The pool and the name of the block that was asked for.
+type Asked<'a> = (Option<&'a str>, &'a str);
+
 impl Current {
     /// Takes a description with its descriptor.
-    pub(super) fn of_reply(core: &Core, reply: Reply) -> Result<Current, Error> {
+    pub(super) fn of_reply(core: &Core, reply: Reply, asked: Asked<'_>) -> Result<Current, Error> {
         let epoch = reply.epoch;
         let descriptor = reply.take_descriptors().into_iter().next();
         let value: Value = reply.into()?;
-        Current::new(core, &value, descriptor, epoch)
+        Current::new(core, &value, descriptor, epoch, asked)
     }
 
     /// Takes a description, and the descriptor that came with it.
@@ -105,8 +108,14 @@ impl Current {
         value: &Value,
         descriptor: Option<OwnedFd>,
         epoch: u32,
+        (pool, id): Asked<'_>,
     ) -> Result<Current, Error> {
         let described = Described::of(value).ok_or_else(super::unreadable)?;
+        // Under another name, what is written to an encrypted pool would be readable.
+        if pool.is_some_and(|pool| pool != described.pool) || id != described.id {
+            let text = format!("the server describes another block than '{id}'");
+            return Err(Error::new(Code::Integrity, text));
+        }
         sealed::check(core, &described.pool, described.sealed.as_ref())?;
         let size = described.sealed.map_or(described.size, SealedAs::capacity);
         let memory = match (&descriptor, described.kind) {
@@ -347,7 +356,8 @@ impl BlockState {
         let more = json!({"mode": access.as_str()});
         let message = self.message("memory_attach", &more);
         let reply = Calling::of_message(app, message, Ok).await?;
-        self.check_same(Current::of_reply(app.core(), reply)?)
+        let asked = (Some(&*self.pool), &*self.id);
+        self.check_same(Current::of_reply(app.core(), reply, asked)?)
     }
 
     /// Offers the server its memory, if the server restarted and expects it.
