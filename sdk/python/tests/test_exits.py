@@ -1,5 +1,5 @@
 """The end of a process with everything open, in every way and many times: it is clean, and does not
-hang. `LATZERO_EXITS=100 pytest tests/test_exits.py` looks longer."""
+hang. `EXITS=100 pytest tests/test_exits.py` looks longer."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-TIMES = int(os.environ.get("LATZERO_EXITS", "6"))
+TIMES = int(os.environ.get("EXITS", "6"))
 AT_ONCE = 6
 
 BLOCKING = """
