@@ -33,14 +33,14 @@ pub(crate) enum Kind {
     /// It runs on the thread that read the call.
     Blocking(Box<dyn Fn(Request) -> Outcome + Send + Sync>),
     /// It takes the call, which is answered later.
-    Detached(Box<dyn Fn(Unanswered) + Send + Sync>, Arc<Emits>),
+    Detached(Box<dyn Fn(Unanswered) + Send + Sync>),
 }
 
-/// How many emits a handler that answers later may have waiting or be at. Beyond that the newest
-/// are dropped and counted: unlike calls, no server limits how many are under way.
-const EMITS_MAX: u64 = 1024;
+/// How many emits a handler may have waiting or be at. Beyond that the newest are dropped and
+/// counted: unlike calls, no server limits how many are under way.
+pub(crate) const EMITS_MAX: u64 = 1024;
 
-/// What a handler that answers later has of emits.
+/// The emits that a handler has.
 #[derive(Debug, Default)]
 pub(crate) struct Emits {
     open: AtomicU64,
@@ -59,7 +59,7 @@ impl Drop for OpenEmit {
 
 impl Emits {
     /// Takes an emit; returns how many were dropped just before it. `None` if it is dropped too.
-    fn take(self: &Arc<Self>) -> Option<(OpenEmit, u64)> {
+    pub(crate) fn take(self: &Arc<Self>) -> Option<(OpenEmit, u64)> {
         let before = self.open.fetch_add(1, Ordering::Relaxed);
         let open = OpenEmit(self.clone());
         if before >= EMITS_MAX {
@@ -117,6 +117,7 @@ pub(crate) struct Entry {
     pub(crate) name: Box<str>,
     pub(crate) spec: Spec,
     pub(crate) kind: Kind,
+    pub(crate) emits: Arc<Emits>,
     /// Whether its last run took long. A handler that has not run yet counts as slow, because it
     /// may block forever.
     pub(crate) is_slow: AtomicBool,
@@ -124,8 +125,8 @@ pub(crate) struct Entry {
 
 /// Something for the driver to run.
 pub(crate) enum HandlerJob {
-    /// A call that just arrived.
-    Start(Arc<Entry>, Request),
+    /// A call or an emit that just arrived.
+    Start(Arc<Entry>, Request, Option<OpenEmit>),
     /// A handler's future that can continue.
     Poll(Arc<Task>),
 }
@@ -134,7 +135,7 @@ impl HandlerJob {
     /// Whether it may block its thread for long.
     pub(crate) fn may_be_slow(&self) -> bool {
         match self {
-            HandlerJob::Start(entry, _) => {
+            HandlerJob::Start(entry, ..) => {
                 matches!(entry.kind, Kind::Blocking(_)) && entry.is_slow.load(Ordering::Relaxed)
             }
             HandlerJob::Poll(_) => false,
@@ -143,12 +144,12 @@ impl HandlerJob {
 
     /// Whether it only takes a call, to be answered later.
     pub(crate) fn is_detached(&self) -> bool {
-        matches!(self, HandlerJob::Start(entry, _) if matches!(entry.kind, Kind::Detached(..)))
+        matches!(self, HandlerJob::Start(entry, ..) if matches!(entry.kind, Kind::Detached(_)))
     }
 
     /// Whether it is the start of call `id`.
     pub(crate) fn is_start_of(&self, id: &str) -> bool {
-        matches!(self, HandlerJob::Start(_, request) if request.ticket.id() == Some(id))
+        matches!(self, HandlerJob::Start(_, request, _) if request.ticket.id() == Some(id))
     }
 }
 
@@ -449,7 +450,7 @@ pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instan
             task.run(core);
             started
         }
-        HandlerJob::Start(entry, mut request) => match &entry.kind {
+        HandlerJob::Start(entry, request, open) => match &entry.kind {
             Kind::Blocking(handler) => {
                 let ticket = request.ticket.clone();
                 core.handlers.begin_blocking(&ticket);
@@ -462,15 +463,7 @@ pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instan
                 core.handlers.finish(&ticket);
                 ended
             }
-            Kind::Detached(handler, emits) => {
-                let mut open = None;
-                if request.is_emit() {
-                    let Some((taken, lost)) = emits.take() else {
-                        core.lost_ever.fetch_add(1, Ordering::Relaxed);
-                        return started;
-                    };
-                    (open, request.lost) = (Some(taken), lost);
-                }
+            Kind::Detached(handler) => {
                 core.handlers.begin(&request.ticket);
                 let unanswered = Unanswered::new(request, open);
                 // Dropped by a panic, it says so.
@@ -486,7 +479,16 @@ pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instan
                     core.handlers.begin(&ticket);
                 }
                 match catch_unwind(AssertUnwindSafe(|| handler(request))) {
-                    Ok(future) => Task::start(core, ticket, future, is_noted),
+                    Ok(future) => {
+                        let future: Running = match open {
+                            None => future,
+                            Some(open) => Box::pin(async move {
+                                let _open = open;
+                                future.await
+                            }),
+                        };
+                        Task::start(core, ticket, future, is_noted);
+                    }
                     Err(_) => {
                         request::answer(core, &ticket, panicked());
                         core.handlers.finish(&ticket);
