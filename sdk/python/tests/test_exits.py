@@ -75,7 +75,9 @@ if way not in ("interrupted wait", "handler"):
 if way == "exception":
     raise RuntimeError("the end")
 elif way == "interrupt":
-    time.sleep(60)
+    # Python looks for a signal that comes just before a sleep only after it.
+    while True:
+        time.sleep(0.1)
 elif way != "normal":
     try:
         app.wait()
@@ -137,7 +139,8 @@ async def main():
     if way == "exception":
         raise RuntimeError("the end")
     elif way == "interrupt":
-        await asyncio.sleep(60)
+        while True:
+            await asyncio.sleep(0.1)
     elif way == "interrupted wait":
         await app.wait()
     elif way == "handler":

@@ -351,6 +351,28 @@ raise SystemExit(3)
     assert (ran.returncode, ran.stderr) == (3, "")
 
 
+def test_an_async_handler_that_never_ends_does_not_hold_up_the_end(latzero_server):
+    script = """
+import asyncio, latzero, sys, threading
+app = latzero.connect(sys.argv[1], transient=True)
+inside = threading.Event()
+@app.serve
+async def stubborn():
+    while True:
+        inside.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            pass
+call = app.submit("stubborn", to=app.app_id)
+inside.wait()
+sys.exit(3)
+"""
+    url = latzero_server.url("stubborn")
+    ran = subprocess.run([sys.executable, "-c", script, url], timeout=60, capture_output=True)
+    assert (ran.returncode, ran.stderr) == (3, b"")
+
+
 @pytest.mark.parametrize("work", ["request.progress(1)", "time.sleep(0.001)"])
 def test_a_handler_that_never_ends_does_not_crash_the_end(latzero_server, work):
     script = f"""

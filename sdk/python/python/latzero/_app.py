@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 _MISSING: Any = object()
 _NONE_OF_THEM = (None,) * 7
 _NO_OPTIONS: dict[str, Any] = {}
-# How long the end of the process waits for running handlers.
+# How long `App.close` and the end of the process wait for running handlers.
+_CLOSE_SECONDS = 5.0
 _END_SECONDS = 1.0
 # How often `App.wait` checks whether the app has ended.
 _WAIT_SECONDS = 0.1
@@ -737,7 +738,7 @@ class App:
                     self._connection.close(within)
             finally:
                 if self._loop is not None:
-                    self._loop.close()
+                    self._loop.close(_CLOSE_SECONDS if within is None else within)
 
     def __enter__(self) -> App:
         return self

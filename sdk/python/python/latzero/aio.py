@@ -218,11 +218,11 @@ class LoopThread:
             self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self._loop.close()
 
-    def close(self) -> None:
-        """Ends the loop and everything that runs on it."""
+    def close(self, within: float) -> None:
+        """Ends the loop and everything that runs on it; waits for that for so many seconds."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(within)
 
 
 async def _iterate(
