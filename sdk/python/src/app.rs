@@ -70,7 +70,7 @@ fn builder(
     let meta = codec::take(options, "meta")?;
     if !meta.is_none() {
         let json = codec::write_json(&meta)?;
-        let meta = serde_json::from_str(json.get());
+        let meta = serde_json::from_str(&json);
         builder = builder.meta(meta.map_err(|e| errors::bad_request(py, &e.to_string()))?);
     }
     Ok((builder, flag("tracebacks")?))
@@ -134,7 +134,7 @@ fn json(options: &Bound<'_, PyDict>, name: &str) -> PyResult<Option<Value>> {
         return Ok(None);
     }
     let text = codec::write_json(&object)?;
-    let value = serde_json::from_str(text.get());
+    let value = serde_json::from_str(&text);
     value
         .map(Some)
         .map_err(|e| PyValueError::new_err(format!("{name}: {e}")))
@@ -207,6 +207,11 @@ impl PyApp {
             call = call.redeliver();
             // An earlier handler may run on after another one has answered.
             drop(std::mem::take(&mut shares));
+        }
+        if let Some(attempts) = options.get_item("attempts")?
+            && !attempts.is_none()
+        {
+            call = call.attempts(attempts.extract()?);
         }
         if let Some(id) = text(options, "id")? {
             call = call.id(&id);
@@ -512,7 +517,7 @@ impl PyApp {
 
     fn request(&self, py: Python<'_>, message: &Bound<'_, PyAny>) -> PyResult<Op> {
         let json = codec::write_json(message)?;
-        let message: Result<Value, _> = serde_json::from_str(json.get());
+        let message: Result<Value, _> = serde_json::from_str(&json);
         let message = message.map_err(|e| errors::bad_request(py, &e.to_string()))?;
         let app = self.app.clone();
         let ask = async move { app.request(&message).await };
