@@ -504,6 +504,11 @@ class App {
     return this.request({ action: 'pool_list' })
   }
 
+  async trigger (pool, name) {
+    const info = await this.request({ action: 'pool_info', pool, trigger: name })
+    return info.triggers[0] ?? null
+  }
+
   async request (message) {
     const json = encode(message, this.#connection.strict)
     if (typeof json !== 'string') throw badRequest('a request is an object')

@@ -8,12 +8,31 @@ TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Generic as Generic, TypeVar
+    from typing import Any, Generic as Generic, TypedDict, TypeVar, overload as overload
 
     F = TypeVar("F", bound=Callable[..., Any])
     T = TypeVar("T")
+
+    class ServeOptions(TypedDict, total=False):
+        """The options of `App.serve`."""
+
+        pools: list[str] | None
+        strategy: str
+        concurrency: int | None
+        doc: str | None
+        schema: dict[str, Any] | bool
+        privileged: bool
+
+    class AioServeOptions(ServeOptions, total=False):
+        """Those of asyncio."""
+
+        inline: bool
 else:
     F = T = None
+
+    def overload(function):
+        """Says nothing at run time."""
+        return function
 
     class Generic:
         """A class that can be subscripted, as `Stream[int]` in a hint."""
