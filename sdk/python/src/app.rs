@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use latzero::{
-    App, Call, Calling, Code, Data, Driver, Emit, Parked, Reply, SCHEMA_BYTES_MAX, Strategy,
+    App, Call, Calling, Code, Data, Driver, Emit, InstanceId, Parked, Reply, SCHEMA_BYTES_MAX, Strategy,
 };
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -93,8 +93,13 @@ pub(crate) fn connect(py: Python<'_>, url: &str, options: &Bound<'_, PyDict>) ->
 /// Sets the options that calls and emits have in common.
 macro_rules! address {
     ($sending:ident, $options:ident) => {
-        if let Some(to) = text($options, "to")? {
-            $sending = $sending.to(&to);
+        if let Some(to) = $options.get_item("to")?
+            && !to.is_none()
+        {
+            $sending = match to.extract::<(String, String)>() {
+                Ok((app_id, instance)) => $sending.to_instance(&app_id, instance_id(&instance)?),
+                Err(_) => $sending.to(&to.extract::<String>()?),
+            };
         }
         if let Some(pool) = text($options, "pool")? {
             $sending = $sending.pool(&pool);
@@ -114,6 +119,11 @@ macro_rules! address {
             $sending = $sending.privileged();
         }
     };
+}
+
+fn instance_id(text: &str) -> PyResult<InstanceId> {
+    InstanceId::parse(text)
+        .ok_or_else(|| PyValueError::new_err(format!("'{text}' is no id of an instance")))
 }
 
 fn flag(options: &Bound<'_, PyDict>, name: &str) -> PyResult<bool> {

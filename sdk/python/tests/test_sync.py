@@ -352,6 +352,21 @@ def test_parked_calls(pair):
     assert (answer.id, answer.result(), answer.lost) == ("order-1", 2, 0)
 
 
+def test_a_call_goes_to_one_instance(latzero_server):
+    url = latzero_server.url("twice")
+    with latzero.connect(url) as one, latzero.connect(url) as other:
+
+        def which(request: latzero.Request):
+            return request.app.instance
+
+        for app in (one, other):
+            app.serve("which", which)
+        for app in (one, other, one):
+            assert other.call("which", to=(app.app_id, app.instance)) == app.instance
+        with pytest.raises(ValueError, match="no id of an instance"):
+            one.call("which", to=("twice", "nobody"))
+
+
 def test_presence_is_watched(latzero_server, pair):
     _, calls = pair
     [pool] = calls.joined

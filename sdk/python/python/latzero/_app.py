@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Any, Literal, Unpack
 
     from ._decode import Decoder, Kind
-    from ._lean import ServeOptions
+    from ._lean import Destination, ServeOptions
 
     # The pool, shape, dtype and size of a shared block.
     _ShareKey = tuple[str | None, Any, Any, int]
@@ -139,7 +139,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 def _calling(
-    timeout: float | timedelta | None, to: str | None, pool: str | None, key: str | None,
+    timeout: float | timedelta | None, to: Destination, pool: str | None, key: str | None,
     headers: dict[str, str] | None, privileged: bool = False, idempotency_key: str | None = None,
     redeliver: bool = False, attempts: int | None = None, id: str | None = None,
 ) -> dict[str, Any]:
@@ -526,7 +526,7 @@ class App:
 
     def call(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
-        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None,
         idempotency_key: str | None = None, redeliver: bool = False, attempts: int | None = None,
         privileged: bool = False, **fields: Any,
@@ -555,7 +555,7 @@ class App:
 
     def reply(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        to: Destination = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
         redeliver: bool = False, attempts: int | None = None, privileged: bool = False,
         **fields: Any,
@@ -568,7 +568,7 @@ class App:
 
     def submit(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
-        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None,
         idempotency_key: str | None = None, redeliver: bool = False, attempts: int | None = None,
         privileged: bool = False, **fields: Any,
@@ -581,7 +581,7 @@ class App:
 
     def park(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        to: Destination = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
         redeliver: bool = False, attempts: int | None = None, privileged: bool = False,
         id: str | None = None, **fields: Any,
@@ -599,7 +599,7 @@ class App:
 
     def stream(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None, window: int = 64,
-        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None, privileged: bool = False,
         **fields: Any,
     ) -> Stream[Any]:
@@ -610,7 +610,7 @@ class App:
 
     def emit(
         self, name: str, data: Any = _MISSING, /, *, one: bool = False, count: bool = False,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        to: Destination = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, privileged: bool = False, **fields: Any,
     ) -> int | None:
         """Sends an event to every handler of `name`, or to `one`. With `count` it returns how

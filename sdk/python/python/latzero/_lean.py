@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     F = TypeVar("F", bound=Callable[..., Any])
     T = TypeVar("T")
 
+    # An app, or one instance of it: its AppID and its id, as in `Request.origin`.
+    Destination = str | tuple[str, str] | None
+
     class ServeOptions(TypedDict, total=False):
         """The options of `App.serve`."""
 

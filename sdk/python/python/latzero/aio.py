@@ -31,7 +31,7 @@ from ._lean import F, Generic, T, overload
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from ._lean import AioServeOptions
+    from ._lean import AioServeOptions, Destination
 
 __all__ = ["App", "Block", "Connecting", "Parked", "Pending", "Request", "Stream", "connect"]
 
@@ -682,7 +682,7 @@ class App:
 
     async def call(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
-        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None,
         idempotency_key: str | None = None, redeliver: bool = False, attempts: int | None = None,
         privileged: bool = False, **fields: Any,
@@ -718,7 +718,7 @@ class App:
 
     async def reply(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        to: Destination = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
         redeliver: bool = False, attempts: int | None = None, privileged: bool = False,
         **fields: Any,
@@ -732,7 +732,7 @@ class App:
 
     def submit(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
-        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None,
         idempotency_key: str | None = None, redeliver: bool = False, attempts: int | None = None,
         privileged: bool = False, **fields: Any,
@@ -746,7 +746,7 @@ class App:
 
     async def park(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        to: Destination = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
         redeliver: bool = False, attempts: int | None = None, privileged: bool = False,
         id: str | None = None, **fields: Any,
@@ -765,7 +765,7 @@ class App:
 
     def stream(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None, window: int = 64,
-        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None, privileged: bool = False,
         **fields: Any,
     ) -> Stream[Any]:
@@ -776,7 +776,7 @@ class App:
 
     async def emit(
         self, name: str, data: Any = _MISSING, /, *, one: bool = False, count: bool = False,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        to: Destination = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, privileged: bool = False, **fields: Any,
     ) -> int | None:
         """Sends an event to every handler of `name`, or to `one`. With `count` it returns how
