@@ -248,7 +248,11 @@ pub(crate) fn append<T: IntoPayload + ?Sized>(
 pub fn check_json(text: &str) -> Result<(), Error> {
     scan::value(text).map_err(|e| not_sent(&e))?;
     let is_bracket = |b: &&u8| matches!(b, b'{' | b'[');
-    if text.as_bytes().iter().filter(is_bracket).count() >= JSON_DEPTH_MAX as usize {
+    let depth_max = JSON_DEPTH_MAX as usize;
+    // Brackets are closed too, so a short text needs no count.
+    let may_be_deep = text.len() >= 2 * depth_max
+        && text.as_bytes().iter().filter(is_bracket).count() >= depth_max;
+    if may_be_deep {
         // The message around it adds a level to its depth.
         scan::value(&format!("[{text}]")).map_err(|e| not_sent(&e))?;
     }
