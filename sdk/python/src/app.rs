@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use latzero::{
-    App, Call, Calling, Code, Data, Driver, Emit, InstanceId, Parked, Reply, SCHEMA_BYTES_MAX, Strategy,
+    App, Call, Calling, Code, Data, Driver, Emit, InstanceId, Parked, Reply, SCHEMA_BYTES_MAX,
+    Strategy,
 };
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};

@@ -132,8 +132,8 @@ class Peer:
     def calling(self, command: Any, *options: str) -> tuple[tuple[str, Any], dict[str, Any]]:
         """The arguments of a call."""
         names = (
-            "to", "pool", "key", "headers", "idempotency_key", "redeliver", "attempts", "privileged",
-            *options,
+            "to", "pool", "key", "headers", "idempotency_key", "redeliver", "attempts",
+            "privileged", *options,
         )
         given = {name: command[name] for name in names if name in command}
         if "timeout_ms" in command:

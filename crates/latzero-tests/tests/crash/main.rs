@@ -2,10 +2,10 @@
 //! moments and at failpoints, and restarted. Then it checks that everything acknowledged is there
 //! and that nothing else is left.
 //!
-//! `CRASH_ROUNDS` sets the number of lives of a server (50), and `CRASH_SEED` the seed; `cargo xtask
-//! crash` sets both. A seed decides what is requested and after how many steps of all clients
-//! together the server dies. The system decides how the clients' steps interleave,
-//! so a failing seed may need several tries.
+//! `CRASH_ROUNDS` sets the number of lives of a server (50), and `CRASH_SEED` the seed;
+//! `cargo xtask crash` sets both. A seed decides what is requested and after how many steps of all
+//! clients together the server dies. The system decides how the clients' steps interleave, so a
+//! failing seed may need several tries.
 
 #![allow(
     clippy::unwrap_used,
