@@ -37,8 +37,9 @@ pub(crate) enum Kind {
 }
 
 /// How many emits a handler may have waiting or be at. Beyond that the newest are dropped and
-/// counted: unlike calls, no server limits how many are under way.
-pub(crate) const EMITS_MAX: u64 = 1024;
+/// counted: unlike calls, no server limits how many are under way. While handlers that block occupy
+/// all threads, no thread of the app reads, so theirs are not counted.
+const EMITS_MAX: u64 = 1024;
 
 /// The emits that a handler has.
 #[derive(Debug, Default)]
@@ -59,7 +60,7 @@ impl Drop for OpenEmit {
 
 impl Emits {
     /// Takes an emit; returns how many were dropped just before it. `None` if it is dropped too.
-    pub(crate) fn take(self: &Arc<Self>) -> Option<(OpenEmit, u64)> {
+    fn take(self: &Arc<Self>) -> Option<(OpenEmit, u64)> {
         let before = self.open.fetch_add(1, Ordering::Relaxed);
         let open = OpenEmit(self.clone());
         if before >= EMITS_MAX {
@@ -126,7 +127,7 @@ pub(crate) struct Entry {
 /// Something for the driver to run.
 pub(crate) enum HandlerJob {
     /// A call or an emit that just arrived.
-    Start(Arc<Entry>, Request, Option<OpenEmit>),
+    Start(Arc<Entry>, Request),
     /// A handler's future that can continue.
     Poll(Arc<Task>),
 }
@@ -149,7 +150,7 @@ impl HandlerJob {
 
     /// Whether it is the start of call `id`.
     pub(crate) fn is_start_of(&self, id: &str) -> bool {
-        matches!(self, HandlerJob::Start(_, request, _) if request.ticket.id() == Some(id))
+        matches!(self, HandlerJob::Start(_, request) if request.ticket.id() == Some(id))
     }
 }
 
@@ -450,53 +451,66 @@ pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instan
             task.run(core);
             started
         }
-        HandlerJob::Start(entry, request, open) => match &entry.kind {
-            Kind::Blocking(handler) => {
-                let ticket = request.ticket.clone();
-                core.handlers.begin_blocking(&ticket);
-                let outcome = catch_unwind(AssertUnwindSafe(|| handler(request)));
-                let ended = Instant::now();
-                entry
-                    .is_slow
-                    .store(ended - started > SLOW, Ordering::Relaxed);
-                request::answer(core, &ticket, outcome.unwrap_or_else(|_| panicked()));
-                core.handlers.finish(&ticket);
-                ended
+        HandlerJob::Start(entry, request) => start(core, &entry, request, started),
+    }
+}
+
+/// Begins a call or an emit, and runs it to its end if its handler blocks.
+fn start(core: &Arc<Core>, entry: &Entry, mut request: Request, started: Instant) -> Instant {
+    let mut open = None;
+    if request.is_emit() && !matches!(entry.kind, Kind::Blocking(_)) {
+        let Some((taken, lost)) = entry.emits.take() else {
+            core.lost_ever.fetch_add(1, Ordering::Relaxed);
+            return started;
+        };
+        (open, request.lost) = (Some(taken), lost);
+    }
+    match &entry.kind {
+        Kind::Blocking(handler) => {
+            let ticket = request.ticket.clone();
+            core.handlers.begin_blocking(&ticket);
+            let outcome = catch_unwind(AssertUnwindSafe(|| handler(request)));
+            let ended = Instant::now();
+            entry
+                .is_slow
+                .store(ended - started > SLOW, Ordering::Relaxed);
+            request::answer(core, &ticket, outcome.unwrap_or_else(|_| panicked()));
+            core.handlers.finish(&ticket);
+            ended
+        }
+        Kind::Detached(handler) => {
+            core.handlers.begin(&request.ticket);
+            let unanswered = Unanswered::new(request, open);
+            // Dropped by a panic, it says so.
+            let _ = catch_unwind(AssertUnwindSafe(|| handler(unanswered)));
+            started
+        }
+        Kind::Async(handler) => {
+            let ticket = request.ticket.clone();
+            // If one task reads and runs, no message about the call can arrive before its first
+            // poll ends.
+            let is_noted = ticket.has_window() || core.driver_kind() == DriverKind::Threads;
+            if is_noted {
+                core.handlers.begin(&ticket);
             }
-            Kind::Detached(handler) => {
-                core.handlers.begin(&request.ticket);
-                let unanswered = Unanswered::new(request, open);
-                // Dropped by a panic, it says so.
-                let _ = catch_unwind(AssertUnwindSafe(|| handler(unanswered)));
-                started
-            }
-            Kind::Async(handler) => {
-                let ticket = request.ticket.clone();
-                // If one task reads and runs, no message about the call can arrive before its first
-                // poll ends.
-                let is_noted = ticket.has_window() || core.driver_kind() == DriverKind::Threads;
-                if is_noted {
-                    core.handlers.begin(&ticket);
+            match catch_unwind(AssertUnwindSafe(|| handler(request))) {
+                Ok(future) => {
+                    let future: Running = match open {
+                        None => future,
+                        Some(open) => Box::pin(async move {
+                            let _open = open;
+                            future.await
+                        }),
+                    };
+                    Task::start(core, ticket, future, is_noted);
                 }
-                match catch_unwind(AssertUnwindSafe(|| handler(request))) {
-                    Ok(future) => {
-                        let future: Running = match open {
-                            None => future,
-                            Some(open) => Box::pin(async move {
-                                let _open = open;
-                                future.await
-                            }),
-                        };
-                        Task::start(core, ticket, future, is_noted);
-                    }
-                    Err(_) => {
-                        request::answer(core, &ticket, panicked());
-                        core.handlers.finish(&ticket);
-                    }
+                Err(_) => {
+                    request::answer(core, &ticket, panicked());
+                    core.handlers.finish(&ticket);
                 }
-                started
             }
-        },
+            started
+        }
     }
 }
 

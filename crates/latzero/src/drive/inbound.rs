@@ -280,7 +280,7 @@ impl Batch<'_> {
                 request.refuse(&Refusal::new(Code::Forbidden, text));
                 self.must_flush = true;
             }
-            Some(entry) => self.jobs.push(HandlerJob::Start(entry, request, None)),
+            Some(entry) => self.jobs.push(HandlerJob::Start(entry, request)),
             None => {
                 let text = format!(
                     "this instance has no handler for trigger '{}'",
@@ -293,7 +293,7 @@ impl Batch<'_> {
     }
 
     fn emit(&mut self, e: &Envelope<'_>) {
-        let Some(mut request) = self.request(Action::Emit, e) else {
+        let Some(request) = self.request(Action::Emit, e) else {
             return;
         };
         let queues = self.core.handlers.listeners(request.name());
@@ -302,13 +302,7 @@ impl Batch<'_> {
             let may = |entry: &&Arc<Entry>| !entry.spec.is_privileged || request.is_privileged();
             let entry = self.find(request.name()).filter(may).cloned();
             if let Some(entry) = entry {
-                let Some((open, lost)) = entry.emits.take() else {
-                    self.core.lost_ever.fetch_add(1, Ordering::Relaxed);
-                    return;
-                };
-                request.lost = lost;
-                let job = HandlerJob::Start(entry, request, Some(open));
-                self.jobs.push(job);
+                self.jobs.push(HandlerJob::Start(entry, request));
             }
             return;
         }

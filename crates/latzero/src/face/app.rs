@@ -613,8 +613,8 @@ fn check_name(name: &str) -> Result<(), Error> {
 
 /// A trigger that is about to be served.
 ///
-/// Of its emits at most 1024 wait or are worked on. Beyond them the newest are dropped, and
-/// [`Request::lost`](crate::Request::lost) of the next one says how many.
+/// Unless its handler blocks, at most 1024 of its emits wait or are worked on. Beyond them the
+/// newest are dropped, and [`Request::lost`](crate::Request::lost) of the next one says how many.
 #[derive(Debug)]
 #[must_use = "nothing is served before `serve`"]
 pub struct Handler {
