@@ -9,11 +9,13 @@ from pathlib import Path
 
 import latzero
 import numpy as np
+from numpy.typing import NDArray
 
+Numbers = NDArray[np.float32]
 WORDS = 1024  # How many numbers a vector has. Words with the same hash share one.
 
 
-def vector_of(text):
+def vector_of(text: str) -> Numbers:
     """Counts the words of a text; `web.mjs` has the same function."""
     vector = np.zeros(WORDS, "f4")
     for word in re.findall(r"[a-z]+", text.lower()):
@@ -21,15 +23,20 @@ def vector_of(text):
         for letter in word:
             hash = (hash ^ ord(letter)) * 16777619 % 2**32
         vector[hash % WORDS] += 1
-    return vector / max(np.linalg.norm(vector), 1)
+    vector /= max(np.linalg.norm(vector), 1)
+    return vector
 
 
-def softmax(scores):
-    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
+def softmax(scores: Numbers) -> Numbers:
+    powers: Numbers = np.exp(scores - scores.max(axis=1, keepdims=True))
+    powers /= powers.sum(axis=1, keepdims=True)
+    return powers
 
 
-def train(vectors, topics, count, steps=400, rate=20.0, decay=1e-4):
+def train(
+    vectors: Numbers, topics: NDArray[np.int_], count: int, steps: int = 400, rate: float = 20.0,
+    decay: float = 1e-4,
+) -> Numbers:
     """The weights of a softmax regression, by gradient descent."""
     weights = np.zeros((WORDS, count), "f4")
     wanted = np.eye(count, dtype="f4")[topics]
@@ -52,7 +59,7 @@ app = latzero.connect("latzero://classifier?pool=support")
 
 
 @app.serve
-def classify(vectors):
+def classify(vectors: latzero.Block) -> list[dict[str, str | float]]:
     """The topic of each row of a block of vectors, and how sure that is."""
     with vectors.view() as rows:
         odds = softmax(rows @ weights)

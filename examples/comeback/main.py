@@ -9,7 +9,7 @@ import latzero
 STEPS = 60
 
 
-def start():
+def start() -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, Path(__file__).with_name("worker.py")])
 
 

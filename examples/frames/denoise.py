@@ -6,7 +6,7 @@ app = latzero.connect("latzero://denoise?pool=frames")
 
 
 @app.serve
-def denoise(frame, /):
+def denoise(frame: latzero.Block, /) -> None:
     """Replaces each pixel by the mean of its 3 x 3 neighbourhood."""
     with frame.write() as a:  # `a` is the next version, and begins as the present one
         for axis in (0, 1):

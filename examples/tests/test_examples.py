@@ -187,6 +187,16 @@ def test_an_encrypted_pool_is_read_by_its_members_alone(programs, server, tmp_pa
         assert files_with(server.data_dir, secret) != []
 
 
+def test_checkers_of_types_accept_the_examples():
+    files = sorted(path for path in EXAMPLES.glob("*/*.py") if path.parent.name != "tests")
+    assert len(files) >= 5
+    ran = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--scripts-are-modules", *files],
+        capture_output=True, text=True, timeout=SECONDS,
+    )
+    assert ran.returncode == 0, ran.stdout
+
+
 def test_the_notebook_shows_what_it_says(place, server, monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("LATZERO_DATA_DIR", server.data_dir)

@@ -5,7 +5,7 @@ import sys
 import latzero
 
 app = latzero.connect(f"latzero://ledger?pool=vault&keys={sys.argv[1]}")
-secrets = {}
+secrets: dict[str, str] = {}
 
 
 @app.serve

@@ -31,13 +31,13 @@ pub(crate) fn crash(args: &[&str]) -> Done {
     // The test starts the real program.
     cargo(&["build", "--package", "latzero-cli"])?;
     println!(
-        "$ LATZERO_CRASH_ROUNDS={rounds} LATZERO_CRASH_SEED={seed} cargo test --package \
+        "$ CRASH_ROUNDS={rounds} CRASH_SEED={seed} cargo test --package \
          latzero-tests --test crash"
     );
     run(Command::new(cargo_program())
         .args(["test", "--package", "latzero-tests", "--test", "crash"])
         .args(["--", "--nocapture"])
-        .env("LATZERO_CRASH_ROUNDS", &rounds)
-        .env("LATZERO_CRASH_SEED", &seed)
+        .env("CRASH_ROUNDS", &rounds)
+        .env("CRASH_SEED", &seed)
         .current_dir(root()))
 }

@@ -58,7 +58,7 @@ fn test_with(tools: &Path) -> Done {
         .arg("--test")
         .args(tests()?)
         .env_remove("LATZERO_BIN")
-        .env("LATZERO_PACKAGES", packages)
+        .env("NODE_PACKAGES", packages)
         .current_dir(folder()))
 }
 

@@ -654,7 +654,10 @@ impl PayloadArgs {
                 let bytes = parse::bytes(data, parse::INPUT_BYTES_MAX)?;
                 Ok(latzero::Data::Bytes(latzero::Bytes(bytes)))
             }
-            (data, _) => Ok(latzero::Data::Json(parse::payload(data.as_deref())?)),
+            (data, _) => {
+                let json = parse::payload(data.as_deref())?;
+                Ok(latzero::Data::Json(json.get().to_owned()))
+            }
         }
     }
 }

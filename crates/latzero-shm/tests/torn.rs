@@ -6,7 +6,7 @@
 //! one quarter of the block to v. So each slot is updated by ranges, and an error in that is as
 //! visible as a torn copy.
 //!
-//! `LATZERO_TORN_READS` sets the number of reads (1,000,000), `LATZERO_TORN_KILLS` the number of
+//! `TORN_READS` sets the number of reads (1,000,000), `TORN_KILLS` the number of
 //! deaths (200).
 
 mod common;
@@ -28,7 +28,7 @@ const FENCE: u64 = 3;
 
 /// Environment variables of the processes that this test starts: the block's path, the role, and
 /// the work to do.
-const ROLE: &str = "LATZERO_TORN_ROLE";
+const ROLE: &str = "TORN_ROLE";
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
@@ -223,16 +223,13 @@ fn no_version_is_torn() {
         if role == "writer" {
             write_for_ever(&attach(path, Access::Write, slots));
         } else {
-            let reads = number("LATZERO_TORN_READS", 1_000_000) / 2 / READERS;
+            let reads = number("TORN_READS", 1_000_000) / 2 / READERS;
             let (done, contended) = read_until_closed(&attach(path, Access::Read, slots), reads);
             println!("READS {done} {contended}");
         }
         return;
     }
-    let (reads, kills) = (
-        number("LATZERO_TORN_READS", 1_000_000),
-        number("LATZERO_TORN_KILLS", 200),
-    );
+    let (reads, kills) = (number("TORN_READS", 1_000_000), number("TORN_KILLS", 200));
     for slots in [2, 3] {
         run(slots, reads / 2, kills / 2);
     }

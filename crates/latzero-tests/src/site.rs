@@ -317,10 +317,7 @@ impl Site {
             .arg(self.root.join("data"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .env_remove("LATZERO_FAILPOINT")
-            // These are the tests' own variables; a server would report them as unknown settings.
-            .env_remove("LATZERO_CRASH_ROUNDS")
-            .env_remove("LATZERO_CRASH_SEED");
+            .env_remove("LATZERO_FAILPOINT");
         if let Some(uid) = start.uid {
             command.uid(uid).gid(uid);
         }

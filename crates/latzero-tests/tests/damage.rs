@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The number of regions of each file, which are damaged in turn. `LATZERO_DAMAGE_REGIONS` sets
-/// another number.
+/// The number of regions of each file, which are damaged in turn. `DAMAGE_REGIONS` sets another
+/// number.
 const REGIONS: u64 = 10;
 
 /// Bytes at the start of a region that are damaged separately.
@@ -87,7 +87,7 @@ fn fill() -> (Site, Daemon) {
 }
 
 fn regions() -> u64 {
-    std::env::var("LATZERO_DAMAGE_REGIONS").map_or(REGIONS, |number| number.parse().unwrap())
+    std::env::var("DAMAGE_REGIONS").map_or(REGIONS, |number| number.parse().unwrap())
 }
 
 /// The names of everything that is missing.

@@ -22,8 +22,8 @@ pub struct Bytes(pub Vec<u8>);
 /// A payload whose kind is only known at run time: JSON text, or raw bytes.
 #[derive(Debug, Clone)]
 pub enum Data {
-    /// One JSON value, sent with exactly this text.
-    Json(Box<serde_json::value::RawValue>),
+    /// One JSON value, sent with exactly this text. It is checked when it is sent.
+    Json(String),
     /// Raw bytes.
     Bytes(Bytes),
 }
@@ -170,14 +170,17 @@ impl sealed::Write for Data {
     #[allow(private_interfaces, reason = "sealed: no one else can name it")]
     fn write(&self) -> Result<Payload, serde_json::Error> {
         match self {
-            Data::Json(json) => sealed::Write::write(json),
+            Data::Json(json) => Ok(Payload::Json(json.clone())),
             Data::Bytes(bytes) => sealed::Write::write(bytes),
         }
     }
 
     fn append(&self, out: &mut Vec<u8>) -> Result<Option<Vec<u8>>, serde_json::Error> {
         match self {
-            Data::Json(json) => sealed::Write::append(json, out),
+            Data::Json(json) => {
+                out.extend_from_slice(json.as_bytes());
+                Ok(None)
+            }
             Data::Bytes(bytes) => sealed::Write::append(bytes, out),
         }
     }
@@ -189,7 +192,9 @@ impl sealed::Read for Data {
     fn read(body: Body<'_>) -> Result<Self, serde_json::Error> {
         match body {
             Body::Bytes(_) => sealed::Read::read(body).map(Data::Bytes),
-            Body::Json(_) | Body::None => sealed::Read::read(body).map(Data::Json),
+            // The message that it is a part of was checked.
+            Body::Json(json) => Ok(Data::Json(json.to_owned())),
+            Body::None => Ok(Data::Json("null".to_owned())),
         }
     }
 }
@@ -243,7 +248,11 @@ pub(crate) fn append<T: IntoPayload + ?Sized>(
 pub fn check_json(text: &str) -> Result<(), Error> {
     scan::value(text).map_err(|e| not_sent(&e))?;
     let is_bracket = |b: &&u8| matches!(b, b'{' | b'[');
-    if text.as_bytes().iter().filter(is_bracket).count() >= JSON_DEPTH_MAX as usize {
+    let depth_max = JSON_DEPTH_MAX as usize;
+    // Brackets are closed too, so a short text needs no count.
+    let may_be_deep = text.len() >= 2 * depth_max
+        && text.as_bytes().iter().filter(is_bracket).count() >= depth_max;
+    if may_be_deep {
         // The message around it adds a level to its depth.
         scan::value(&format!("[{text}]")).map_err(|e| not_sent(&e))?;
     }

@@ -375,9 +375,14 @@ class App {
 
   /** A call as the binding takes it; blocks in its data are lent to it. */
   #begin (data, given, allowed, start) {
-    const { signal, ...rest } = given ?? {}
-    checkSignal(signal)
-    const json = options(rest, allowed)
+    let signal, json
+    // Most calls have no options.
+    if (given !== undefined && given !== null) {
+      const { signal: theirs, ...rest } = given
+      checkSignal(theirs)
+      signal = theirs
+      json = options(rest, allowed)
+    }
     const blocks = []
     const payload = encode(data, this.#connection.strict, blocks)
     return [(native, token) => {
@@ -502,6 +507,11 @@ class App {
 
   pools () {
     return this.request({ action: 'pool_list' })
+  }
+
+  async trigger (pool, name) {
+    const info = await this.request({ action: 'pool_info', pool, trigger: name })
+    return info.triggers[0] ?? null
   }
 
   async request (message) {

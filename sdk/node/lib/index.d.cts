@@ -99,7 +99,7 @@ export interface ServeOptions {
   doc?: string
   /**
    * What the trigger takes, by convention in JSON Schema 2020-12: at most 4 KiB. Other apps read it
-   * with `pool_info`; nothing is checked against it.
+   * with `app.trigger`; nothing is checked against it.
    */
   schema?: Record<string, unknown>
   /** Take only calls and emits that a writer of an encrypted pool signed. */
@@ -282,6 +282,11 @@ export interface App {
   apps(): Promise<Record<string, any>>
   /** The pools that the server knows, as it describes them. */
   pools(): Promise<Record<string, any>>
+  /**
+   * What the server knows of a trigger: its `doc`, its `schema`, its handlers and more. `null` if
+   * nobody serves it.
+   */
+  trigger(pool: string, name: string): Promise<Record<string, any> | null>
   /** Asks the server for anything: a message of the protocol with its `action`. */
   request<T = any>(message: Record<string, unknown>): Promise<T>
   /** How long the server takes to answer. */

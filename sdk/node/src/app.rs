@@ -39,13 +39,11 @@ struct Task {
 /// A payload as the face passes it: JSON text, or bytes.
 pub(crate) type Given<'a> = Either<String, Uint8ArraySlice<'a>>;
 
-/// The payload to send. The face wrote the JSON; it is checked all the same.
-pub(crate) fn given(data: Given<'_>) -> Result<Data> {
+/// The payload to send.
+pub(crate) fn given(data: Given<'_>) -> Data {
     match data {
-        Either::A(json) => serde_json::value::RawValue::from_string(json)
-            .map(Data::Json)
-            .map_err(|e| misuse(format!("the data is not JSON: {e}"))),
-        Either::B(bytes) => Ok(Data::Bytes(Bytes(bytes.to_vec()))),
+        Either::A(json) => Data::Json(json),
+        Either::B(bytes) => Data::Bytes(Bytes(bytes.to_vec())),
     }
 }
 
@@ -361,7 +359,7 @@ impl NativeApp {
         is_reply: bool,
     ) -> Result<bool> {
         let options = options_of(options.as_deref())?;
-        let reply = self.calling(&name, &given(data)?, &options)?.reply();
+        let reply = self.calling(&name, &given(data), &options)?.reply();
         Ok(self.begin(token, async move {
             let reply = reply.await?;
             let headers = is_reply.then(|| reply.headers().into_iter().collect::<HashMap<_, _>>());
@@ -380,7 +378,7 @@ impl NativeApp {
         options: Option<String>,
     ) -> Result<bool> {
         let options = options_of(options.as_deref())?;
-        let parking = self.calling(&name, &given(data)?, &options)?.send_parked();
+        let parking = self.calling(&name, &given(data), &options)?.send_parked();
         Ok(self.begin(token, async move {
             let parked = Parking::new(parking.await?);
             Ok(Outcome::extra(Extra::Parked(parked)))
@@ -396,7 +394,7 @@ impl NativeApp {
         options: Option<String>,
     ) -> Result<NativeStream> {
         let options = options_of(options.as_deref())?;
-        let call = self.calling(&name, &given(data)?, &options)?;
+        let call = self.calling(&name, &given(data), &options)?;
         let call = match options.window {
             Some(window) => call.window(window),
             None => call,
@@ -414,7 +412,7 @@ impl NativeApp {
         options: Option<String>,
     ) -> Result<bool> {
         let options = options_of(options.as_deref())?;
-        let emit = options.emit(self.app()?.emit(&name, &given(data)?))?;
+        let emit = options.emit(self.app()?.emit(&name, &given(data)))?;
         Ok(match options.count {
             true => {
                 let counted = emit.counted();
@@ -462,7 +460,7 @@ impl NativeApp {
     /// Answers a request.
     #[napi]
     pub fn answer(&self, number: i64, data: Given<'_>) -> Result<()> {
-        let data = given(data)?;
+        let data = given(data);
         let active = self.requests.borrow_mut().remove(&number.unsigned_abs());
         if let Some(active) = active {
             active.end(Ok(data));
@@ -488,7 +486,7 @@ impl NativeApp {
         data: Given<'_>,
         is_report: bool,
     ) -> Result<bool> {
-        let data = given(data)?;
+        let data = given(data);
         let request = self.request(number);
         Ok(self.begin(token, async move {
             // A request that has ended has nobody who waits for items.

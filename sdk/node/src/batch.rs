@@ -181,7 +181,7 @@ impl Batch {
                 match payload {
                     Payload::Reply(reply) => self.add_body(token, VALUE, meta, of_reply(&reply)),
                     Payload::Data(Data::Json(json)) => {
-                        self.add_json(token, What::Json, meta, json.get());
+                        self.add_json(token, What::Json, meta, &json);
                     }
                     Payload::Data(Data::Bytes(bytes)) => {
                         self.add_extra(token, What::Extra, meta, Extra::Buffer(bytes.0));

@@ -28,10 +28,10 @@ test('a handler says what it takes', async (t) => {
   const [serves, calls, pool] = await place.pair(t)
   const schema = { type: 'object', properties: { n: { type: 'integer' } }, required: ['n'] }
   await serves.serve('double', ({ n }) => n * 2, { schema })
-  const about = async (trigger) => await calls.request({ action: 'pool_info', pool, trigger })
-  assert.deepEqual((await about('double')).triggers[0].schema, schema)
+  assert.deepEqual((await calls.trigger(pool, 'double')).schema, schema)
   await serves.serve('plain', () => 1)
-  assert.ok(!('schema' in (await about('plain')).triggers[0]))
+  assert.ok(!('schema' in await calls.trigger(pool, 'plain')))
+  assert.equal(await calls.trigger(pool, 'none'), null)
   const large = { title: 'n'.repeat(5000) }
   await assert.rejects(serves.serve('large', () => 1, { schema: large }), BadRequestError)
 })

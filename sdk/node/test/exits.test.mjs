@@ -1,4 +1,4 @@
-// The end of a process or a worker thread with everything open, many times. `LATZERO_EXITS=100`
+// The end of a process or a worker thread with everything open, many times. `EXITS=100`
 // looks longer.
 
 import assert from 'node:assert/strict'
@@ -11,7 +11,7 @@ import { run, withServer } from './helpers.mjs'
 const place = withServer()
 
 /** How often each. */
-const TIMES = Number(process.env.LATZERO_EXITS ?? 20)
+const TIMES = Number(process.env.EXITS ?? 20)
 const AT_A_TIME = 4
 const TIME_MS = 20_000
 

@@ -7,8 +7,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { test } from 'node:test'
 
-const packages = process.env.LATZERO_PACKAGES
-const skip = packages === undefined && 'LATZERO_PACKAGES names no tarballs'
+const packages = process.env.NODE_PACKAGES
+const skip = packages === undefined && 'NODE_PACKAGES names no tarballs'
 const tarballs = skip ? [] : readdirSync(packages).filter((name) => name.endsWith('.tgz')).sort()
 
 const env = { ...process.env }

@@ -97,7 +97,7 @@ function optionsOf (command, names) {
 
 const CALL = [
   'to', 'pool', 'key', 'headers', 'idempotency_key', 'redeliver', 'timeout_ms', 'id', 'window',
-  'privileged'
+  'privileged', 'attempts'
 ]
 const BLOCK = [
   'shape', 'dtype', 'size', 'create', 'write', 'pool', 'kind', 'slots', 'lifetime', 'readable_by',
@@ -166,6 +166,7 @@ const commands = {
   leave: ({ pool }, app) => app.leave(pool),
   apps: (command, app) => app.apps(),
   pools: (command, app) => app.pools(),
+  trigger: ({ pool, name }, app) => app.trigger(pool, name),
   request: ({ message }, app) => app.request(message),
   ping: async (command, app) => await app.ping() < LONG_MS,
   call: async (command, app) => show(await app.call(...calling(command))),

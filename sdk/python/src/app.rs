@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use latzero::{
-    App, Call, Calling, Code, Data, Driver, Emit, Parked, Reply, SCHEMA_BYTES_MAX, Strategy,
+    App, Call, Calling, Code, Data, Driver, Emit, InstanceId, Parked, Reply, SCHEMA_BYTES_MAX,
+    Strategy,
 };
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -70,7 +71,7 @@ fn builder(
     let meta = codec::take(options, "meta")?;
     if !meta.is_none() {
         let json = codec::write_json(&meta)?;
-        let meta = serde_json::from_str(json.get());
+        let meta = serde_json::from_str(&json);
         builder = builder.meta(meta.map_err(|e| errors::bad_request(py, &e.to_string()))?);
     }
     Ok((builder, flag("tracebacks")?))
@@ -93,8 +94,13 @@ pub(crate) fn connect(py: Python<'_>, url: &str, options: &Bound<'_, PyDict>) ->
 /// Sets the options that calls and emits have in common.
 macro_rules! address {
     ($sending:ident, $options:ident) => {
-        if let Some(to) = text($options, "to")? {
-            $sending = $sending.to(&to);
+        if let Some(to) = $options.get_item("to")?
+            && !to.is_none()
+        {
+            $sending = match to.extract::<(String, String)>() {
+                Ok((app_id, instance)) => $sending.to_instance(&app_id, instance_id(&instance)?),
+                Err(_) => $sending.to(&to.extract::<String>()?),
+            };
         }
         if let Some(pool) = text($options, "pool")? {
             $sending = $sending.pool(&pool);
@@ -116,6 +122,11 @@ macro_rules! address {
     };
 }
 
+fn instance_id(text: &str) -> PyResult<InstanceId> {
+    InstanceId::parse(text)
+        .ok_or_else(|| PyValueError::new_err(format!("'{text}' is no id of an instance")))
+}
+
 fn flag(options: &Bound<'_, PyDict>, name: &str) -> PyResult<bool> {
     let value = options.get_item(name)?;
     value.map_or(Ok(false), |value| value.is_truthy())
@@ -134,7 +145,7 @@ fn json(options: &Bound<'_, PyDict>, name: &str) -> PyResult<Option<Value>> {
         return Ok(None);
     }
     let text = codec::write_json(&object)?;
-    let value = serde_json::from_str(text.get());
+    let value = serde_json::from_str(&text);
     value
         .map(Some)
         .map_err(|e| PyValueError::new_err(format!("{name}: {e}")))
@@ -207,6 +218,11 @@ impl PyApp {
             call = call.redeliver();
             // An earlier handler may run on after another one has answered.
             drop(std::mem::take(&mut shares));
+        }
+        if let Some(attempts) = options.get_item("attempts")?
+            && !attempts.is_none()
+        {
+            call = call.attempts(attempts.extract()?);
         }
         if let Some(id) = text(options, "id")? {
             call = call.id(&id);
@@ -512,7 +528,7 @@ impl PyApp {
 
     fn request(&self, py: Python<'_>, message: &Bound<'_, PyAny>) -> PyResult<Op> {
         let json = codec::write_json(message)?;
-        let message: Result<Value, _> = serde_json::from_str(json.get());
+        let message: Result<Value, _> = serde_json::from_str(&json);
         let message = message.map_err(|e| errors::bad_request(py, &e.to_string()))?;
         let app = self.app.clone();
         let ask = async move { app.request(&message).await };

@@ -10,7 +10,6 @@ use pyo3::types::{
     PyBool, PyByteArray, PyBytes, PyDict, PyFloat, PyInt, PyList, PyMemoryView, PyString, PyTuple,
 };
 use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
-use serde_json::value::RawValue;
 
 use crate::block::{PyBlock, PyWritable};
 use crate::errors::bad_request;
@@ -56,27 +55,28 @@ impl Place<'_> {
     }
 }
 
-fn append_str(out: &mut Vec<u8>, text: &str) {
-    out.push(b'"');
-    let bytes = text.as_bytes();
+fn append_str(out: &mut String, text: &str) {
+    out.push('"');
     let mut from = 0;
-    for (i, &c) in bytes.iter().enumerate() {
+    for (i, c) in text.bytes().enumerate() {
         if c >= 0x20 && c != b'"' && c != b'\\' {
             continue;
         }
-        out.extend_from_slice(&bytes[from..i]);
+        out.push_str(&text[from..i]);
         from = i + 1;
         match c {
-            b'"' => out.extend_from_slice(b"\\\""),
-            b'\\' => out.extend_from_slice(b"\\\\"),
-            b'\n' => out.extend_from_slice(b"\\n"),
-            b'\r' => out.extend_from_slice(b"\\r"),
-            b'\t' => out.extend_from_slice(b"\\t"),
-            c => out.extend_from_slice(format!("\\u{c:04x}").as_bytes()),
+            b'"' => out.push_str("\\\""),
+            b'\\' => out.push_str("\\\\"),
+            b'\n' => out.push_str("\\n"),
+            b'\r' => out.push_str("\\r"),
+            b'\t' => out.push_str("\\t"),
+            c => {
+                let _ = write!(out, "\\u{c:04x}");
+            }
         }
     }
-    out.extend_from_slice(&bytes[from..]);
-    out.push(b'"');
+    out.push_str(&text[from..]);
+    out.push('"');
 }
 
 fn text<'a>(object: &'a Bound<'_, PyString>, place: &Place<'_>) -> PyResult<&'a str> {
@@ -89,7 +89,7 @@ fn text<'a>(object: &'a Bound<'_, PyString>, place: &Place<'_>) -> PyResult<&'a 
 /// The JSON that is being written, and the blocks that it refers to.
 #[derive(Default)]
 struct Out {
-    json: Vec<u8>,
+    json: String,
     blocks: Vec<LentBlock>,
 }
 
@@ -103,7 +103,7 @@ pub(crate) struct LentBlock {
 fn append_block(object: &PyBlock, is_writable: bool, out: &mut Out) {
     let block = &object.block;
     let reference = block.reference().to_string();
-    out.json.extend_from_slice(reference.as_bytes());
+    out.json.push_str(&reference);
     let is_same =
         |lent: &&mut LentBlock| (lent.block.id(), lent.block.pool()) == (block.id(), block.pool());
     match out.blocks.iter_mut().find(is_same) {
@@ -121,10 +121,10 @@ fn append(object: &Bound<'_, PyAny>, out: &mut Out, place: &Place<'_>) -> PyResu
     if let Ok(string) = object.cast::<PyString>() {
         append_str(&mut out.json, text(string, place)?);
     } else if object.is_none() {
-        out.json.extend_from_slice(b"null");
+        out.json.push_str("null");
     } else if let Ok(value) = object.cast::<PyBool>() {
-        let word: &[u8] = if value.is_true() { b"true" } else { b"false" };
-        out.json.extend_from_slice(word);
+        out.json
+            .push_str(if value.is_true() { "true" } else { "false" });
     } else if let Ok(number) = object.cast::<PyInt>() {
         let mut buffer = itoa::Buffer::new();
         let digits = match number.extract::<i64>() {
@@ -136,20 +136,18 @@ fn append(object: &Bound<'_, PyAny>, out: &mut Out, place: &Place<'_>) -> PyResu
                 }
             },
         };
-        out.json.extend_from_slice(digits.as_bytes());
+        out.json.push_str(digits);
     } else if let Ok(number) = object.cast::<PyFloat>() {
-        let value = number.value();
-        if !value.is_finite() {
+        let Some(number) = serde_json::Number::from_f64(number.value()) else {
             return Err(place.refuse(py, "NaN and infinities are not JSON"));
-        }
-        serde_json::to_writer(&mut out.json, &value)
-            .map_err(|e| place.refuse(py, &e.to_string()))?;
+        };
+        let _ = write!(out.json, "{number}");
     } else if let Ok(dict) = object.cast::<PyDict>() {
         check_depth(py, place)?;
-        out.json.push(b'{');
+        out.json.push('{');
         for (i, (key, value)) in dict.iter().enumerate() {
             if i > 0 {
-                out.json.push(b',');
+                out.json.push(',');
             }
             let Ok(key) = key.cast::<PyString>() else {
                 let name = key.get_type().name()?;
@@ -157,10 +155,10 @@ fn append(object: &Bound<'_, PyAny>, out: &mut Out, place: &Place<'_>) -> PyResu
             };
             let key = text(key, place)?;
             append_str(&mut out.json, key);
-            out.json.push(b':');
+            out.json.push(':');
             append(&value, out, &Place::Key(place, key))?;
         }
-        out.json.push(b'}');
+        out.json.push('}');
     } else if let Ok(list) = object.cast::<PyList>() {
         append_all(py, list.iter(), out, place)?;
     } else if let Ok(tuple) = object.cast::<PyTuple>() {
@@ -206,14 +204,14 @@ fn append_all<'py>(
     place: &Place<'_>,
 ) -> PyResult<()> {
     check_depth(py, place)?;
-    out.json.push(b'[');
+    out.json.push('[');
     for (i, item) in items.enumerate() {
         if i > 0 {
-            out.json.push(b',');
+            out.json.push(',');
         }
         append(&item, out, &Place::Index(place, i))?;
     }
-    out.json.push(b']');
+    out.json.push(']');
     Ok(())
 }
 
@@ -251,11 +249,17 @@ pub(crate) fn write_call(object: &Bound<'_, PyAny>) -> PyResult<(Data, Vec<LentB
 }
 
 /// JSON of a Python object.
-pub(crate) fn write_json(object: &Bound<'_, PyAny>) -> PyResult<Box<RawValue>> {
+pub(crate) fn write_json(object: &Bound<'_, PyAny>) -> PyResult<String> {
     match write_text(object)? {
         (json, blocks) if blocks.is_empty() => Ok(json),
         _ => Err(no_blocks(object.py())),
     }
+}
+
+/// A Python object as JSON text.
+#[pyfunction]
+pub(crate) fn json<'py>(value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+    Ok(PyBytes::new(value.py(), write_json(value)?.as_bytes()))
 }
 
 fn no_blocks(py: Python<'_>) -> PyErr {
@@ -265,16 +269,13 @@ fn no_blocks(py: Python<'_>) -> PyErr {
     )
 }
 
-fn write_text(object: &Bound<'_, PyAny>) -> PyResult<(Box<RawValue>, Vec<LentBlock>)> {
-    let py = object.py();
+fn write_text(object: &Bound<'_, PyAny>) -> PyResult<(String, Vec<LentBlock>)> {
     let mut out = Out {
-        json: Vec::with_capacity(64),
+        json: String::with_capacity(64),
         blocks: Vec::new(),
     };
     append(object, &mut out, &Place::Top)?;
-    let json = String::from_utf8(out.json).map_err(|e| bad_request(py, &e.to_string()))?;
-    let json = RawValue::from_string(json).map_err(|e| bad_request(py, &e.to_string()))?;
-    Ok((json, out.blocks))
+    Ok((out.json, out.blocks))
 }
 
 /// A key that was made before.
@@ -311,8 +312,8 @@ fn key<'py>(py: Python<'py>, text: &str) -> Bound<'py, PyString> {
 
 /// The request whose payload is read: references to its blocks become these blocks.
 #[derive(Clone, Copy)]
-pub(crate) struct Lender<'a> {
-    pub(crate) request: &'a latzero::Request,
+struct Lender<'a> {
+    request: &'a latzero::Request,
     pub(crate) face: Face,
 }
 
@@ -448,24 +449,24 @@ fn read_text<'py>(
 /// A Python object of a payload.
 pub(crate) fn read<'py>(py: Python<'py>, data: &Data) -> PyResult<Bound<'py, PyAny>> {
     match data {
-        Data::Json(json) => read_json(py, json.get()),
+        Data::Json(json) => read_json(py, json),
         Data::Bytes(bytes) => Ok(PyBytes::new(py, &bytes.0).into_any()),
     }
 }
 
 /// A Python object of a request's payload.
-pub(crate) fn read_lent<'py>(
+pub(crate) fn read_request<'py>(
     py: Python<'py>,
-    data: &Data,
-    lender: &Lender<'_>,
+    request: &latzero::Request,
+    face: Face,
 ) -> PyResult<Bound<'py, PyAny>> {
-    match data {
-        // Most requests have no blocks.
-        Data::Json(json) if !lender.request.block_ids().is_empty() => {
-            read_text(py, json.get(), Some(lender))
-        }
-        data => read(py, data),
+    if let Some(bytes) = request.bytes() {
+        return Ok(PyBytes::new(py, bytes).into_any());
     }
+    let lender = Lender { request, face };
+    // Most requests have no blocks.
+    let lender = (!request.block_ids().is_empty()).then_some(&lender);
+    read_text(py, request.json().unwrap_or("null"), lender)
 }
 
 /// A required item of a dict of options.

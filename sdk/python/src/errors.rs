@@ -1,7 +1,6 @@
 //! Converts errors of the client to Python exceptions, and back.
 
-use std::cell::RefCell;
-use std::rc::Rc;
+use std::cell::Cell;
 
 use latzero::{Code, Error, HandlerError};
 use pyo3::prelude::*;
@@ -93,7 +92,7 @@ pub(crate) fn handler_error(py: Python<'_>, error: &PyErr, tracebacks: bool) -> 
         }
         let data = codec::write_json(&data)?;
         let data: serde_json::Value =
-            serde_json::from_str(data.get()).map_err(|e| bad_request(py, &e.to_string()))?;
+            serde_json::from_str(&data).map_err(|e| bad_request(py, &e.to_string()))?;
         Ok(answer.with_data(data))
     };
     describe().unwrap_or_else(|_| HandlerError::new("handler_error", error.to_string()))
@@ -107,22 +106,29 @@ pub(crate) fn wait<T: Send>(
     wait_any(py, work)?.map_err(|e| exception(py, &e))
 }
 
+thread_local! {
+    /// What the Python handler of a signal raised during a wait of this thread.
+    static RAISED: Cell<Option<PyErr>> = const { Cell::new(None) };
+}
+
+/// Whether a signal is to end the wait of this thread.
+fn wants_end() -> bool {
+    match attach(|py| py.check_signals()) {
+        Some(Err(error)) => {
+            RAISED.set(Some(error));
+            true
+        }
+        Some(Ok(())) => false,
+        // The interpreter ends.
+        None => true,
+    }
+}
+
 /// Like [`wait`], for any result.
 pub(crate) fn wait_any<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> PyResult<T> {
     let (result, raised) = detach(py, || {
-        let raised = Rc::new(RefCell::new(None));
-        let theirs = raised.clone();
-        let wants_end = move || match attach(|py| py.check_signals()) {
-            Some(Err(error)) => {
-                *theirs.borrow_mut() = Some(error);
-                true
-            }
-            Some(Ok(())) => false,
-            // The interpreter ends.
-            None => true,
-        };
         let result = latzero::blocking::interruptible(wants_end, work);
-        (result, raised.take())
+        (result, RAISED.take())
     });
     match raised {
         Some(error) => Err(error),

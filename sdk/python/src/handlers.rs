@@ -7,12 +7,13 @@ use latzero::{Data, HandlerError, Request, Unanswered};
 use pyo3::exceptions::PyStopIteration;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyIterator, PyTuple};
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyIterator, PyTuple, PyType};
 
 use crate::app::headers_dict;
 use crate::block::PyBlock;
-use crate::codec::{self, Lender};
-use crate::errors::{self, exception, handler_error};
+use crate::codec;
+use crate::errors::{exception, handler_error};
 use crate::event_loop::{Loop, Mailbox};
 use crate::gil::{attach, call, detach};
 use crate::op::{Op, done, lock};
@@ -33,10 +34,10 @@ pub(crate) fn answer(request: Arc<Request>, trigger: &Trigger) -> Result<Data, H
         let (incoming, data) = arrive(py, request.clone(), trigger, Face::Blocking)?;
         let arguments = (incoming, data).into_pyobject(py)?;
         let result = call(trigger.handler.bind(py), arguments)?;
-        let Ok(items) = result.cast::<PyIterator>() else {
-            return codec::write(&result);
-        };
-        stream_items(items, &request)
+        match result.cast::<PyIterator>() {
+            Ok(items) if is_generator(&result)? => stream_items(items, &request),
+            _ => codec::write(&result),
+        }
     };
     let ended = || HandlerError::new("handler_error", "the handler's process is ending");
     attach(|py| run(py).map_err(|e| handler_error(py, &e, trigger.tracebacks)))
@@ -57,14 +58,7 @@ fn arrive<'py>(
     trigger: &Trigger,
     face: Face,
 ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-    let data: Data = request
-        .data()
-        .map_err(|e: HandlerError| errors::bad_request(py, e.message()))?;
-    let lender = Lender {
-        request: &request,
-        face,
-    };
-    let data = codec::read_lent(py, &data, &lender)?;
+    let data = codec::read_request(py, &request, face)?;
     let object = PyRequest {
         request: request.clone(),
         owner: trigger.owner.clone_ref(py),
@@ -78,6 +72,12 @@ fn arrive<'py>(
         }
     };
     Ok((object, data))
+}
+
+/// Whether it is a generator: other iterators are not streams.
+fn is_generator(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+    static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    object.is_instance(CLASS.import(object.py(), "types", "GeneratorType")?)
 }
 
 /// Streams what a generator yields; its return value is the final answer.

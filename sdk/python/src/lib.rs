@@ -52,6 +52,7 @@ fn _latzero(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(app::connect, module)?)?;
     module.add_function(wrap_pyfunction!(app::connecting, module)?)?;
     module.add_function(wrap_pyfunction!(app::forked, module)?)?;
+    module.add_function(wrap_pyfunction!(codec::json, module)?)?;
     module.add_function(wrap_pyfunction!(families, module)?)?;
     module.add_function(wrap_pyfunction!(gil::check_interpreter, module)?)?;
     Ok(())

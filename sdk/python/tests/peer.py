@@ -132,7 +132,8 @@ class Peer:
     def calling(self, command: Any, *options: str) -> tuple[tuple[str, Any], dict[str, Any]]:
         """The arguments of a call."""
         names = (
-            "to", "pool", "key", "headers", "idempotency_key", "redeliver", "privileged", *options
+            "to", "pool", "key", "headers", "idempotency_key", "redeliver", "attempts",
+            "privileged", *options,
         )
         given = {name: command[name] for name in names if name in command}
         if "timeout_ms" in command:
@@ -179,6 +180,9 @@ class Peer:
 
     async def do_pools(self, command: Any, app: Any) -> Any:
         return await got(app.pools())
+
+    async def do_trigger(self, command: Any, app: Any) -> Any:
+        return await got(app.trigger(command["pool"], command["name"]))
 
     async def do_request(self, command: Any, app: Any) -> Any:
         return await got(app.request(command["message"]))

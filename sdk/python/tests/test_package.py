@@ -100,3 +100,36 @@ def test_one_line_calls_the_server(latzero_server):
     line = "import latzero; print(latzero.connect(pools=['system']).call('echo', x=42))"
     ran = python(line, LATZERO_DATA_DIR=latzero_server.data_dir)
     assert (ran.stdout, ran.stderr) == ("{'x': 42}\n", "")
+
+
+def test_decorated_functions_keep_their_types(tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "use.py").write_text("""
+import latzero, latzero.aio
+
+def blocking(app: latzero.App) -> None:
+    @app.serve
+    def double(n: int) -> int:
+        return n * 2
+
+    @app.serve("shout", concurrency=3)
+    def shout(text: str) -> str:
+        return text.upper()
+
+    @app.on("done")
+    def done(event: latzero.Event) -> None:
+        double("three")
+
+def asynchronous(app: latzero.aio.App) -> None:
+    @app.serve(inline=True)
+    def plain(n: int) -> int:
+        return n
+    plain("three")
+    app.serve("other", plain, inline="no")
+""")
+    ran = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "use.py"], cwd=tmp_path,
+        capture_output=True, text=True, timeout=300,
+    )
+    found = [line.split(":")[1] for line in ran.stdout.splitlines() if ": error:" in line]
+    assert found == ["15", "21", "22"], ran.stdout

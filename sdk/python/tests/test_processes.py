@@ -351,6 +351,28 @@ raise SystemExit(3)
     assert (ran.returncode, ran.stderr) == (3, "")
 
 
+def test_an_async_handler_that_never_ends_does_not_hold_up_the_end(latzero_server):
+    script = """
+import asyncio, latzero, sys, threading
+app = latzero.connect(sys.argv[1], transient=True)
+inside = threading.Event()
+@app.serve
+async def stubborn():
+    while True:
+        inside.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            pass
+call = app.submit("stubborn", to=app.app_id)
+inside.wait()
+sys.exit(3)
+"""
+    url = latzero_server.url("stubborn")
+    ran = subprocess.run([sys.executable, "-c", script, url], timeout=60, capture_output=True)
+    assert (ran.returncode, ran.stderr) == (3, b"")
+
+
 @pytest.mark.parametrize("work", ["request.progress(1)", "time.sleep(0.001)"])
 def test_a_handler_that_never_ends_does_not_crash_the_end(latzero_server, work):
     script = f"""
@@ -378,3 +400,49 @@ sys.exit(3)
     url = latzero_server.url(f"endless-{len(work)}")
     ran = subprocess.run([sys.executable, "-c", script, url], timeout=60, capture_output=True)
     assert (ran.returncode, ran.stderr) == (3, b"")
+
+
+@pytest.mark.parametrize("face", ["blocking", "asyncio"])
+def test_100_000_calls_keep_memory_and_descriptors_flat(latzero_server, face):
+    script = """
+import asyncio, gc, latzero, os, sys
+def serve(app):
+    @app.serve
+    def double(n: int):
+        return {"n": 2 * n, "text": "x" * 100}
+def check(answers):
+    assert [answer["n"] for answer in answers] == [2 * n for n in range(100)]
+def used():
+    gc.collect()
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))
+def blocking(count):
+    for _ in range(count // 100):
+        pending = [app.submit("double", n=n) for n in range(100)]
+        check([call.result() for call in pending])
+    return used()
+async def asynchronous(count):
+    for _ in range(count // 100):
+        check(await asyncio.gather(*(app.call("double", n=n) for n in range(100))))
+    return used()
+def compare(before, after):
+    assert after[0] <= before[0] + 8e6 and after[1] <= before[1], (before, after)
+url, face = sys.argv[1:]
+async def main():
+    global app
+    async with latzero.aio.connect(url) as app:
+        serve(app)
+        await app.ready()
+        compare(await asynchronous(20_000), await asynchronous(100_000))
+if face == "asyncio":
+    asyncio.run(main())
+else:
+    with latzero.connect(url) as app:
+        serve(app)
+        compare(blocking(20_000), blocking(100_000))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script, latzero_server.url(f"many-{face}"), face], timeout=300,
+        capture_output=True, text=True,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")

@@ -352,6 +352,21 @@ def test_parked_calls(pair):
     assert (answer.id, answer.result(), answer.lost) == ("order-1", 2, 0)
 
 
+def test_a_call_goes_to_one_instance(latzero_server):
+    url = latzero_server.url("twice")
+    with latzero.connect(url) as one, latzero.connect(url) as other:
+
+        def which(request: latzero.Request):
+            return request.app.instance
+
+        for app in (one, other):
+            app.serve("which", which)
+        for app in (one, other, one):
+            assert other.call("which", to=(app.app_id, app.instance)) == app.instance
+        with pytest.raises(ValueError, match="no id of an instance"):
+            one.call("which", to=("twice", "nobody"))
+
+
 def test_presence_is_watched(latzero_server, pair):
     _, calls = pair
     [pool] = calls.joined
@@ -457,9 +472,7 @@ def test_types_are_checked_and_not_coerced(hint, value):
 
 
 def schema_of(app, name):
-    pool = app.joined[0]
-    about = app.request({"action": "pool_info", "pool": pool, "trigger": name})
-    return about["triggers"][0].get("schema")
+    return app.trigger(app.joined[0], name).get("schema")
 
 
 def test_hints_become_the_schema_of_a_trigger(pair):
@@ -583,3 +596,44 @@ def test_models_of_other_libraries_are_data(pair):
         calls.call("take", model={"name": 1}, struct=Struct(7))
     with pytest.raises(latzero.BadRequest, match="struct"):
         calls.call("take", model=model, struct={"id": "seven"})
+
+
+def test_models_are_described_with_their_definitions(pair):
+    pydantic, msgspec = pytest.importorskip("pydantic"), pytest.importorskip("msgspec")
+
+    class Part(pydantic.BaseModel):
+        n: int
+
+    class Whole(pydantic.BaseModel, strict=True):
+        id: uuid.UUID
+        parts: tuple[Part, ...]
+
+    class Struct(msgspec.Struct):
+        id: int
+
+    serves, calls = pair
+
+    @serves.serve
+    def take(whole: Whole, others: list[Struct]) -> str:
+        return f"{whole.id} {whole.parts[0].n} {others[0].id}"
+
+    whole = Whole(id=uuid.UUID(int=5), parts=(Part(n=6),))
+    assert calls.call("take", whole=whole, others=[Struct(7)]) == f"{whole.id} 6 7"
+    schema = schema_of(calls, "take")
+    assert schema["properties"]["others"]["items"] == {"$ref": "#/$defs/Struct"}
+    parts = schema["properties"]["whole"]["properties"]["parts"]
+    assert parts["items"] == {"$ref": "#/$defs/Part"}
+    assert schema["$defs"].keys() == {"Part", "Struct"}
+    assert schema["$defs"]["Part"]["properties"]["n"]["type"] == "integer"
+
+    class Part(pydantic.BaseModel):
+        other: str
+
+    class Another(pydantic.BaseModel):
+        parts: list[Part]
+
+    @serves.serve
+    def ambiguous(whole: Whole, another: Another) -> None:
+        pass
+
+    assert schema_of(calls, "ambiguous") is None

@@ -228,7 +228,7 @@ fn stream(
 fn print_item(item: &Data, args: &CallArgs, output: &Output) -> std::io::Result<()> {
     match item {
         Data::Json(json) if output.json => output.json_line(&format!("{{\"item\":{json}}}")),
-        Data::Json(json) => line(json.get(), args, output),
+        Data::Json(json) => line(json, args, output),
         Data::Bytes(Bytes(raw)) if output.json => output.value(&json!({"item": {"hex": hex(raw)}})),
         Data::Bytes(Bytes(raw)) => print_bytes(raw, "item", args, output),
     }

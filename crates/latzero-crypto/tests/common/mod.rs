@@ -80,7 +80,7 @@ pub(crate) fn on_each(test: impl Fn(&'static dyn Backend)) {
 }
 
 /// The variable that names the library of a run.
-pub(crate) const LIBRARY: &str = "LATZERO_TESTS_LIBRARY";
+pub(crate) const LIBRARY: &str = "CRYPTO_LIBRARY";
 
 /// The library of this run: the preferred one, or the one that [`LIBRARY`] names.
 pub(crate) fn library() -> &'static dyn Backend {

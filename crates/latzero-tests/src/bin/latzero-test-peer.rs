@@ -22,7 +22,6 @@ use latzero::{
     Bytes, Calling, Data, Emission, Error, HandlerError, LockMode, OwnedView, Presence, Reconnect,
     Strategy,
 };
-use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 /// How long a wait without a timeout lasts.
@@ -231,7 +230,6 @@ impl Peer {
         }
         let (mut json, mut blocks) = (String::new(), Vec::new());
         self.write(value, &mut json, &mut blocks);
-        let json = RawValue::from_string(json).unwrap();
         Outgoing {
             data: Data::Json(json),
             blocks,
@@ -267,6 +265,9 @@ impl Peer {
         }
         if command["privileged"] == true {
             call = call.privileged();
+        }
+        if let Some(attempts) = command["attempts"].as_u64() {
+            call = call.attempts(attempts as u32);
         }
         match command["redeliver"] == true {
             true => call.redeliver(),
@@ -489,6 +490,10 @@ impl Peer {
             }
             "apps" => self.app(command).apps()?,
             "pools" => self.app(command).pools()?,
+            "trigger" => {
+                let (pool, name) = (text(command, "pool"), text(command, "name"));
+                self.app(command).trigger(pool, name)?.into()
+            }
             "request" => self.app(command).request(&command["message"])?,
             "ping" => json!(self.app(command).ping()? < LONG),
             "call" => show(self.call(command).send()?),
@@ -791,7 +796,7 @@ fn headers(of: Vec<(String, String)>) -> Value {
 fn show(data: Data) -> Value {
     match data {
         Data::Bytes(Bytes(bytes)) => hex(&bytes),
-        Data::Json(json) => tagged(serde_json::from_str(json.get()).unwrap()),
+        Data::Json(json) => tagged(serde_json::from_str(&json).unwrap()),
     }
 }
 
@@ -825,7 +830,7 @@ fn describe(error: &Error) -> Value {
 
 /// What a handler of the kind `way` answers.
 fn answer(board: &Board, name: &str, way: &str, request: &Request) -> Result<Data, HandlerError> {
-    let json = |value: Value| Ok(Data::Json(serde_json::value::to_raw_value(&value)?));
+    let json = |value: Value| Ok(Data::Json(value.to_string()));
     let given = || request.data::<Value>();
     match way {
         "echo" => request.data(),

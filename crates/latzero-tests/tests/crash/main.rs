@@ -2,10 +2,10 @@
 //! moments and at failpoints, and restarted. Then it checks that everything acknowledged is there
 //! and that nothing else is left.
 //!
-//! `LATZERO_CRASH_ROUNDS` sets the number of lives of a server (50), and `LATZERO_CRASH_SEED` the
-//! seed; `cargo xtask crash` sets both. A seed decides what is requested and after how many steps
-//! of all clients together the server dies. The system decides how the clients' steps interleave,
-//! so a failing seed may need several tries.
+//! `CRASH_ROUNDS` sets the number of lives of a server (50), and `CRASH_SEED` the seed;
+//! `cargo xtask crash` sets both. A seed decides what is requested and after how many steps of all
+//! clients together the server dies. The system decides how the clients' steps interleave, so a
+//! failing seed may need several tries.
 
 #![allow(
     clippy::unwrap_used,
@@ -91,8 +91,8 @@ struct Tally {
 
 #[test]
 fn nothing_acknowledged_is_lost_and_nothing_is_left() {
-    let rounds = number("LATZERO_CRASH_ROUNDS", ROUNDS);
-    let first = number("LATZERO_CRASH_SEED", SEED);
+    let rounds = number("CRASH_ROUNDS", ROUNDS);
+    let first = number("CRASH_SEED", SEED);
     let begun = Instant::now();
     let mut tally = Tally::default();
     for site in 0..rounds.div_ceil(LIVES) {

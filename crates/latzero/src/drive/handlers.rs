@@ -33,14 +33,15 @@ pub(crate) enum Kind {
     /// It runs on the thread that read the call.
     Blocking(Box<dyn Fn(Request) -> Outcome + Send + Sync>),
     /// It takes the call, which is answered later.
-    Detached(Box<dyn Fn(Unanswered) + Send + Sync>, Arc<Emits>),
+    Detached(Box<dyn Fn(Unanswered) + Send + Sync>),
 }
 
-/// How many emits a handler that answers later may have waiting or be at. Beyond that the newest
-/// are dropped and counted: unlike calls, no server limits how many are under way.
+/// How many emits a handler may have waiting or be at. Beyond that the newest are dropped and
+/// counted: unlike calls, no server limits how many are under way. While handlers that block occupy
+/// all threads, no thread of the app reads, so theirs are not counted.
 const EMITS_MAX: u64 = 1024;
 
-/// What a handler that answers later has of emits.
+/// The emits that a handler has.
 #[derive(Debug, Default)]
 pub(crate) struct Emits {
     open: AtomicU64,
@@ -117,6 +118,7 @@ pub(crate) struct Entry {
     pub(crate) name: Box<str>,
     pub(crate) spec: Spec,
     pub(crate) kind: Kind,
+    pub(crate) emits: Arc<Emits>,
     /// Whether its last run took long. A handler that has not run yet counts as slow, because it
     /// may block forever.
     pub(crate) is_slow: AtomicBool,
@@ -124,7 +126,7 @@ pub(crate) struct Entry {
 
 /// Something for the driver to run.
 pub(crate) enum HandlerJob {
-    /// A call that just arrived.
+    /// A call or an emit that just arrived.
     Start(Arc<Entry>, Request),
     /// A handler's future that can continue.
     Poll(Arc<Task>),
@@ -134,7 +136,7 @@ impl HandlerJob {
     /// Whether it may block its thread for long.
     pub(crate) fn may_be_slow(&self) -> bool {
         match self {
-            HandlerJob::Start(entry, _) => {
+            HandlerJob::Start(entry, ..) => {
                 matches!(entry.kind, Kind::Blocking(_)) && entry.is_slow.load(Ordering::Relaxed)
             }
             HandlerJob::Poll(_) => false,
@@ -143,7 +145,7 @@ impl HandlerJob {
 
     /// Whether it only takes a call, to be answered later.
     pub(crate) fn is_detached(&self) -> bool {
-        matches!(self, HandlerJob::Start(entry, _) if matches!(entry.kind, Kind::Detached(..)))
+        matches!(self, HandlerJob::Start(entry, ..) if matches!(entry.kind, Kind::Detached(_)))
     }
 
     /// Whether it is the start of call `id`.
@@ -449,52 +451,66 @@ pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instan
             task.run(core);
             started
         }
-        HandlerJob::Start(entry, mut request) => match &entry.kind {
-            Kind::Blocking(handler) => {
-                let ticket = request.ticket.clone();
-                core.handlers.begin_blocking(&ticket);
-                let outcome = catch_unwind(AssertUnwindSafe(|| handler(request)));
-                let ended = Instant::now();
-                entry
-                    .is_slow
-                    .store(ended - started > SLOW, Ordering::Relaxed);
-                request::answer(core, &ticket, outcome.unwrap_or_else(|_| panicked()));
-                core.handlers.finish(&ticket);
-                ended
+        HandlerJob::Start(entry, request) => start(core, &entry, request, started),
+    }
+}
+
+/// Begins a call or an emit, and runs it to its end if its handler blocks.
+fn start(core: &Arc<Core>, entry: &Entry, mut request: Request, started: Instant) -> Instant {
+    let mut open = None;
+    if request.is_emit() && !matches!(entry.kind, Kind::Blocking(_)) {
+        let Some((taken, lost)) = entry.emits.take() else {
+            core.lost_ever.fetch_add(1, Ordering::Relaxed);
+            return started;
+        };
+        (open, request.lost) = (Some(taken), lost);
+    }
+    match &entry.kind {
+        Kind::Blocking(handler) => {
+            let ticket = request.ticket.clone();
+            core.handlers.begin_blocking(&ticket);
+            let outcome = catch_unwind(AssertUnwindSafe(|| handler(request)));
+            let ended = Instant::now();
+            entry
+                .is_slow
+                .store(ended - started > SLOW, Ordering::Relaxed);
+            request::answer(core, &ticket, outcome.unwrap_or_else(|_| panicked()));
+            core.handlers.finish(&ticket);
+            ended
+        }
+        Kind::Detached(handler) => {
+            core.handlers.begin(&request.ticket);
+            let unanswered = Unanswered::new(request, open);
+            // Dropped by a panic, it says so.
+            let _ = catch_unwind(AssertUnwindSafe(|| handler(unanswered)));
+            started
+        }
+        Kind::Async(handler) => {
+            let ticket = request.ticket.clone();
+            // If one task reads and runs, no message about the call can arrive before its first
+            // poll ends.
+            let is_noted = ticket.has_window() || core.driver_kind() == DriverKind::Threads;
+            if is_noted {
+                core.handlers.begin(&ticket);
             }
-            Kind::Detached(handler, emits) => {
-                let mut open = None;
-                if request.is_emit() {
-                    let Some((taken, lost)) = emits.take() else {
-                        core.lost_ever.fetch_add(1, Ordering::Relaxed);
-                        return started;
+            match catch_unwind(AssertUnwindSafe(|| handler(request))) {
+                Ok(future) => {
+                    let future: Running = match open {
+                        None => future,
+                        Some(open) => Box::pin(async move {
+                            let _open = open;
+                            future.await
+                        }),
                     };
-                    (open, request.lost) = (Some(taken), lost);
+                    Task::start(core, ticket, future, is_noted);
                 }
-                core.handlers.begin(&request.ticket);
-                let unanswered = Unanswered::new(request, open);
-                // Dropped by a panic, it says so.
-                let _ = catch_unwind(AssertUnwindSafe(|| handler(unanswered)));
-                started
+                Err(_) => {
+                    request::answer(core, &ticket, panicked());
+                    core.handlers.finish(&ticket);
+                }
             }
-            Kind::Async(handler) => {
-                let ticket = request.ticket.clone();
-                // If one task reads and runs, no message about the call can arrive before its first
-                // poll ends.
-                let is_noted = ticket.has_window() || core.driver_kind() == DriverKind::Threads;
-                if is_noted {
-                    core.handlers.begin(&ticket);
-                }
-                match catch_unwind(AssertUnwindSafe(|| handler(request))) {
-                    Ok(future) => Task::start(core, ticket, future, is_noted),
-                    Err(_) => {
-                        request::answer(core, &ticket, panicked());
-                        core.handlers.finish(&ticket);
-                    }
-                }
-                started
-            }
-        },
+            started
+        }
     }
 }
 

@@ -351,8 +351,8 @@ impl Request {
         self.ticket.id().is_none()
     }
 
-    /// How many emits of this trigger were dropped just before this one, because a handler that
-    /// answers later had 1024 of them; see [`Handler::serve_detached`](crate::Handler).
+    /// How many emits of this trigger were dropped just before this one: a handler that does not
+    /// block has at most 1024 that wait or are worked on.
     #[must_use]
     pub fn lost(&self) -> u64 {
         self.lost

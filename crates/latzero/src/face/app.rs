@@ -601,6 +601,9 @@ fn check_name(name: &str) -> Result<(), Error> {
 }
 
 /// A trigger that is about to be served.
+///
+/// Unless its handler blocks, at most 1024 of its emits wait or are worked on. Beyond them the
+/// newest are dropped, and [`Request::lost`](crate::Request::lost) of the next one says how many.
 #[derive(Debug)]
 #[must_use = "nothing is served before `serve`"]
 pub struct Handler {
@@ -697,9 +700,6 @@ impl Handler {
     /// taken in the order in which they arrived. `take` runs between two reads of the connection,
     /// so it must not block.
     ///
-    /// Of the trigger's emits at most 1024 wait or are worked on. Beyond them the newest are
-    /// dropped, and [`Request::lost`](crate::Request::lost) of the next one says how many.
-    ///
     /// # Errors
     /// If the name is not valid or the server refuses.
     pub async fn serve_detached(
@@ -707,7 +707,7 @@ impl Handler {
         take: impl Fn(Unanswered) + Send + Sync + 'static,
     ) -> Result<(), Error> {
         let (app, name) = (self.app.clone(), self.name.clone());
-        let kind = Kind::Detached(Box::new(take), Arc::default());
+        let kind = Kind::Detached(Box::new(take));
         let registered = self.register(kind)?.await;
         undo_failed(&app, &name, registered)
     }
@@ -730,6 +730,7 @@ impl Handler {
             name: self.name.into(),
             spec: self.spec,
             kind,
+            emits: Arc::default(),
             is_slow: AtomicBool::new(true),
         });
         Ok(self.app.triggers("trigger_register", &json!([spec])))

@@ -1,5 +1,8 @@
 //! The async face on tokio.
 
+use std::future::poll_fn;
+use std::sync::{Arc, Mutex};
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use latzero::{App, Bytes, Code};
@@ -169,5 +172,50 @@ fn dropping_a_call_drops_its_handler() {
         tokio::task::spawn_blocking(move || rx.recv_timeout(Duration::from_secs(10)).unwrap())
             .await
             .unwrap();
+    });
+}
+
+#[test]
+fn a_handler_has_a_bounded_number_of_emits() {
+    everywhere(async |fake| {
+        let (server, caller) = (app(&fake, "server").await, app(&fake, "caller").await);
+        // Emptied, it lets all of them go on.
+        let held = Arc::new(Mutex::new(Some(Vec::new())));
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let (holds, sees) = (held.clone(), seen.clone());
+        let slow = move |request: latzero::Request| {
+            let (holds, sees) = (holds.clone(), sees.clone());
+            async move {
+                poll_fn(|cx| match &mut *holds.lock().unwrap() {
+                    Some(wakers) => {
+                        wakers.push(cx.waker().clone());
+                        Poll::Pending
+                    }
+                    None => Poll::Ready(()),
+                })
+                .await;
+                sees.lock().unwrap().push(request.lost());
+                Ok(())
+            }
+        };
+        server.serve("slow", slow).await.unwrap();
+        for n in 0..1100 {
+            caller.emit("slow", &n).await.unwrap();
+        }
+        while server.lost() < 1100 - 1024 {
+            server.ping().await.unwrap();
+        }
+        let wakers = held.lock().unwrap().take();
+        wakers.into_iter().flatten().for_each(Waker::wake);
+        while seen.lock().unwrap().len() < 1024 {
+            server.ping().await.unwrap();
+        }
+        caller.emit("slow", &0).await.unwrap();
+        while seen.lock().unwrap().len() < 1025 {
+            server.ping().await.unwrap();
+        }
+        let seen = seen.lock().unwrap();
+        assert!(seen[..1024].iter().all(|lost| *lost == 0));
+        assert_eq!(seen[1024], 1100 - 1024);
     });
 }

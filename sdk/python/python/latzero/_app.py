@@ -12,14 +12,15 @@ from . import _latzero
 from ._arrays import flat, numpy
 from ._block import Block, Shares, _seconds, is_ours_alone, options as _block_options
 from ._errors import BadRequest, Cancelled, Disconnected, LatZeroError
-from ._lean import TYPE_CHECKING, F, Generic, T
+from ._lean import TYPE_CHECKING, F, Generic, T, overload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from datetime import timedelta
-    from typing import Any, Literal
+    from typing import Any, Literal, Unpack
 
     from ._decode import Decoder, Kind
+    from ._lean import Destination, ServeOptions
 
     # The pool, shape, dtype and size of a shared block.
     _ShareKey = tuple[str | None, Any, Any, int]
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 # quick.
 
 _MISSING: Any = object()
-_NONE_OF_THEM = (None,) * 7
+_NONE_OF_THEM = (None,) * 8
 _NO_OPTIONS: dict[str, Any] = {}
-# How long the end of the process waits for running handlers.
+# How long `App.close` and the end of the process wait for running handlers.
+_CLOSE_SECONDS = 5.0
 _END_SECONDS = 1.0
 # How often `App.wait` checks whether the app has ended.
 _WAIT_SECONDS = 0.1
@@ -137,18 +139,19 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 def _calling(
-    timeout: float | timedelta | None, to: str | None, pool: str | None, key: str | None,
+    timeout: float | timedelta | None, to: Destination, pool: str | None, key: str | None,
     headers: dict[str, str] | None, privileged: bool = False, idempotency_key: str | None = None,
-    redeliver: bool = False, id: str | None = None,
+    redeliver: bool = False, attempts: int | None = None, id: str | None = None,
 ) -> dict[str, Any]:
     """The options of a call, as the binding takes them."""
     is_plain = not (redeliver or privileged)
-    if is_plain and (timeout, to, pool, key, headers, idempotency_key, id) == _NONE_OF_THEM:
+    given = (timeout, to, pool, key, headers, idempotency_key, attempts, id)
+    if is_plain and given == _NONE_OF_THEM:
         return _NO_OPTIONS
     return {
         "timeout": _seconds(timeout), "to": to, "pool": pool, "key": key, "headers": headers,
         "privileged": privileged, "idempotency_key": idempotency_key, "redeliver": redeliver,
-        "id": id,
+        "attempts": attempts, "id": id,
     }
 
 
@@ -328,7 +331,8 @@ def _adapt(
     payload."""
     import inspect
 
-    from ._decode import Mismatch, kind, parameters
+    from ._decode import Mismatch, kind, lift_definitions, parameters
+    from ._decode import _same as _any
 
     signature = inspect.signature(function, eval_str=True)
     is_async = _is_async(function)
@@ -358,52 +362,74 @@ def _adapt(
     if whole is not None and (len(kinds) > 1 or takes_any):
         raise TypeError("a handler takes the whole payload, or its fields by name, not both")
     decoders = {name: one.decode for name, one in kinds.items()}
-    required = decoders.keys() - defaults.keys()
-    schema = kinds[whole].schema if whole else parameters(kinds, defaults, takes_any)
+    names, required = decoders.keys(), decoders.keys() - defaults.keys()
+    schema = lift_definitions(
+        kinds[whole].schema if whole else parameters(kinds, defaults, takes_any)
+    )
 
-    def decode(name: str, value: Any, incoming: _latzero.Request) -> Any:
+    # Those that are passed by position, in their order; the payload is `None` here.
+    positions = [
+        None if name == whole else name for name in signature.parameters
+        if name == whole or wants_request.get(name)
+    ]
+    by_name = [name for name, is_positional in wants_request.items() if not is_positional]
+
+    def check(incoming: _latzero.Request, given: Any) -> None:
+        if not isinstance(given, dict):
+            got = type(given).__name__
+            raise _refuse(f"'{incoming.name}' takes an object of named arguments, not {got}")
+        missing = sorted(required - given.keys())
+        if missing:
+            raise _refuse(f"'{incoming.name}' misses the argument {missing[0]!r}")
+        unknown = [key for key in given if key not in decoders]
+        if unknown and not takes_any or any(key in wants_request for key in unknown):
+            raise _refuse(f"'{incoming.name}' has no argument {unknown[0]!r}")
+
+    def arguments(incoming: _latzero.Request, data: Any) -> tuple[list[Any], dict[str, Any]]:
         try:
-            return decoders[name](value, name)
+            if whole is not None:
+                value = decoders[whole](data, whole)
+                fields = {}
+            else:
+                value, given = None, {} if data is None else data
+                if type(given) is not dict or given.keys() != names:
+                    check(incoming, given)
+                fields = {
+                    key: decoders[key](value, key) if key in decoders else value
+                    for key, value in given.items()
+                }
         except Mismatch as error:
             raise _refuse(f"'{incoming.name}': {error}") from None
+        for name in by_name:
+            fields[name] = incoming
+        return [value if name is None else incoming for name in positions], fields
 
     def run(incoming: _latzero.Request, data: Any) -> Any:
-        arguments: list[Any] = []
-        fields: dict[str, Any] = {}
-        for name in signature.parameters:
-            if name == whole:
-                arguments.append(decode(name, data, incoming))
-            elif name in wants_request:
-                if wants_request[name]:
-                    arguments.append(incoming)
-                else:
-                    fields[name] = incoming
-        if whole is None:
-            given = {} if data is None else data
-            if not isinstance(given, dict):
-                got = type(data).__name__
-                raise _refuse(f"'{incoming.name}' takes an object of named arguments, not {got}")
-            missing = sorted(required - given.keys())
-            if missing:
-                raise _refuse(f"'{incoming.name}' misses the argument {missing[0]!r}")
-            unknown = [key for key in given if key not in decoders]
-            if unknown and not takes_any or any(key in wants_request for key in unknown):
-                raise _refuse(f"'{incoming.name}' has no argument {unknown[0]!r}")
-            for key, value in given.items():
-                fields[key] = decode(key, value, incoming) if key in decoders else value
+        given, fields = arguments(incoming, data)
         token = _current.set(incoming)
         try:
-            result = function(*arguments, **fields)
+            return function(*given, **fields)
         finally:
-            # A task has its own context, in which the request stays.
-            if not is_async:
-                _current.reset(token)
-        # Other iterators are not streams.
-        return result if inspect.isgenerator(result) or not hasattr(result, "__next__") else (
-            list(result)
-        )
+            _current.reset(token)
 
-    return run, schema
+    def run_whole(incoming: _latzero.Request, data: Any) -> Any:
+        # The shortest way for a function of the payload alone.
+        token = _current.set(incoming)
+        try:
+            return function(data)
+        finally:
+            _current.reset(token)
+
+    def run_async(incoming: _latzero.Request, data: Any) -> Any:
+        # A task has its own context, in which the request stays.
+        given, fields = arguments(incoming, data)
+        _current.set(incoming)
+        return function(*given, **fields)
+
+    if is_async:
+        return run_async, schema
+    takes_all = whole is not None and not wants_request and decoders[whole] is _any
+    return run_whole if takes_all else run, schema
 
 
 class App:
@@ -500,53 +526,69 @@ class App:
 
     def call(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
-        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None,
-        idempotency_key: str | None = None, redeliver: bool = False, privileged: bool = False,
-        **fields: Any,
+        idempotency_key: str | None = None, redeliver: bool = False, attempts: int | None = None,
+        privileged: bool = False, **fields: Any,
     ) -> Any:
         """Calls the trigger `name` with `data`, or with the fields as an object; returns the
         answer, as a value of the type `into`."""
-        options = _calling(
-            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver
-        )
+        # The shortest way for the most frequent calls: each function that is called costs.
+        if (
+            timeout is None and to is None and pool is None and key is None and headers is None
+            and idempotency_key is None and attempts is None and not redeliver and not privileged
+        ):
+            options = _NO_OPTIONS
+        else:
+            options = _calling(
+                timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, attempts
+            )
+        if data is _MISSING:
+            data = fields or None
+        elif fields:
+            data = _payload(data, fields)
+        connection = self._connection or self._inner
+        if into is None:
+            return connection.call(name, data, options)
         read = _into(into)
-        return read(self._inner.call(name, _payload(data, fields), options))
+        return read(connection.call(name, data, options))
 
     def reply(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        to: Destination = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
-        redeliver: bool = False, privileged: bool = False, **fields: Any,
+        redeliver: bool = False, attempts: int | None = None, privileged: bool = False,
+        **fields: Any,
     ) -> Reply:
         """Like `call`, but returns the answer with its headers."""
         options = _calling(
-            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver
+            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, attempts
         )
         return Reply(*self._inner.reply(name, _payload(data, fields), options))
 
     def submit(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
-        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None,
-        idempotency_key: str | None = None, redeliver: bool = False, privileged: bool = False,
-        **fields: Any,
+        idempotency_key: str | None = None, redeliver: bool = False, attempts: int | None = None,
+        privileged: bool = False, **fields: Any,
     ) -> Pending[Any]:
         """Like `call`, but only sends the call: one thread can have many calls in flight."""
         options = _calling(
-            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver
+            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, attempts
         )
         return Pending(self._inner.call_op(name, _payload(data, fields), options), _into(into))
 
     def park(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        to: Destination = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
-        redeliver: bool = False, privileged: bool = False, id: str | None = None, **fields: Any,
+        redeliver: bool = False, attempts: int | None = None, privileged: bool = False,
+        id: str | None = None, **fields: Any,
     ) -> Parked:
         """Sends a call that the server stores on disk until a handler answers it."""
         options = _calling(
-            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, id
+            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, attempts, id
         )
         return Parked(self._inner.park(name, _payload(data, fields), options).wait())
 
@@ -557,7 +599,7 @@ class App:
 
     def stream(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None, window: int = 64,
-        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None, privileged: bool = False,
         **fields: Any,
     ) -> Stream[Any]:
@@ -568,7 +610,7 @@ class App:
 
     def emit(
         self, name: str, data: Any = _MISSING, /, *, one: bool = False, count: bool = False,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        to: Destination = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, privileged: bool = False, **fields: Any,
     ) -> int | None:
         """Sends an event to every handler of `name`, or to `one`. With `count` it returns how
@@ -577,6 +619,15 @@ class App:
             "to": to, "pool": pool, "key": key, "headers": headers, "privileged": privileged,
         }
         return self._inner.emit(name, _payload(data, fields), options, one, count)
+
+    @overload
+    def serve(self, name: F, /) -> F: ...
+    @overload
+    def serve(
+        self, name: str | None = None, function: None = None, **options: Unpack[ServeOptions]
+    ) -> Callable[[F], F]: ...
+    @overload
+    def serve(self, name: str, function: F, **options: Unpack[ServeOptions]) -> F: ...
 
     def serve(
         self, name: str | Callable[..., Any] | None = None, function: Any = None, *,
@@ -618,6 +669,11 @@ class App:
         """Emits of `name` as they arrive; listening begins now and stops when this is dropped."""
         return _iterate(self._inner.events(name).wait(), Event)
 
+    @overload
+    def on(self, name: str, function: None = None) -> Callable[[F], F]: ...
+    @overload
+    def on(self, name: str, function: F) -> F: ...
+
     def on(self, name: str, function: Any = None) -> Any:
         """Calls `function(event)` with each emit of `name`, on a separate thread. Without a
         function it is a decorator. Exceptions are reported to `threading.excepthook`."""
@@ -626,6 +682,11 @@ class App:
             return _listen(self.events(name), function, f"latzero-on-{name}")
 
         return register if function is None else register(function)
+
+    @overload
+    def on_state(self, function: None = None) -> Callable[[F], F]: ...
+    @overload
+    def on_state(self, function: F) -> F: ...
 
     def on_state(self, function: Any = None) -> Any:
         """Calls `function(state)` when the connection changes, on a separate thread: with
@@ -704,6 +765,11 @@ class App:
         """The pools that the server knows."""
         return self.request({"action": "pool_list"})
 
+    def trigger(self, pool: str, name: str) -> dict[str, Any] | None:
+        """What the server knows of a trigger: its `doc`, its `schema`, its handlers and more.
+        `None` if nobody serves it."""
+        return _described(self.request(_describing(pool, name)))
+
     def ping(self) -> float:
         """How many seconds the server took to respond."""
         return self._inner.ping().wait()
@@ -737,13 +803,23 @@ class App:
                     self._connection.close(within)
             finally:
                 if self._loop is not None:
-                    self._loop.close()
+                    self._loop.close(_CLOSE_SECONDS if within is None else within)
 
     def __enter__(self) -> App:
         return self
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _describing(pool: str, name: str) -> dict[str, Any]:
+    """The request for what the server knows of a trigger."""
+    return {"action": "pool_info", "pool": pool, "trigger": name}
+
+
+def _described(info: Any) -> dict[str, Any] | None:
+    """The one trigger in the answer to such a request."""
+    return next(iter(info["triggers"]), None)
 
 
 def _shared(array: Any, pool: str | None) -> tuple[_ShareKey, memoryview]:

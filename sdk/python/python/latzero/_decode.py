@@ -11,6 +11,8 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from . import _latzero
+
 Decoder = Callable[[Any, str], Any]
 Schema = dict[str, Any]
 
@@ -70,6 +72,32 @@ def parameters(known: dict[str, Kind], defaults: dict[str, Any], is_open: bool) 
         is_shown = name in defaults and _is_plain(default)
         properties[name] = {**one.schema, "default": default} if is_shown else one.schema
     return _object(properties, [name for name in known if name not in defaults], is_open)
+
+
+def lift_definitions(schema: Schema) -> Schema:
+    """`schema` with the definitions inside of it moved to its top, to which references point. If
+    two differ that have one name, nothing is said."""
+    definitions: Schema = {}
+
+    def lift(inside: Any) -> Any:
+        if isinstance(inside, list):
+            return [lift(one) for one in inside]
+        if not isinstance(inside, dict):
+            return inside
+        for name, one in inside.get("$defs", {}).items():
+            if definitions.setdefault(name, one) != one:
+                raise _Ambiguous
+        return {key: lift(one) for key, one in inside.items() if key != "$defs"}
+
+    try:
+        lifted: Schema = lift(schema)
+    except _Ambiguous:
+        return {}
+    return {**lifted, "$defs": definitions} if definitions else lifted
+
+
+class _Ambiguous(Exception):
+    """Two definitions have one name."""
 
 
 def _object(properties: dict[str, Schema], required: list[str], is_open: bool = False) -> Schema:
@@ -286,10 +314,11 @@ def _class(of: Any) -> Kind:
         ]
         return _fields(lambda given: of(**given), kinds, required, of.__name__)
     if hasattr(of, "model_validate"):
-        return Kind(_other(of.model_validate, of), _model(of))
+        return Kind(_other(_model(of), of), _schema(of.model_json_schema))
     if hasattr(of, "__struct_fields__") and "msgspec" in sys.modules:
-        convert = sys.modules["msgspec"].convert
-        return Kind(_other(lambda value: convert(value, of), of), {})
+        msgspec = sys.modules["msgspec"]
+        schema = _schema(lambda: msgspec.json.schema(of))
+        return Kind(_other(lambda value: msgspec.convert(value, of), of), schema)
     if "enum" in sys.modules and issubclass(of, sys.modules["enum"].Enum):
         return Kind(_other(of, of), _one_of([member.value for member in of]))
     if module == "uuid":
@@ -307,13 +336,25 @@ def _class(of: Any) -> Kind:
     return Kind(decode, {})
 
 
-def _model(of: Any) -> Schema:
-    """The schema of a pydantic model, if it has one that can be part of another."""
+def _model(of: Any) -> Callable[[Any], Any]:
+    """How a pydantic model is made. From JSON, strict ones too take what JSON lacks as text."""
+
+    def make(value: Any) -> Any:
+        try:
+            text = _latzero.json(value)
+        except ValueError:  # There is a block in it.
+            return of.model_validate(value)
+        return of.model_validate_json(text)
+
+    return make
+
+
+def _schema(of: Callable[[], Schema]) -> Schema:
+    """The schema that another library has for a type, if it has one."""
     try:
-        schema: Schema = of.model_json_schema()
+        return of()
     except Exception:
         return {}
-    return {} if "$defs" in schema else schema
 
 
 def _other(convert: Callable[[Any], Any], of: Any, given: type = object) -> Decoder:

@@ -10,6 +10,8 @@ from typing import Any
 
 from ._block import BlockInfo
 
+_GENERATOR = type(_ for _ in ())
+
 
 def plain(value: Any) -> Any:
     """`value` as JSON's types; `TypeError` if its type is not supported."""
@@ -30,4 +32,7 @@ def plain(value: Any) -> Any:
         return sys.modules["msgspec"].to_builtins(value)
     if isinstance(value, BlockInfo):
         return value._inner
+    # Such as what `map` returns. A generator is a stream.
+    if hasattr(value, "__next__") and not isinstance(value, _GENERATOR):
+        return list(value)
     raise TypeError(type(value).__qualname__)

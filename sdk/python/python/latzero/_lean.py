@@ -8,12 +8,34 @@ TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Generic as Generic, TypeVar
+    from typing import Any, Generic as Generic, TypedDict, TypeVar, overload as overload
 
     F = TypeVar("F", bound=Callable[..., Any])
     T = TypeVar("T")
+
+    # An app, or one instance of it: its AppID and its id, as in `Request.origin`.
+    Destination = str | tuple[str, str] | None
+
+    class ServeOptions(TypedDict, total=False):
+        """The options of `App.serve`."""
+
+        pools: list[str] | None
+        strategy: str
+        concurrency: int | None
+        doc: str | None
+        schema: dict[str, Any] | bool
+        privileged: bool
+
+    class AioServeOptions(ServeOptions, total=False):
+        """Those of asyncio."""
+
+        inline: bool
 else:
     F = T = None
+
+    def overload(function):
+        """Says nothing at run time."""
+        return function
 
     class Generic:
         """A class that can be subscripted, as `Stream[int]` in a hint."""

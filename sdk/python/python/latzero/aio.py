@@ -13,23 +13,28 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
 from datetime import timedelta
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import _latzero
 from ._app import (
-    _MISSING, Answer, Event, Presence, Progress, Reply, _calling, _close_quietly, _into,
-    _is_async, _live, _new_share, _options, _payload, _same, _serving, _shared,
+    _MISSING, _NO_OPTIONS, Answer, Event, Presence, Progress, Reply, _calling, _close_quietly,
+    _described, _describing, _into, _is_async, _live, _new_share, _options, _payload, _same,
+    _serving, _shared,
 )
 from ._arrays import flat
 from ._block import BlockInfo, Filling, Shares, _seconds, begin, is_ours_alone
 from ._block import options as _block_options
 from ._errors import Cancelled, LatZeroError, Timeout
 from ._latzero import AioRequest as Request
+from ._lean import F, Generic, T, overload
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from ._lean import AioServeOptions, Destination
 
 __all__ = ["App", "Block", "Connecting", "Parked", "Pending", "Request", "Stream", "connect"]
 
-F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
 
 # Larger copies are made on another thread.
 _COPY_BYTES = 256 * 1024
@@ -218,11 +223,11 @@ class LoopThread:
             self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self._loop.close()
 
-    def close(self) -> None:
-        """Ends the loop and everything that runs on it."""
+    def close(self, within: float) -> None:
+        """Ends the loop and everything that runs on it; waits for that for so many seconds."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(within)
 
 
 async def _iterate(
@@ -677,17 +682,26 @@ class App:
 
     async def call(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
-        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None,
-        idempotency_key: str | None = None, redeliver: bool = False, privileged: bool = False,
-        **fields: Any,
+        idempotency_key: str | None = None, redeliver: bool = False, attempts: int | None = None,
+        privileged: bool = False, **fields: Any,
     ) -> Any:
         """Calls the trigger `name` with `data`, or with the fields as an object; returns the
         answer. Cancelling the task cancels the call."""
-        options = _calling(
-            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver
-        )
-        data = _payload(data, fields)
+        if (
+            timeout is None and to is None and pool is None and key is None and headers is None
+            and idempotency_key is None and attempts is None and not redeliver and not privileged
+        ):
+            options = _NO_OPTIONS
+        else:
+            options = _calling(
+                timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, attempts
+            )
+        if data is _MISSING:
+            data = fields or None
+        elif fields:
+            data = _payload(data, fields)
         read = None if into is None else _into(into)
         if self._registering:
             self._raise_refusal()
@@ -704,40 +718,42 @@ class App:
 
     async def reply(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        to: Destination = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
-        redeliver: bool = False, privileged: bool = False, **fields: Any,
+        redeliver: bool = False, attempts: int | None = None, privileged: bool = False,
+        **fields: Any,
     ) -> Reply:
         """Like `call`, but returns the answer with its headers."""
         options = _calling(
-            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver
+            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, attempts
         )
         op = self._inner.reply_op(name, _payload(data, fields), options)
         return Reply(*await self._start(op))
 
     def submit(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
-        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None,
-        idempotency_key: str | None = None, redeliver: bool = False, privileged: bool = False,
-        **fields: Any,
+        idempotency_key: str | None = None, redeliver: bool = False, attempts: int | None = None,
+        privileged: bool = False, **fields: Any,
     ) -> Pending[Any]:
         """Like `call`, but only sends the call: one task can have many calls in flight."""
         options = _calling(
-            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver
+            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, attempts
         )
         op = self._inner.call_op(name, _payload(data, fields), options)
         return Pending(self._work.start(op), _into(into))
 
     async def park(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        to: Destination = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
-        redeliver: bool = False, privileged: bool = False, id: str | None = None, **fields: Any,
+        redeliver: bool = False, attempts: int | None = None, privileged: bool = False,
+        id: str | None = None, **fields: Any,
     ) -> Parked:
         """Sends a call that the server stores on disk until a handler answers it."""
         options = _calling(
-            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, id
+            timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, attempts, id
         )
         op = self._inner.park(name, _payload(data, fields), options)
         return Parked(self._work, await self._start(op))
@@ -749,7 +765,7 @@ class App:
 
     def stream(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None, window: int = 64,
-        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None, privileged: bool = False,
         **fields: Any,
     ) -> Stream[Any]:
@@ -760,7 +776,7 @@ class App:
 
     async def emit(
         self, name: str, data: Any = _MISSING, /, *, one: bool = False, count: bool = False,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        to: Destination = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, privileged: bool = False, **fields: Any,
     ) -> int | None:
         """Sends an event to every handler of `name`, or to `one`. With `count` it returns how
@@ -770,6 +786,15 @@ class App:
         }
         op = self._inner.emit_op(name, _payload(data, fields), options, one, count)
         return await self._start(op)
+
+    @overload
+    def serve(self, name: F, /) -> F: ...
+    @overload
+    def serve(
+        self, name: str | None = None, function: None = None, **options: Unpack[AioServeOptions]
+    ) -> Callable[[F], F]: ...
+    @overload
+    def serve(self, name: str, function: F, **options: Unpack[AioServeOptions]) -> F: ...
 
     def serve(
         self, name: str | Callable[..., Any] | None = None, function: Any = None, *,
@@ -826,6 +851,11 @@ class App:
         dropped."""
         return _iterate(self._work, await self._start(self._inner.events(name)), Event)
 
+    @overload
+    def on(self, name: str, function: None = None) -> Callable[[F], F]: ...
+    @overload
+    def on(self, name: str, function: F) -> F: ...
+
     def on(self, name: str, function: Any = None) -> Any:
         """Calls `function(event)` with each emit of `name`, and awaits what it returns. Without a
         function it is a decorator. Exceptions are reported to the loop's exception handler. It is
@@ -860,6 +890,11 @@ class App:
                 self._loop.call_exception_handler({
                     "message": f"a function that listens to {what} failed", "exception": error,
                 })
+
+    @overload
+    def on_state(self, function: None = None) -> Callable[[F], F]: ...
+    @overload
+    def on_state(self, function: F) -> F: ...
 
     def on_state(self, function: Any = None) -> Any:
         """Calls `function(state)` when the connection changes, and awaits what it returns: with
@@ -939,6 +974,11 @@ class App:
     async def pools(self) -> Any:
         """The pools that the server knows."""
         return await self.request({"action": "pool_list"})
+
+    async def trigger(self, pool: str, name: str) -> dict[str, Any] | None:
+        """What the server knows of a trigger: its `doc`, its `schema`, its handlers and more.
+        `None` if nobody serves it."""
+        return _described(await self.request(_describing(pool, name)))
 
     async def ping(self) -> float:
         """How many seconds the server took to respond."""

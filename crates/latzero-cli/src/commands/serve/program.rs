@@ -126,7 +126,7 @@ impl ProgramSpec {
             (Ok(ReadEnd::TooLong), _) => Err(too_long()),
             (Err(error), _) | (_, Err(error)) => Err(failed(format!("{}: {error}", self.name()))),
             (_, Ok(status)) if status.success() => match self.stream {
-                Some(_) => Ok(Data::Json(RawValue::NULL.to_owned())),
+                Some(_) => Ok(Data::Json("null".to_owned())),
                 None => self.printed.payload(&program.received),
             },
             (_, Ok(status)) => Err(self.ended(status, &program.errors)),
@@ -274,10 +274,10 @@ impl OutputKind {
         };
         let as_text = || {
             let text = text.strip_suffix('\n').unwrap_or(text);
-            serde_json::value::to_raw_value(text).expect("a text is JSON")
+            Data::Json(Value::from(text).to_string())
         };
         if self == OutputKind::Text {
-            return Ok(Data::Json(as_text()));
+            return Ok(as_text());
         }
         let trimmed = text.trim();
         let json = match trimmed.is_empty() {
@@ -286,10 +286,10 @@ impl OutputKind {
         };
         match json {
             Ok(json) => match latzero::check_json(json.get()) {
-                Ok(()) => Ok(Data::Json(json)),
+                Ok(()) => Ok(Data::Json(json.get().to_owned())),
                 Err(error) => Err(failed(format!("the program's output: {}", error.message()))),
             },
-            Err(_) if self == OutputKind::Auto => Ok(Data::Json(as_text())),
+            Err(_) if self == OutputKind::Auto => Ok(as_text()),
             Err(error) => Err(failed(format!("the program's output is not JSON: {error}"))),
         }
     }
@@ -572,7 +572,7 @@ mod tests {
             OutputKind::Auto.payload(printed).unwrap(),
             expected,
         ) {
-            (Data::Json(json), Ok(expected)) => assert_eq!(json.get(), expected),
+            (Data::Json(json), Ok(expected)) => assert_eq!(json, expected),
             (Data::Bytes(bytes), Err(expected)) => assert_eq!(bytes.0, expected),
             (data, _) => panic!("{data:?}"),
         };
@@ -588,7 +588,7 @@ mod tests {
     #[test]
     fn output_can_be_declared() {
         let json = |printed: OutputKind, text: &[u8]| match printed.payload(text) {
-            Ok(Data::Json(json)) => json.get().to_owned(),
+            Ok(Data::Json(json)) => json,
             other => panic!("{other:?}"),
         };
         assert_eq!(json(OutputKind::Text, b"5\n"), "\"5\"");
