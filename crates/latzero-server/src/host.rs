@@ -483,6 +483,13 @@ impl Driver for IoHost {
                 self.shared.books.stats.messages_lost.fetch_add(1, Relaxed);
             }
             Observed::Message(..) => {}
+            Observed::Lost(_, count) => {
+                self.shared
+                    .books
+                    .stats
+                    .messages_lost
+                    .fetch_add(count, Relaxed);
+            }
             // The actions of the server itself are in its log.
             Observed::Audit(by, audit) if by.socket.is_some() => {
                 self.shared.books.audit_log.note(by, audit);

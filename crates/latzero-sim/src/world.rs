@@ -992,6 +992,12 @@ impl World {
         assert_eq!(all.used(Resource::Redelivery), redelivery, "redelivery");
     }
 
+    /// How much of a resource the ledger counts for all clients.
+    #[must_use]
+    pub fn held(&self, what: Resource) -> u64 {
+        self.context.ledger.all().used(what)
+    }
+
     /// Statistics of the registry.
     #[must_use]
     pub fn counts(&self) -> latzero_fabric::registry::Counts {
@@ -1226,6 +1232,12 @@ impl Driver for World {
         match what {
             Observed::Message(to, class, sent, frame) => {
                 self.observer.message(to.id, class, sent, frame);
+            }
+            Observed::Lost(to, count) => {
+                (0..count).for_each(|_| {
+                    self.observer
+                        .message(to.id, Class::Event, latzero_fabric::Sent::Full, &[])
+                });
             }
             Observed::Closing(line) => {
                 let connection = &mut self.connections[line.id.0 as usize];

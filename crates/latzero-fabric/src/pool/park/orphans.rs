@@ -16,7 +16,9 @@ use super::super::members::MemberKey;
 use super::super::{CallError, Pool};
 use super::attempts::{PAUSE_MS, exhausted};
 use super::durable::DurableCall;
-use super::{GIVEN_AT_ONCE_MAX, GIVEN_BYTES_AT_ONCE, ParkedCalls, State, StoreChange, soon};
+use super::{
+    GIVEN_AT_ONCE_MAX, GIVEN_BYTES_AT_ONCE, ParkedCalls, State, StoreChange, at_once, soon,
+};
 use crate::driver::Driver;
 use crate::effects::CallEnd;
 use crate::now::{Time, earliest};
@@ -304,8 +306,8 @@ impl<D: Driver> Pool<D> {
     }
 
     /// A handler of a trigger may take more: gives it calls that wait for another handler.
-    pub(super) fn give_waiting(&mut self, process: &str, turn: &mut Turn<'_, D>) {
-        for _ in 0..GIVEN_AT_ONCE_MAX {
+    pub(super) fn give_waiting(&mut self, process: &str, among: usize, turn: &mut Turn<'_, D>) {
+        for _ in 0..at_once(among).0 {
             if !self.triggers.has_room(process, None, &self.members) {
                 return;
             }
