@@ -256,16 +256,36 @@ impl<D: Driver> Pool<D> {
         Some(key)
     }
 
+    /// Ends what a member that is about to leave would leave behind, as much as `budget` allows: its
+    /// handlers, its calls, and what it holds of blocks and waits for. The budget is 0 if there may
+    /// be more.
+    pub fn wind_down(&mut self, key: MemberKey, budget: &mut usize, turn: &mut Turn<'_, D>) {
+        let Some(member) = self.members.at_mut(key) else {
+            return;
+        };
+        // First, so that it gets no more calls.
+        let handlers = std::mem::take(&mut member.handlers);
+        *budget = budget.saturating_sub(1 + handlers.len());
+        self.drop_handlers(key, handlers.into_iter().collect(), turn);
+        self.end_calls_of(key, budget, turn);
+        self.blocks().leave(key, budget, turn);
+        if *budget == 0 {
+            // Otherwise it leaves in this step.
+            self.place_orphans(turn);
+        }
+    }
+
     /// Ends a membership: ends its calls, removes its triggers, notifies the watchers. False if it
     /// had already ended.
     pub fn leave(&mut self, key: MemberKey, turn: &mut Turn<'_, D>) -> bool {
         if !self.has_member(key) {
             return false;
         }
-        self.end_calls_of(key, turn);
+        let mut all = usize::MAX;
+        self.end_calls_of(key, &mut all, turn);
         self.durable().end_orphans_of(key, turn);
         self.repeats.leave(key);
-        self.blocks().leave(key, turn);
+        self.blocks().leave(key, &mut all, turn);
         let member = self.members.at_mut(key).expect("checked above");
         let handlers = std::mem::take(&mut member.handlers);
         self.drop_handlers(key, handlers.into_iter().collect(), turn);
@@ -384,7 +404,7 @@ impl<D: Driver> Pool<D> {
         self.closed = true;
         let keys: Vec<MemberKey> = self.members.iter().map(|(key, _)| key).collect();
         for &key in &keys {
-            self.end_calls_of(key, turn);
+            self.end_calls_of(key, &mut { usize::MAX }, turn);
         }
         self.durable().drop_orphans(&refusals::pool_removed(), turn);
         self.close_held(turn);

@@ -114,6 +114,8 @@ pub(crate) struct Connection {
     pub(crate) is_ending: bool,
     /// It was read to the end.
     has_ended: bool,
+    /// It is removed once its session has ended.
+    pub(crate) is_gone: bool,
     /// Whether it counts among the connections without a handshake.
     pub(crate) is_unauthenticated: bool,
 }
@@ -185,6 +187,7 @@ impl Connection {
             last_heard: now,
             pinged: None,
             is_ending: false,
+            is_gone: false,
             has_ended: false,
             is_unauthenticated: true,
         }
@@ -508,10 +511,12 @@ impl Connection {
 
     /// Ends the session and writes what is left; the connection is removed when that is done.
     pub(crate) fn close(&mut self, now: Time, host: &mut IoHost) {
-        if matches!(self.phase, Phase::Closing { .. }) {
+        if self.is_closing() {
             return;
         }
-        self.session.closed(&mut host.turn());
+        // If there is more to end, the loop goes on with it. A server that takes over gets
+        // everything.
+        while self.session.closed(&mut host.turn()) && host.context().is_draining() {}
         self.offers = VecDeque::new();
         self.inbox = Vec::new();
         self.inbound.force(0);
@@ -523,7 +528,7 @@ impl Connection {
     }
 
     pub(crate) fn is_closing(&self) -> bool {
-        matches!(self.phase, Phase::Closing { .. })
+        self.is_gone || matches!(self.phase, Phase::Closing { .. })
     }
 
     /// Ends the sending side, once everything is written.
