@@ -308,10 +308,11 @@ impl<D: Driver> Pool<D> {
         let Some(member) = self.members.at_mut(key) else {
             return;
         };
+        let who = (key, member.instance);
         let (mut names, mut added) = (Vec::new(), Vec::new());
         for spec in specs {
             let has = member.handlers.get(&spec.name).copied();
-            if let Some(handler) = self.triggers.serve(key, has, &spec) {
+            if let Some(handler) = self.triggers.serve(who, has, &spec) {
                 member.handlers.insert(spec.name.clone(), handler);
                 added.push(spec.name.clone());
             }
