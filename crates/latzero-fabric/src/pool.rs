@@ -256,9 +256,9 @@ impl<D: Driver> Pool<D> {
         Some(key)
     }
 
-    /// Ends what a member that is about to leave would leave behind, as much as `budget` allows: its
-    /// handlers, its calls, and what it holds of blocks and waits for. The budget is 0 if there may
-    /// be more.
+    /// Ends what a member that is about to leave would leave behind, as much as `budget` allows:
+    /// its handlers, its calls, and what it holds of blocks and waits for. The budget is 0 if there
+    /// may be more.
     pub fn wind_down(&mut self, key: MemberKey, budget: &mut usize, turn: &mut Turn<'_, D>) {
         let Some(member) = self.members.at_mut(key) else {
             return;

@@ -13,6 +13,7 @@ use latzero_crypto::proof::ChannelBinding;
 use latzero_fabric::ledger::{Holding, Reservation, Resource};
 use latzero_fabric::session::Terms;
 use latzero_fabric::{Class, Driver as _, Flow, Session, Time, Transport};
+use latzero_protocol::limits::FORWARD_SLACK;
 use latzero_protocol::{Ahead, Code, Refusal, encode, frame};
 use latzero_tls::Unfinished;
 
@@ -355,6 +356,9 @@ impl Connection {
         }
         // As large as the frame's length says, and no larger.
         let whole = frame::announced(&self.inbox);
+        if length > whole / 2 {
+            host.effects.buffers.prepare(whole + FORWARD_SLACK);
+        }
         if length + most <= capacity || (length < capacity && whole <= capacity) {
             return Some(most.min(capacity - length));
         }
