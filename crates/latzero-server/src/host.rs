@@ -57,7 +57,7 @@ pub(crate) struct IoHost {
 const WRITES_US: u64 = 1000;
 
 /// How many connections are written between two looks at the clock.
-const WRITES_PER_LOOK: u32 = 16;
+const WRITES_PER_LOOK: u32 = 4;
 
 /// The time that one flush may take.
 #[derive(Default)]
