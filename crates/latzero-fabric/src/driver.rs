@@ -284,7 +284,10 @@ pub trait Driver: BlockStorage + Verifier<Peer: Peer<Self>> + Sized {
 /// What an observer can see.
 pub enum Observed<'a, D: Driver> {
     /// A message for a connection and what happened to it, with the whole frame if it was appended.
+    /// Events that are appended together are reported once, with all their frames.
     Message(&'a D::Peer, Class, Sent, &'a [u8]),
+    /// So many further events were dropped with the one reported before.
+    Lost(&'a D::Peer, u64),
     /// A connection will be closed.
     Closing(&'a D::Peer),
     /// A request was refused.

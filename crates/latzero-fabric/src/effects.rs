@@ -130,14 +130,22 @@ pub struct Buffers {
     /// The total size of the spare buffers in bytes.
     spare_bytes: usize,
     large: Vec<Vec<u8>>,
+    /// The next large one, as far as it is ready.
+    preparing: Option<Vec<u8>>,
 }
+
+/// How many bytes of a large buffer are made ready at once.
+const PREPARED_AT_ONCE: usize = 1024 * 1024;
 
 impl Buffers {
     /// An empty buffer for about `length` bytes.
     #[must_use]
     pub fn take(&mut self, length: usize) -> Vec<u8> {
         if length > SPARE_BYTES_MAX {
-            return self.large.pop().unwrap_or_default();
+            let large = self.large.pop().or_else(|| self.preparing.take());
+            let mut large = large.unwrap_or_default();
+            large.clear();
+            return large;
         }
         let spare = self.spare.pop().unwrap_or_default();
         self.spare_bytes -= spare.capacity();
@@ -147,18 +155,37 @@ impl Buffers {
     /// A large buffer, if one is kept.
     #[must_use]
     pub fn take_large(&mut self) -> Option<Vec<u8>> {
-        self.large.pop()
+        let mut large = self.large.pop()?;
+        large.clear();
+        Some(large)
+    }
+
+    /// Makes a buffer of `length` bytes ready, a part each time, unless a large one is kept. The
+    /// kernel takes many milliseconds for so much fresh memory: with a call for each part of a
+    /// message that arrives, the copy for its receiver finds it ready.
+    pub fn prepare(&mut self, length: usize) {
+        if length <= SPARE_BYTES_MAX || !self.large.is_empty() {
+            return;
+        }
+        let new = || Vec::with_capacity(length.min(LARGE_BYTES_MAX));
+        let buffer = self.preparing.get_or_insert_with(new);
+        let ready = (buffer.len() + PREPARED_AT_ONCE).min(buffer.capacity());
+        buffer.resize(ready, 0);
+        if ready == buffer.capacity() {
+            self.large.extend(self.preparing.take());
+        }
     }
 
     /// Whether a large buffer is kept.
     #[must_use]
     pub fn has_large(&self) -> bool {
-        !self.large.is_empty()
+        !self.large.is_empty() || self.preparing.is_some()
     }
 
     /// Frees the large buffers.
     pub fn free_large(&mut self) {
         self.large.clear();
+        self.preparing = None;
     }
 
     /// Takes a buffer back.
@@ -174,5 +201,33 @@ impl Buffers {
         } else if self.large.len() < LARGE_MAX && buf.capacity() <= LARGE_BYTES_MAX {
             self.large.push(buf);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_large_buffer_is_made_ready_in_parts() {
+        let mut buffers = Buffers::default();
+        let length = 5 * PREPARED_AT_ONCE / 2;
+        for ready in [1, 2] {
+            buffers.prepare(length);
+            let preparing = buffers.preparing.as_ref().map(Vec::len);
+            assert_eq!(preparing, Some(ready * PREPARED_AT_ONCE));
+        }
+        buffers.prepare(length);
+        buffers.prepare(length);
+        assert_eq!(
+            (buffers.large.len(), buffers.preparing.is_none()),
+            (1, true)
+        );
+        let taken = buffers.take(length);
+        assert!(taken.is_empty() && taken.capacity() >= length);
+        // One that is not ready in full is better than none.
+        buffers.prepare(length);
+        let taken = buffers.take(length);
+        assert!(taken.is_empty() && taken.capacity() >= length && !buffers.has_large());
     }
 }

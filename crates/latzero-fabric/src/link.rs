@@ -25,6 +25,8 @@ pub struct Link<D: Driver> {
     account: Arc<Account>,
     /// Messages that wait while the socket accepts no data.
     held: Reservation,
+    /// The driver writes later what waits.
+    is_deferred: bool,
     /// When its socket last accepted data, or stopped accepting it.
     progress: Time,
 }
@@ -40,6 +42,7 @@ impl<D: Driver> Link<D> {
         Link {
             outbox: Outbox::default(),
             held: account.hold(Resource::Outbox),
+            is_deferred: false,
             account,
             progress: Time::default(),
         }
@@ -79,7 +82,7 @@ impl<D: Driver> Link<D> {
         if sent != Sent::Queued {
             return sent;
         }
-        if !self.outbox.is_blocked() && own < LARGE_BYTES {
+        if !self.outbox.is_blocked() && !self.is_deferred && own < LARGE_BYTES {
             // It is about to be written, and is counted if that fails. A client whose own account
             // is full gets no new work; if the server is full, others have caused it.
             let has_room =
@@ -107,6 +110,12 @@ impl<D: Driver> Link<D> {
         }
     }
 
+    /// The driver has no time to write what waits, which is counted until it does.
+    pub fn defer(&mut self) {
+        self.is_deferred = true;
+        self.held.force(self.outbox.own() as u64);
+    }
+
     /// Puts back what a writer did not write, and counts it. Returns a buffer to reuse.
     pub fn put_back(
         &mut self,
@@ -115,6 +124,7 @@ impl<D: Driver> Link<D> {
         written: usize,
     ) -> Option<Vec<u8>> {
         let was_blocked = self.outbox.is_blocked();
+        self.is_deferred = false;
         let spare = self.outbox.put_back(taken);
         let is_blocked = self.outbox.is_blocked();
         self.held.force(if is_blocked {

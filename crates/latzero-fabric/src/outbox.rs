@@ -279,10 +279,15 @@ impl<F, N> Outbox<F, N> {
     /// it lost.
     pub fn refuse(&mut self, class: Class) -> Sent {
         if matches!(class, Class::Emit | Class::Event) {
-            self.lost += 1;
-            self.lost_total += 1;
+            self.note_lost(1);
         }
         Sent::Full
+    }
+
+    /// Counts emits or events that were dropped.
+    pub fn note_lost(&mut self, count: u64) {
+        self.lost += count;
+        self.lost_total += count;
     }
 
     /// Appends a message that was admitted, with the descriptors to send with its first byte.

@@ -23,6 +23,8 @@ mod repeats;
 mod routing;
 mod triggers;
 
+use std::borrow::Cow;
+
 use latzero_protocol::encode;
 use latzero_protocol::message::{Event, EventSet, TriggerSpec};
 use latzero_protocol::{AppId, InstanceId, PoolName, Refusal, TriggerName};
@@ -250,8 +252,27 @@ impl<D: Driver> Pool<D> {
         }
         let key = self.members.insert(joining);
         self.members
-            .notify_presence(Event::AppOnline, &self.info.name, key, None, turn);
+            .notify_presence(Event::AppOnline, &self.info.name, key, turn);
         Some(key)
+    }
+
+    /// Ends what a member that is about to leave would leave behind, as much as `budget` allows:
+    /// its handlers, its calls, and what it holds of blocks and waits for. The budget is 0 if there
+    /// may be more.
+    pub fn wind_down(&mut self, key: MemberKey, budget: &mut usize, turn: &mut Turn<'_, D>) {
+        let Some(member) = self.members.at_mut(key) else {
+            return;
+        };
+        // First, so that it gets no more calls.
+        let handlers = std::mem::take(&mut member.handlers);
+        *budget = budget.saturating_sub(1 + handlers.len());
+        self.drop_handlers(key, handlers.into_iter().collect(), turn);
+        self.end_calls_of(key, budget, turn);
+        self.blocks().leave(key, budget, turn);
+        if *budget == 0 {
+            // Otherwise it leaves in this step.
+            self.place_orphans(turn);
+        }
     }
 
     /// Ends a membership: ends its calls, removes its triggers, notifies the watchers. False if it
@@ -260,40 +281,49 @@ impl<D: Driver> Pool<D> {
         if !self.has_member(key) {
             return false;
         }
-        self.end_calls_of(key, turn);
+        let mut all = usize::MAX;
+        self.end_calls_of(key, &mut all, turn);
         self.durable().end_orphans_of(key, turn);
         self.repeats.leave(key);
-        self.blocks().leave(key, turn);
+        self.blocks().leave(key, &mut all, turn);
         let member = self.members.at_mut(key).expect("checked above");
-        for (name, handler) in std::mem::take(&mut member.handlers) {
-            self.drop_handler(key, &name, handler, turn);
-        }
+        let handlers = std::mem::take(&mut member.handlers);
+        self.drop_handlers(key, handlers.into_iter().collect(), turn);
         self.members
-            .notify_presence(Event::AppOffline, &self.info.name, key, None, turn);
+            .notify_presence(Event::AppOffline, &self.info.name, key, turn);
         let member = self.members.remove(key).expect("checked above");
         self.durable().take_answers_back((key, &member.app), turn);
         self.place_orphans(turn);
         true
     }
 
-    /// Adds a handler of a trigger, which gets calls that were parked for it. Registering the
-    /// trigger again changes its settings.
-    pub fn serve(&mut self, key: MemberKey, spec: &TriggerSpec, turn: &mut Turn<'_, D>) {
+    /// Adds handlers of triggers, which get calls that were parked for them. Registering a trigger
+    /// again changes its settings.
+    pub fn serve<'s>(
+        &mut self,
+        key: MemberKey,
+        specs: impl Iterator<Item = Cow<'s, TriggerSpec>>,
+        turn: &mut Turn<'_, D>,
+    ) {
         let Some(member) = self.members.at_mut(key) else {
             return;
         };
-        let has = member.handlers.get(&spec.name).copied();
-        if let Some(handler) = self.triggers.serve(key, has, spec) {
-            member.handlers.insert(spec.name.clone(), handler);
-            self.members.notify_presence(
-                Event::TriggerAdded,
-                &self.info.name,
-                key,
-                Some(&spec.name),
-                turn,
-            );
+        let who = (key, member.instance);
+        let (mut names, mut added) = (Vec::new(), Vec::new());
+        for spec in specs {
+            let has = member.handlers.get(&spec.name).copied();
+            if let Some(handler) = self.triggers.serve(who, has, &spec) {
+                member.handlers.insert(spec.name.clone(), handler);
+                added.push(spec.name.clone());
+            }
+            names.push(spec.name.clone());
         }
-        self.dispatch_parked(spec.name.as_str(), turn);
+        let pool = &self.info.name;
+        self.members
+            .notify_triggers(Event::TriggerAdded, pool, key, &added, turn);
+        for name in &names {
+            self.dispatch_parked(name.as_str(), names.len(), turn);
+        }
     }
 
     /// Whether only members that may write can call a trigger or emit to it.
@@ -301,31 +331,32 @@ impl<D: Driver> Pool<D> {
         self.triggers.is_privileged(name)
     }
 
-    /// Removes a handler of a trigger. Calls in flight may still be answered.
-    pub fn unserve(&mut self, key: MemberKey, name: &TriggerName, turn: &mut Turn<'_, D>) {
+    /// Removes handlers of triggers. Calls in flight may still be answered.
+    pub fn unserve<'n>(
+        &mut self,
+        key: MemberKey,
+        names: impl Iterator<Item = &'n TriggerName>,
+        turn: &mut Turn<'_, D>,
+    ) {
         let Some(member) = self.members.at_mut(key) else {
             return;
         };
-        if let Some(handler) = member.handlers.remove(name) {
-            self.drop_handler(key, name, handler, turn);
-        }
+        let gone = names.filter_map(|name| member.handlers.remove_entry(name));
+        let gone = gone.collect();
+        self.drop_handlers(key, gone, turn);
     }
 
-    fn drop_handler(
+    fn drop_handlers(
         &mut self,
         key: MemberKey,
-        name: &TriggerName,
-        handler: HandlerKey,
+        gone: Vec<(TriggerName, HandlerKey)>,
         turn: &mut Turn<'_, D>,
     ) {
-        self.triggers.unserve(handler);
-        self.members.notify_presence(
-            Event::TriggerRemoved,
-            &self.info.name,
-            key,
-            Some(name),
-            turn,
-        );
+        let (names, handlers): (Vec<_>, Vec<_>) = gone.into_iter().unzip();
+        handlers.into_iter().for_each(|h| self.triggers.unserve(h));
+        let pool = &self.info.name;
+        self.members
+            .notify_triggers(Event::TriggerRemoved, pool, key, &names, turn);
     }
 
     /// Sets whether a member may have answers to parked calls of its app, and sends it those that
@@ -374,7 +405,7 @@ impl<D: Driver> Pool<D> {
         self.closed = true;
         let keys: Vec<MemberKey> = self.members.iter().map(|(key, _)| key).collect();
         for &key in &keys {
-            self.end_calls_of(key, turn);
+            self.end_calls_of(key, &mut { usize::MAX }, turn);
         }
         self.durable().drop_orphans(&refusals::pool_removed(), turn);
         self.close_held(turn);

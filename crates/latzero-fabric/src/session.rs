@@ -45,6 +45,9 @@ use pending::{Awaited, PendingReply, Reply};
 use pools::pool_info;
 use proofs::Proofs;
 
+/// About how many calls, waits and handlers of a connection that has ended are ended in one step.
+const ENDED_AT_ONCE_MAX: usize = 1024;
+
 /// Whether a connection continues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
@@ -96,7 +99,7 @@ pub struct Session<D: Driver> {
     awaited: VecDeque<Awaited<D>>,
     /// New work that waits for room.
     held: DeferredFrames,
-    /// It was displaced while it joined: its further messages are not handled.
+    /// It has ended, or was displaced while it joined: its further messages are not handled.
     is_over: bool,
 }
 
@@ -385,16 +388,39 @@ impl<D: Driver> Session<D> {
         Flow::Close
     }
 
-    /// The connection has ended: ends its calls, and remembers its app.
-    pub fn closed(&mut self, turn: &mut Turn<'_, D>) {
+    /// The connection has ended: ends its calls, and remembers its app. That is done in steps,
+    /// because it may have a great many calls and waits: call it again, before long, while it
+    /// returns true.
+    #[must_use]
+    pub fn closed(&mut self, turn: &mut Turn<'_, D>) -> bool {
+        self.is_over = true;
         self.drop_held();
+        if self.ready.is_none() {
+            return false;
+        }
+        let mut budget = ENDED_AT_ONCE_MAX;
+        for m in &self.memberships {
+            turn.with_pool(&m.pool, |pool, turn| {
+                pool.wind_down(m.member, &mut budget, turn)
+            });
+            if budget == 0 {
+                return true;
+            }
+        }
         let Some(ready) = self.ready.take() else {
-            return;
+            return false;
         };
         turn.with_registry(|registry, turn| registry.depart(&ready.app, ready.instance, turn));
         for membership in std::mem::take(&mut self.memberships) {
             leave(&membership, turn);
         }
+        false
+    }
+
+    /// Whether [`Session::closed`] is to be called again.
+    #[must_use]
+    pub fn is_ending(&self) -> bool {
+        self.is_over && self.ready.is_some()
     }
 
     fn flow(&self) -> Flow {

@@ -1,14 +1,17 @@
 //! The context of every decision: the time, and what the decision can access.
 
+use std::sync::Arc;
+
 use latzero_protocol::{Code, PoolName};
 
 use crate::driver::{Driver, Observed, Peer, Promise};
 use crate::effects::{Audit, Buffers, CallEnd, Count};
+use crate::ledger::Account;
 use crate::limits::Limits;
 use crate::link::Notice;
 use crate::memory::{Job, Numbers, StorageId};
 use crate::now::{Now, Time};
-use crate::outbox::{Class, Outbox, Sent, SharedBody};
+use crate::outbox::{Class, Outbox, SHARE_BYTES, Sent, SharedBody};
 use crate::pool::Pool;
 use crate::registry::Registry;
 use crate::rows::{AnswerRow, StoreChange};
@@ -138,6 +141,39 @@ impl<D: Driver> Turn<'_, D> {
         self.append(to, class, (frame.len(), 0), |outbox, _| {
             outbox.append_shared(class, frame.clone())
         })
+    }
+
+    /// Appends the frames of `count` events for all of `receivers`. Each gets all of them or none.
+    pub(crate) fn send_events<'p>(
+        &mut self,
+        receivers: impl Iterator<Item = &'p D::Peer>,
+        (frames, count): (&[u8], u64),
+        account: &Arc<Account>,
+    ) where
+        D::Peer: 'p,
+    {
+        let class = Class::Event;
+        let put = |out: &mut Vec<u8>| out.extend_from_slice(frames);
+        let shared =
+            (frames.len() >= SHARE_BYTES).then(|| SharedBody::encode(frames.len(), account, put));
+        for to in receivers {
+            let sent = match &shared {
+                None => self.send(to, class, frames.len(), put),
+                Some(Ok(shared)) => self.send_shared(to, class, shared),
+                Some(Err(_)) => self.refuse(to, class),
+            };
+            if sent == Sent::Full && count > 1 {
+                to.link().outbox.note_lost(count - 1);
+                self.driver.observe(Observed::Lost(to, count - 1));
+            }
+        }
+    }
+
+    /// Drops a message for which there is no memory.
+    fn refuse(&mut self, to: &D::Peer, class: Class) -> Sent {
+        let sent = to.link().outbox.refuse(class);
+        self.driver.observe(Observed::Message(to, class, sent, &[]));
+        sent
     }
 
     #[inline]

@@ -8,6 +8,7 @@
 mod net;
 
 use latzero_fabric::Limits;
+use latzero_fabric::ledger::Resource;
 use latzero_sim::{Bounds, Peer};
 use net::Net;
 use serde_json::Value;
@@ -1124,4 +1125,73 @@ fn a_block_may_go_while_it_is_written_slowly() {
     net.world.check_ledger();
     let pong = net.ask(a, r#"{"action":"ping","id":"p"}"#);
     assert!(pong.starts_with("p ok"), "{pong}");
+}
+
+#[test]
+fn a_connection_with_many_waits_ends_in_steps() {
+    let mut net = Net::new();
+    let holder = net.app("holder", "");
+    for block in 0..6 {
+        let block = format!("b{block}");
+        net.ask(
+            holder,
+            &format!(r#"{{"action":"memory_create","id":"1","block_id":"{block}","size":64}}"#),
+        );
+        net.ask(
+            holder,
+            &format!(r#"{{"action":"memory_lock","id":"2","block_id":"{block}"}}"#),
+        );
+    }
+    let other = net.app("holder", "");
+    let many = net.app("holder", "");
+    for block in 0..6 {
+        for wait in 0..500 {
+            let lock = format!(
+                r#"{{"action":"memory_lock","id":"{block}.{wait}","block_id":"b{block}","wait":90000}}"#
+            );
+            net.world
+                .feed(many, &latzero_sim::encode_frame(&lock, None));
+        }
+    }
+    net.say(
+        other,
+        r#"{"action":"memory_lock","id":"3","block_id":"b5","wait":90000}"#,
+    );
+    assert_eq!(net.world.held(Resource::Waits), 3001);
+    net.hang_up(many);
+    // After 1,500 and 3,000 waits, and the rest.
+    assert_eq!(net.world.ending_steps(), 3);
+    assert_eq!(net.world.held(Resource::Waits), 1);
+    net.hang_up(holder);
+    assert!(net.sees(other).contains("3 ok"));
+}
+
+#[test]
+fn what_is_stored_about_a_block_and_its_lock_counts_as_memory() {
+    let mut net = Net::new();
+    let a = net.app("a", WRITER);
+    let names: Vec<String> = (0..60)
+        .map(|i| format!("\"reader-with-a-name-{i}\""))
+        .collect();
+    let more = format!(
+        r#""size":8,"permissions":{{"read":[{0}],"write":[{0}]}}"#,
+        names.join(",")
+    );
+    let held = |net: &Net| {
+        (
+            net.world.held(Resource::Registrations),
+            net.world.held(Resource::Calls),
+        )
+    };
+    let before = held(&net);
+    ask(&mut net, a, "create", &more, &[]);
+    lock(&mut net, a, r#""mode":"shared""#);
+    lock(&mut net, a, r#""mode":"shared""#);
+    let after = held(&net);
+    assert!(after.0 - before.0 > 120 * 20, "{before:?} {after:?}");
+    assert!(after.1 - before.1 > 2 * 40, "{before:?} {after:?}");
+    net.world.check_ledger();
+    ask(&mut net, a, "remove", "", &[]);
+    net.world.run_jobs();
+    assert_eq!(held(&net), before);
 }

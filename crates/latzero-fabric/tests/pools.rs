@@ -2,6 +2,7 @@
 //! and 9 of the protocol.
 
 mod net;
+use latzero_fabric::ledger::Resource;
 use latzero_fabric::{Limits, Transport};
 use latzero_sim::{Bounds, admin_proof};
 use net::Net;
@@ -388,6 +389,43 @@ fn watchers_get_the_events_they_asked_for() {
         (r#"{"action":"watch","id":"1"}"#, "bad_message"),
     ] {
         assert_eq!(net.ask(w, watch), format!("1 failed: {code} ran=no"));
+    }
+}
+
+#[test]
+fn events_of_one_message_are_held_once_for_all_watchers() {
+    let mut net = Net::bounded(
+        Limits::default(),
+        Bounds {
+            socket_bytes: 0,
+            outbox_bytes: 70_000,
+            ..Bounds::default()
+        },
+    );
+    let watchers: Vec<_> = (0..50)
+        .map(|i| {
+            let w = net.app(&format!("w{i}"), "");
+            net.ask(w, r#"{"action":"watch","pool":"default","id":"1"}"#);
+            w
+        })
+        .collect();
+    let a = net.app("a", "");
+    watchers.iter().for_each(|&w| drop(net.sees(w)));
+    let names: Vec<String> = (0..1000).map(|i| format!("\"t{i}\"")).collect();
+    let register = format!(
+        r#"{{"action":"trigger_register","triggers":[{}]}}"#,
+        names.join(",")
+    );
+    let before = net.world.held(Resource::Outbox);
+    net.say(a, &register);
+    let held = net.world.held(Resource::Outbox) - before;
+    assert!((64_000..150_000).contains(&held), "{held} bytes are held");
+    for w in watchers {
+        let seen = net.sees(w);
+        let added = seen.matches("trigger_added default a t").count();
+        let lost = seen.rsplit_once("; lost ").expect("its outbox was full").1;
+        let lost: usize = lost.parse().expect("it is at the end");
+        assert!(added > 300 && added + lost == 1000, "{added} and {lost}");
     }
 }
 

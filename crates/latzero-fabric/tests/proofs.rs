@@ -6,6 +6,7 @@ use latzero_crypto::descriptor::{Descriptor, History, NewEpoch, NewPool, OldCont
 use latzero_crypto::keys::{KeySet, NewKeys, Roles, Secret};
 use latzero_crypto::proof::{ChannelBinding, Exchange, Joining};
 use latzero_crypto::{Suite, text};
+use latzero_fabric::ledger::Resource;
 use latzero_sim::Peer;
 use net::Net;
 use serde_json::Value;
@@ -443,4 +444,24 @@ fn a_rotation_during_a_slow_write_moves_the_block_after_it() {
         "{seen}"
     );
     net.world.check_ledger();
+}
+
+#[test]
+fn the_descriptors_of_earlier_epochs_count_as_memory() {
+    let (mut net, mut current, owner) = vault();
+    let before = net.world.held(Resource::Registrations);
+    let mut bytes = 0;
+    for _ in 0..20 {
+        bytes += current.as_bytes().len() as u64;
+        current = next(&current);
+        let seen = net.ask(owner, &rotation(current.as_bytes()));
+        assert!(seen.contains("r ok"), "{seen}");
+    }
+    let held = net.world.held(Resource::Registrations) - before;
+    assert!((bytes..2 * bytes).contains(&held), "{held} of {bytes}");
+    net.ask(
+        owner,
+        r#"{"action":"pool_remove","pool":"vault","force":true}"#,
+    );
+    assert!(net.world.held(Resource::Registrations) < before);
 }

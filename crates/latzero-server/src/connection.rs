@@ -13,6 +13,7 @@ use latzero_crypto::proof::ChannelBinding;
 use latzero_fabric::ledger::{Holding, Reservation, Resource};
 use latzero_fabric::session::Terms;
 use latzero_fabric::{Class, Driver as _, Flow, Session, Time, Transport};
+use latzero_protocol::limits::FORWARD_SLACK;
 use latzero_protocol::{Ahead, Code, Refusal, encode, frame};
 use latzero_tls::Unfinished;
 
@@ -114,6 +115,8 @@ pub(crate) struct Connection {
     pub(crate) is_ending: bool,
     /// It was read to the end.
     has_ended: bool,
+    /// It is removed once its session has ended.
+    pub(crate) is_gone: bool,
     /// Whether it counts among the connections without a handshake.
     pub(crate) is_unauthenticated: bool,
 }
@@ -185,6 +188,7 @@ impl Connection {
             last_heard: now,
             pinged: None,
             is_ending: false,
+            is_gone: false,
             has_ended: false,
             is_unauthenticated: true,
         }
@@ -352,6 +356,9 @@ impl Connection {
         }
         // As large as the frame's length says, and no larger.
         let whole = frame::announced(&self.inbox);
+        if length > whole / 2 {
+            host.effects.buffers.prepare(whole + FORWARD_SLACK);
+        }
         if length + most <= capacity || (length < capacity && whole <= capacity) {
             return Some(most.min(capacity - length));
         }
@@ -508,10 +515,12 @@ impl Connection {
 
     /// Ends the session and writes what is left; the connection is removed when that is done.
     pub(crate) fn close(&mut self, now: Time, host: &mut IoHost) {
-        if matches!(self.phase, Phase::Closing { .. }) {
+        if self.is_closing() {
             return;
         }
-        self.session.closed(&mut host.turn());
+        // If there is more to end, the loop goes on with it. A server that takes over gets
+        // everything.
+        while self.session.closed(&mut host.turn()) && host.context().is_draining() {}
         self.offers = VecDeque::new();
         self.inbox = Vec::new();
         self.inbound.force(0);
@@ -523,7 +532,7 @@ impl Connection {
     }
 
     pub(crate) fn is_closing(&self) -> bool {
-        matches!(self.phase, Phase::Closing { .. })
+        self.is_gone || matches!(self.phase, Phase::Closing { .. })
     }
 
     /// Ends the sending side, once everything is written.

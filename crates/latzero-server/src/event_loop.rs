@@ -256,6 +256,7 @@ impl EventLoop {
             self.finish_turn(now);
             if shared.loops.is_over.load(Relaxed) || self.drain(now) {
                 self.finish_turn(now);
+                while self.host.catch_up() {}
                 return Ok(());
             }
         }
@@ -263,7 +264,7 @@ impl EventLoop {
 
     /// How long the kernel may let the loop wait.
     fn timeout(&self, now: Time) -> Option<Duration> {
-        if !self.ready.is_empty() {
+        if !self.ready.is_empty() || self.host.is_behind() {
             return Some(Duration::ZERO);
         }
         let timers = (self.index == 0)
@@ -571,6 +572,15 @@ impl EventLoop {
         let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else {
             return;
         };
+        if connection.is_gone {
+            self.remove(slot, connection);
+            return;
+        }
+        if connection.session.is_ending() && connection.session.closed(&mut self.host.turn()) {
+            self.connections[slot] = Some(connection);
+            self.read_later(slot);
+            return;
+        }
         // If writing to it failed, what it sent is read to the end, and then it is closed.
         let write_failed = connection.peer.write_failed.load(Relaxed);
         connection.is_ending |= write_failed;
@@ -619,11 +629,12 @@ impl EventLoop {
                 self.close_peer(now, &peer);
             }
             ReadOutcome::Ended => {
-                connection.session.closed(&mut self.host.turn());
+                let _ = connection.session.closed(&mut self.host.turn());
                 // Answers to what came just before the end still go out, as far as the socket takes
                 // them.
                 self.host.flush();
-                self.remove(slot, *connection);
+                self.host.flush_peer(&connection.peer);
+                self.remove(slot, connection);
             }
         }
     }
@@ -632,11 +643,18 @@ impl EventLoop {
         self.host.shared.config.read_budget
     }
 
-    fn remove(&mut self, slot: usize, mut connection: Connection) {
+    /// Removes a connection, once its session has ended.
+    fn remove(&mut self, slot: usize, mut connection: Box<Connection>) {
+        if connection.session.closed(&mut self.host.turn()) {
+            connection.is_gone = true;
+            self.close_link(&connection.peer);
+            self.connections[slot] = Some(connection);
+            self.read_later(slot);
+            return;
+        }
         if connection.is_unauthenticated {
             self.host.shared.unauthenticated().leave(connection.user);
         }
-        connection.session.closed(&mut self.host.turn());
         let peer = &connection.peer;
         if let Err(error) = self
             .poll
@@ -650,17 +668,7 @@ impl EventLoop {
         {
             tracing::debug!(%error, "the process of a connection was no longer watched");
         }
-        let mut link = peer.link();
-        if link.outbox.is_blocked() {
-            self.host
-                .shared
-                .books
-                .stats
-                .slow_readers
-                .fetch_sub(1, Relaxed);
-        }
-        link.close();
-        drop(link);
+        self.close_link(peer);
         count_out(connection.user, &self.host.shared);
         if let Some(socket) = &peer.socket {
             // Others may hold the socket a moment longer; the other end should not have to wait for
@@ -669,6 +677,15 @@ impl EventLoop {
         }
         self.live -= 1;
         self.free.push(slot);
+    }
+
+    fn close_link(&self, peer: &Peer) {
+        let mut link = peer.link();
+        if link.outbox.is_blocked() {
+            let stats = &self.host.shared.books.stats;
+            stats.slow_readers.fetch_sub(1, Relaxed);
+        }
+        link.close();
     }
 
     fn close_peer(&mut self, now: Time, peer: &Arc<Peer>) {
@@ -685,6 +702,7 @@ impl EventLoop {
         connection.close(now, &mut self.host);
         self.connections[slot] = Some(connection);
         self.host.flush();
+        self.host.flush_peer(peer);
         if let Some(Some(connection)) = self.connections.get_mut(slot) {
             connection.shut_when_written();
         }
@@ -723,6 +741,7 @@ impl EventLoop {
                 }
             }
             self.host.flush();
+            self.host.catch_up();
             while let Some(peer) = self.host.effects.closing.pop() {
                 self.close_peer(now, &peer);
             }
@@ -858,7 +877,7 @@ impl EventLoop {
                 Liveness::Remove(why) => {
                     let connection = self.connections[slot].take().expect("it was just found");
                     self.note_removal(&connection, why);
-                    self.remove(slot, *connection);
+                    self.remove(slot, connection);
                 }
             }
         }
@@ -880,7 +899,7 @@ impl EventLoop {
                 &connection,
                 "memory is short, and this connection has held the most for the longest",
             );
-            self.remove(slot, *connection);
+            self.remove(slot, connection);
         }
         for slot in 0..self.connections.len() {
             if let Some(Some(connection)) = self.connections.get_mut(slot)
@@ -909,7 +928,7 @@ impl EventLoop {
         };
         let connection = self.connections[slot].take().expect("it was just seen");
         self.note_removal(&connection, "it holds memory that other connections need");
-        self.remove(slot, *connection);
+        self.remove(slot, connection);
         true
     }
 

@@ -15,7 +15,7 @@ use latzero_fabric::memory::{Numbers, StorageId};
 use latzero_fabric::pool::ParkedCounts;
 use latzero_fabric::registry::View;
 use latzero_fabric::rows::StoreChange;
-use latzero_fabric::{Class, Driver, Effects, Now, Pool, Registry, Sent, Turn};
+use latzero_fabric::{Class, Driver, Effects, Now, Pool, Registry, Sent, Time, Turn};
 use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
@@ -40,6 +40,9 @@ pub(crate) struct IoHost {
     pub(crate) traffic: Traffic,
     /// Connections whose bytes the kernel has started or stopped to accept.
     pub(crate) changed: Vec<Arc<Peer>>,
+    /// Connections with something to write, for which a flush had no time. Each is here once: what
+    /// is appended to it meanwhile does not touch it again.
+    behind: VecDeque<Arc<Peer>>,
     /// Notices that are due.
     noticed: Vec<Notice<Arc<PoolCell>>>,
     /// Connections to write to again after some time, because too many descriptors are in flight.
@@ -48,6 +51,34 @@ pub(crate) struct IoHost {
     pub(crate) resting: Vec<Arc<Peer>>,
     /// Descriptors that came with the current message.
     pub(crate) offers: VecDeque<OwnedFd>,
+}
+
+/// How long one flush writes, in microseconds.
+const WRITES_US: u64 = 1000;
+
+/// How many connections are written between two looks at the clock.
+const WRITES_PER_LOOK: u32 = 4;
+
+/// The time that one flush may take.
+#[derive(Default)]
+struct WriteBudget {
+    written: u32,
+    until: Option<Time>,
+    is_spent: bool,
+}
+
+impl WriteBudget {
+    /// Whether the time is over; asked once for each connection. Most flushes write few, and never
+    /// read the clock.
+    fn is_spent(&mut self, shared: &ServerState) -> bool {
+        self.written += 1;
+        if !self.is_spent && self.written.is_multiple_of(WRITES_PER_LOOK) {
+            let now = shared.clock.now();
+            let until = *self.until.get_or_insert(Time(now.0 + WRITES_US));
+            self.is_spent = now >= until;
+        }
+        self.is_spent
+    }
 }
 
 impl IoHost {
@@ -59,6 +90,7 @@ impl IoHost {
             effects: Effects::default(),
             traffic: Traffic::default(),
             changed: Vec::new(),
+            behind: VecDeque::new(),
             noticed: Vec::new(),
             crowded: Vec::new(),
             resting: Vec::new(),
@@ -483,6 +515,13 @@ impl Driver for IoHost {
                 self.shared.books.stats.messages_lost.fetch_add(1, Relaxed);
             }
             Observed::Message(..) => {}
+            Observed::Lost(_, count) => {
+                self.shared
+                    .books
+                    .stats
+                    .messages_lost
+                    .fetch_add(count, Relaxed);
+            }
             // The actions of the server itself are in its log.
             Observed::Audit(by, audit) if by.socket.is_some() => {
                 self.shared.books.audit_log.note(by, audit);
@@ -497,15 +536,39 @@ impl Driver for IoHost {
 
 impl IoHost {
     /// Writes what was appended since the last flush, each connection once, and lets the built-in
-    /// app answer.
+    /// app answer. A message may go to thousands of connections: those that this flush has no time
+    /// for are behind those that are appended to in the meantime ([`IoHost::catch_up`]).
     pub(crate) fn flush(&mut self) {
         self.shared.books.stats.add_started(&mut self.effects.tally);
+        let mut budget = WriteBudget::default();
         while !self.effects.touched.is_empty() {
             self.effects.appended = 0;
             for peer in std::mem::take(&mut self.effects.touched) {
-                self.flush_peer(&peer);
+                if budget.is_spent(&self.shared) {
+                    peer.link().defer();
+                    self.behind.push_back(peer);
+                } else {
+                    self.flush_peer(&peer);
+                }
             }
         }
+    }
+
+    /// Writes connections that flushes had no time for; returns whether there are more.
+    pub(crate) fn catch_up(&mut self) -> bool {
+        let mut budget = WriteBudget::default();
+        while let Some(peer) = self.behind.pop_front() {
+            self.flush_peer(&peer);
+            if budget.is_spent(&self.shared) {
+                break;
+            }
+        }
+        self.is_behind()
+    }
+
+    /// Whether connections wait for [`IoHost::catch_up`].
+    pub(crate) fn is_behind(&self) -> bool {
+        !self.behind.is_empty()
     }
 
     /// Notifies a pool that the awaited row of an answer is on disk, or cannot be stored.

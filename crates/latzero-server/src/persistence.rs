@@ -348,7 +348,8 @@ pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         }
         for row in contents.descriptors {
             if let Ok(pool) = PoolName::new(&row.pool) {
-                registry.restore_descriptor(&pool, row.epoch, row.descriptor);
+                let ledger = &shared.core.context.ledger;
+                registry.restore_descriptor(&pool, (row.epoch, row.descriptor), ledger);
             }
         }
     });

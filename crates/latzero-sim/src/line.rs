@@ -202,12 +202,17 @@ impl Observer {
                 self.hash = head.iter().chain(frame).fold(self.hash, |h, &b| {
                     (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
                 });
-                self.totals.frames += 1;
-                self.note(Event::Sent {
-                    peer,
-                    class,
-                    frame: frame.to_vec(),
-                });
+                let mut rest = frame;
+                while let Some((_, used)) = crate::world::decode(rest).filter(|_| !rest.is_empty())
+                {
+                    self.totals.frames += 1;
+                    self.note(Event::Sent {
+                        peer,
+                        class,
+                        frame: rest[..used].to_vec(),
+                    });
+                    rest = &rest[used..];
+                }
             }
             Sent::Full if class == Class::Control => self.totals.overflowed += 1,
             Sent::Full if matches!(class, Class::Emit | Class::Event) => {

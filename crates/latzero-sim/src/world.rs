@@ -98,6 +98,7 @@ pub struct World {
     registry: Rc<RefCell<Registry<World>>>,
     effects: Effects<World>,
     observer: Observer,
+    ending_steps: usize,
     storages: Storages,
     store: Store,
     /// All clients over TCP are one untrusted user; the others are the server's own user.
@@ -139,6 +140,7 @@ impl World {
             socket_bytes: bounds.socket_bytes,
             effects: Effects::default(),
             observer: Observer::default(),
+            ending_steps: 0,
             storages: Storages::default(),
             store: Store::default(),
             nonces: 0,
@@ -461,7 +463,10 @@ impl World {
             connection.inbound.force(0);
             let session = connection.session.take();
             if let Some(mut session) = session {
-                session.closed(&mut self.turn());
+                self.ending_steps = 1;
+                while session.closed(&mut self.turn()) {
+                    self.ending_steps += 1;
+                }
                 self.observer.note(Event::Departed(line.id));
             }
         }
@@ -509,6 +514,12 @@ impl World {
                 return;
             }
         }
+    }
+
+    /// In how many steps the last connection ended.
+    #[must_use]
+    pub fn ending_steps(&self) -> usize {
+        self.ending_steps
     }
 
     /// The client ends its connection: what it has not read is lost.
@@ -962,12 +973,7 @@ impl World {
         let outbox: u64 = connections().map(|c| c.line.link().held()).sum();
         assert!(all.used(Resource::Outbox) >= outbox, "outboxes");
         let registry = self.registry.borrow();
-        let (registered, made) = registry.held();
-        assert_eq!(
-            all.used(Resource::Registrations),
-            registered,
-            "registrations"
-        );
+        let (mut registered, made) = registry.held();
         assert_eq!(all.used(Resource::Pools), made, "pools");
         let (mut waits, mut attachments, mut subscriptions) = (0, 0, 0);
         let (mut parked, mut bytes, mut repeats, mut redelivery) = (0, 0, 0, 0);
@@ -979,9 +985,12 @@ impl World {
             redelivery += stats.redelivery_bytes;
             let blocks = pool.borrow_mut().blocks().counts();
             waits += blocks.waits;
+            registered += blocks.about_bytes;
             attachments += blocks.attachments;
             subscriptions += blocks.subscriptions;
         }
+        let used = all.used(Resource::Registrations);
+        assert_eq!(used, registered, "registrations");
         assert_eq!(all.used(Resource::Waits), waits, "waits");
         assert_eq!(all.used(Resource::Attachments), attachments, "attachments");
         let subscribed = all.used(Resource::Subscriptions);
@@ -990,6 +999,12 @@ impl World {
         assert_eq!(all.used(Resource::Parked), bytes, "bytes of parked calls");
         assert_eq!(all.used(Resource::Repeats), repeats, "answers kept");
         assert_eq!(all.used(Resource::Redelivery), redelivery, "redelivery");
+    }
+
+    /// How much of a resource the ledger counts for all clients.
+    #[must_use]
+    pub fn held(&self, what: Resource) -> u64 {
+        self.context.ledger.all().used(what)
     }
 
     /// Statistics of the registry.
@@ -1226,6 +1241,12 @@ impl Driver for World {
         match what {
             Observed::Message(to, class, sent, frame) => {
                 self.observer.message(to.id, class, sent, frame);
+            }
+            Observed::Lost(to, count) => {
+                (0..count).for_each(|_| {
+                    self.observer
+                        .message(to.id, Class::Event, latzero_fabric::Sent::Full, &[])
+                });
             }
             Observed::Closing(line) => {
                 let connection = &mut self.connections[line.id.0 as usize];

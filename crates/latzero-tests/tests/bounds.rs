@@ -6,7 +6,7 @@
 )]
 
 use latzero_tests::hostile::framed;
-use latzero_tests::{Server, Via, Wire};
+use latzero_tests::{Server, Via, Wire, eventually};
 use serde_json::{Value, json};
 
 const BOTH: [Via; 2] = [Via::Tcp, Via::Unix];
@@ -512,4 +512,49 @@ fn a_thousand_clients_that_connect_at_once_all_succeed() {
                 .for_each(|client| client.join().unwrap());
         });
     }
+}
+
+#[test]
+fn an_emit_to_a_crowd_reaches_everyone_although_its_sender_leaves() {
+    let server = Server::start();
+    let mut crowd: Vec<Wire> = (0..150)
+        .map(|_| handler(&server, Via::Unix, "one", "news"))
+        .collect();
+    let mut sender = caller(&server, Via::Unix, "sender");
+    // Together more than the loop writes in one turn.
+    let text = "x".repeat(150_000);
+    for data in [text.as_str(), "last"] {
+        sender.send(&json!({"action": "emit", "process": "news", "data": data}));
+    }
+    drop(sender);
+    for wire in &mut crowd {
+        assert_eq!(wire.receive()["data"], text.as_str());
+        assert_eq!(wire.receive()["data"], "last");
+    }
+}
+
+#[test]
+fn a_connection_with_many_waits_ends_whole() {
+    let server = Server::start();
+    let mut holder = caller(&server, Via::Unix, "a");
+    let stats = |wire: &mut Wire| wire.request(json!({"action": "stats"}))["response"].take();
+    let instances = stats(&mut holder)["apps"]["instances"].take();
+    let mut many = caller(&server, Via::Unix, "a");
+    let block = |at: u32| format!("b{at}");
+    for at in 0..8 {
+        let made = json!({"action": "memory_create", "block_id": block(at), "size": 8});
+        assert_eq!(holder.request(made)["status"], "ok");
+        let lock = json!({"action": "memory_lock", "block_id": block(at)});
+        assert_eq!(holder.request(lock)["status"], "ok");
+    }
+    for wait in 0..8 * 500 {
+        many.send(&json!({
+            "action": "memory_lock", "block_id": block(wait % 8), "wait": 600_000,
+            "id": wait.to_string(),
+        }));
+    }
+    eventually(|| stats(&mut holder)["ledger"]["waits"] == 4000);
+    drop(many);
+    eventually(|| stats(&mut holder)["apps"]["instances"] == instances);
+    assert_eq!(stats(&mut holder)["ledger"]["waits"], 0);
 }

@@ -42,7 +42,9 @@ use crate::turn::Turn;
 
 pub use block::SealedContent;
 pub(super) use block::Seat;
-use block::{Attachment, Block, BlockWaiter, Flushing, MoveDue, Phase, Room, check_layout};
+use block::{
+    Attachment, Block, BlockWaiter, Flushing, MoveDue, Phase, Room, about_bytes, check_layout,
+};
 pub(crate) use content::written_json;
 pub use content::{ReadPlan, WritePlan};
 use locks::access_for;
@@ -117,15 +119,12 @@ impl Blocks {
         }
     }
 
-    /// A member leaves: forgets which blocks it uses, and returns them.
-    fn take_uses(&mut self, member: MemberKey) -> Vec<BlockKey> {
-        let own = self.uses.range((member, BlockKey::new(0, 0))..);
-        let own = own.take_while(|(user, _)| *user == member);
-        let keys: Vec<BlockKey> = own.map(|(_, key)| *key).collect();
-        for &key in &keys {
-            self.uses.remove(&(member, key));
-        }
-        keys
+    /// A member leaves: forgets that it uses a block, and returns the block.
+    fn take_use(&mut self, member: MemberKey) -> Option<BlockKey> {
+        let mut own = self.uses.range((member, BlockKey::new(0, 0))..);
+        let used = *own.next().filter(|(user, _)| *user == member)?;
+        self.uses.remove(&used);
+        Some(used.1)
     }
 
     /// A claim of a block's lock starts to wait.
@@ -241,6 +240,7 @@ impl Blocks {
             let own = block.attachments.iter().filter(|a| a.own.is_some());
             counts.attachments += own.count() as u64;
             counts.subscriptions += block.subscribers.len() as u64;
+            counts.about_bytes += block.about.amount();
             counts.locks += block.lock.holders().len() as u64;
             let lent = block.attachments.iter().map(|a| u64::from(a.calls()));
             counts.loans += lent.sum::<u64>();
@@ -382,6 +382,8 @@ impl<D: Driver> PoolBlocks<'_, D> {
 pub struct BlockCounts {
     /// Requests that wait.
     pub waits: u64,
+    /// Bytes of what is stored about the blocks.
+    pub about_bytes: u64,
     /// Explicit attachments.
     pub attachments: u64,
     /// Subscriptions to changes.
@@ -391,6 +393,9 @@ pub struct BlockCounts {
     /// Blocks that calls in flight lend to their handlers, counted by call.
     pub loans: u64,
 }
+
+/// About how many bytes of memory one hold of a lock takes.
+const LOCK_BYTES: u64 = 96;
 
 /// A request for a lock.
 #[derive(Debug, Clone, Copy)]

@@ -330,15 +330,23 @@ impl<D: Driver> Pool<D> {
         turn.call_ended(Some(&caller), end);
     }
 
-    pub(super) fn end_calls_of(&mut self, key: MemberKey, turn: &mut Turn<'_, D>) {
+    /// Ends the calls that a member made and serves, as many as `budget` allows.
+    pub(super) fn end_calls_of(
+        &mut self,
+        key: MemberKey,
+        budget: &mut usize,
+        turn: &mut Turn<'_, D>,
+    ) {
         let mut slot = 0;
         // Stops as soon as the member has no calls left: most have few, and many leave with none.
         while let Some(member) = self.members.at(key)
             && member.calling + member.serving > 0
+            && *budget > 0
         {
             let Some((call_key, call)) = self.calls.from(slot) else {
                 break;
             };
+            let is_own = call.member == key || call.caller == key;
             let how = if call.member == key {
                 Some(EndReason::HandlerGone)
             } else if call.caller == key && call.repeat.is_some() {
@@ -349,6 +357,9 @@ impl<D: Driver> Pool<D> {
             };
             if let Some(how) = how {
                 self.end(call_key, how, turn);
+            }
+            if is_own {
+                *budget -= 1;
             }
             slot = call_key.slot + 1;
         }

@@ -9,6 +9,7 @@ use latzero_protocol::memory::LockMode;
 
 use super::MemberKey;
 use super::blocks::Seat;
+use crate::ledger::Reservation;
 use crate::now::Time;
 
 /// A request for a lock.
@@ -23,6 +24,8 @@ pub(super) struct Claim {
     pub(super) place: u64,
     /// Its reservation, while it waits.
     pub(super) seat: Option<Seat>,
+    /// The reservation of the lock, until that is released.
+    pub(super) held: Option<Reservation>,
 }
 
 /// The result of a claim.
@@ -35,12 +38,13 @@ pub(super) enum Claimed {
 }
 
 /// A holder of the lock.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Holder {
     pub(super) member: MemberKey,
     pub(super) fence: u64,
     pub(super) mode: LockMode,
     pub(super) until: Option<Time>,
+    _held: Option<Reservation>,
 }
 
 /// A claim that was granted.
@@ -139,6 +143,7 @@ impl Lock {
             fence: self.fence,
             mode: claim.mode,
             until: claim.lease_ms.map(|ms| now.after_ms(ms)),
+            _held: claim.held.take(),
         });
         Grant {
             claim,
@@ -194,11 +199,9 @@ impl Lock {
         let places: Vec<u64> = waits.map(|(place, _)| *place).collect();
         let waited = places.into_iter().filter_map(|place| self.take(place));
         let waited = waited.collect();
-        let goes = |h: &Holder| h.member == member && !keeps(h.mode);
-        let mut held = Vec::new();
-        while let Some(at) = self.holders.iter().position(goes) {
-            held.push(self.end(at));
-        }
+        let goes = |h: &mut Holder| h.member == member && !keeps(h.mode);
+        let held: Vec<Holder> = self.holders.extract_if(.., goes).collect();
+        self.fence += held.len() as u64;
         (held, waited)
     }
 
@@ -284,6 +287,7 @@ mod tests {
             lease_ms: None,
             place: 0,
             seat: None,
+            held: None,
         }
     }
 

@@ -1,6 +1,7 @@
 //! The members of a pool, and the events that they watch.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Event, EventSet};
@@ -26,6 +27,10 @@ pub enum MemberTag {}
 
 /// The caller of a call without a connection: a parked call, or one with an idempotency key.
 pub(super) const NOBODY: MemberKey = Key::new(u32::MAX, u32::MAX);
+
+/// From this many bytes on, no further event is sent with those before it. A watcher gets all of
+/// them or none.
+const EVENTS_BYTES: usize = 64 * 1024;
 
 /// An instance that joins a pool.
 #[derive(Debug, Clone)]
@@ -243,52 +248,72 @@ impl<D: Driver> Members<D> {
 
     /// Notifies the watchers.
     pub(super) fn notify(&self, event: Event, json: &str, turn: &mut Turn<'_, D>) {
-        self.notify_but(None, event, || json.to_owned(), turn);
+        for (_, member) in self.watchers(event, None) {
+            turn.send(&member.peer, Class::Event, json.len(), |out| {
+                encode::message(out, json)
+            });
+        }
     }
 
-    /// Notifies the watchers that a member came or left, or a trigger of it.
+    /// Notifies the watchers, except the member itself, that it came or left.
     pub(super) fn notify_presence(
         &self,
         event: Event,
         pool: &PoolName,
         key: MemberKey,
-        trigger: Option<&TriggerName>,
+        turn: &mut Turn<'_, D>,
+    ) {
+        self.notify_all(event, pool, key, std::iter::once(None), turn);
+    }
+
+    /// Notifies the watchers, except the member itself, about triggers of it.
+    pub(super) fn notify_triggers(
+        &self,
+        event: Event,
+        pool: &PoolName,
+        key: MemberKey,
+        triggers: &[TriggerName],
+        turn: &mut Turn<'_, D>,
+    ) {
+        self.notify_all(event, pool, key, triggers.iter().map(Some), turn);
+    }
+
+    /// A message can come with thousands of events, for thousands of watchers. So the events are
+    /// encoded once, and a watcher gets many at a time, or loses them.
+    fn notify_all<'t>(
+        &self,
+        event: Event,
+        pool: &PoolName,
+        key: MemberKey,
+        triggers: impl Iterator<Item = Option<&'t TriggerName>>,
         turn: &mut Turn<'_, D>,
     ) {
         let Some(member) = self.at(key) else {
             return;
         };
-        let json = || {
+        if self.watchers(event, Some(key)).next().is_none() {
+            return;
+        }
+        let account = Arc::clone(member.peer.link().account());
+        let mut triggers = triggers.peekable();
+        let (mut frames, mut count) = (Vec::new(), 0);
+        while let Some(trigger) = triggers.next() {
             let trigger = trigger.map_or(String::new(), |t| format!(",\"trigger\":\"{t}\""));
-            format!(
+            let json = format!(
                 "{{\"action\":\"event\",\"event\":\"{}\",\"pool\":\"{pool}\",\"app_id\":\"{}\",\
                 \"instance\":\"{}\"{trigger}}}",
                 event.as_str(),
                 member.app,
                 member.instance,
-            )
-        };
-        self.notify_but(Some(key), event, json, turn);
-    }
-
-    /// Notifies the watchers, except the member that the event is about. A handshake can come with
-    /// thousands of events, so the message is not written if nobody watches.
-    fn notify_but(
-        &self,
-        about: Option<MemberKey>,
-        event: Event,
-        json: impl FnOnce() -> String,
-        turn: &mut Turn<'_, D>,
-    ) {
-        let mut watchers = self.watchers(event, about).peekable();
-        if watchers.peek().is_none() {
-            return;
-        }
-        let json = json();
-        for (_, member) in watchers {
-            turn.send(&member.peer, Class::Event, json.len(), |out| {
-                encode::message(out, &json)
-            });
+            );
+            encode::message(&mut frames, &json);
+            count += 1;
+            if triggers.peek().is_none() || frames.len() >= EVENTS_BYTES {
+                let to = self.watchers(event, Some(key));
+                turn.send_events(to.map(|(_, to)| &to.peer), (&frames, count), &account);
+                frames.clear();
+                count = 0;
+            }
         }
     }
 

@@ -752,6 +752,15 @@ fn destination(trigger: &Trigger<'_>) -> Result<Option<AppId>, Refusal> {
     Ok(app.transpose()?)
 }
 
+/// How many calls, and bytes of them, a step gives to the handlers of one trigger of `among`.
+fn at_once(among: usize) -> (usize, u64) {
+    let among = among.max(1);
+    (
+        (GIVEN_AT_ONCE_MAX / among).max(1),
+        (GIVEN_BYTES_AT_ONCE / among as u64).max(1),
+    )
+}
+
 /// The next moment, so that the driver first handles what else is due.
 fn soon(now: Time) -> Time {
     Time(now.0 + 1)

@@ -90,59 +90,52 @@ pub(super) fn each<D: Driver>(
     let n = served.handlers.len();
     // Handlers may have gone since.
     let start = if start < n { start } else { 0 };
-    let in_turn = || {
-        (start..n).chain(0..start).map(|position| {
-            let key = served.handlers[position];
-            let handler = triggers.handler(key).expect("a trigger's handlers exist");
-            let member = members
-                .at(handler.member)
-                .expect("a handler's member lives");
-            (position, key, handler, member)
-        })
+    let in_turn = || (start..n).chain(0..start);
+    let handler = |position: usize| {
+        let handler = triggers.handler(served.handlers[position]);
+        handler.expect("a trigger's handlers exist")
     };
-    match served.strategy {
-        Strategy::RoundRobin | Strategy::Random => {
-            in_turn().find_map(|(position, key, handler, member)| {
-                (offer(handler, member) == Offer::Taken).then_some((position, key))
-            })
-        }
+    let mut offer_to = |position: usize| {
+        let handler = handler(position);
+        let member = members.at(handler.member);
+        offer(handler, member.expect("a handler's member lives"))
+    };
+    let mut takes = |position: &usize| offer_to(*position) == Offer::Taken;
+    let chosen = match served.strategy {
+        Strategy::RoundRobin | Strategy::Random => in_turn().find(takes),
         Strategy::LeastBusy => {
+            let load = |position: &usize| handler(*position).in_flight;
             // The first minimum: among equals the next in turn is used.
-            let (position, key, handler, member) =
-                in_turn().min_by_key(|(_, _, handler, _)| handler.in_flight)?;
-            if offer(handler, member) == Offer::Taken {
-                return Some((position, key));
+            let first = in_turn().min_by_key(load)?;
+            if takes(&first) {
+                Some(first)
+            } else {
+                let mut others: Vec<_> = in_turn().filter(|other| *other != first).collect();
+                others.sort_by_key(load);
+                others.into_iter().find(takes)
             }
-            let mut others: Vec<_> = in_turn().filter(|&(other, ..)| other != position).collect();
-            others.sort_by_key(|(_, _, handler, _)| handler.in_flight);
-            others
-                .into_iter()
-                .find_map(|(position, key, handler, member)| {
-                    (offer(handler, member) == Offer::Taken).then_some((position, key))
-                })
         }
         Strategy::Sticky => {
             // Highest random weight (Thaler and Ravishankar, 1998): when a handler goes, only its
             // keys move.
             let sticky = sticky();
-            let weight = |member: &Member<D>| Reverse(mix(sticky ^ member.instance.0));
+            let weight = |&position: &usize| Reverse(mix(sticky ^ served.instances[position].0));
             // The first one almost always decides, and sorting takes longer than finding it.
-            let first = in_turn().min_by_key(|(_, _, _, member)| weight(member))?;
+            let first = in_turn().min_by_key(weight)?;
             let others = || {
-                let mut others: Vec<_> = in_turn().filter(|other| other.0 != first.0).collect();
-                others.sort_by_key(|(_, _, _, member)| weight(member));
+                let mut others: Vec<_> = in_turn().filter(|other| *other != first).collect();
+                others.sort_by_key(weight);
                 others
             };
             let rest = std::iter::once_with(others).flatten();
-            for (position, key, handler, member) in std::iter::once(first).chain(rest) {
-                match offer(handler, member) {
-                    Offer::Taken => return Some((position, key)),
-                    // The handler of this key is busy, and another one lacks its state.
-                    Offer::Busy => return None,
-                    Offer::NotMeant => {}
-                }
-            }
-            None
+            // If the handler of this key is busy, another one lacks its state.
+            let decides = |position: usize| match offer_to(position) {
+                Offer::Taken => Some(Some(position)),
+                Offer::Busy => Some(None),
+                Offer::NotMeant => None,
+            };
+            std::iter::once(first).chain(rest).find_map(decides)?
         }
-    }
+    };
+    chosen.map(|position| (position, served.handlers[position]))
 }

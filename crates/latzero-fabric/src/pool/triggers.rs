@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use hashbrown::HashMap;
 use latzero_protocol::message::{Strategy, TriggerSpec};
-use latzero_protocol::{AppId, TriggerName};
+use latzero_protocol::{AppId, InstanceId, TriggerName};
 
 use super::calls::Calls;
 use super::members::{MemberKey, Members};
@@ -43,6 +43,8 @@ pub(super) struct Served {
     pub(super) strategy: Strategy,
     doc: Option<String>,
     pub(super) handlers: Vec<HandlerKey>,
+    /// Their instances, side by side, because a sticky trigger compares all of them for each call.
+    pub(super) instances: Vec<InstanceId>,
     /// Where the next turn begins.
     pub(super) turn: Cell<usize>,
 }
@@ -95,7 +97,7 @@ impl Triggers {
     /// handler's key if it is new.
     pub(super) fn serve(
         &mut self,
-        member: MemberKey,
+        (member, instance): (MemberKey, InstanceId),
         has: Option<HandlerKey>,
         spec: &TriggerSpec,
     ) -> Option<HandlerKey> {
@@ -108,6 +110,7 @@ impl Triggers {
                 strategy: spec.strategy,
                 doc: None,
                 handlers: Vec::new(),
+                instances: Vec::new(),
                 turn: Cell::new(0),
             });
         // The latest registration decides: a new version of an app may change how its calls are
@@ -129,6 +132,7 @@ impl Triggers {
             is_privileged: spec.privileged,
         });
         served.handlers.push(key);
+        served.instances.push(instance);
         Some(key)
     }
 
@@ -142,6 +146,7 @@ impl Triggers {
         let at = served.handlers.iter().position(|h| *h == key);
         let at = at.expect("a trigger knows its handlers");
         served.handlers.remove(at);
+        served.instances.remove(at);
         if served.turn.get() > at {
             served.turn.set(served.turn.get() - 1);
         }
@@ -230,7 +235,9 @@ impl Triggers {
             for (name, handler) in &member.handlers {
                 let served = self.get(name.as_str());
                 let served = served.expect("a member's trigger is served");
-                assert!(served.handlers.contains(handler));
+                let at = served.handlers.iter().position(|known| known == handler);
+                let instance = at.map(|at| served.instances[at]);
+                assert_eq!(instance, Some(member.instance));
                 let own = self.handlers_of(served).filter(|h| h.member == key);
                 assert_eq!(own.count(), 1);
             }

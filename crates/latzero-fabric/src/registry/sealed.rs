@@ -14,7 +14,8 @@ use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 use serde_json::{Value, json};
 
 use super::{Entrance, Grant, Membership, PoolEntry, Registry, View, Who};
-use crate::driver::Driver;
+use crate::driver::{Driver, Peer};
+use crate::ledger::{Ledger, Resource};
 use crate::refusals;
 use crate::rows::{PoolRow, StoreChange};
 use crate::turn::Turn;
@@ -24,6 +25,9 @@ const CHAIN_TOLD: usize = 16;
 
 /// Most bytes of a descriptor, which has a name of at most 255 bytes.
 const DESCRIPTOR_BYTES_MAX: usize = 1024;
+
+/// About how many bytes of memory the descriptor of an earlier epoch takes besides its own.
+const OLDER_BYTES: usize = 64;
 
 /// The descriptors of an encrypted pool.
 pub(super) struct Sealed {
@@ -157,11 +161,19 @@ impl<D: Driver> Registry<D> {
     }
 
     /// Adds a descriptor of an earlier epoch; they must be added in the order of their epochs.
-    pub fn restore_descriptor(&mut self, name: &PoolName, epoch: u32, bytes: Vec<u8>) {
-        let entry = self.pools.get_mut(name);
-        if let Some(sealed) = entry.and_then(|entry| entry.sealed.as_mut())
+    pub fn restore_descriptor(
+        &mut self,
+        name: &PoolName,
+        (epoch, bytes): (u32, Vec<u8>),
+        ledger: &Ledger,
+    ) {
+        if let Some(entry) = self.pools.get_mut(name)
+            && let Some(sealed) = &mut entry.sealed
             && epoch < sealed.descriptor.epoch()
         {
+            let all = || ledger.all().hold(Resource::Registrations);
+            let held = entry.memory.get_or_insert_with(all);
+            held.force(held.amount() + (bytes.len() + OLDER_BYTES) as u64);
             sealed.older.push(bytes.into());
         }
     }
@@ -277,7 +289,7 @@ impl<D: Driver> Registry<D> {
     /// are the same stay; the others are returned, and must leave.
     ///
     /// # Errors
-    /// `stale_epoch`, `unauthenticated`.
+    /// `stale_epoch`, `unauthenticated`; `quota` if there is no memory for one more descriptor.
     pub fn rotate(
         &mut self,
         name: &PoolName,
@@ -292,6 +304,11 @@ impl<D: Driver> Registry<D> {
         if !Arc::ptr_eq(&sealed.descriptor, &current) {
             return Err(refusal(StoreError::StaleEpoch(sealed.descriptor.epoch())));
         }
+        // The chain of earlier descriptors grows with each rotation, and belongs to the pool.
+        let account = Arc::clone(promise.link().account().app());
+        let own = || account.hold(Resource::Registrations);
+        let held = entry.memory.get_or_insert_with(own);
+        held.resize(held.amount() + (current.as_bytes().len() + OLDER_BYTES) as u64)?;
         let changes = next.changes(&current);
         sealed.older.push(current.as_bytes().into());
         sealed.descriptor = Arc::clone(&next);

@@ -225,9 +225,8 @@ impl<D: Driver> Session<D> {
             pool.watch(member, watch);
             pool.durable().deliver_answers(&ready.app, turn);
             let own = ready.triggers.iter().filter(own);
-            for spec in own.filter_map(|spec| entrance.served_as(spec)) {
-                pool.serve(member, &spec, turn);
-            }
+            let own = own.filter_map(|spec| entrance.served_as(spec));
+            pool.serve(member, own, turn);
             Some(member)
         });
         match member {

@@ -31,7 +31,9 @@ impl<D: Driver> Session<D> {
         let transport = self.terms.transport;
         let mut triggers = ready.triggers.clone();
         // The registry alone keeps the schemas.
-        triggers.extend(specs.iter().map(TriggerSpec::without_schema));
+        let mut news: Vec<_> = specs.iter().map(TriggerSpec::without_schema).collect();
+        dedup_triggers(&mut news);
+        triggers.extend_from_slice(&news);
         dedup_triggers(&mut triggers);
         // The triggers of this instance count in addition to the app's registration, which another
         // instance may have replaced.
@@ -56,14 +58,15 @@ impl<D: Driver> Session<D> {
         }
         for m in &self.memberships {
             let reserved = m.name.as_str() == SYSTEM_POOL && transport != Transport::BuiltIn;
+            let served = |spec| {
+                let here = Some(spec).filter(|spec: &&TriggerSpec| spec.is_for(&m.name));
+                here.filter(|_| !reserved)
+                    .and_then(|spec| m.served_as(spec))
+            };
             turn.with_pool(&m.pool, |pool, turn| {
-                for spec in specs {
-                    let here = Some(spec).filter(|spec| spec.is_for(&m.name) && !reserved);
-                    match here.and_then(|spec| m.served_as(spec)) {
-                        Some(spec) => pool.serve(m.member, &spec, turn),
-                        None => pool.unserve(m.member, &spec.name, turn),
-                    }
-                }
+                let gone = news.iter().filter(|spec| served(spec).is_none());
+                pool.unserve(m.member, gone.map(|spec| &spec.name), turn);
+                pool.serve(m.member, news.iter().filter_map(served), turn);
             });
         }
         let reply = self.triggers_json();
@@ -87,9 +90,7 @@ impl<D: Driver> Session<D> {
         remove_triggers(&mut ready.triggers, specs);
         for m in &self.memberships {
             turn.with_pool(&m.pool, |pool, turn| {
-                specs
-                    .iter()
-                    .for_each(|spec| pool.unserve(m.member, &spec.name, turn))
+                pool.unserve(m.member, specs.iter().map(|spec| &spec.name), turn);
             });
         }
         let reply = self.triggers_json();

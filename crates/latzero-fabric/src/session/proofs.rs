@@ -451,12 +451,10 @@ impl<D: Driver> Session<D> {
         let _ = self.settle(turn);
         let ready = self.ready.as_ref().expect("only a ready session joins");
         turn.with_pool(&m.pool, |pool, turn| {
-            for spec in ready.triggers.iter().filter(|spec| spec.is_for(&m.name)) {
-                match m.served_as(spec) {
-                    Some(spec) => pool.serve(m.member, &spec, turn),
-                    None => pool.unserve(m.member, &spec.name, turn),
-                }
-            }
+            let here = || ready.triggers.iter().filter(|spec| spec.is_for(&m.name));
+            let gone = here().filter(|spec| m.served_as(spec).is_none());
+            pool.unserve(m.member, gone.map(|spec| &spec.name), turn);
+            pool.serve(m.member, here().filter_map(|spec| m.served_as(spec)), turn);
             pool.allow_answers(m.member, roles != Roles::Join, turn);
         });
     }

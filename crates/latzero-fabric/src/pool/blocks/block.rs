@@ -121,6 +121,27 @@ impl Room {
     }
 }
 
+/// Bytes that a block takes besides its content and the texts about it, and each name of these.
+const BLOCK_BYTES: usize = 1024;
+const NAME_BYTES: usize = 48;
+
+/// About how many bytes of memory a block takes besides its content.
+pub(super) fn about_bytes(
+    (id, owner): (&BlockId, &AppId),
+    permissions: &Permissions,
+    layout: Option<&Layout>,
+) -> u64 {
+    let apps = [permissions.read.names(), permissions.write.names()].concat();
+    let fields = layout
+        .iter()
+        .flat_map(|l| l.fields.iter().map(String::as_str));
+    let names = apps.into_iter().chain(fields);
+    let names = names.chain([id.as_str(), owner.as_str()]);
+    let shape = layout.map_or(0, |layout| layout.dtype.len() + 8 * layout.shape.len());
+    let bytes = names.map(|name| name.len() + NAME_BYTES).sum::<usize>();
+    (BLOCK_BYTES + shape + bytes) as u64
+}
+
 /// The state of a block's storage.
 #[derive(Debug)]
 pub(super) enum Phase {
@@ -175,6 +196,8 @@ pub(super) struct Block {
     /// The account of its creator, and the reservations of the block and its bytes.
     pub(super) account: Arc<Account>,
     pub(super) _place: Reservation,
+    /// The reservation of what is stored about it: its name, permissions and layout.
+    pub(super) about: Reservation,
     pub(super) room: Room,
     pub(super) lifetime: Lifetime,
     pub(super) generation: u64,

@@ -131,12 +131,19 @@ impl<D: Driver> PoolBlocks<'_, D> {
     }
 
     /// A member leaves: releases its attachments, locks and waits.
-    pub(in crate::pool) fn leave(&mut self, member: MemberKey, turn: &mut Turn<'_, D>) {
+    pub(in crate::pool) fn leave(
+        &mut self,
+        member: MemberKey,
+        budget: &mut usize,
+        turn: &mut Turn<'_, D>,
+    ) {
         let Some(leaver) = self.members.at(member) else {
             return;
         };
         let (peer, is_mapping) = (leaver.peer.clone(), leaver.takes_descriptors);
-        for key in self.blocks.take_uses(member) {
+        while *budget > 0
+            && let Some(key) = self.blocks.take_use(member)
+        {
             let wrote = is_mapping && self.blocks.at(key).is_some_and(|b| b.could_write(member));
             if wrote {
                 // It may have left between writing a version and announcing it.
@@ -154,6 +161,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
             let could_write = is_mapping && block.could_write(member);
             block.attachments.retain(|a| a.member != member);
             let (held, claims) = block.lock.leave(member, |_| false);
+            *budget = budget.saturating_sub(1 + held.len() + claims.len() + waited.len());
             for claim in claims {
                 self.blocks.wait_over(key, &claim);
                 waited.push(claim.id);

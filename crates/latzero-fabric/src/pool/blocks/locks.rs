@@ -49,6 +49,8 @@ impl<D: Driver> PoolBlocks<'_, D> {
             return Err(refusals::too_many_wait_for_block(max, id));
         }
         let seat = until.map(|_| self.seat(asking)).transpose()?;
+        let account = Arc::clone(self.asker(asking.member)?.peer.link().account());
+        let held = Some(account.reserve(Resource::Calls, LOCK_BYTES)?);
         let claim = Claim {
             member: asking.member,
             id: asking.id(),
@@ -56,6 +58,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
             lease_ms: want.lease_ms,
             place: 0,
             seat,
+            held,
         };
         let block = self.blocks.at_mut(key).expect("just found");
         let claimed = block.lock.claim(now, claim, until);

@@ -91,6 +91,13 @@ impl Found<'_> {
         };
         let kind = word("kind").map_or(Some(Kind::Persistent), Kind::parse);
         let kind = kind.ok_or_else(refusals::block_record_is_invalid)?;
+        let permissions = Permissions {
+            read: apps("read")?,
+            write: apps("write")?,
+        };
+        let owner = self.owner()?;
+        let mut about = account.hold(Resource::Registrations);
+        about.force(about_bytes((&id, &owner), &permissions, layout.as_ref()));
         Ok(Block {
             id,
             storage: StorageId(0),
@@ -112,11 +119,9 @@ impl Found<'_> {
             },
             sealed,
             layout,
-            permissions: Permissions {
-                read: apps("read")?,
-                write: apps("write")?,
-            },
-            owner: self.owner()?,
+            permissions,
+            owner,
+            about,
             // Nobody has attached yet, so a block that ends with its attachments would end at once.
             lifetime: Lifetime::Pool,
             generation: number("generation")?,

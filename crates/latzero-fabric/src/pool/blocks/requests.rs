@@ -68,6 +68,9 @@ impl<D: Driver> PoolBlocks<'_, D> {
             .clone();
         let place = account.reserve(Resource::BlockCount, 1)?;
         let room = Room::new(&account, create.kind, total)?;
+        let layout = create.layout.as_ref();
+        let about = about_bytes((&create.block, &app), &create.permissions, layout);
+        let about = account.reserve(Resource::Registrations, about)?;
         let (storage, generation) = turn.with_numbers(|numbers| {
             let generation = numbers.first_generation(&self.info.name, &create.block);
             (numbers.next_storage(), generation)
@@ -84,6 +87,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
             owner: app,
             account,
             _place: place,
+            about,
             room,
             lifetime: create.lifetime,
             generation,

@@ -10,7 +10,7 @@ use super::super::members::{MemberKey, Members};
 use super::super::triggers::Triggers;
 use super::super::{CallError, Caller, Pool};
 use super::durable::DurableCall;
-use super::{GIVEN_AT_ONCE_MAX, GIVEN_BYTES_AT_ONCE, ParkedCalls, State, soon};
+use super::{ParkedCalls, State, at_once, soon};
 use crate::driver::Driver;
 use crate::now::Time;
 use crate::refusals;
@@ -79,29 +79,38 @@ impl ParkedCalls {
 impl<D: Driver> Pool<D> {
     /// Handles what is left at the end of a step: handlers with room.
     pub(crate) fn settle(&mut self, turn: &mut Turn<'_, D>) {
-        while let Some(process) = self.parked.room.pop_first() {
-            self.dispatch_parked(process.as_str(), turn);
+        while !self.parked.room.is_empty() {
+            let among = self.parked.room.len();
+            let process = self.parked.room.pop_first().expect("just checked");
+            self.dispatch_parked(process.as_str(), among, turn);
         }
     }
 
-    /// Dispatches calls that wait for the handlers of a trigger: first those whose handler died.
-    pub(in crate::pool) fn dispatch_parked(&mut self, process: &str, turn: &mut Turn<'_, D>) {
-        self.give_waiting(process, turn);
+    /// Dispatches calls that wait for the handlers of a trigger, one of `among` that share this
+    /// step: first those whose handler died.
+    pub(in crate::pool) fn dispatch_parked(
+        &mut self,
+        process: &str,
+        among: usize,
+        turn: &mut Turn<'_, D>,
+    ) {
+        self.give_waiting(process, among, turn);
         if let Some(lines) = self.parked.lines.get_mut(process) {
             lines.begin_round();
-            self.dispatch_round(process, turn);
+            self.dispatch_round(process, among, turn);
         }
     }
 
     /// Dispatches the calls that were not skipped in this round.
-    fn dispatch_round(&mut self, process: &str, turn: &mut Turn<'_, D>) {
+    fn dispatch_round(&mut self, process: &str, among: usize, turn: &mut Turn<'_, D>) {
         self.parked.stalled.remove(process);
         let mut takers = self.parked.takers(process, &self.triggers, &self.members);
+        let (tried_max, bytes_max) = at_once(among);
         let (mut tried, mut bytes) = (0, 0);
         while !takers.is_empty() {
             let mut goes_on = Vec::new();
             for taker in takers {
-                if tried == GIVEN_AT_ONCE_MAX || bytes >= GIVEN_BYTES_AT_ONCE {
+                if tried == tried_max || bytes >= bytes_max {
                     self.parked.stall(process, Stall::Many, soon(turn.time()));
                     return;
                 }
@@ -196,10 +205,12 @@ impl<D: Driver> Pool<D> {
             return;
         }
         self.parked.goes_on = None;
-        for (process, why) in std::mem::take(&mut self.parked.stalled) {
+        let stalled = std::mem::take(&mut self.parked.stalled);
+        let among = stalled.len();
+        for (process, why) in stalled {
             match why {
-                Stall::Many => self.dispatch_round(process.as_str(), turn),
-                Stall::Full => self.dispatch_parked(process.as_str(), turn),
+                Stall::Many => self.dispatch_round(process.as_str(), among, turn),
+                Stall::Full => self.dispatch_parked(process.as_str(), among, turn),
             }
         }
     }

@@ -7,16 +7,20 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use hashbrown::HashMap;
 use latzero_protocol::limits::WINDOW_MAX;
 use latzero_protocol::message::Trigger;
 use latzero_protocol::{Code, Refusal, TriggerName};
 
+use super::super::calls::count_down;
 use super::super::durable::DurableCalls;
 use super::super::members::MemberKey;
 use super::super::{CallError, Pool};
 use super::attempts::{PAUSE_MS, exhausted};
 use super::durable::DurableCall;
-use super::{GIVEN_AT_ONCE_MAX, GIVEN_BYTES_AT_ONCE, ParkedCalls, State, StoreChange, soon};
+use super::{
+    GIVEN_AT_ONCE_MAX, GIVEN_BYTES_AT_ONCE, ParkedCalls, State, StoreChange, at_once, soon,
+};
 use crate::driver::Driver;
 use crate::effects::CallEnd;
 use crate::now::{Time, earliest};
@@ -58,9 +62,44 @@ pub(super) struct Orphans {
     retry: Option<Time>,
     /// When the next step is due.
     step: Option<Time>,
+    /// How many there are by caller and id, because each call asks whether its id is in use.
+    ids: HashMap<(MemberKey, Box<str>), u32>,
 }
 
 impl Orphans {
+    fn note(&mut self, orphan: &Orphan) {
+        if let Some(id) = &orphan.id {
+            *self.ids.entry((orphan.caller, id.clone())).or_default() += 1;
+        }
+    }
+
+    fn forget(&mut self, orphan: &Orphan) {
+        if let Some(id) = &orphan.id {
+            count_down(&mut self.ids, (orphan.caller, id.clone()));
+        }
+    }
+
+    fn push_new(&mut self, orphan: Orphan) {
+        self.note(&orphan);
+        self.new.push_back(orphan);
+    }
+
+    fn pop_new(&mut self) -> Option<Orphan> {
+        let first = self.new.pop_front()?;
+        self.forget(&first);
+        Some(first)
+    }
+
+    /// Has one wait for a handler with room, as the first or the last of its trigger.
+    fn wait(&mut self, orphan: Orphan, is_first: bool) {
+        self.note(&orphan);
+        let queue = self.waiting.entry(orphan.process.clone()).or_default();
+        match is_first {
+            true => queue.push_front(orphan),
+            false => queue.push_back(orphan),
+        }
+    }
+
     fn iter(&self) -> impl Iterator<Item = &Orphan> {
         self.new.iter().chain(self.waiting.values().flatten())
     }
@@ -82,6 +121,7 @@ impl Orphans {
             *queue = others;
             taken.extend(meant);
         }
+        taken.iter().for_each(|orphan| self.forget(orphan));
         self.waiting.retain(|_, queue| !queue.is_empty());
         taken
     }
@@ -94,11 +134,12 @@ impl Orphans {
     /// The one that waited longest for a handler of a trigger.
     fn take_waiting(&mut self, process: &str) -> Option<Orphan> {
         let queue = self.waiting.get_mut(process)?;
-        let first = queue.pop_front();
+        let first = queue.pop_front()?;
         if queue.is_empty() {
             self.waiting.remove(process);
         }
-        first
+        self.forget(&first);
+        Some(first)
     }
 
     /// Has those that wait tried again.
@@ -119,6 +160,8 @@ impl Orphans {
         assert!(self.new.is_empty() || self.step.is_some());
         assert!(self.waiting.is_empty() || self.retry.is_some());
         assert!(self.waiting.values().all(|queue| !queue.is_empty()));
+        let named = self.iter().filter(|orphan| orphan.id.is_some()).count();
+        assert_eq!(self.ids.values().sum::<u32>() as usize, named);
     }
 }
 
@@ -136,7 +179,8 @@ impl ParkedCalls {
 
     /// Whether a call that waits for another handler has this id.
     pub(in crate::pool) fn has_orphan(&self, caller: MemberKey, id: &str) -> bool {
-        self.orphans.iter().any(|o| o.is(caller, id))
+        let ids = &self.orphans.ids;
+        !ids.is_empty() && ids.contains_key(&(caller, id.into()))
     }
 }
 
@@ -154,7 +198,7 @@ impl<D: Driver> DurableCalls<'_, D> {
         let process = process.or_else(read).expect("it was read when it arrived");
         let app = self.members.at(handler).map_or("?", |m| m.app.as_str());
         let cause = format!("handler '{app}' disconnected before it answered");
-        self.parked.orphans.new.push_back(Orphan {
+        self.parked.orphans.push_new(Orphan {
             caller,
             id,
             process,
@@ -175,6 +219,9 @@ impl<D: Driver> DurableCalls<'_, D> {
     /// Allows `count` further items of a call that waits for another handler; false if there is
     /// none with that id.
     pub(in crate::pool) fn ack_orphan(&mut self, caller: MemberKey, id: &str, count: u64) -> bool {
+        if !self.parked.has_orphan(caller, id) {
+            return false;
+        }
         let mut orphans = self.parked.orphans.iter_mut();
         let Some(orphan) = orphans.find(|o| o.is(caller, id)) else {
             return false;
@@ -224,6 +271,9 @@ impl<D: Driver> DurableCalls<'_, D> {
         id: &str,
         turn: &mut Turn<'_, D>,
     ) -> bool {
+        if !self.parked.has_orphan(caller, id) {
+            return false;
+        }
         let found = self.parked.orphans.take_if(|o| o.is(caller, id));
         let was_there = !found.is_empty();
         for orphan in found {
@@ -278,14 +328,13 @@ impl<D: Driver> Pool<D> {
         let (mut tried, mut bytes) = (0, 0);
         while tried < GIVEN_AT_ONCE_MAX
             && bytes < GIVEN_BYTES_AT_ONCE
-            && let Some(orphan) = self.parked.orphans.new.pop_front()
+            && let Some(orphan) = self.parked.orphans.pop_new()
         {
             tried += 1;
             bytes += orphan.bytes();
             if let Some(orphan) = self.redeliver(orphan, turn) {
                 let orphans = &mut self.parked.orphans;
-                let queue = orphans.waiting.entry(orphan.process.clone());
-                queue.or_default().push_back(orphan);
+                orphans.wait(orphan, false);
                 let retry = turn.time().after_ms(PAUSE_MS);
                 orphans.retry.get_or_insert(retry);
             }
@@ -304,8 +353,8 @@ impl<D: Driver> Pool<D> {
     }
 
     /// A handler of a trigger may take more: gives it calls that wait for another handler.
-    pub(super) fn give_waiting(&mut self, process: &str, turn: &mut Turn<'_, D>) {
-        for _ in 0..GIVEN_AT_ONCE_MAX {
+    pub(super) fn give_waiting(&mut self, process: &str, among: usize, turn: &mut Turn<'_, D>) {
+        for _ in 0..at_once(among).0 {
             if !self.triggers.has_room(process, None, &self.members) {
                 return;
             }
@@ -314,8 +363,7 @@ impl<D: Driver> Pool<D> {
             };
             if let Some(orphan) = self.redeliver(orphan, turn) {
                 // Meant for another handler, or no handler reads what it gets.
-                let queue = self.parked.orphans.waiting.entry(orphan.process.clone());
-                queue.or_default().push_front(orphan);
+                self.parked.orphans.wait(orphan, true);
                 return;
             }
         }
