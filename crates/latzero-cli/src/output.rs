@@ -12,6 +12,7 @@ use std::io::{self, IsTerminal as _, Write};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use latzero_crypto::text::redact;
 use serde_json::Value;
 
 use crate::exit::{Exit, Failure};
@@ -245,8 +246,9 @@ impl Output {
     }
 
     fn raw_note(&self, text: impl Display) {
+        let text = text.to_string();
         // If stderr is closed, the note is not needed.
-        let _ = writeln!(io::stderr().lock(), "{text}");
+        let _ = writeln!(io::stderr().lock(), "{}", redact(&text));
     }
 
     /// Progress on stderr, which replaces the last; nothing unless stderr is a terminal.

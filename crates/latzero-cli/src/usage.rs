@@ -1,11 +1,13 @@
 //! Explains mistakes in the command line, as text or, with `--json`, as JSON.
 
+use std::borrow::Cow;
 use std::ffi::OsString;
 use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{ColorChoice, CommandFactory as _, FromArgMatches as _};
+use latzero_crypto::text::redact;
 
 use crate::args::Cli;
 use crate::exit::{Exit, Failure};
@@ -48,7 +50,12 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
         let output = Output::new(true, flags.color);
         return Err(output.failure(&failure(&error)).into());
     }
-    let _ = error.print();
+    let text = error.render().to_string();
+    if let Cow::Owned(without_tokens) = redact(&text) {
+        let _ = write!(std::io::stderr(), "{without_tokens}");
+    } else {
+        let _ = error.print();
+    }
     Err(Exit::Usage.into())
 }
 

@@ -1,5 +1,7 @@
 //! The text form of bytes: base64url without padding, with exactly one text for each value.
 
+use std::borrow::Cow;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use zeroize::Zeroizing;
@@ -38,6 +40,38 @@ pub(crate) fn decode_secret<const N: usize>(text: &str) -> Option<Zeroizing<[u8;
     (written == N).then_some(bytes)
 }
 
+/// Hides the tokens in a text that people or programs will read, such as an error: somebody may
+/// have given one in the place of a file's name. Of a token its kind stays, so that the text still
+/// says what was given.
+#[must_use]
+pub fn redact(text: &str) -> Cow<'_, str> {
+    const PREFIX_BYTES: usize = "lzs1_".len();
+    let is_prefix = |at: &[u8]| {
+        at.starts_with(b"lz") && b"scowa".contains(&at[2]) && at[3..PREFIX_BYTES] == *b"1_"
+    };
+    let prefix_in = |text: &str| {
+        let mut windows = text.as_bytes().windows(PREFIX_BYTES);
+        Some(windows.position(is_prefix)? + PREFIX_BYTES)
+    };
+    let Some(mut end) = prefix_in(text) else {
+        return Cow::Borrowed(text);
+    };
+    let (mut out, mut rest) = (String::with_capacity(text.len()), text);
+    loop {
+        out.push_str(&rest[..end]);
+        let after = &rest[end..];
+        rest = after.trim_start_matches(|c: char| c.is_ascii_alphanumeric() || "-_".contains(c));
+        out.push_str(if rest.len() < after.len() { "..." } else { "" });
+        match prefix_in(rest) {
+            Some(next) => end = next,
+            None => {
+                out.push_str(rest);
+                return Cow::Owned(out);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -50,5 +84,17 @@ mod tests {
         for text in ["+/8", "-_8=", "-_9", "-_ ", " -_", "", "-_8A", "-_", "é8"] {
             assert_eq!(decode::<2>(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn tokens_are_hidden() {
+        let same = ["", "l", "lzs", "lzs1", "lzx1_abc", "é lzs2_é"];
+        for text in same {
+            assert_eq!(redact(text), text);
+        }
+        assert_eq!(redact("lzs1_"), "lzs1_");
+        assert_eq!(redact("no file 'lzo1_aB-_9'"), "no file 'lzo1_...'");
+        let two = "élzc1_abc,lzw1_d\u{e9} lza1_lzs1_x";
+        assert_eq!(redact(two), "élzc1_...,lzw1_...\u{e9} lza1_...");
     }
 }

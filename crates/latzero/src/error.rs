@@ -4,6 +4,7 @@ use std::any::Any;
 use std::borrow::Cow;
 use std::fmt;
 
+use latzero_crypto::text::redact;
 use latzero_protocol::{Code, Ran};
 use serde::Deserialize;
 use serde_json::Value;
@@ -27,10 +28,14 @@ struct Inner {
 
 impl Error {
     pub(crate) fn new(kind: Code, message: impl Into<Cow<'static, str>>) -> Self {
+        let message = match message.into() {
+            Cow::Owned(text) => Cow::Owned(redact(&text).into_owned()),
+            written_here => written_here,
+        };
         Error(Box::new(Inner {
             kind,
             own_code: None,
-            message: message.into(),
+            message,
             ran: Some(kind.ran()),
             data: None,
             is_servers_word: false,

@@ -1,11 +1,14 @@
 //! One destination of the log: a bounded queue, and the thread that writes it.
 
+use std::borrow::Cow;
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use latzero_crypto::text::redact;
 
 /// Lines that may wait to be written. With [`LINE_BYTES_MAX`] it bounds the memory of a destination
 /// that hangs.
@@ -114,7 +117,11 @@ pub(super) struct SinkWriter {
 impl Write for SinkWriter {
     /// Takes one whole line, as the formatter writes it.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if self.queue.try_send(Entry::Line(cut(line))).is_err() {
+        if self
+            .queue
+            .try_send(Entry::Line(cut(&without_tokens(line))))
+            .is_err()
+        {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
         Ok(line.len())
@@ -122,6 +129,17 @@ impl Write for SinkWriter {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// Clients choose names, and a mistake may put a key into one.
+fn without_tokens(line: &[u8]) -> Cow<'_, [u8]> {
+    match String::from_utf8_lossy(line) {
+        Cow::Borrowed(text) => match redact(text) {
+            Cow::Borrowed(text) => Cow::Borrowed(text.as_bytes()),
+            Cow::Owned(text) => Cow::Owned(text.into_bytes()),
+        },
+        Cow::Owned(text) => Cow::Owned(redact(&text).into_owned().into_bytes()),
     }
 }
 
