@@ -185,6 +185,14 @@ pub(crate) enum OnDisconnect {
     Reconnects,
 }
 
+/// Where to look for a server that nothing names, and that is not in the default directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Guess {
+    Nothing,
+    /// At the default port.
+    Port,
+}
+
 /// The options of a connection.
 #[derive(Clone, Debug)]
 pub(crate) struct ConnectOptions {
@@ -200,6 +208,8 @@ pub(crate) struct ConnectOptions {
     pub(crate) request_time: Option<Duration>,
     /// The deadline of the command, including connecting.
     pub(crate) deadline: Option<Instant>,
+    /// Whether the command uses keys of its own accord.
+    pub(crate) holds_keys: bool,
 }
 
 impl ConnectOptions {
@@ -212,6 +222,7 @@ impl ConnectOptions {
             handler_threads: None,
             request_time: None,
             deadline: None,
+            holds_keys: false,
         }
     }
 
@@ -357,7 +368,7 @@ impl ServerArgs {
     }
 
     /// Where to look, in this order.
-    fn places(&self) -> Result<Vec<Address>, Failure> {
+    fn places(&self, guess: Guess) -> Result<Vec<Address>, Failure> {
         let tcp_variables = tcp_variables()?;
         if let Some(url) = &self.url {
             return Ok(vec![Address::Url(url.clone())]);
@@ -413,7 +424,9 @@ impl ServerArgs {
             // The server of the default directory listens elsewhere, so another one is meant.
             return Ok(vec![by_tcp]);
         }
-        places.push(by_tcp);
+        if guess == Guess::Port {
+            places.push(by_tcp);
+        }
         Ok(places)
     }
 
@@ -465,7 +478,8 @@ impl ServerArgs {
             (None, Some(own)) => own.clone(),
             _ => self.app_id(),
         };
-        let places = self.places()?;
+        let guess = self.guess(&app_id, options);
+        let places = self.places(guess)?;
         let mut tried = Vec::new();
         for place in places {
             let left = options
@@ -508,7 +522,33 @@ impl ServerArgs {
                 Err(error) => tried.push((place.to_string(), self.classify(&place, error)?)),
             }
         }
-        Err(self.not_running(&tried))
+        let mut failure = self.not_running(&tried);
+        if guess == Guess::Nothing && !self.is_elsewhere() {
+            failure.details.push(format!(
+                "port {PORT_DEFAULT} was not tried: another program could listen there, and this \
+                user has keys or an admin token"
+            ));
+        }
+        Err(failure)
+    }
+
+    /// Who has something to prove does not look for another server by itself: whatever listens on
+    /// the default port would learn of it.
+    fn guess(&self, app_id: &str, options: &ConnectOptions) -> Guess {
+        let (dir, _) = self.data_dir();
+        let has_secrets = options.holds_keys
+            || options
+                .pools
+                .iter()
+                .any(|pool| self.key_file(pool).is_some())
+            || self.app_key_file(app_id).is_some()
+            || self.keys.is_some()
+            || variable(ADMIN_TOKEN).is_some()
+            || dir.join("admin.token").exists();
+        match has_secrets {
+            true => Guess::Nothing,
+            false => Guess::Port,
+        }
     }
 
     /// A command leaves no registration behind and does not change an existing one, unless it keeps
@@ -694,13 +734,16 @@ impl ServerArgs {
 
     /// Whether the address names pools, which are then used for a trigger without a pool.
     pub(crate) fn names_pools(&self) -> bool {
-        let url = self.url.clone().or_else(|| match self.places() {
-            Ok(places) => places.into_iter().find_map(|place| match place {
-                Address::Url(url) => Some(url),
-                _ => None,
-            }),
-            Err(_) => None,
-        });
+        let url = self
+            .url
+            .clone()
+            .or_else(|| match self.places(Guess::Nothing) {
+                Ok(places) => places.into_iter().find_map(|place| match place {
+                    Address::Url(url) => Some(url),
+                    _ => None,
+                }),
+                Err(_) => None,
+            });
         url.is_some_and(|url| url.contains("pool="))
     }
 }
@@ -855,7 +898,7 @@ mod tests {
     #[test]
     fn flags_override_other_sources() {
         let check = |reach: ServerArgs, expected: &[Address]| {
-            assert_eq!(reach.places().unwrap(), expected);
+            assert_eq!(reach.places(Guess::Port).unwrap(), expected);
         };
         let reach = ServerArgs::default();
         check(

@@ -10,7 +10,7 @@ use std::os::unix::fs::{
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
-use latzero::Keys;
+use latzero::{Keys, Ran};
 use latzero_crypto::app_key::AppKey;
 use latzero_crypto::keys::{
     KEY_FILE_BYTES_MAX, KeyError, KeySet, Kind, NewKeys, Roles, Secret, Token,
@@ -260,18 +260,90 @@ fn new(args: &NewArgs, output: &Output) -> CommandResult {
     args.file.report(&path, &keys, output)
 }
 
-/// The new keys are on disk before the pool needs them, and the old ones stay beside them.
+/// The files of a pool's keys during a rotation. The new keys are on disk before the pool needs
+/// them, and the old ones stay beside them.
+struct KeyFiles {
+    current: PathBuf,
+    /// The keys of a rotation whose result is not known yet.
+    next: PathBuf,
+}
+
+impl KeyFiles {
+    fn of(current: PathBuf) -> KeyFiles {
+        let next = Self::beside(&current, "next");
+        KeyFiles { current, next }
+    }
+
+    fn beside(path: &Path, ending: &str) -> PathBuf {
+        PathBuf::from(format!("{}.{ending}", path.display()))
+    }
+
+    /// The pool has the new keys, in this epoch.
+    fn advance(&self, epoch: u64) -> Result<(), Failure> {
+        let old = format!("epoch-{}", epoch.saturating_sub(1));
+        std::fs::rename(&self.current, Self::beside(&self.current, &old))
+            .and_then(|()| std::fs::rename(&self.next, &self.current))
+            .map_err(|error| {
+                let text = format!(
+                    "the new keys are in {}, and can't be moved: {error}",
+                    self.next.display()
+                );
+                Failure::new(Exit::Failure, text)
+            })
+    }
+}
+
+fn rotating(pool: &str) -> ConnectOptions {
+    ConnectOptions::once("keys rotate").in_pool(Some(pool))
+}
+
+/// Ends a rotation of which only the server knows the result: the command was killed, or the reply
+/// was lost. Only the server's acceptance proves that the new keys are the pool's, and nothing
+/// proves that they are not, so they are never deleted.
+fn resume(args: &RotateArgs, files: &KeyFiles, output: &Output) -> CommandResult {
+    let mut reach = args.reach.clone();
+    reach.keys = Some(files.next.clone());
+    let next = files.next.display();
+    match reach.connect(&rotating(&args.pool)) {
+        Ok(connection) => {
+            let asked = json!({"action": "pool_info", "pool": args.pool});
+            let pool = connection.app.request(&asked)?;
+            files.advance(pool["epoch"].as_u64().unwrap_or(0))?;
+            output.note(format_args!(
+                "an earlier rotation was complete but for its reply; the pool has its keys, which \
+                are now in {}",
+                files.current.display()
+            ));
+            Ok(Exit::Ok)
+        }
+        Err(failure) if failure.exit == Exit::Denied => {
+            let unused = KeyFiles::beside(&files.current, "unused");
+            std::fs::rename(&files.next, &unused)?;
+            output.note(format_args!(
+                "an earlier rotation did not happen: its keys were moved from {next} to {}",
+                unused.display()
+            ));
+            rotate(args, output)
+        }
+        Err(failure) => Err(failure),
+    }
+}
+
 fn rotate(args: &RotateArgs, output: &Output) -> CommandResult {
     let path = args.reach.key_file(&args.pool).ok_or_else(|| {
         Failure::usage(format!("pool {} has no key file", args.pool))
             .with_help("name it with --keys")
     })?;
-    let old = read_keys(&path)?;
+    let files = KeyFiles::of(path);
+    if files.next.exists() {
+        return resume(args, &files, output);
+    }
+    let old = read_keys(&files.current)?;
     let again = |kind: Kind| -> Result<Secret, Failure> {
         let missing = || Failure::usage("a rotation needs the keys of a writer");
         let token = old.token(kind).ok_or_else(missing)?;
         Ok(Token::parse(&token)
-            .map_err(|error| refused(&path, error))?
+            .map_err(|error| refused(&files.current, error))?
             .secret)
     };
     let is_new = args.remove_reader || args.remove_writer;
@@ -296,34 +368,32 @@ fn rotate(args: &RotateArgs, output: &Output) -> CommandResult {
             .then(|| again(Kind::Owner))
             .transpose()?,
     });
-    let options = ConnectOptions::once("keys rotate").in_pool(Some(&args.pool));
-    let connection = args.reach.connect(&options)?;
-    let beside = |ending: &str| PathBuf::from(format!("{}.{ending}", path.display()));
-    let next = beside("next");
+    let connection = args.reach.connect(&rotating(&args.pool))?;
     if is_new {
-        write_keys(&args.pool, &new, &held(&new), &next)?;
+        write_keys(&args.pool, &new, &held(&new), &files.next)?;
     }
-    let keys = of_pool(if is_new { &next } else { &path })?;
+    let keys = of_pool(if is_new { &files.next } else { &files.current })?;
     let done = connection
         .app
         .rotate_pool(&args.pool, &keys, args.cut_history);
-    let done = done.inspect_err(|_| {
-        if is_new {
-            let _ = std::fs::remove_file(&next);
+    let done = done.map_err(|error| {
+        let is_refused = error.ran() == Some(Ran::No);
+        let failure = Failure::from(error);
+        match (is_new, is_refused) {
+            (true, true) => {
+                let _ = std::fs::remove_file(&files.next);
+                failure
+            }
+            (true, false) => failure.with_help(
+                "run the same command again: it finds out whether the pool has the new keys, which \
+                are stored",
+            ),
+            (false, _) => failure,
         }
     })?;
     let epoch = done["epoch"].as_u64().unwrap_or(0);
     if is_new {
-        let moved = std::fs::rename(&path, beside(&format!("epoch-{}", epoch.saturating_sub(1))));
-        moved
-            .and_then(|()| std::fs::rename(&next, &path))
-            .map_err(|error| {
-                let text = format!(
-                    "the new keys are in {}, and can't be moved: {error}",
-                    next.display()
-                );
-                Failure::new(Exit::Failure, text)
-            })?;
+        files.advance(epoch)?;
     }
     if output.json {
         output.value(&done)?;
@@ -342,7 +412,7 @@ fn rotate(args: &RotateArgs, output: &Output) -> CommandResult {
         ),
     ];
     if is_new {
-        facts.push(("new keys", path.display().into()));
+        facts.push(("new keys", files.current.display().into()));
     }
     output.facts(&facts)?;
     Ok(Exit::Ok)

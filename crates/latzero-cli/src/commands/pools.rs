@@ -89,10 +89,11 @@ fn create(args: &PoolCreateArgs, output: &Output) -> CommandResult {
             .collect::<Map<_, _>>()
             .into();
     }
-    let connection = args
-        .pool
-        .reach
-        .connect(&ConnectOptions::once("pools create"))?;
+    let options = ConnectOptions {
+        holds_keys: args.encrypted,
+        ..ConnectOptions::once("pools create")
+    };
+    let connection = args.pool.reach.connect(&options)?;
     let pool = connection.app.request(&request)?;
     match output.json {
         true => output.value(&pool)?,

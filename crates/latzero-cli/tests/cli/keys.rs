@@ -613,3 +613,69 @@ fn serving_and_listening_end_with_the_pool() {
         assert_eq!(running.exit_code(), 1);
     }
 }
+
+/// Until the server's reply is there, nobody knows whether the pool has the new keys: they stay.
+#[test]
+fn an_interrupted_rotation_is_ended_by_the_next_one() {
+    let server = Server::start();
+    server.run(&["keys", "new", "vault"]).ended_with(0);
+    let create = ["pools", "create", "vault", "--encrypted"];
+    server.run(&create).ended_with(0);
+    let keys = server.home().join(".config/latzero/keys");
+    let move_to = |from: &str, to: &str| std::fs::rename(keys.join(from), keys.join(to)).unwrap();
+    let names = || {
+        let names = std::fs::read_dir(&keys).unwrap();
+        let mut names: Vec<_> = names.map(|name| name.unwrap().file_name()).collect();
+        names.sort_unstable();
+        names
+    };
+    let rotate = ["keys", "rotate", "vault", "--remove-reader"];
+    server.run(&rotate).ended_with(0);
+    assert_eq!(names(), ["vault", "vault.epoch-1"]);
+    // As if the command had been killed before it heard of the server's reply.
+    move_to("vault", "vault.next");
+    move_to("vault.epoch-1", "vault");
+    let resumed = server.run(&rotate).ended_with(0);
+    resumed.said("an earlier rotation was complete but for its reply");
+    assert_eq!(names(), ["vault", "vault.epoch-1"]);
+    server
+        .run(&["pools", "info", "vault", "--json"])
+        .ended_with(0);
+    // As if it had been killed before the server took the rotation.
+    server.run(&["keys", "new", "other"]).ended_with(0);
+    move_to("other", "vault.next");
+    let resumed = server.run(&rotate).ended_with(0);
+    resumed.said("an earlier rotation did not happen");
+    assert_eq!(
+        names(),
+        ["vault", "vault.epoch-1", "vault.epoch-2", "vault.unused"]
+    );
+    server.run(&["call", "vault/x", "1"]).ended_with(5);
+}
+
+#[test]
+fn tokens_in_the_wrong_place_are_not_repeated() {
+    let server = Server::start();
+    server.run(&["keys", "new", "vault"]).ended_with(0);
+    let file = server.home().join(".config/latzero/keys/vault");
+    let keys = std::fs::read_to_string(file).unwrap();
+    let token = keys.lines().find(|line| line.starts_with("lzo1_")).unwrap();
+    let url = format!("latzero://shop?pool=vault&keys={token}");
+    let lines: [&[&str]; 7] = [
+        &["keys", "show", "vault", "--file", token],
+        &["keys", "check", "vault", "--file", token, "--json"],
+        &["call", "vault/x", "1", "--keys", token],
+        &["call", "vault/x", "1", "--url", &url],
+        &["call", "vault/x", "1", "--app", token],
+        &["call", token],
+        &["keys", token],
+    ];
+    for line in lines {
+        let ran = server.run(line);
+        assert_ne!(ran.code, 0, "{line:?}");
+        let said = format!("{}{}", ran.out, ran.err);
+        assert!(!said.contains(&token[5..20]), "{line:?}: {said}");
+    }
+    let log = std::fs::read_to_string(server.home().join("data/logs/server.log"));
+    assert!(!log.unwrap_or_default().contains(&token[5..20]));
+}
