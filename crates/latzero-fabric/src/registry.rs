@@ -47,7 +47,7 @@ use offline::Offline;
 pub use pools::NewPool;
 use sealed::Sealed;
 pub(crate) use sealed::rotated_event;
-pub use sealed::{Proved, Rotated, Successor};
+pub use sealed::{Proved, Rotated, Said, Successor};
 
 struct App<D: Driver> {
     registration: Remembered,
@@ -127,23 +127,32 @@ impl<D: Driver> Entrance<D> {
     /// How a trigger is served here, if at all. In an encrypted pool readers may listen, but not
     /// keep other readers from sending; elsewhere nothing can be privileged.
     pub(crate) fn served_as<'a>(&self, spec: &'a TriggerSpec) -> Option<Cow<'a, TriggerSpec>> {
-        if !self.rights.have(Right::Serve) {
-            return None;
-        }
-        match self.grant.map(|grant| grant.roles) {
-            None => (!spec.privileged).then_some(Cow::Borrowed(spec)),
-            Some(Roles::Write) => Some(Cow::Borrowed(spec)),
-            Some(Roles::Read) if spec.concurrency == Some(0) => Some(Cow::Owned(TriggerSpec {
-                privileged: false,
-                ..spec.clone()
-            })),
-            Some(Roles::Read | Roles::Join) => None,
-        }
+        served_as(spec, self.rights, self.grant.map(|grant| grant.roles))
     }
 
     /// Whether answers to parked calls are delivered here: in an encrypted pool to readers.
     pub(crate) fn takes_answers(&self) -> bool {
         self.grant.is_none_or(|grant| grant.roles != Roles::Join)
+    }
+}
+
+/// How a trigger is served in a pool, plain or with these roles proved, if at all.
+fn served_as(
+    spec: &TriggerSpec,
+    rights: Rights,
+    proved: Option<Roles>,
+) -> Option<Cow<'_, TriggerSpec>> {
+    if !rights.have(Right::Serve) {
+        return None;
+    }
+    match proved {
+        None => (!spec.privileged).then_some(Cow::Borrowed(spec)),
+        Some(Roles::Write) => Some(Cow::Borrowed(spec)),
+        Some(Roles::Read) if spec.concurrency == Some(0) => Some(Cow::Owned(TriggerSpec {
+            privileged: false,
+            ..spec.clone()
+        })),
+        Some(Roles::Read | Roles::Join) => None,
     }
 }
 

@@ -59,7 +59,24 @@ pub enum Flow {
 struct Ready {
     app: AppId,
     instance: InstanceId,
+    /// Those that it serves: it registered them itself, or they came back with a proof.
     triggers: Vec<TriggerSpec>,
+    /// Those that came back with the handshake. Somebody without a proof may have registered them,
+    /// so they are not served in encrypted pools.
+    outside: Vec<TriggerSpec>,
+    /// What happens to the triggers that the app had in an encrypted pool, with the proof.
+    earlier: Earlier,
+}
+
+/// What happens to the triggers that an app had in an encrypted pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Earlier {
+    /// The handshake listed others, which replace them.
+    Replaced,
+    /// They are served again.
+    Restored,
+    /// They stay registered, and are served once the instance registers them again.
+    Held,
 }
 
 /// What the server knows about a new connection, and its limits.

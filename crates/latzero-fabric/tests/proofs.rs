@@ -444,3 +444,127 @@ fn a_rotation_during_a_slow_write_moves_the_block_after_it() {
     );
     net.world.check_ledger();
 }
+
+/// The triggers of the pool `vault` that a member sees.
+fn triggers_of(net: &mut Net, member: Peer) -> Value {
+    net.say(member, r#"{"action":"pool_info","pool":"vault","id":"i"}"#);
+    let info = net.messages(member).pop().expect("an answer").json;
+    let mut triggers = info["response"]["triggers"].clone();
+    for trigger in triggers.as_array_mut().expect("a list") {
+        trigger["handlers"].take();
+    }
+    triggers
+}
+
+/// Whoever uses an app's AppID without the keys neither sees nor changes what it serves in an
+/// encrypted pool.
+#[test]
+fn triggers_in_an_encrypted_pool_are_changed_only_with_a_proof() {
+    let (mut net, _, owner) = vault();
+    let worker = net.stranger(
+        "worker",
+        r#""encrypted_pools":["vault"],"triggers":[{"name":"t","privileged":true,"doc":"d"}]"#,
+    );
+    let proved = proof(&mut net, worker, "worker", &keys(1));
+    assert!(net.ask(worker, &proved).starts_with("p ok"));
+    let served = triggers_of(&mut net, owner);
+    assert_eq!(served[0]["privileged"], true);
+    let attacks: [(&str, &[&str]); 5] = [
+        (
+            "",
+            &[
+                r#"{"action":"trigger_unregister","triggers":["t"],"id":"x"}"#,
+                r#"{"action":"pool_join","pool":"open","id":"x"}"#,
+            ],
+        ),
+        (r#""triggers":[]"#, &[]),
+        (r#""pools":["open"],"triggers":["t"]"#, &[]),
+        (
+            r#""encrypted_pools":["vault"],"triggers":["t","u"]"#,
+            &[
+                r#"{"action":"trigger_register","triggers":[{"name":"t","pools":["vault"]}],"id":"x"}"#,
+            ],
+        ),
+        (r#""triggers":["u"],"takeover":true"#, &[]),
+    ];
+    for (handshake, requests) in attacks {
+        let thief = net.connect_stranger();
+        let more = if handshake.is_empty() { "" } else { "," };
+        let hello = format!(r#"{{"action":"handshake","app_id":"worker"{more}{handshake}}}"#);
+        net.say(thief, &hello);
+        let ack = net.messages(thief).remove(0).json;
+        if handshake.is_empty() {
+            assert_eq!(ack["triggers"], serde_json::json!([]), "{ack}");
+        }
+        for request in requests {
+            assert!(net.ask(thief, request).starts_with("x ok"), "{request}");
+        }
+        let seen = net.ask(thief, r#"{"action":"app_list","id":"l"}"#);
+        assert!(!seen.contains(r#""doc":"d""#), "{seen}");
+        net.hang_up(thief);
+    }
+    // The app comes back, and so does what it served.
+    let worker = net.stranger("worker", "");
+    let proved = proof(&mut net, worker, "worker", &keys(1));
+    let seen = net.ask(worker, &proved);
+    assert!(seen.contains(r#""triggers":["t"]"#), "{seen}");
+    assert_eq!(triggers_of(&mut net, owner), served);
+    let again = proof(&mut net, worker, "worker", &keys(1));
+    assert!(net.ask(worker, &again).contains(r#""triggers":["t"]"#));
+    assert_eq!(triggers_of(&mut net, owner), served);
+    // A member of the pool sees it in the listing, nobody else does.
+    let list = r#"{"action":"app_list","id":"l"}"#;
+    assert!(net.ask(owner, list).contains(r#""doc":"d""#));
+    let stranger = net.stranger("stranger", "");
+    assert!(!net.ask(stranger, list).contains(r#""doc":"d""#));
+}
+
+/// Triggers for all pools are shown where the app is, and nowhere else.
+#[test]
+fn what_is_served_only_in_an_encrypted_pool_is_never_listed_outside() {
+    let (mut net, _, _) = vault();
+    let stranger = net.stranger("stranger", "");
+    let list = r#"{"action":"app_list","id":"l"}"#;
+    let worker = net.app(
+        "worker",
+        r#""encrypted_pools":["vault"],"triggers":["secret"]"#,
+    );
+    assert!(
+        !net.ask(stranger, list).contains("secret"),
+        "before the proof"
+    );
+    let proved = proof(&mut net, worker, "worker", &keys(1));
+    assert!(net.ask(worker, &proved).starts_with("p ok"));
+    assert!(!net.ask(stranger, list).contains("secret"), "with it");
+    assert!(net.ask(worker, list).contains("secret"));
+    let leave = r#"{"action":"pool_leave","pool":"vault","id":"x"}"#;
+    assert!(net.ask(worker, leave).contains("x ok"));
+    assert!(!net.ask(stranger, list).contains("secret"), "after it left");
+    // In an open pool it is served, and remembered.
+    let join = r#"{"action":"pool_join","pool":"open","id":"x"}"#;
+    assert!(net.ask(worker, join).contains("x ok"));
+    net.hang_up(worker);
+    let (_, seen) = net.hello("worker", "");
+    assert!(seen.contains("open"), "{seen}");
+}
+
+/// The entry of an app does not tell whether a name that it guessed is that of an encrypted pool.
+#[test]
+fn a_trigger_for_a_hidden_pool_looks_like_one_for_a_missing_pool() {
+    let (mut net, _, _) = vault();
+    let guess = |net: &mut Net, app: &str, pool: &str| {
+        let peer = net.stranger(app, "");
+        let spec = format!(r#"{{"name":"t","pools":["{pool}"]}}"#);
+        let register = format!(r#"{{"action":"trigger_register","triggers":[{spec}],"id":"r"}}"#);
+        let mut seen = net.ask(peer, &register);
+        net.say(peer, r#"{"action":"app_list","id":"l"}"#);
+        let list = net.messages(peer).pop().expect("an answer").json;
+        let apps = list["response"]["apps"].as_array().expect("a list");
+        let own = apps.iter().find(|entry| entry["app_id"] == app);
+        seen += &own.expect("it is there")["triggers"].to_string();
+        seen
+    };
+    let missing = guess(&mut net, "one", "nothing");
+    let hidden = guess(&mut net, "two", "vault");
+    assert_eq!(missing, hidden);
+}

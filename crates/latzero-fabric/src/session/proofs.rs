@@ -5,6 +5,7 @@
 //! the third one closes the connection. The driver may check signatures elsewhere: the session then
 //! waits for the result, and handles nothing else that the client sent.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use latzero_crypto::Suite;
@@ -15,13 +16,14 @@ use latzero_crypto::proof::{
     self, CHALLENGE_MS, ChannelBinding, Exchange, JoinProof, ProofRequest,
 };
 use latzero_crypto::text;
+use latzero_protocol::message::TriggerSpec;
 use latzero_protocol::proof::{AdminProof, AppProof, Chain, PROOF_BYTES_MAX};
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal, Request, encode};
 use serde_json::json;
 
 use super::memory::SlotWrite;
 use super::pending::{PendingReply, Reply};
-use super::{Flow, Session, leave};
+use super::{Earlier, Flow, Session, leave};
 use crate::driver::{Check, Driver, Peer as _};
 use crate::effects::Audit;
 use crate::ledger::{Reservation, Resource};
@@ -29,7 +31,7 @@ use crate::now::Time;
 use crate::outbox::Class;
 use crate::pool::{Pool, Replied};
 use crate::refusals;
-use crate::registry::{NewPool, Proved, Rotated, Successor, rotated_event};
+use crate::registry::{NewPool, Proved, Rotated, Said, Successor, rotated_event};
 use crate::turn::Turn;
 
 /// Refused proofs after which a connection is closed.
@@ -355,28 +357,40 @@ impl<D: Driver> Session<D> {
         roles: Roles,
         turn: &mut Turn<'_, D>,
     ) -> Result<(), Refusal> {
-        let app = self.app().expect("only a ready session joins").0.clone();
         self.forget_left(turn);
         let is_member = self.memberships.iter().any(|m| m.name == *pool);
         if !is_member {
             crate::registry::check_pools(self.memberships.len() + 1, turn.limits())?;
         }
+        let ready = self.ready.as_ref().expect("only a ready session joins");
         let Proved {
             entrance,
             chain,
             rehydrated,
             watch,
             mut subscriptions,
+            triggers,
             restored_ms,
         } = turn.with_registry(|registry, turn| {
+            let said = Said {
+                triggers: &ready.triggers,
+                replace: ready.earlier == Earlier::Replaced,
+                is_inside: self.memberships.is_empty() || self.is_inside(),
+                is_member,
+            };
             registry.open_proved(
-                (&app, &self.who),
+                (&ready.app, &self.who),
                 pool,
                 (descriptor, roles),
-                is_member,
+                &said,
+                &self.peer,
                 turn,
             )
         })?;
+        let names: Vec<_> = triggers.iter().map(|spec| spec.name.clone()).collect();
+        if !is_member {
+            self.restore_triggers(pool, &triggers);
+        }
         if roles == Roles::Join {
             // They stay remembered, for when it may read again.
             subscriptions.clear();
@@ -392,9 +406,7 @@ impl<D: Driver> Session<D> {
             reply["restored_ms"] = unix_ms.into();
         }
         if rehydrated {
-            let ready = self.ready.as_ref().expect("only a ready session joins");
-            let triggers = ready.triggers.iter().filter(|spec| spec.is_for(pool));
-            reply["triggers"] = triggers.map(|spec| spec.name.as_str()).collect();
+            reply["triggers"] = json!(names);
             reply["watching"] = watch.is_some().into();
             reply["subscriptions"] = json!(subscriptions);
         }
@@ -411,6 +423,28 @@ impl<D: Driver> Session<D> {
             let _ = self.overtaken(turn);
         }
         Ok(())
+    }
+
+    /// Serves again what the app had in a pool that was just proved.
+    fn restore_triggers(&mut self, pool: &PoolName, triggers: &[TriggerSpec]) {
+        let ready = self.ready.as_mut().expect("only a ready session joins");
+        if ready.earlier != Earlier::Restored {
+            return;
+        }
+        let own = ready.triggers.iter().filter(|spec| spec.is_for(pool));
+        let own: BTreeSet<_> = own.map(|spec| spec.name.clone()).collect();
+        let others = triggers.iter().filter(|spec| !own.contains(&spec.name));
+        // They were proved for this pool only.
+        let here = others.map(|spec| TriggerSpec {
+            pools: Some(vec![pool.clone()]),
+            ..spec.without_schema()
+        });
+        ready.triggers.extend(here);
+    }
+
+    /// Whether the connection is only in encrypted pools.
+    pub(super) fn is_inside(&self) -> bool {
+        !self.memberships.is_empty() && self.memberships.iter().all(|m| m.grant.is_some())
     }
 
     /// Restores the subscriptions of a member.
