@@ -308,11 +308,8 @@ impl<D: Driver> Session<D> {
             // Its only effect is its reply, which nobody would get.
             Ok(request) if id.is_none() && request.is_question() => Flow::Continue,
             Ok(request) => {
-                match self.request(id, request, turn) {
-                    Ok(reply) => self.answer(id, reply, turn),
-                    Err(refusal) => self.refuse(id, &refusal, turn),
-                }
-                Flow::Continue
+                let result = self.request(id, request, turn);
+                self.answer_proof(id, result, turn)
             }
             Err(refusal) => {
                 let action = envelope.action.and_then(Raw::as_str);
@@ -538,9 +535,11 @@ impl<D: Driver> Session<D> {
             return Ok(());
         };
         m.check_roles(Roles::Write)?;
-        // The sealed error is in the error object.
-        if response.status != Status::Error {
-            m.check_body(response.body)?;
+        match response.status {
+            // The sealed error is in the error object.
+            Status::Error if m.grant.is_some() => m.check_error(response)?,
+            Status::Error => {}
+            _ => m.check_body(response.body)?,
         }
         turn.with_pool(&m.pool, |pool, turn| {
             pool.respond(m.member, id, response, turn)

@@ -117,11 +117,16 @@ impl Blocks {
         }
     }
 
-    /// A member leaves: forgets which blocks it uses, and returns them.
-    fn take_uses(&mut self, member: MemberKey) -> Vec<BlockKey> {
+    /// The blocks that a member uses.
+    fn uses_of(&self, member: MemberKey) -> Vec<BlockKey> {
         let own = self.uses.range((member, BlockKey::new(0, 0))..);
         let own = own.take_while(|(user, _)| *user == member);
-        let keys: Vec<BlockKey> = own.map(|(_, key)| *key).collect();
+        own.map(|(_, key)| *key).collect()
+    }
+
+    /// A member leaves: forgets which blocks it uses, and returns them.
+    fn take_uses(&mut self, member: MemberKey) -> Vec<BlockKey> {
+        let keys = self.uses_of(member);
         for &key in &keys {
             self.uses.remove(&(member, key));
         }

@@ -156,12 +156,16 @@ impl<D: Driver> Registry<D> {
 
     /// Whether this connection proved the role write in a pool.
     pub(super) fn may_write(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
+        self.proved(entry, view) == Some(Roles::Write)
+    }
+
+    /// The roles that this connection proved in a pool.
+    pub(super) fn proved(&self, entry: &PoolEntry<D>, view: &View<'_>) -> Option<Roles> {
         let instances = self.apps.get(view.app).map(|app| &app.instances[..]);
         let mut own = instances.unwrap_or_default().iter();
         let own = own.find(|instance| Some(instance.id) == view.instance);
         let m = own.and_then(|own| own.memberships.iter().find(|m| m.number == entry.number));
-        let grant = m.and_then(|m| m.grant);
-        grant.is_some_and(|grant| grant.roles == Roles::Write)
+        Some(m?.grant?.roles)
     }
 
     /// Whether an encrypted pool has that id already.

@@ -62,7 +62,12 @@ impl<D: Driver> Session<D> {
                 Flow::Continue
             }
             Err(refusal) => {
+                let is_guess = refusal == Refusal::unproved();
+                let refusal = self.refuse_guess(refusal, turn);
                 self.refuse(id, &refusal, turn);
+                if is_guess {
+                    let _ = self.count_refused(&refusal, turn);
+                }
                 Flow::Close
             }
         }

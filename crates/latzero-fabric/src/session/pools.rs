@@ -144,8 +144,9 @@ impl<D: Driver> Session<D> {
         let name = pool.name.clone();
         let peer = self.peer.clone();
         let by = (&app, &self.who);
-        let is_promised =
-            turn.with_registry(|registry, turn| registry.create_pool(by, pool, &peer, turn))?;
+        let is_promised = turn
+            .with_registry(|registry, turn| registry.create_pool(by, pool, &peer, turn))
+            .map_err(|refusal| self.refuse_guess(refusal, turn))?;
         // It may be removed now; the reply is sent anyway.
         let made = turn.with_registry(|registry, _| registry.describe_new_pool(&name));
         let reply = made.map_or_else(
@@ -172,8 +173,9 @@ impl<D: Driver> Session<D> {
             true => &ready.triggers[..],
             false => &[],
         };
-        let (entrance, is_promised) =
-            turn.with_registry(|registry, turn| registry.open(by, name, triggers, &peer, turn))?;
+        let (entrance, is_promised) = turn
+            .with_registry(|registry, turn| registry.open(by, name, triggers, &peer, turn))
+            .map_err(|refusal| self.refuse_guess(refusal, turn))?;
         self.enter(entrance, None, turn);
         if !self.settle(turn) {
             let _ = self.overtaken(turn);

@@ -16,6 +16,7 @@ use latzero_crypto::proof::{
     self, CHALLENGE_MS, ChannelBinding, Exchange, JoinProof, ProofRequest,
 };
 use latzero_crypto::text;
+use latzero_protocol::memory::Access;
 use latzero_protocol::message::TriggerSpec;
 use latzero_protocol::proof::{AdminProof, AppProof, Chain, PROOF_BYTES_MAX};
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal, Request, encode};
@@ -205,6 +206,18 @@ impl<D: Driver> Session<D> {
     fn refuse_proof(&self, turn: &mut Turn<'_, D>) -> Refusal {
         turn.driver.note_refused(&self.peer);
         Refusal::unproved()
+    }
+
+    /// The refusal of a request that named an encrypted pool without its proof. Whoever guesses
+    /// names learns one from it, so it counts as a wrong proof.
+    pub(super) fn refuse_guess(&self, refusal: Refusal, turn: &mut Turn<'_, D>) -> Refusal {
+        if refusal != Refusal::unproved() {
+            return refusal;
+        }
+        match self.check_attempts(turn) {
+            Ok(()) => self.refuse_proof(turn),
+            Err(too_many) => too_many,
+        }
     }
 
     /// Issues a challenge, which replaces an earlier one.
@@ -473,7 +486,8 @@ impl<D: Driver> Session<D> {
         Ok(json!({"chain": chain, "more": more}).to_string())
     }
 
-    /// Serves only the triggers that the present roles in a pool allow.
+    /// Leaves a member only what its present roles in a pool allow: triggers, subscriptions and
+    /// locks of blocks.
     fn change_roles(&mut self, pool: &PoolName, roles: Roles, turn: &mut Turn<'_, D>) {
         let Some(m) = self.memberships.iter_mut().find(|m| m.name == *pool) else {
             return;
@@ -492,6 +506,13 @@ impl<D: Driver> Session<D> {
                 }
             }
             pool.allow_answers(m.member, roles != Roles::Join, turn);
+            let (most, missing) = match roles {
+                Roles::Join => (None, "read"),
+                Roles::Read => (Some(Access::Read), "write"),
+                Roles::Write => return,
+            };
+            let why = refusals::role_not_proved(missing, &m.name);
+            pool.blocks().lower(m.member, most, &why, turn);
         });
     }
 
@@ -551,7 +572,7 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// Answers a request with a proof.
+    /// Answers a request with a proof, or one that may name an encrypted pool without it.
     pub(super) fn answer_proof(
         &mut self,
         id: Option<&str>,
@@ -634,6 +655,8 @@ impl<D: Driver> Session<D> {
             "dropped": {
                 "calls": calls, "parked": purged.parked, "answers": purged.answers,
                 "repeats": purged.repeats, "locks": locks, "loans": loans,
+                // What is queued for a member is sent to it before the notice.
+                "events": 0,
             },
         });
         Ok(Reply::Kept(reply.to_string(), PendingReply::Registration))
