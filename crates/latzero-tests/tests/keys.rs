@@ -1148,3 +1148,23 @@ fn strangers_neither_count_hidden_pools_nor_guess_their_names_quietly() {
     let codes: Vec<String> = codes.collect();
     assert!(codes.contains(&"overloaded".to_owned()), "{codes:?}");
 }
+
+#[test]
+fn proofs_from_another_pid_namespace_are_accepted_only_if_that_is_allowed() {
+    for is_allowed in [false, true] {
+        let (server, set) = vault_on(Server::with(&[&format!("allow_pidns={is_allowed}")]));
+        let mut wire = raw(&server, Via::Unix, "elsewhere");
+        let ChannelBinding::Unix { uid, pid } = bound(&server) else {
+            unreachable!("it is the binding of the Unix socket");
+        };
+        let mut join = |pid| {
+            let binding = ChannelBinding::Unix { uid, pid };
+            let proof = proof_for(&mut wire, binding, &set, "vault", "elsewhere", JOIN);
+            code(&wire.request(proof)).to_owned()
+        };
+        let expected = if is_allowed { "ok" } else { "unauthenticated" };
+        assert_eq!(join(0), expected);
+        assert_eq!(join(pid + 1), "unauthenticated");
+        assert_eq!(join(pid), "ok");
+    }
+}

@@ -246,7 +246,14 @@ impl<D: Driver> Session<D> {
         let exchange = exchange.ok_or_else(|| self.refuse_proof(turn))?;
         let app = said.app_id.clone();
         let proof = Proof::App(app.clone(), app_key);
-        let check = move || proof::verify_app(app.as_str(), &app_key, &exchange, &sig);
+        let bindings = bindings(self.terms.binding, turn.driver.context().allow_pidns);
+        let check = move || {
+            let mut exchanges = bindings.map(|binding| Exchange {
+                binding,
+                ..exchange
+            });
+            exchanges.any(|exchange| proof::verify_app(app.as_str(), &app_key, &exchange, &sig))
+        };
         self.verify(id, proof, Box::new(check), turn)
     }
 
@@ -286,7 +293,16 @@ impl<D: Driver> Session<D> {
         }
         self.check_attempts(turn)?;
         let exchange = self.exchange(client_nonce, &said.cb_type, turn);
-        let answer = exchange.and_then(|exchange| turn.driver.admin_mac(&exchange, &mac));
+        let answer =
+            exchange.and_then(|exchange| {
+                let exchanges = bindings(self.terms.binding, turn.driver.context().allow_pidns)
+                    .map(|binding| Exchange {
+                        binding,
+                        ..exchange
+                    });
+                let mut macs = exchanges.map(|exchange| turn.driver.admin_mac(&exchange, &mac));
+                macs.find_map(|mac| mac)
+            });
         let answer = answer.ok_or_else(|| self.refuse_proof(turn))?;
         self.terms.is_admin = true;
         Ok(json!({"mac": text::encode(&answer)}).to_string())
@@ -338,8 +354,8 @@ impl<D: Driver> Session<D> {
         self.check_attempts(turn)?;
         let now_ms = turn.time().0 / 1000;
         let challenge = self.proofs.pools.take(pool.as_str(), now_ms);
-        let binding = self.terms.binding;
-        let is_bound = said.cb_type == binding.name() && self.takes_binding(turn);
+        let mut bindings = bindings(self.terms.binding, turn.driver.context().allow_pidns);
+        let is_bound = said.cb_type == self.terms.binding.name() && self.takes_binding(turn);
         let challenge = challenge.filter(|_| is_bound);
         let challenge = challenge.ok_or_else(|| self.refuse_proof(turn))?;
         let current = turn.with_registry(|registry, _| registry.descriptor(pool));
@@ -348,14 +364,16 @@ impl<D: Driver> Session<D> {
         let server_instance = turn.driver.context().instance;
         let pool = pool.clone();
         let check = move || {
-            let asked = ProofRequest {
-                pool: pool.as_str(),
-                app_id: app.as_str(),
-                server_instance,
-                binding,
-                current: current.as_deref(),
-            };
-            proof::verify_join(&said, Some(challenge), &asked).is_some()
+            bindings.any(|binding| {
+                let asked = ProofRequest {
+                    pool: pool.as_str(),
+                    app_id: app.as_str(),
+                    server_instance,
+                    binding,
+                    current: current.as_deref(),
+                };
+                proof::verify_join(&said, Some(challenge), &asked).is_some()
+            })
         };
         self.verify(id, proof, Box::new(check), turn)
     }
@@ -668,6 +686,17 @@ fn in_use<D: Driver>(pool: &mut Pool<D>) -> [u64; 3] {
     let calls = pool.stats().calls_in_flight as u64;
     let blocks = pool.blocks().counts();
     [calls, blocks.locks, blocks.loans]
+}
+
+/// What may identify a channel for its client, if the server sees it as `own`.
+fn bindings(own: ChannelBinding, allow_pidns: bool) -> impl Iterator<Item = ChannelBinding> {
+    let elsewhere = match own {
+        ChannelBinding::Unix { uid, .. } if allow_pidns => {
+            Some(ChannelBinding::Unix { uid, pid: 0 })
+        }
+        _ => None,
+    };
+    std::iter::once(own).chain(elsewhere)
 }
 
 /// A binary field of exactly `N` bytes.
