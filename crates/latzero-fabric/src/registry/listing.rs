@@ -457,7 +457,7 @@ fn app_json<D: Driver>(
         let is_shown = pools
             .as_ref()
             .map_or(is_anywhere, |pools| !pools.is_empty());
-        (is_shown && !is_known).then(|| (spec, pools))
+        (is_shown && !is_known).then_some((spec, pools))
     });
     let inside = inside.values().map(|&spec| {
         let shown = |pools: &Vec<PoolName>| {
