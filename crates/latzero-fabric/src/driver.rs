@@ -55,6 +55,8 @@ pub struct Context {
     pub admin_over_plain_tcp: bool,
     /// Whether proofs over plain TCP are refused.
     pub require_channel_binding: bool,
+    /// Whether a client may read 0 as the server's process id, as in another PID namespace.
+    pub allow_pidns: bool,
     /// Whether the server is shutting down and accepts no new calls.
     pub is_draining: AtomicBool,
 }

@@ -14,6 +14,9 @@ pub(crate) struct Registration {
     pub(crate) watches: Vec<(PoolName, EventSet)>,
     /// Blocks that it subscribed to.
     pub(crate) subscriptions: Vec<(PoolName, BlockId)>,
+    /// Its triggers in each encrypted pool, as connections that proved the pool registered them.
+    /// Others change only `triggers`.
+    pub(crate) sealed: Vec<(PoolName, Vec<TriggerSpec>)>,
     pub(crate) meta: Option<Value>,
 }
 
@@ -97,6 +100,11 @@ impl Registration {
         let meta = self.meta.as_ref().map_or(0, json_bytes);
         pools(&self.pools)
             + self.triggers.iter().map(trigger).sum::<usize>()
+            + self
+                .sealed
+                .iter()
+                .map(|(pool, specs)| name(pool.as_str()) + specs.iter().map(trigger).sum::<usize>())
+                .sum::<usize>()
             + blocks
                 .map(|(pool, block)| name(pool.as_str()) + name(block.as_str()))
                 .sum::<usize>()
@@ -108,7 +116,27 @@ impl Registration {
     pub(crate) fn served(&self) -> usize {
         let everywhere = self.triggers.iter().filter(|spec| spec.pools.is_none());
         let named = self.triggers.iter().filter_map(|spec| spec.pools.as_ref());
-        everywhere.count() * self.pools.len() + named.map(Vec::len).sum::<usize>()
+        let sealed = self.sealed.iter().map(|(_, specs)| specs.len());
+        // Each encrypted pool of `sealed` is also one of `pools`.
+        let others = self.pools.len().saturating_sub(self.sealed.len());
+        everywhere.count() * others + named.map(Vec::len).sum::<usize>() + sealed.sum::<usize>()
+    }
+
+    /// Its triggers in an encrypted pool.
+    pub(crate) fn sealed_in(&self, pool: &PoolName) -> Option<&[TriggerSpec]> {
+        let mut sealed = self.sealed.iter();
+        sealed.find_map(|(name, specs)| (name == pool).then_some(&specs[..]))
+    }
+
+    /// A trigger with the schema that it was registered with.
+    pub(crate) fn with_schema(&self, spec: &TriggerSpec) -> TriggerSpec {
+        let sealed = self.sealed.iter().flat_map(|(_, specs)| specs);
+        let mut known = self.triggers.iter().chain(sealed);
+        let known = known.find(|known| known.name == spec.name && known.is_same(spec));
+        TriggerSpec {
+            schema: known.and_then(|known| known.schema.clone()),
+            ..spec.clone()
+        }
     }
 
     /// About how many bytes a live instance takes in the pools.
@@ -132,6 +160,10 @@ impl Registration {
         };
         let subscription =
             |pair: &Value| Some((pool(&pair[0])?, BlockId::new(pair[1].as_str()?).ok()?));
+        let sealed = |pair: &Value| {
+            let specs = triggers(Raw::new(pair[1].as_str()?).ok()?).ok()?;
+            Some((pool(&pair[0])?, specs))
+        };
         Registration {
             pools: list(&row.pools).iter().filter_map(pool).collect(),
             triggers: Raw::new(&row.triggers)
@@ -140,6 +172,7 @@ impl Registration {
                 .unwrap_or_default(),
             watches: pairs("events").iter().filter_map(watch).collect(),
             subscriptions: pairs("blocks").iter().filter_map(subscription).collect(),
+            sealed: pairs("triggers").iter().filter_map(sealed).collect(),
             meta: row
                 .meta
                 .as_deref()
@@ -147,29 +180,42 @@ impl Registration {
         }
     }
 
-    /// What the app watches and subscribes to, in the form of its row.
+    /// What the app watches, subscribes to and serves in encrypted pools, in the form of its row.
     pub(crate) fn watches_json(&self) -> String {
         let events: Vec<_> = self
             .watches
             .iter()
             .map(|(pool, events)| json!([pool, events.names()]))
             .collect();
-        json!({"events": events, "blocks": self.subscriptions}).to_string()
+        let mut json = json!({"events": events, "blocks": self.subscriptions});
+        if !self.sealed.is_empty() {
+            let sealed = self.sealed.iter();
+            // As text, because schemas stay as they were registered.
+            json["triggers"] = sealed
+                .map(|(pool, specs)| json!([pool, text_of(specs)]))
+                .collect();
+        }
+        json.to_string()
     }
 
     /// The row of an app with this registration.
     pub(crate) fn row(&self, app_id: &AppId, registered: u64, last_seen: u64) -> AppRow {
-        let triggers: Vec<String> = self.triggers.iter().map(TriggerSpec::to_text).collect();
         AppRow {
             app_id: app_id.clone(),
             pools: json!(self.pools).to_string(),
-            triggers: format!("[{}]", triggers.join(",")),
+            triggers: text_of(&self.triggers),
             watches: self.watches_json(),
             meta: self.meta.as_ref().map(Value::to_string),
             registered,
             last_seen,
         }
     }
+}
+
+/// Triggers as the text of a list.
+fn text_of(triggers: &[TriggerSpec]) -> String {
+    let triggers: Vec<String> = triggers.iter().map(TriggerSpec::to_text).collect();
+    format!("[{}]", triggers.join(","))
 }
 
 #[cfg(test)]
@@ -185,6 +231,7 @@ mod tests {
         );
         let registration = Registration {
             pools: vec![pool("p"), pool("q")],
+            sealed: vec![(pool("q"), triggers.clone().unwrap())],
             triggers: triggers.unwrap(),
             watches: vec![(
                 pool("p"),

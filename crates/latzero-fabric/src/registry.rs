@@ -22,7 +22,7 @@ use std::sync::{Arc, Weak};
 use latzero_crypto::Suite;
 use latzero_crypto::keys::Roles;
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
-use latzero_protocol::message::{EventSet, TriggerSpec, too_many};
+use latzero_protocol::message::{EventSet, Fields, Response, TriggerSpec, too_many};
 use latzero_protocol::policy::{Actor, Policy, Right, Rights};
 use latzero_protocol::proof::is_sealed;
 use latzero_protocol::{AppId, BlockId, Body, InstanceId, PoolName, Refusal};
@@ -47,7 +47,7 @@ use offline::Offline;
 pub use pools::NewPool;
 use sealed::Sealed;
 pub(crate) use sealed::rotated_event;
-pub use sealed::{Proved, Rotated, Successor};
+pub use sealed::{Proved, Rotated, Said, Successor};
 
 struct App<D: Driver> {
     registration: Remembered,
@@ -127,23 +127,32 @@ impl<D: Driver> Entrance<D> {
     /// How a trigger is served here, if at all. In an encrypted pool readers may listen, but not
     /// keep other readers from sending; elsewhere nothing can be privileged.
     pub(crate) fn served_as<'a>(&self, spec: &'a TriggerSpec) -> Option<Cow<'a, TriggerSpec>> {
-        if !self.rights.have(Right::Serve) {
-            return None;
-        }
-        match self.grant.map(|grant| grant.roles) {
-            None => (!spec.privileged).then_some(Cow::Borrowed(spec)),
-            Some(Roles::Write) => Some(Cow::Borrowed(spec)),
-            Some(Roles::Read) if spec.concurrency == Some(0) => Some(Cow::Owned(TriggerSpec {
-                privileged: false,
-                ..spec.clone()
-            })),
-            Some(Roles::Read | Roles::Join) => None,
-        }
+        served_as(spec, self.rights, self.grant.map(|grant| grant.roles))
     }
 
     /// Whether answers to parked calls are delivered here: in an encrypted pool to readers.
     pub(crate) fn takes_answers(&self) -> bool {
         self.grant.is_none_or(|grant| grant.roles != Roles::Join)
+    }
+}
+
+/// How a trigger is served in a pool, plain or with these roles proved, if at all.
+fn served_as(
+    spec: &TriggerSpec,
+    rights: Rights,
+    proved: Option<Roles>,
+) -> Option<Cow<'_, TriggerSpec>> {
+    if !rights.have(Right::Serve) {
+        return None;
+    }
+    match proved {
+        None => (!spec.privileged).then_some(Cow::Borrowed(spec)),
+        Some(Roles::Write) => Some(Cow::Borrowed(spec)),
+        Some(Roles::Read) if spec.concurrency == Some(0) => Some(Cow::Owned(TriggerSpec {
+            privileged: false,
+            ..spec.clone()
+        })),
+        Some(Roles::Read | Roles::Join) => None,
     }
 }
 
@@ -170,7 +179,12 @@ impl<D: Driver> Membership<D> {
     /// `forbidden` if it is, and the member did not prove that it may write.
     pub(crate) fn check_privilege(&self, pool: &crate::Pool<D>, name: &str) -> Result<(), Refusal> {
         match self.grant {
-            Some(grant) if grant.roles != Roles::Write && pool.is_privileged(name) => {
+            // The pool itself refuses those who are members no longer.
+            Some(grant)
+                if grant.roles != Roles::Write
+                    && pool.has_member(self.member)
+                    && pool.is_privileged(name) =>
+            {
                 Err(refusals::trigger_is_privileged(name, &self.name))
             }
             _ => Ok(()),
@@ -211,6 +225,21 @@ impl<D: Driver> Membership<D> {
     pub(crate) fn name_if_sealed(&self) -> Option<PoolName> {
         let suite = self.grant.map(|grant| grant.suite);
         (suite == Some(Suite::Sealed)).then(|| self.name.clone())
+    }
+
+    /// Whether a failed answer may be sent here, in an encrypted pool: nothing of it may be in the
+    /// clear but an error that names none of the handler's data.
+    ///
+    /// # Errors
+    /// `bad_message`.
+    pub(crate) fn check_error(&self, response: &Response<'_>) -> Result<(), Refusal> {
+        let error = response.error.map(|error| Fields::of(error.text()));
+        let data = error.transpose()?.and_then(|error| error.field("data"));
+        data.map_or(Ok(()), |data| self.check_body(Body::Json(data)))?;
+        match response.body {
+            Body::None => Ok(()),
+            body => self.check_body(body),
+        }
     }
 
     /// Whether a payload may be sent here: in an encrypted pool it must be sealed.
@@ -604,22 +633,23 @@ impl<D: Driver> Registry<D> {
     }
 
     /// The handle of one pool, or of all, and whether an app owns it. Nothing if there is no such
-    /// pool, or it is hidden. An encrypted pool is visible to connections that proved it, and owned
-    /// by those that proved the role write.
+    /// pool, or it is hidden. In an encrypted pool calls are visible to connections that proved the
+    /// role read, and it is owned by those that proved the role write.
     pub(crate) fn owned(&self, name: Option<&PoolName>, view: &View<'_>) -> Vec<(D::Pool, bool)> {
         let one = name.map(|name| self.pools.get(name));
         let all = name.is_none().then(|| self.pools.values());
         let entries = one.flatten().into_iter().chain(all.into_iter().flatten());
-        entries
-            .filter(|entry| entry.sealed.is_none() || self.shows(entry, view))
-            .map(|entry| {
-                let is_own = match &entry.sealed {
-                    Some(_) => self.may_write(entry, view),
-                    None => entry.owner.as_ref() == Some(view.app),
-                };
-                (entry.pool.clone(), is_own)
-            })
-            .collect()
+        let seen = entries.filter_map(|entry| {
+            let is_own = match &entry.sealed {
+                Some(_) => match self.proved(entry, view) {
+                    None | Some(Roles::Join) if !view.is_admin => return None,
+                    roles => roles == Some(Roles::Write),
+                },
+                None => entry.owner.as_ref() == Some(view.app),
+            };
+            Some((entry.pool.clone(), is_own))
+        });
+        seen.collect()
     }
 
     /// Checks the invariants, which hold between any two inputs; for the simulator and tests.

@@ -62,7 +62,24 @@ pub enum Flow {
 struct Ready {
     app: AppId,
     instance: InstanceId,
+    /// Those that it serves: it registered them itself, or they came back with a proof.
     triggers: Vec<TriggerSpec>,
+    /// Those that came back with the handshake. Somebody without a proof may have registered them,
+    /// so they are not served in encrypted pools.
+    outside: Vec<TriggerSpec>,
+    /// What happens to the triggers that the app had in an encrypted pool, with the proof.
+    earlier: Earlier,
+}
+
+/// What happens to the triggers that an app had in an encrypted pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Earlier {
+    /// The handshake listed others, which replace them.
+    Replaced,
+    /// They are served again.
+    Restored,
+    /// They stay registered, and are served once the instance registers them again.
+    Held,
 }
 
 /// What the server knows about a new connection, and its limits.
@@ -294,11 +311,8 @@ impl<D: Driver> Session<D> {
             // Its only effect is its reply, which nobody would get.
             Ok(request) if id.is_none() && request.is_question() => Flow::Continue,
             Ok(request) => {
-                match self.request(id, request, turn) {
-                    Ok(reply) => self.answer(id, reply, turn),
-                    Err(refusal) => self.refuse(id, &refusal, turn),
-                }
-                Flow::Continue
+                let result = self.request(id, request, turn);
+                self.answer_proof(id, result, turn)
             }
             Err(refusal) => {
                 let action = envelope.action.and_then(Raw::as_str);
@@ -547,9 +561,11 @@ impl<D: Driver> Session<D> {
             return Ok(());
         };
         m.check_roles(Roles::Write)?;
-        // The sealed error is in the error object.
-        if response.status != Status::Error {
-            m.check_body(response.body)?;
+        match response.status {
+            // The sealed error is in the error object.
+            Status::Error if m.grant.is_some() => m.check_error(response)?,
+            Status::Error => {}
+            _ => m.check_body(response.body)?,
         }
         turn.with_pool(&m.pool, |pool, turn| {
             pool.respond(m.member, id, response, turn)

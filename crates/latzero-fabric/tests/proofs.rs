@@ -90,6 +90,18 @@ fn proof(net: &mut Net, peer: Peer, app: &str, keys: &KeySet) -> String {
 
 /// As [`proof`], of another pool.
 fn proof_in(net: &mut Net, peer: Peer, pool: &str, app: &str, keys: &KeySet) -> String {
+    proof_of(net, peer, pool, app, keys, Roles::Write)
+}
+
+/// The message that proves roles in a pool.
+fn proof_of(
+    net: &mut Net,
+    peer: Peer,
+    pool: &str,
+    app: &str,
+    keys: &KeySet,
+    roles: Roles,
+) -> String {
     net.say(
         peer,
         &format!(r#"{{"action":"pool_challenge","pool":"{pool}","id":"n"}}"#),
@@ -112,9 +124,7 @@ fn proof_in(net: &mut Net, peer: Peer, pool: &str, app: &str, keys: &KeySet) -> 
             binding: ChannelBinding::None,
         },
     };
-    let proof = joining
-        .prove(keys, Roles::Write)
-        .expect("all keys are here");
+    let proof = joining.prove(keys, roles).expect("all keys are here");
     let proof = proof.to_json();
     format!(r#"{{"action":"pool_join","pool":"{pool}","id":"p","proof":{proof}}}"#)
 }
@@ -464,4 +474,269 @@ fn the_descriptors_of_earlier_epochs_count_as_memory() {
         r#"{"action":"pool_remove","pool":"vault","force":true}"#,
     );
     assert!(net.world.held(Resource::Registrations) < before);
+}
+
+/// The triggers of the pool `vault` that a member sees.
+fn triggers_of(net: &mut Net, member: Peer) -> Value {
+    net.say(member, r#"{"action":"pool_info","pool":"vault","id":"i"}"#);
+    let info = net.messages(member).pop().expect("an answer").json;
+    let mut triggers = info["response"]["triggers"].clone();
+    for trigger in triggers.as_array_mut().expect("a list") {
+        trigger["handlers"].take();
+    }
+    triggers
+}
+
+/// Whoever uses an app's AppID without the keys neither sees nor changes what it serves in an
+/// encrypted pool.
+#[test]
+fn triggers_in_an_encrypted_pool_are_changed_only_with_a_proof() {
+    let (mut net, _, owner) = vault();
+    let worker = net.stranger(
+        "worker",
+        r#""encrypted_pools":["vault"],"triggers":[{"name":"t","privileged":true,"doc":"d"}]"#,
+    );
+    let proved = proof(&mut net, worker, "worker", &keys(1));
+    assert!(net.ask(worker, &proved).starts_with("p ok"));
+    let served = triggers_of(&mut net, owner);
+    assert_eq!(served[0]["privileged"], true);
+    let attacks: [(&str, &[&str]); 5] = [
+        (
+            "",
+            &[
+                r#"{"action":"trigger_unregister","triggers":["t"],"id":"x"}"#,
+                r#"{"action":"pool_join","pool":"open","id":"x"}"#,
+            ],
+        ),
+        (r#""triggers":[]"#, &[]),
+        (r#""pools":["open"],"triggers":["t"]"#, &[]),
+        (
+            r#""encrypted_pools":["vault"],"triggers":["t","u"]"#,
+            &[r#"{"action":"trigger_register","id":"x",
+                    "triggers":[{"name":"t","pools":["vault"]}]}"#],
+        ),
+        (r#""triggers":["u"],"takeover":true"#, &[]),
+    ];
+    for (handshake, requests) in attacks {
+        let thief = net.connect_stranger();
+        let more = if handshake.is_empty() { "" } else { "," };
+        let hello = format!(r#"{{"action":"handshake","app_id":"worker"{more}{handshake}}}"#);
+        net.say(thief, &hello);
+        let ack = net.messages(thief).remove(0).json;
+        if handshake.is_empty() {
+            assert_eq!(ack["triggers"], serde_json::json!([]), "{ack}");
+        }
+        for request in requests {
+            assert!(net.ask(thief, request).starts_with("x ok"), "{request}");
+        }
+        let seen = net.ask(thief, r#"{"action":"app_list","id":"l"}"#);
+        assert!(!seen.contains(r#""doc":"d""#), "{seen}");
+        net.hang_up(thief);
+    }
+    // The app comes back, and so does what it served.
+    let worker = net.stranger("worker", "");
+    let proved = proof(&mut net, worker, "worker", &keys(1));
+    let seen = net.ask(worker, &proved);
+    assert!(seen.contains(r#""triggers":["t"]"#), "{seen}");
+    assert_eq!(triggers_of(&mut net, owner), served);
+    let again = proof(&mut net, worker, "worker", &keys(1));
+    assert!(net.ask(worker, &again).contains(r#""triggers":["t"]"#));
+    assert_eq!(triggers_of(&mut net, owner), served);
+    // A member of the pool sees it in the listing, nobody else does.
+    let list = r#"{"action":"app_list","id":"l"}"#;
+    assert!(net.ask(owner, list).contains(r#""doc":"d""#));
+    let stranger = net.stranger("stranger", "");
+    assert!(!net.ask(stranger, list).contains(r#""doc":"d""#));
+}
+
+/// Triggers for all pools are shown where the app is, and nowhere else.
+#[test]
+fn what_is_served_only_in_an_encrypted_pool_is_never_listed_outside() {
+    let (mut net, _, _) = vault();
+    let stranger = net.stranger("stranger", "");
+    let list = r#"{"action":"app_list","id":"l"}"#;
+    let worker = net.app(
+        "worker",
+        r#""encrypted_pools":["vault"],"triggers":["secret"]"#,
+    );
+    assert!(
+        !net.ask(stranger, list).contains("secret"),
+        "before the proof"
+    );
+    let proved = proof(&mut net, worker, "worker", &keys(1));
+    assert!(net.ask(worker, &proved).starts_with("p ok"));
+    assert!(!net.ask(stranger, list).contains("secret"), "with it");
+    assert!(net.ask(worker, list).contains("secret"));
+    let leave = r#"{"action":"pool_leave","pool":"vault","id":"x"}"#;
+    assert!(net.ask(worker, leave).contains("x ok"));
+    assert!(!net.ask(stranger, list).contains("secret"), "after it left");
+    // In an open pool it is served, and remembered.
+    let join = r#"{"action":"pool_join","pool":"open","id":"x"}"#;
+    assert!(net.ask(worker, join).contains("x ok"));
+    net.hang_up(worker);
+    let (_, seen) = net.hello("worker", "");
+    assert!(seen.contains("open"), "{seen}");
+}
+
+/// The entry of an app does not tell whether a name that it guessed is that of an encrypted pool.
+#[test]
+fn a_trigger_for_a_hidden_pool_looks_like_one_for_a_missing_pool() {
+    let (mut net, _, _) = vault();
+    let guess = |net: &mut Net, app: &str, pool: &str| {
+        let peer = net.stranger(app, "");
+        let spec = format!(r#"{{"name":"t","pools":["{pool}"]}}"#);
+        let register = format!(r#"{{"action":"trigger_register","triggers":[{spec}],"id":"r"}}"#);
+        let mut seen = net.ask(peer, &register);
+        net.say(peer, r#"{"action":"app_list","id":"l"}"#);
+        let list = net.messages(peer).pop().expect("an answer").json;
+        let apps = list["response"]["apps"].as_array().expect("a list");
+        let own = apps.iter().find(|entry| entry["app_id"] == app);
+        seen += &own.expect("it is there")["triggers"].to_string();
+        seen
+    };
+    let missing = guess(&mut net, "one", "nothing");
+    let hidden = guess(&mut net, "two", "vault");
+    assert_eq!(missing, hidden);
+}
+
+/// A member of the pool `vault` with these roles.
+fn member(net: &mut Net, app: &str, roles: Roles) -> Peer {
+    let peer = net.app(app, r#""encrypted_pools":["vault"]"#);
+    prove(net, peer, app, roles);
+    peer
+}
+
+fn prove(net: &mut Net, peer: Peer, app: &str, roles: Roles) {
+    let proof = proof_of(net, peer, "vault", app, &keys(1), roles);
+    let seen = net.ask(peer, &proof);
+    assert!(seen.contains("p ok"), "{seen}");
+}
+
+/// The beginning of an envelope, which is all that the server looks at.
+const SEALED: &str = "TFpFVgABAA";
+
+#[test]
+fn a_removed_reader_is_not_told_which_triggers_are_privileged() {
+    let (mut net, descriptor, owner) = vault();
+    let reader = member(&mut net, "reader", Roles::Read);
+    let spec =
+        r#"{"action":"trigger_register","triggers":[{"name":"t","privileged":true}],"id":"x"}"#;
+    assert!(net.ask(owner, spec).starts_with("x ok"));
+    let send = |net: &mut Net, action: &str| {
+        let more = format!(r#""process":"t","pool":"vault","data":"{SEALED}","id":"x""#);
+        net.ask(reader, &format!(r#"{{"action":"{action}",{more}}}"#))
+    };
+    for action in ["emit", "trigger"] {
+        assert_eq!(send(&mut net, action), "x failed: forbidden ran=no");
+    }
+    let next = next_with(&descriptor, 100);
+    assert!(net.ask(owner, &rotation(next.as_bytes())).contains("r ok"));
+    net.sees(reader);
+    let proof = proof(&mut net, owner, "owner", &keys(100));
+    assert!(net.ask(owner, &proof).starts_with("p ok"));
+    assert!(triggers_of(&mut net, owner)[0]["privileged"] == true);
+    for action in ["emit", "trigger"] {
+        assert_eq!(send(&mut net, action), "x failed: not_member ran=no");
+    }
+}
+
+/// A member that may only join neither sees nor ends the calls that its app parked.
+#[test]
+fn parked_calls_of_an_encrypted_pool_are_for_readers() {
+    let (mut net, _, _) = vault();
+    let reader = member(&mut net, "caller", Roles::Read);
+    let more = format!(r#""park":true,"pool":"vault","data":"{SEALED}""#);
+    assert!(net.call(reader, "1", &more).starts_with("1 parked"));
+    let joined = member(&mut net, "caller", Roles::Join);
+    let ask = |net: &mut Net, peer, action: &str, more: &str| {
+        net.ask(peer, &format!(r#"{{"action":"{action}","id":"x"{more}}}"#))
+    };
+    for action in ["parked_list", "parked_cancel", "parked_purge"] {
+        let seen = ask(&mut net, joined, action, r#","pool":"vault""#);
+        assert_eq!(seen, "x failed: forbidden ran=no", "{action}");
+    }
+    let seen = ask(&mut net, joined, "parked_list", "");
+    assert!(seen.contains(r#""parked":[]"#), "{seen}");
+    let seen = ask(&mut net, joined, "parked_cancel", r#","process":"t""#);
+    assert!(seen.contains(r#""changed":0"#), "{seen}");
+    let seen = ask(&mut net, reader, "parked_cancel", r#","process":"t""#);
+    assert!(seen.contains(r#""changed":1"#), "{seen}");
+}
+
+/// Nothing that a handler says of a failure in an encrypted pool is in the clear.
+#[test]
+fn a_failed_answer_in_an_encrypted_pool_is_sealed() {
+    let (mut net, _, owner) = vault();
+    let register = r#"{"action":"trigger_register","triggers":["t"],"id":"x"}"#;
+    assert!(net.ask(owner, register).starts_with("x ok"));
+    let caller = member(&mut net, "caller", Roles::Read);
+    let call = format!(r#""pool":"vault","data":"{SEALED}""#);
+    assert_eq!(net.call(caller, "1", &call), "");
+    let error = |more: &str| {
+        format!(r#""status":"error","error":{{"code":"sealed","message":"sealed"{more}}}"#)
+    };
+    let plain = error(r#","data":{"secret":1}"#);
+    assert_eq!(net.answer(owner, &plain), "error bad_message");
+    let plain = error("") + r#","response":"secret""#;
+    assert_eq!(net.answer(owner, &plain), "error bad_message");
+    assert_eq!(net.sees(caller), "");
+    let sealed = error(&format!(r#","data":"{SEALED}""#));
+    assert_eq!(net.answer(owner, &sealed), "");
+    assert_eq!(net.sees(caller), "1 failed: sealed");
+}
+
+/// Whoever proves fewer keys than before keeps nothing that needs the others.
+#[test]
+fn lower_roles_end_locks_and_subscriptions() {
+    let (mut net, _, _) = vault();
+    let (writer, _) = holder(&mut net);
+    let lock = r#"{"action":"memory_lock","pool":"vault","block_id":"b","id":"l"}"#;
+    let shared =
+        r#"{"action":"memory_lock","pool":"vault","block_id":"b","mode":"shared","id":"l"}"#;
+    let subscribe = r#"{"action":"memory_subscribe","pool":"vault","block_id":"b","id":"s"}"#;
+    assert!(net.ask(writer, subscribe).starts_with("s ok"));
+    let other = member(&mut net, "other", Roles::Write);
+    assert_eq!(net.ask(other, lock), "l failed: locked ran=no");
+    // A reader keeps its subscription, but not the lock of a writer.
+    let proof = proof_of(&mut net, writer, "vault", "writer", &keys(1), Roles::Read);
+    let seen = net.ask(writer, &proof);
+    assert!(
+        seen.contains("p ok") && seen.contains("lock_lost"),
+        "{seen}"
+    );
+    net.say(other, lock);
+    let reply = net.messages(other).pop().expect("an answer").json;
+    let fence = reply["response"]["lock"].as_str().expect("it is free");
+    let unlock = format!(
+        r#"{{"action":"memory_unlock","pool":"vault","block_id":"b","id":"u","lock":"{fence}"}}"#
+    );
+    assert!(net.ask(other, &unlock).starts_with("u ok"));
+    // Whoever may only join keeps neither.
+    assert!(net.ask(writer, shared).starts_with("l ok"));
+    let info = r#"{"action":"memory_info","pool":"vault","block_id":"b","id":"i"}"#;
+    assert!(net.ask(other, info).contains(r#""subscribers":1"#));
+    let proof = proof_of(&mut net, writer, "vault", "writer", &keys(1), Roles::Join);
+    let seen = net.ask(writer, &proof);
+    assert!(
+        seen.contains("p ok") && seen.contains("lock_lost"),
+        "{seen}"
+    );
+    assert!(net.ask(other, info).contains(r#""subscribers":0"#));
+    // They come back with the keys.
+    prove(&mut net, writer, "writer", Roles::Read);
+    assert!(net.ask(other, info).contains(r#""subscribers":1"#));
+}
+
+/// A request that names an encrypted pool without its proof counts as a wrong one.
+#[test]
+fn guessed_names_count_as_refused_proofs() {
+    let (mut net, _, _) = vault();
+    let guesser = net.app("guesser", "");
+    let join = r#"{"action":"pool_join","pool":"vault","id":"x"}"#;
+    let create = r#"{"action":"pool_create","pool":"vault","id":"x"}"#;
+    for guess in [join, create] {
+        assert_eq!(net.ask(guesser, guess), "x failed: unauthenticated ran=no");
+    }
+    let seen = net.ask(guesser, join);
+    assert_eq!(seen, "x failed: unauthenticated ran=no; (closed)");
 }

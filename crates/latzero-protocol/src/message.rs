@@ -266,6 +266,16 @@ impl TriggerSpec {
     pub fn is_for(&self, pool: &PoolName) -> bool {
         self.pools.as_ref().is_none_or(|pools| pools.contains(pool))
     }
+
+    /// Whether another trigger is the same but for the pools that it names, and its schema.
+    #[must_use]
+    pub fn is_same(&self, other: &TriggerSpec) -> bool {
+        let all = |spec: &TriggerSpec| TriggerSpec {
+            pools: None,
+            ..spec.without_schema()
+        };
+        all(self) == all(other)
+    }
 }
 
 /// Adds a field, whose value is JSON text, to the text of an object that has fields.

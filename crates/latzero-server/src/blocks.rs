@@ -648,7 +648,7 @@ impl Blocks {
         }
         let total = corrupt.len();
         corrupt.truncate(CORRUPT_SHOWN_MAX);
-        let seen = json!({"blocks": all.len(), "corrupt_total": total, "corrupt": corrupt});
+        let seen = json!({"corrupt_total": total, "corrupt": corrupt});
         (total == 0, seen)
     }
 

@@ -3,15 +3,16 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use latzero_fabric::Time;
-use latzero_fabric::pool::ParkedCounts;
 use serde_json::{Map, Value, json};
 
+use crate::host::Seen;
 use crate::losses::Part;
 use crate::machine_limits::Derived;
 use crate::shared::ServerState;
 
-/// Checks every component.
-pub(crate) fn report(shared: &ServerState, parked: &ParkedCounts, now: Time) -> Value {
+/// Checks every component. The pools, blocks and parked calls that it counts are those that the
+/// client may see.
+pub(crate) fn report(shared: &ServerState, seen: &Seen, now: Time) -> Value {
     let settings = shared.settings();
     let connections = shared.books.stats.connections.load(Relaxed);
     let blocked = shared.books.stats.slow_readers.load(Relaxed);
@@ -33,7 +34,7 @@ pub(crate) fn report(shared: &ServerState, parked: &ParkedCounts, now: Time) -> 
     );
     let pools = part(
         counts.pools < shared.core.context.limits.pools_max,
-        &json!({"pools": counts.pools}),
+        &json!({"pools": seen.pools}),
     );
     let in_flight = shared.books.stats.calls_in_flight.load(Relaxed);
     // If the first deadline is a second late, the first loop is stuck.
@@ -44,9 +45,10 @@ pub(crate) fn report(shared: &ServerState, parked: &ParkedCounts, now: Time) -> 
         .map_or(0, |next| now.since(next).as_millis() as u64);
     let triggers = part(
         late < 1000,
-        &json!({"calls_in_flight": in_flight, "deadlines_late_ms": late, "parked": parked}),
+        &json!({"calls_in_flight": in_flight, "deadlines_late_ms": late, "parked": seen.parked}),
     );
-    let (blocks_ok, blocks) = shared.storage.blocks.health();
+    let (blocks_ok, mut blocks) = shared.storage.blocks.health();
+    blocks["blocks"] = seen.blocks.into();
     let losses = shared.storage.persistence.losses();
     let memory = part(blocks_ok && losses.is_none_of(Part::Memory), &blocks);
     let (store_ok, store) = shared.storage.persistence.health();

@@ -178,35 +178,32 @@ impl IoHost {
         self.with_pool(pool, Pool::handle_timeout);
     }
 
-    /// Parked calls and answers in all pools.
-    fn parked(&mut self) -> ParkedCounts {
-        let pools = self.with_registry(|registry, _| {
-            let pools = registry.pools().map(|(_, pool)| Arc::clone(pool));
-            pools.collect::<Vec<_>>()
-        });
-        let mut parked = ParkedCounts::default();
+    /// What is in the pools that a client may see.
+    fn seen(&mut self, view: &View<'_>) -> Seen {
+        let (pools, encrypted) = self.with_registry(|registry, _| registry.seen_pools(view));
+        let mut seen = Seen {
+            pools: pools.len(),
+            encrypted,
+            ..Seen::default()
+        };
         for pool in &pools {
-            parked.add(&self.with_pool(pool, |pool, _| pool.durable().counts()));
+            let stats = self.with_pool(pool, |pool, _| pool.stats());
+            seen.triggers += stats.triggers;
+            seen.members += stats.members;
+            seen.blocks += stats.blocks;
+            seen.block_bytes += stats.block_bytes;
+            seen.parked.add(&stats.parked);
         }
-        parked.oldest = parked.oldest.map(|ms| self.now.unix_ms_of(ms));
-        parked
+        seen.parked.oldest = seen.parked.oldest.map(|ms| self.now.unix_ms_of(ms));
+        seen
     }
 
     fn stats(&mut self, view: &View<'_>) -> String {
         self.count();
         let now = self.now.monotonic;
-        let (mut counts, (pools, encrypted)) =
-            self.with_registry(|registry, _| (registry.counts(), registry.seen_pools(view)));
-        counts.pools = pools.len();
-        let (mut triggers, mut members) = (0, 0);
-        let mut parked = ParkedCounts::default();
-        for pool in &pools {
-            let stats = self.with_pool(pool, |pool, _| pool.stats());
-            triggers += stats.triggers;
-            members += stats.members;
-            parked.add(&stats.parked);
-        }
-        parked.oldest = parked.oldest.map(|ms| self.now.unix_ms_of(ms));
+        let mut counts = self.with_registry(|registry, _| registry.counts());
+        let seen = self.seen(view);
+        counts.pools = seen.pools;
         let mut stats = self.shared.books.stats.to_json(now);
         let identity = &self.shared.config.identity;
         let addresses = identity.addresses.iter();
@@ -228,25 +225,52 @@ impl IoHost {
         }
         let ledger = &self.shared.core.context.ledger;
         stats["transport"]["outbox_bytes"] = ledger.all().used(Resource::Outbox).into();
-        stats["ledger"] = ledger.to_json();
         stats["apps"] = json!(counts);
         stats["pools"] = json!({
-            "pools": counts.pools, "encrypted": encrypted, "memberships": members,
+            "pools": seen.pools, "encrypted": seen.encrypted, "memberships": seen.members,
         });
-        stats["triggers"]["served"] = triggers.into();
-        stats["parked"] = json!(parked);
-        stats["memory"] = self
-            .shared
-            .storage
-            .blocks
-            .to_json(&self.shared.core.context.limits, ledger);
+        stats["triggers"]["served"] = seen.triggers.into();
+        stats["parked"] = json!(seen.parked);
+        // Totals over all pools would count those that are hidden from the client.
+        if view.is_admin {
+            stats["ledger"] = ledger.to_json();
+            let blocks = &self.shared.storage.blocks;
+            stats["memory"] = blocks.to_json(&self.shared.core.context.limits, ledger);
+        } else {
+            stats["memory"] = json!({"blocks": seen.blocks, "bytes": seen.block_bytes});
+        }
         stats["store"] = self.shared.storage.persistence.to_json();
         stats["resources"] = resources(&self.shared.config.machine);
         stats.to_string()
     }
 }
 
+/// What is in the pools that a client may see.
+#[derive(Default)]
+pub(crate) struct Seen {
+    pub(crate) pools: usize,
+    encrypted: usize,
+    members: usize,
+    triggers: usize,
+    pub(crate) blocks: usize,
+    block_bytes: u64,
+    pub(crate) parked: ParkedCounts,
+}
+
 impl IoHost {
+    /// Removes from a report what is in pools that are hidden from a client.
+    fn hide(&mut self, report: &mut serde_json::Value, view: &View<'_>) {
+        let memory = &mut report["components"]["memory"]["seen"];
+        if let Some(corrupt) = memory["corrupt"].as_array_mut() {
+            corrupt.retain(|of| self.may_see(of["pool"].as_str().unwrap_or_default(), view));
+            memory["corrupt_total"] = memory["corrupt"].as_array().map(Vec::len).into();
+        }
+        if let Some(losses) = report["losses"].as_array_mut() {
+            losses.retain(|loss| self.may_know(loss, view));
+            report["losses_total"] = report["losses"].as_array().map(Vec::len).into();
+        }
+    }
+
     /// Whether a client without administrator rights may see a loss: not in a pool that is hidden
     /// from it.
     fn may_know(&mut self, loss: &serde_json::Value, view: &View<'_>) -> bool {
@@ -254,8 +278,11 @@ impl IoHost {
         let Some((_, pool)) = affected.split_once("pool '") else {
             return true;
         };
-        let name = pool.split('\'').next().unwrap_or_default();
-        let name = PoolName::new(name);
+        self.may_see(pool.split('\'').next().unwrap_or_default(), view)
+    }
+
+    fn may_see(&mut self, pool: &str, view: &View<'_>) -> bool {
+        let name = PoolName::new(pool);
         name.is_ok_and(|name| {
             self.with_registry(|registry, _| registry.describe_pool(&name, view).is_ok())
         })
@@ -456,13 +483,11 @@ impl Driver for IoHost {
             Report::Stats => turn.driver.stats(view),
             Report::Health => {
                 let host = &mut *turn.driver;
-                let parked = host.parked();
+                let seen = host.seen(view);
                 let now = host.now.monotonic;
-                let mut report = crate::health::report(&host.shared, &parked, now);
-                if !view.is_admin
-                    && let Some(losses) = report["losses"].as_array_mut()
-                {
-                    losses.retain(|loss| host.may_know(loss, view));
+                let mut report = crate::health::report(&host.shared, &seen, now);
+                if !view.is_admin {
+                    host.hide(&mut report, view);
                 }
                 report.to_string()
             }

@@ -179,6 +179,7 @@ impl ServerState {
             secret: keeper.pool_secret(),
             admin_over_plain_tcp: settings.admin_over_plain_tcp,
             require_channel_binding: settings.require_channel_binding,
+            allow_pidns: settings.allow_pidns,
             is_draining: AtomicBool::new(false),
             limits: limits.clone(),
         });

@@ -135,6 +135,7 @@ impl World {
                 secret: [2; 32],
                 admin_over_plain_tcp: true,
                 require_channel_binding: false,
+                allow_pidns: false,
                 is_draining: AtomicBool::new(false),
             }),
             socket_bytes: bounds.socket_bytes,

@@ -1116,3 +1116,89 @@ fn a_finished_deferred_call_does_not_run_again_after_a_restart_of_both_sides() {
     assert_eq!(*ran.lock().unwrap(), [1, 2, 3]);
     drop((second, caller));
 }
+
+/// Guessing names is as noisy as guessing keys, and no count shows what is hidden.
+#[test]
+fn strangers_neither_count_hidden_pools_nor_guess_their_names_quietly() {
+    let (server, set) = vault();
+    let reports = |wire: &mut Wire| {
+        ["stats", "health"].map(|action| wire.request(json!({"action": action}))["response"].take())
+    };
+    let counts = |wire: &mut Wire| {
+        let [stats, health] = reports(wire);
+        json!([
+            stats["pools"],
+            stats["memory"],
+            stats["parked"],
+            stats["ledger"],
+            health["components"]["pools"],
+            health["components"]["memory"],
+            health["components"]["triggers"]["seen"]["parked"],
+        ])
+    };
+    let mut stranger = server.app(Via::Tcp, json!({"app_id": "stranger"}));
+    let before = counts(&mut stranger);
+    let mut writer = raw(&server, Via::Unix, "writer");
+    prove(&mut writer, &server, &set, "writer", WRITE);
+    let uid = text::encode(&[7; 16]);
+    let block = json!({"action": "memory_create", "pool": "vault", "block_id": "b", "size": 100,
+        "block_uid": uid});
+    assert_eq!(code(&writer.request(block)), "ok");
+    let parked = json!({"action": "trigger", "process": "none", "pool": "vault", "park": true,
+        "data": "TFpFVgABAA"});
+    assert_eq!(writer.request(parked)["status"], "parked");
+    assert_eq!(counts(&mut stranger), before);
+    let [stats, health] = reports(&mut writer);
+    assert_eq!(
+        (&stats["memory"]["blocks"], &stats["parked"]["waiting"]),
+        (&json!(1), &json!(1))
+    );
+    assert_eq!(stats["ledger"]["blocks"], 1);
+    assert_eq!(health["components"]["memory"]["seen"]["blocks"], 1);
+    for guess in [
+        json!({"action": "pool_join", "pool": "vault"}),
+        json!({"action": "pool_create", "pool": "vault"}),
+        json!({"action": "pool_join", "pool": "vault"}),
+    ] {
+        assert_eq!(code(&stranger.request(guess)), "unauthenticated");
+    }
+    // The third refused proof ends a connection.
+    stranger.wait_closed();
+    let named = json!({"action": "handshake", "app_id": "other", "pools": ["vault"]});
+    let mut other = server.connect(Via::Tcp);
+    other.send(&named);
+    assert_eq!(code(&other.receive()), "unauthenticated");
+    let log = server.0.data_dir().join("logs/security.log");
+    let refused = || {
+        let lines = std::fs::read_to_string(&log).unwrap_or_default();
+        lines.matches("proof_refused").count()
+    };
+    eventually(|| refused() == 4);
+    // A user whose proofs are no longer checked learns nothing more, even on new connections.
+    let codes = (0..20).map(|n| {
+        let mut wire = server.app(Via::Tcp, json!({"app_id": format!("guesser-{n}")}));
+        code(&wire.request(json!({"action": "pool_join", "pool": "vault"}))).to_owned()
+    });
+    let codes: Vec<String> = codes.collect();
+    assert!(codes.contains(&"overloaded".to_owned()), "{codes:?}");
+}
+
+#[test]
+fn proofs_from_another_pid_namespace_are_accepted_only_if_that_is_allowed() {
+    for is_allowed in [false, true] {
+        let (server, set) = vault_on(Server::with(&[&format!("allow_pidns={is_allowed}")]));
+        let mut wire = raw(&server, Via::Unix, "elsewhere");
+        let ChannelBinding::Unix { uid, pid } = bound(&server) else {
+            unreachable!("it is the binding of the Unix socket");
+        };
+        let mut join = |pid| {
+            let binding = ChannelBinding::Unix { uid, pid };
+            let proof = proof_for(&mut wire, binding, &set, "vault", "elsewhere", JOIN);
+            code(&wire.request(proof)).to_owned()
+        };
+        let expected = if is_allowed { "ok" } else { "unauthenticated" };
+        assert_eq!(join(0), expected);
+        assert_eq!(join(pid + 1), "unauthenticated");
+        assert_eq!(join(pid), "ok");
+    }
+}

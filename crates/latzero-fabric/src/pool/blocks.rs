@@ -119,6 +119,13 @@ impl Blocks {
         }
     }
 
+    /// The blocks that a member uses.
+    fn uses_of(&self, member: MemberKey) -> Vec<BlockKey> {
+        let own = self.uses.range((member, BlockKey::new(0, 0))..);
+        let own = own.take_while(|(user, _)| *user == member);
+        own.map(|(_, key)| *key).collect()
+    }
+
     /// A member leaves: forgets that it uses a block, and returns the block.
     fn take_use(&mut self, member: MemberKey) -> Option<BlockKey> {
         let mut own = self.uses.range((member, BlockKey::new(0, 0))..);

@@ -308,6 +308,7 @@ impl<D: Driver> Registry<D> {
 
     /// Only a connection that has proved an encrypted pool may change what an app has in it.
     fn carry_sealed(&self, remembered: &Registration, registration: &mut Registration) {
+        registration.sealed.clone_from(&remembered.sealed);
         let is_carried = |pool: &PoolName| self.is_sealed(pool);
         let pools = remembered.pools.iter().filter(|pool| is_carried(pool));
         registration.pools.extend(pools.cloned());
@@ -374,7 +375,7 @@ impl<D: Driver> Registry<D> {
     pub(super) fn check_quota(&self, registration: &Registration) -> Result<(), Refusal> {
         let (pools, triggers) = (&registration.pools[..], &registration.triggers[..]);
         check_pools(pools.len(), &self.limits)?;
-        check_triggers(triggers, &self.limits)?;
+        check_triggers(triggers.len(), &self.limits)?;
         let pool_bytes =
             |pools: &[PoolName]| pools.iter().map(|name| name.as_str().len()).sum::<usize>();
         let bytes = pool_bytes(pools) + triggers.iter().map(TriggerSpec::bytes).sum::<usize>();
@@ -438,9 +439,9 @@ pub(crate) fn check_pools(pools: usize, limits: &Limits) -> Result<(), Refusal> 
     Ok(())
 }
 
-/// Checks whether an app, or one instance of it, may serve these triggers.
-pub(crate) fn check_triggers(triggers: &[TriggerSpec], limits: &Limits) -> Result<(), Refusal> {
-    if triggers.len() > limits.triggers_per_app_max {
+/// Checks whether an app, or one instance of it, may serve that many triggers.
+pub(crate) fn check_triggers(triggers: usize, limits: &Limits) -> Result<(), Refusal> {
+    if triggers > limits.triggers_per_app_max {
         return Err(too_many("triggers", limits.triggers_per_app_max));
     }
     Ok(())

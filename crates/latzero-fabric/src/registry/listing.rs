@@ -3,6 +3,7 @@
 //! A page is bounded in entries, in bytes and in what is examined to fill it, so that a listing
 //! never delays others.
 
+use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::Arc;
 
@@ -144,7 +145,8 @@ impl<D: Driver> Registry<D> {
     ) -> Option<Arc<str>> {
         apps.iter().find_map(|app| {
             let registration = self.apps.get(app)?.registration.get();
-            let mut triggers = registration.triggers.iter();
+            let sealed = registration.sealed_in(pool);
+            let mut triggers = sealed.unwrap_or(&registration.triggers).iter();
             let spec = triggers.find(|spec| spec.name == *trigger && spec.is_for(pool))?;
             spec.schema.clone()
         })
@@ -211,14 +213,13 @@ impl<D: Driver> Registry<D> {
                     continue;
                 }
             }
-            // Its own pools are there for an app, but for encrypted ones that it has not proved.
-            let is_own = id == view.app;
-            let is_shown = |name: &PoolName| {
-                !hides || (is_own && !self.is_sealed(name)) || self.is_shown(name, view)
+            let shown = Shown {
+                registry: self,
+                view,
+                is_own: id == view.app,
+                hides,
             };
-            if !text.add(id.as_str(), |out| {
-                app_json(out, id, app, is_shown, &unix_ms)
-            }) {
+            if !text.add(id.as_str(), |out| app_json(out, id, app, &shown, &unix_ms)) {
                 break;
             }
         }
@@ -241,6 +242,32 @@ impl<D: Driver> Registry<D> {
             instances: self.instances,
             pools: self.pools.len(),
         }
+    }
+}
+
+/// The pools that a client sees in the entry of an app.
+struct Shown<'a, D: Driver> {
+    registry: &'a Registry<D>,
+    view: &'a View<'a>,
+    is_own: bool,
+    /// Whether any pool is hidden from it.
+    hides: bool,
+}
+
+impl<D: Driver> Shown<'_, D> {
+    /// Its own pools are there for an app, but for encrypted ones that it has not proved.
+    fn shows(&self, name: &PoolName) -> bool {
+        !self.hides
+            || (self.is_own && !self.is_sealed(name))
+            || self.registry.is_shown(name, self.view)
+    }
+
+    fn is_sealed(&self, name: &PoolName) -> bool {
+        self.registry.is_sealed(name)
+    }
+
+    fn exists(&self, name: &PoolName) -> bool {
+        self.registry.pools.contains_key(name)
     }
 }
 
@@ -373,7 +400,7 @@ fn app_json<D: Driver>(
     out: &mut String,
     id: &AppId,
     app: &App<D>,
-    is_shown: impl Fn(&PoolName) -> bool,
+    view: &Shown<'_, D>,
     unix_ms: impl Fn(Time) -> u64,
 ) {
     let registration = app.registration.get();
@@ -397,33 +424,51 @@ fn app_json<D: Driver>(
         is_cut = true;
     }
     out.push_str(",\"pools\":");
-    let pools = registration.pools.iter().filter(|pool| is_shown(pool));
+    let pools = registration.pools.iter().filter(|pool| view.shows(pool));
     is_cut |= array(out, start + POOLS_END, pools);
     out.push_str(",\"instances\":");
     let instance = |i: &Instance<D>| {
         let pools = i.memberships.iter().map(|m| &m.name);
-        let pools: Vec<_> = pools.filter(|pool| is_shown(pool)).collect();
+        let pools: Vec<_> = pools.filter(|pool| view.shows(pool)).collect();
         json!({"instance": i.id, "pools": pools, "since": unix_ms(i.since)})
     };
     let shown = app.instances.iter().take(INSTANCES_SHOWN_MAX);
     is_cut |= array(out, start + INSTANCES_END, shown.map(instance));
     out.push_str(",\"triggers\":");
-    // Triggers that are served only in hidden pools are hidden too.
-    let serves = |pools: &[PoolName]| pools.is_empty() || pools.iter().any(&is_shown);
-    let is_everywhere_hidden = !serves(&registration.pools);
-    let triggers = registration.triggers.iter().filter_map(|spec| {
-        let Some(pools) = &spec.pools else {
-            return (!is_everywhere_hidden).then(|| spec.to_json());
+    // Triggers that are served only in hidden pools are hidden too, and so are those for pools that
+    // may not exist: a hidden pool must not differ from them.
+    let sealed = registration.sealed.iter();
+    let sealed = sealed.filter(|(pool, _)| view.shows(pool));
+    let mut inside: BTreeMap<_, &TriggerSpec> = BTreeMap::new();
+    for spec in sealed.flat_map(|(_, specs)| specs) {
+        inside.entry(&spec.name).or_insert(spec);
+    }
+    let is_outside = |pool: &&PoolName| view.shows(pool) && !view.is_sealed(pool);
+    let is_served = |pool: &&PoolName| {
+        is_outside(pool) && (view.exists(pool) || registration.pools.contains(pool))
+    };
+    let is_anywhere = registration.pools.iter().any(|pool| is_outside(&pool));
+    let outside = registration.triggers.iter().filter_map(|spec| {
+        let is_known = inside
+            .get(&spec.name)
+            .is_some_and(|known| known.is_same(spec));
+        let pools = spec.pools.as_ref();
+        let pools = pools.map(|pools| pools.iter().filter(is_served).cloned().collect::<Vec<_>>());
+        let is_shown = pools
+            .as_ref()
+            .map_or(is_anywhere, |pools| !pools.is_empty());
+        (is_shown && !is_known).then_some((spec, pools))
+    });
+    let inside = inside.values().map(|&spec| {
+        let shown = |pools: &Vec<PoolName>| {
+            let shown = pools.iter().filter(|pool| view.shows(pool));
+            shown.cloned().collect()
         };
-        serves(pools).then(|| {
-            let pools = pools.iter().filter(|pool| is_shown(pool)).cloned();
-            let pools = Some(pools.collect());
-            TriggerSpec {
-                pools,
-                ..spec.clone()
-            }
-            .to_json()
-        })
+        (spec, spec.pools.as_ref().map(shown))
+    });
+    let triggers = outside.chain(inside).map(|(spec, pools)| {
+        let spec = spec.clone();
+        TriggerSpec { pools, ..spec }.to_json()
     });
     is_cut |= array(out, start + ENTRY_BYTES_MAX, triggers);
     if is_cut {

@@ -374,10 +374,12 @@ impl<D: Driver> Registry<D> {
 /// Removes a pool from an app's registration; returns whether it was there. An instance of the app
 /// may have watched it after another one registered without it.
 pub(super) fn forget_pool(registration: &mut Registration, name: &PoolName) -> bool {
-    let count = |r: &Registration| r.pools.len() + r.watches.len() + r.subscriptions.len();
+    let count =
+        |r: &Registration| r.pools.len() + r.watches.len() + r.subscriptions.len() + r.sealed.len();
     let before = count(registration);
     registration.pools.retain(|pool| pool != name);
     registration.watches.retain(|(pool, _)| pool != name);
     registration.subscriptions.retain(|(pool, _)| pool != name);
+    registration.sealed.retain(|(pool, _)| pool != name);
     count(registration) < before
 }

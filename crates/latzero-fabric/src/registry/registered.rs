@@ -6,7 +6,8 @@ use super::*;
 
 impl<D: Driver> Registry<D> {
     /// Opens a pool for an instance that joins it, and records that its app is in it; returns
-    /// whether the reply waits for the disk.
+    /// whether the reply waits for the disk. `triggers` are those of an instance that was only in
+    /// encrypted pools, where others do not see them.
     ///
     /// # Errors
     /// `quota`, `forbidden`.
@@ -14,6 +15,7 @@ impl<D: Driver> Registry<D> {
         &mut self,
         (app_id, who): (&AppId, &Who),
         name: &PoolName,
+        triggers: &[TriggerSpec],
         promise: &D::Peer,
         turn: &mut Turn<'_, D>,
     ) -> Result<(Entrance<D>, bool), Refusal> {
@@ -47,9 +49,17 @@ impl<D: Driver> Registry<D> {
         };
         let mut places = Vec::from_iter(place);
         let entrance = self.enter(unix_ms, &actor, name.clone(), &mut places);
+        let max = self.limits.triggers_per_app_max;
         let is_promised = self.remember(app_id, Some(promise), turn, |registration| {
             if !registration.pools.contains(name) {
                 registration.pools.push(name.clone());
+            }
+            for spec in triggers.iter().filter(|spec| spec.pools.is_none()) {
+                let mut known = registration.triggers.iter();
+                if registration.triggers.len() < max && known.all(|known| known.name != spec.name) {
+                    let spec = registration.with_schema(spec);
+                    registration.triggers.push(spec);
+                }
             }
         });
         Ok((entrance, is_promised))
@@ -138,6 +148,7 @@ impl<D: Driver> Registry<D> {
     pub fn remember_triggers(
         &mut self,
         (app_id, who): (&AppId, &Who),
+        instance: InstanceId,
         add: &[TriggerSpec],
         transport: Transport,
         promise: &D::Peer,
@@ -150,35 +161,49 @@ impl<D: Driver> Registry<D> {
         let Some(app) = self.apps.get(app_id) else {
             return Ok(false);
         };
-        let mut triggers = app.registration.get().triggers.clone();
-        triggers.extend_from_slice(add);
-        dedup_triggers(&mut triggers);
-        let registration = Registration {
-            triggers,
-            ..Registration::clone(&app.registration.get())
-        };
-        self.check_quota(&registration)?;
+        let mut add = add.to_vec();
+        dedup_triggers(&mut add);
+        let mut registration = Registration::clone(&app.registration.get());
+        put_triggers(&mut registration, app.memberships(instance), &add, &add);
+        self.check_growth(app, &registration, promise)?;
+        Ok(self.remember(app_id, Some(promise), turn, |known| *known = registration))
+    }
+
+    /// Whether there is room for a registration that replaces an app's present one.
+    ///
+    /// # Errors
+    /// `quota`.
+    pub(super) fn check_growth(
+        &self,
+        app: &App<D>,
+        registration: &Registration,
+        promise: &D::Peer,
+    ) -> Result<(), Refusal> {
+        self.check_quota(registration)?;
         let (had, instances) = (app.held.amount(), app.instances.len() as u64);
         let needed =
             Remembered::Read(registration.clone()).bytes() + registration.live() * instances;
         let account = promise.link().account().user().clone();
         let more = account.reserve(Resource::Registrations, needed.saturating_sub(had));
         drop(more.map_err(Refusal::from)?);
-        Ok(self.remember(app_id, Some(promise), turn, |known| {
-            known.triggers = registration.triggers;
-        }))
+        Ok(())
     }
 
     /// Removes triggers that an app no longer serves; returns whether the reply waits for the disk.
     pub fn forget_triggers(
         &mut self,
         app_id: &AppId,
+        instance: InstanceId,
         gone: &[TriggerSpec],
         promise: &D::Peer,
         turn: &mut Turn<'_, D>,
     ) -> bool {
+        let app = self.apps.get(app_id);
+        let memberships = app
+            .map_or(&[][..], |app| app.memberships(instance))
+            .to_vec();
         self.remember(app_id, Some(promise), turn, |registration| {
-            remove_triggers(&mut registration.triggers, gone);
+            put_triggers(registration, &memberships, gone, &[]);
         })
     }
 
@@ -222,4 +247,77 @@ impl<D: Driver> Registry<D> {
             }
         });
     }
+}
+
+impl<D: Driver> App<D> {
+    /// Where an instance is.
+    fn memberships(&self, instance: InstanceId) -> &[Membership<D>] {
+        let mut instances = self.instances.iter();
+        let found = instances.find(|known| known.id == instance);
+        found.map_or(&[], |found| &found.memberships)
+    }
+}
+
+/// Replaces triggers, for an instance that is in these pools. In an encrypted pool only its members
+/// do that, with the roles that the old and the new trigger need; and what is only in encrypted
+/// pools is remembered only there.
+fn put_triggers<D: Driver>(
+    registration: &mut Registration,
+    memberships: &[Membership<D>],
+    old: &[TriggerSpec],
+    new: &[TriggerSpec],
+) {
+    let is_proved = |name: &PoolName| {
+        let mut own = memberships.iter();
+        own.any(|m| m.name == *name && m.grant.is_some())
+    };
+    let is_inside = !memberships.is_empty() && memberships.iter().all(|m| m.grant.is_some());
+    remove_triggers(&mut registration.triggers, old);
+    let outside = new
+        .iter()
+        .filter_map(|spec| outside(spec, is_inside, is_proved));
+    registration.triggers.extend(outside);
+    for (pool, known) in &mut registration.sealed {
+        let mut own = memberships.iter();
+        let Some(m) = own.find(|m| m.name == *pool && m.grant.is_some()) else {
+            continue;
+        };
+        replace_sealed(known, pool, old, new, |spec| m.served_as(spec).is_some());
+    }
+}
+
+/// Replaces an app's triggers in an encrypted pool, as far as a member `may` serve the old and the
+/// new ones.
+pub(super) fn replace_sealed<'a>(
+    known: &mut Vec<TriggerSpec>,
+    pool: &PoolName,
+    old: impl IntoIterator<Item = &'a TriggerSpec>,
+    new: &[TriggerSpec],
+    may: impl Fn(&TriggerSpec) -> bool,
+) {
+    let old: BTreeSet<_> = old.into_iter().map(|spec| &spec.name).collect();
+    known.retain(|spec| !old.contains(&spec.name) || !may(spec));
+    let kept: BTreeSet<_> = known.iter().map(|spec| spec.name.clone()).collect();
+    let new = new.iter().filter(|spec| spec.is_for(pool) && may(spec));
+    known.extend(new.filter(|spec| !kept.contains(&spec.name)).cloned());
+}
+
+/// The part of a trigger that is not only in encrypted pools.
+pub(super) fn outside(
+    spec: &TriggerSpec,
+    is_inside: bool,
+    is_proved: impl Fn(&PoolName) -> bool,
+) -> Option<TriggerSpec> {
+    let Some(pools) = &spec.pools else {
+        return (!is_inside).then(|| spec.clone());
+    };
+    let others: Vec<_> = pools
+        .iter()
+        .filter(|pool| !is_proved(pool))
+        .cloned()
+        .collect();
+    (pools.is_empty() || !others.is_empty()).then(|| TriggerSpec {
+        pools: Some(others),
+        ..spec.clone()
+    })
 }

@@ -3,20 +3,23 @@
 //! The server has only public keys. To a connection that has not proved a pool, the pool does not
 //! exist.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use latzero_crypto::descriptor::{self, Descriptor, StoreError};
 use latzero_crypto::keys::Roles;
 use latzero_crypto::{Suite, text};
-use latzero_protocol::message::EventSet;
+use latzero_protocol::message::{EventSet, TriggerSpec};
 use latzero_protocol::proof::Sealed as Asked;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 use serde_json::{Value, json};
 
-use super::{Entrance, Grant, Membership, PoolEntry, Registry, View, Who};
+use super::registered::{outside, replace_sealed};
+use super::{Entrance, Grant, Membership, PoolEntry, Registry, View, Who, served_as};
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Ledger, Resource};
 use crate::refusals;
+use crate::registration::Registration;
 use crate::rows::{PoolRow, StoreChange};
 use crate::turn::Turn;
 
@@ -50,8 +53,22 @@ pub struct Proved<D: Driver> {
     pub watch: Option<EventSet>,
     /// The blocks that it subscribed to.
     pub subscriptions: Vec<BlockId>,
+    /// Its triggers there.
+    pub triggers: Vec<TriggerSpec>,
     /// When the pool was restored from a backup, in Unix milliseconds.
     pub restored_ms: Option<u64>,
+}
+
+/// The triggers of an instance that proves a pool.
+pub struct Said<'a> {
+    /// Those that it registered itself, or got back with a proof.
+    pub triggers: &'a [TriggerSpec],
+    /// Whether its handshake listed them, so that they replace what the app had in the pool.
+    pub replace: bool,
+    /// Whether it is in no plain pool.
+    pub is_inside: bool,
+    /// Whether it is in the pool already, where it registered them.
+    pub is_member: bool,
 }
 
 /// A descriptor that may replace the current one.
@@ -143,12 +160,16 @@ impl<D: Driver> Registry<D> {
 
     /// Whether this connection proved the role write in a pool.
     pub(super) fn may_write(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
+        self.proved(entry, view) == Some(Roles::Write)
+    }
+
+    /// The roles that this connection proved in a pool.
+    pub(super) fn proved(&self, entry: &PoolEntry<D>, view: &View<'_>) -> Option<Roles> {
         let instances = self.apps.get(view.app).map(|app| &app.instances[..]);
         let mut own = instances.unwrap_or_default().iter();
         let own = own.find(|instance| Some(instance.id) == view.instance);
         let m = own.and_then(|own| own.memberships.iter().find(|m| m.number == entry.number));
-        let grant = m.and_then(|m| m.grant);
-        grant.is_some_and(|grant| grant.roles == Roles::Write)
+        Some(m?.grant?.roles)
     }
 
     /// Whether an encrypted pool has that id already.
@@ -188,7 +209,8 @@ impl<D: Driver> Registry<D> {
         (app_id, who): (&AppId, &Who),
         name: &PoolName,
         (descriptor, roles): (&Arc<Descriptor>, Roles),
-        is_member: bool,
+        said: &Said<'_>,
+        promise: &D::Peer,
         turn: &mut Turn<'_, D>,
     ) -> Result<Proved<D>, Refusal> {
         let unix_ms = turn.unix_ms();
@@ -206,7 +228,9 @@ impl<D: Driver> Registry<D> {
         let chain = sealed.older.iter().rev().take(CHAIN_TOLD).rev();
         let chain = chain.cloned().collect();
         let restored_ms = sealed.restored_ms;
-        let registered = self.apps.get(app_id).map(|app| app.registration.get());
+        let rights = entry.rights(&actor);
+        let app = self.apps.get(app_id);
+        let registered = app.map(|app| app.registration.get());
         let registered = registered.as_deref();
         let known = registered.filter(|registered| registered.pools.contains(name));
         if known.is_none()
@@ -224,22 +248,28 @@ impl<D: Driver> Registry<D> {
             of_pool.map(|(_, block)| block.clone()).collect()
         });
         let rehydrated = known.is_some();
-        let entrance = (!is_member).then(|| {
+        let mut registration = registered.cloned().unwrap_or_default();
+        let may = |spec: &TriggerSpec| served_as(spec, rights, Some(roles)).is_some();
+        let triggers = prove_triggers(&mut registration, name, said, may);
+        if !rehydrated {
+            registration.pools.push(name.clone());
+        }
+        if let Some(app) = app {
+            self.check_growth(app, &registration, promise)?;
+        }
+        let entrance = (!said.is_member).then(|| {
             let mut entrance = self.enter(unix_ms, &actor, name.clone(), &mut Vec::new());
             entrance.grant = Some(Grant { roles, suite });
             entrance
         });
-        if !rehydrated {
-            self.remember(app_id, None, turn, |registration| {
-                registration.pools.push(name.clone());
-            });
-        }
+        self.remember(app_id, None, turn, |known| *known = registration);
         Ok(Proved {
             entrance,
             chain,
             rehydrated,
             watch,
             subscriptions,
+            triggers,
             restored_ms,
         })
     }
@@ -347,6 +377,34 @@ impl<D: Driver> Registry<D> {
             dropped,
         })
     }
+}
+
+/// What an app has in an encrypted pool after an instance proved it, which `may` serve some
+/// triggers. From now on only members see what is there.
+fn prove_triggers(
+    registration: &mut Registration,
+    pool: &PoolName,
+    said: &Said<'_>,
+    may: impl Fn(&TriggerSpec) -> bool,
+) -> Vec<TriggerSpec> {
+    let mut here = registration.sealed_in(pool).unwrap_or_default().to_vec();
+    let new = said.triggers.iter();
+    let new: Vec<_> = new.map(|spec| registration.with_schema(spec)).collect();
+    let old = match (said.is_member, said.replace) {
+        (true, _) => Vec::new(),
+        (false, true) => here.clone(),
+        (false, false) => new.clone(),
+    };
+    replace_sealed(&mut here, pool, &old, &new, may);
+    let names: BTreeSet<_> = here.iter().map(|spec| &spec.name).collect();
+    let outsides = registration.triggers.iter().filter_map(|spec| {
+        let is_inside = said.is_inside && names.contains(&spec.name);
+        outside(spec, is_inside, |name| name == pool)
+    });
+    registration.triggers = outsides.collect();
+    registration.sealed.retain(|(name, _)| name != pool);
+    registration.sealed.push((pool.clone(), here.clone()));
+    here
 }
 
 /// The row of a pool that stays.

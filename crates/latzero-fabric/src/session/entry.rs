@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::pending::Awaited;
 use super::pools::{NAMES_SHOWN_MAX, shown};
-use super::{Flow, Ready, Session, announce_departure, expel, leave};
+use super::{Earlier, Flow, Ready, Session, announce_departure, expel, leave};
 use crate::driver::{Driver, Peer, Transport};
 use crate::outbox::Class;
 use crate::pool::Joining;
@@ -62,7 +62,12 @@ impl<D: Driver> Session<D> {
                 Flow::Continue
             }
             Err(refusal) => {
+                let is_guess = refusal == Refusal::unproved();
+                let refusal = self.refuse_guess(refusal, turn);
                 self.refuse(id, &refusal, turn);
+                if is_guess {
+                    let _ = self.count_refused(&refusal, turn);
+                }
                 Flow::Close
             }
         }
@@ -167,14 +172,18 @@ impl<D: Driver> Session<D> {
             turn.with_registry(|registry, turn| registry.account(&handshake.app_id, &user, turn));
         let account = turn.driver.context().ledger.connection(&app);
         self.peer.link().set_account(account);
+        let (triggers, outside, earlier) = match handshake.triggers {
+            Some(_) => (triggers, Vec::new(), Earlier::Replaced),
+            // They stay in the registration, but this instance serves none of them.
+            None if handshake.hold_triggers => (Vec::new(), Vec::new(), Earlier::Held),
+            None => (Vec::new(), triggers, Earlier::Restored),
+        };
         self.ready = Some(Ready {
             app: handshake.app_id.clone(),
             instance,
-            // Those that are held stay in the registration, but this instance serves none of them.
-            triggers: match rehydrated && handshake.hold_triggers {
-                true => Vec::new(),
-                false => triggers,
-            },
+            triggers,
+            outside,
+            earlier,
         });
         let mut watches: BTreeMap<_, _> = watches.into_iter().collect();
         let mut subscribed: BTreeMap<PoolName, Vec<_>> = BTreeMap::new();
@@ -224,7 +233,8 @@ impl<D: Driver> Session<D> {
             let member = pool.join(joining, turn)?;
             pool.watch(member, watch);
             pool.durable().deliver_answers(&ready.app, turn);
-            let own = ready.triggers.iter().filter(own);
+            let outside = ready.outside.iter().filter(|_| entrance.grant.is_none());
+            let own = outside.chain(&ready.triggers).filter(own);
             let own = own.filter_map(|spec| entrance.served_as(spec));
             pool.serve(member, own, turn);
             Some(member)

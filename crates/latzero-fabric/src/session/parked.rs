@@ -1,6 +1,7 @@
 //! Requests about parked calls: an app's own, all in a pool for its owner, and all for
 //! administrators.
 
+use latzero_crypto::keys::Roles;
 use latzero_protocol::Refusal;
 use latzero_protocol::parked::{Parked, ParkedAction, ParkedChange, ParkedFilter};
 use serde_json::{Value, json};
@@ -9,7 +10,7 @@ use super::Session;
 use super::pending::{PendingReply, Reply};
 use crate::driver::Driver;
 use crate::refusals;
-use crate::registry::PAGE_BYTES_MAX;
+use crate::registry::{Membership, PAGE_BYTES_MAX};
 use crate::rows::StoreChange;
 use crate::turn::Turn;
 
@@ -25,6 +26,7 @@ struct Found<D: Driver> {
 impl<D: Driver> Session<D> {
     pub(super) fn parked(&self, parked: &Parked, turn: &mut Turn<'_, D>) -> Result<Reply, Refusal> {
         let is_admin = self.terms.is_admin;
+        self.check_reader(&parked.filter, turn)?;
         match parked.action {
             ParkedAction::List { after, limit } => {
                 let found = self.find(&parked.filter, is_admin, (after, limit), turn);
@@ -92,6 +94,18 @@ impl<D: Driver> Session<D> {
         // Nothing has this number: the reply waits until everything before it is on disk.
         turn.store(StoreChange::EndAnswer(0), Some(&self.peer));
         Ok(Reply::Kept(reply, PendingReply::Removal))
+    }
+
+    /// Calls of an encrypted pool are for readers: a member that may only join is told so if it
+    /// names the pool, and otherwise sees none.
+    fn check_reader(&self, filter: &ParkedFilter, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
+        let named = |m: &&Membership<D>| filter.pool.as_ref() == Some(&m.name);
+        match self.memberships.iter().find(named) {
+            Some(m) if turn.with_pool(&m.pool, |pool, _| pool.has_member(m.member)) => {
+                m.check_roles(Roles::Read)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The calls and answers that match a filter and that this connection may see.

@@ -1,7 +1,7 @@
 //! Requests about a connection's registration and about pools: join, leave, create, remove, watch,
 //! serve.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use latzero_protocol::limits::SYSTEM_POOL;
@@ -29,24 +29,29 @@ impl<D: Driver> Session<D> {
         let peer = self.peer.clone();
         let ready = self.ready.as_mut().expect("only a ready session gets here");
         let transport = self.terms.transport;
-        let mut triggers = ready.triggers.clone();
         // The registry alone keeps the schemas.
         let mut news: Vec<_> = specs.iter().map(TriggerSpec::without_schema).collect();
         dedup_triggers(&mut news);
+        let mut triggers = ready.triggers.clone();
+        remove_triggers(&mut triggers, specs);
         triggers.extend_from_slice(&news);
-        dedup_triggers(&mut triggers);
+        let mut outside = ready.outside.clone();
+        remove_triggers(&mut outside, specs);
         // The triggers of this instance count in addition to the app's registration, which another
         // instance may have replaced.
-        crate::registry::check_triggers(&triggers, turn.limits())?;
+        crate::registry::check_triggers(triggers.len() + outside.len(), turn.limits())?;
         let who = &self.who;
+        let by = (&ready.app, who);
         let is_promised = turn.with_registry(|registry, turn| {
-            registry.remember_triggers((&ready.app, who), specs, transport, &peer, turn)
+            registry.remember_triggers(by, ready.instance, specs, transport, &peer, turn)
         })?;
-        let known: BTreeMap<_, _> = ready.triggers.iter().map(|t| (&t.name, t)).collect();
+        let known = ready.outside.iter().chain(&ready.triggers);
+        let known: BTreeMap<_, _> = known.map(|t| (&t.name, t)).collect();
         let is_news = triggers
             .iter()
             .any(|spec| known.get(&spec.name) != Some(&spec));
         ready.triggers = triggers;
+        ready.outside = outside;
         if is_news {
             let audit = Audit {
                 event: "registered",
@@ -85,9 +90,10 @@ impl<D: Driver> Session<D> {
         let peer = self.peer.clone();
         let ready = self.ready.as_mut().expect("only a ready session gets here");
         let is_promised = turn.with_registry(|registry, turn| {
-            registry.forget_triggers(&ready.app, specs, &peer, turn)
+            registry.forget_triggers(&ready.app, ready.instance, specs, &peer, turn)
         });
         remove_triggers(&mut ready.triggers, specs);
+        remove_triggers(&mut ready.outside, specs);
         for m in &self.memberships {
             turn.with_pool(&m.pool, |pool, turn| {
                 pool.unserve(m.member, specs.iter().map(|spec| &spec.name), turn);
@@ -102,13 +108,11 @@ impl<D: Driver> Session<D> {
     }
 
     pub(super) fn triggers_json(&self) -> String {
-        let triggers: Vec<_> = self
-            .ready
-            .iter()
-            .flat_map(|r| &r.triggers)
-            .map(|t| &t.name)
-            .collect();
-        json!({"triggers": triggers}).to_string()
+        let ready = self.ready.iter();
+        let triggers = ready.flat_map(|r| r.outside.iter().chain(&r.triggers));
+        let mut seen = BTreeSet::new();
+        let names = triggers.map(|t| &t.name).filter(|name| seen.insert(*name));
+        json!({"triggers": names.collect::<Vec<_>>()}).to_string()
     }
 
     pub(super) fn pool_create(
@@ -139,8 +143,9 @@ impl<D: Driver> Session<D> {
         let name = pool.name.clone();
         let peer = self.peer.clone();
         let by = (&app, &self.who);
-        let is_promised =
-            turn.with_registry(|registry, turn| registry.create_pool(by, pool, &peer, turn))?;
+        let is_promised = turn
+            .with_registry(|registry, turn| registry.create_pool(by, pool, &peer, turn))
+            .map_err(|refusal| self.refuse_guess(refusal, turn))?;
         // It may be removed now; the reply is sent anyway.
         let made = turn.with_registry(|registry, _| registry.describe_new_pool(&name));
         let reply = made.map_or_else(
@@ -160,16 +165,16 @@ impl<D: Driver> Session<D> {
             return Ok(Reply::Now("{}".into()));
         }
         crate::registry::check_pools(self.memberships.len() + 1, turn.limits())?;
-        let app = self
-            .ready
-            .as_ref()
-            .expect("only a ready session gets here")
-            .app
-            .clone();
+        let ready = self.ready.as_ref().expect("only a ready session gets here");
         let peer = self.peer.clone();
-        let by = (&app, &self.who);
-        let (entrance, is_promised) =
-            turn.with_registry(|registry, turn| registry.open(by, name, &peer, turn))?;
+        let by = (&ready.app, &self.who);
+        let triggers = match self.is_inside() {
+            true => &ready.triggers[..],
+            false => &[],
+        };
+        let (entrance, is_promised) = turn
+            .with_registry(|registry, turn| registry.open(by, name, triggers, &peer, turn))
+            .map_err(|refusal| self.refuse_guess(refusal, turn))?;
         self.enter(entrance, None, turn);
         if !self.settle(turn) {
             let _ = self.overtaken(turn);

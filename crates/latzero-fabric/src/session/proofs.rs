@@ -5,6 +5,7 @@
 //! the third one closes the connection. The driver may check signatures elsewhere: the session then
 //! waits for the result, and handles nothing else that the client sent.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use latzero_crypto::Suite;
@@ -15,13 +16,15 @@ use latzero_crypto::proof::{
     self, CHALLENGE_MS, ChannelBinding, Exchange, JoinProof, ProofRequest,
 };
 use latzero_crypto::text;
+use latzero_protocol::memory::Access;
+use latzero_protocol::message::TriggerSpec;
 use latzero_protocol::proof::{AdminProof, AppProof, Chain, PROOF_BYTES_MAX};
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal, Request, encode};
 use serde_json::json;
 
 use super::memory::SlotWrite;
 use super::pending::{PendingReply, Reply};
-use super::{Flow, Session, leave};
+use super::{Earlier, Flow, Session, leave};
 use crate::driver::{Check, Driver, Peer as _};
 use crate::effects::Audit;
 use crate::ledger::{Reservation, Resource};
@@ -29,7 +32,7 @@ use crate::now::Time;
 use crate::outbox::Class;
 use crate::pool::{Pool, Replied};
 use crate::refusals;
-use crate::registry::{NewPool, Proved, Rotated, Successor, rotated_event};
+use crate::registry::{NewPool, Proved, Rotated, Said, Successor, rotated_event};
 use crate::turn::Turn;
 
 /// Refused proofs after which a connection is closed.
@@ -205,6 +208,18 @@ impl<D: Driver> Session<D> {
         Refusal::unproved()
     }
 
+    /// The refusal of a request that named an encrypted pool without its proof. Whoever guesses
+    /// names learns one from it, so it counts as a wrong proof.
+    pub(super) fn refuse_guess(&self, refusal: Refusal, turn: &mut Turn<'_, D>) -> Refusal {
+        if refusal != Refusal::unproved() {
+            return refusal;
+        }
+        match self.check_attempts(turn) {
+            Ok(()) => self.refuse_proof(turn),
+            Err(too_many) => too_many,
+        }
+    }
+
     /// Issues a challenge, which replaces an earlier one.
     fn challenge(&mut self, turn: &mut Turn<'_, D>) -> String {
         let server_nonce = turn.driver.random();
@@ -231,7 +246,14 @@ impl<D: Driver> Session<D> {
         let exchange = exchange.ok_or_else(|| self.refuse_proof(turn))?;
         let app = said.app_id.clone();
         let proof = Proof::App(app.clone(), app_key);
-        let check = move || proof::verify_app(app.as_str(), &app_key, &exchange, &sig);
+        let bindings = bindings(self.terms.binding, turn.driver.context().allow_pidns);
+        let check = move || {
+            let mut exchanges = bindings.map(|binding| Exchange {
+                binding,
+                ..exchange
+            });
+            exchanges.any(|exchange| proof::verify_app(app.as_str(), &app_key, &exchange, &sig))
+        };
         self.verify(id, proof, Box::new(check), turn)
     }
 
@@ -271,7 +293,16 @@ impl<D: Driver> Session<D> {
         }
         self.check_attempts(turn)?;
         let exchange = self.exchange(client_nonce, &said.cb_type, turn);
-        let answer = exchange.and_then(|exchange| turn.driver.admin_mac(&exchange, &mac));
+        let answer =
+            exchange.and_then(|exchange| {
+                let exchanges = bindings(self.terms.binding, turn.driver.context().allow_pidns)
+                    .map(|binding| Exchange {
+                        binding,
+                        ..exchange
+                    });
+                let mut macs = exchanges.map(|exchange| turn.driver.admin_mac(&exchange, &mac));
+                macs.find_map(|mac| mac)
+            });
         let answer = answer.ok_or_else(|| self.refuse_proof(turn))?;
         self.terms.is_admin = true;
         Ok(json!({"mac": text::encode(&answer)}).to_string())
@@ -323,8 +354,8 @@ impl<D: Driver> Session<D> {
         self.check_attempts(turn)?;
         let now_ms = turn.time().0 / 1000;
         let challenge = self.proofs.pools.take(pool.as_str(), now_ms);
-        let binding = self.terms.binding;
-        let is_bound = said.cb_type == binding.name() && self.takes_binding(turn);
+        let mut bindings = bindings(self.terms.binding, turn.driver.context().allow_pidns);
+        let is_bound = said.cb_type == self.terms.binding.name() && self.takes_binding(turn);
         let challenge = challenge.filter(|_| is_bound);
         let challenge = challenge.ok_or_else(|| self.refuse_proof(turn))?;
         let current = turn.with_registry(|registry, _| registry.descriptor(pool));
@@ -333,14 +364,16 @@ impl<D: Driver> Session<D> {
         let server_instance = turn.driver.context().instance;
         let pool = pool.clone();
         let check = move || {
-            let asked = ProofRequest {
-                pool: pool.as_str(),
-                app_id: app.as_str(),
-                server_instance,
-                binding,
-                current: current.as_deref(),
-            };
-            proof::verify_join(&said, Some(challenge), &asked).is_some()
+            bindings.any(|binding| {
+                let asked = ProofRequest {
+                    pool: pool.as_str(),
+                    app_id: app.as_str(),
+                    server_instance,
+                    binding,
+                    current: current.as_deref(),
+                };
+                proof::verify_join(&said, Some(challenge), &asked).is_some()
+            })
         };
         self.verify(id, proof, Box::new(check), turn)
     }
@@ -355,28 +388,40 @@ impl<D: Driver> Session<D> {
         roles: Roles,
         turn: &mut Turn<'_, D>,
     ) -> Result<(), Refusal> {
-        let app = self.app().expect("only a ready session joins").0.clone();
         self.forget_left(turn);
         let is_member = self.memberships.iter().any(|m| m.name == *pool);
         if !is_member {
             crate::registry::check_pools(self.memberships.len() + 1, turn.limits())?;
         }
+        let ready = self.ready.as_ref().expect("only a ready session joins");
         let Proved {
             entrance,
             chain,
             rehydrated,
             watch,
             mut subscriptions,
+            triggers,
             restored_ms,
         } = turn.with_registry(|registry, turn| {
+            let said = Said {
+                triggers: &ready.triggers,
+                replace: ready.earlier == Earlier::Replaced,
+                is_inside: self.memberships.is_empty() || self.is_inside(),
+                is_member,
+            };
             registry.open_proved(
-                (&app, &self.who),
+                (&ready.app, &self.who),
                 pool,
                 (descriptor, roles),
-                is_member,
+                &said,
+                &self.peer,
                 turn,
             )
         })?;
+        let names: Vec<_> = triggers.iter().map(|spec| spec.name.clone()).collect();
+        if !is_member {
+            self.restore_triggers(pool, &triggers);
+        }
         if roles == Roles::Join {
             // They stay remembered, for when it may read again.
             subscriptions.clear();
@@ -392,9 +437,7 @@ impl<D: Driver> Session<D> {
             reply["restored_ms"] = unix_ms.into();
         }
         if rehydrated {
-            let ready = self.ready.as_ref().expect("only a ready session joins");
-            let triggers = ready.triggers.iter().filter(|spec| spec.is_for(pool));
-            reply["triggers"] = triggers.map(|spec| spec.name.as_str()).collect();
+            reply["triggers"] = json!(names);
             reply["watching"] = watch.is_some().into();
             reply["subscriptions"] = json!(subscriptions);
         }
@@ -411,6 +454,28 @@ impl<D: Driver> Session<D> {
             let _ = self.overtaken(turn);
         }
         Ok(())
+    }
+
+    /// Serves again what the app had in a pool that was just proved.
+    fn restore_triggers(&mut self, pool: &PoolName, triggers: &[TriggerSpec]) {
+        let ready = self.ready.as_mut().expect("only a ready session joins");
+        if ready.earlier != Earlier::Restored {
+            return;
+        }
+        let own = ready.triggers.iter().filter(|spec| spec.is_for(pool));
+        let own: BTreeSet<_> = own.map(|spec| spec.name.clone()).collect();
+        let others = triggers.iter().filter(|spec| !own.contains(&spec.name));
+        // They were proved for this pool only.
+        let here = others.map(|spec| TriggerSpec {
+            pools: Some(vec![pool.clone()]),
+            ..spec.without_schema()
+        });
+        ready.triggers.extend(here);
+    }
+
+    /// Whether the connection is only in encrypted pools.
+    pub(super) fn is_inside(&self) -> bool {
+        !self.memberships.is_empty() && self.memberships.iter().all(|m| m.grant.is_some())
     }
 
     /// Restores the subscriptions of a member.
@@ -439,7 +504,8 @@ impl<D: Driver> Session<D> {
         Ok(json!({"chain": chain, "more": more}).to_string())
     }
 
-    /// Serves only the triggers that the present roles in a pool allow.
+    /// Leaves a member only what its present roles in a pool allow: triggers, subscriptions and
+    /// locks of blocks.
     fn change_roles(&mut self, pool: &PoolName, roles: Roles, turn: &mut Turn<'_, D>) {
         let Some(m) = self.memberships.iter_mut().find(|m| m.name == *pool) else {
             return;
@@ -456,6 +522,13 @@ impl<D: Driver> Session<D> {
             pool.unserve(m.member, gone.map(|spec| &spec.name), turn);
             pool.serve(m.member, here().filter_map(|spec| m.served_as(spec)), turn);
             pool.allow_answers(m.member, roles != Roles::Join, turn);
+            let (most, missing) = match roles {
+                Roles::Join => (None, "read"),
+                Roles::Read => (Some(Access::Read), "write"),
+                Roles::Write => return,
+            };
+            let why = refusals::role_not_proved(missing, &m.name);
+            pool.blocks().lower(m.member, most, &why, turn);
         });
     }
 
@@ -515,7 +588,7 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// Answers a request with a proof.
+    /// Answers a request with a proof, or one that may name an encrypted pool without it.
     pub(super) fn answer_proof(
         &mut self,
         id: Option<&str>,
@@ -598,6 +671,8 @@ impl<D: Driver> Session<D> {
             "dropped": {
                 "calls": calls, "parked": purged.parked, "answers": purged.answers,
                 "repeats": purged.repeats, "locks": locks, "loans": loans,
+                // What is queued for a member is sent to it before the notice.
+                "events": 0,
             },
         });
         Ok(Reply::Kept(reply.to_string(), PendingReply::Registration))
@@ -609,6 +684,17 @@ fn in_use<D: Driver>(pool: &mut Pool<D>) -> [u64; 3] {
     let calls = pool.stats().calls_in_flight as u64;
     let blocks = pool.blocks().counts();
     [calls, blocks.locks, blocks.loans]
+}
+
+/// What may identify a channel for its client, if the server sees it as `own`.
+fn bindings(own: ChannelBinding, allow_pidns: bool) -> impl Iterator<Item = ChannelBinding> {
+    let elsewhere = match own {
+        ChannelBinding::Unix { uid, .. } if allow_pidns => {
+            Some(ChannelBinding::Unix { uid, pid: 0 })
+        }
+        _ => None,
+    };
+    std::iter::once(own).chain(elsewhere)
 }
 
 /// A binary field of exactly `N` bytes.

@@ -38,9 +38,13 @@ impl Net {
         self.world.connect(Transport::Unix)
     }
 
+    pub(crate) fn connect_stranger(&mut self) -> Peer {
+        self.world.connect(Transport::Tcp)
+    }
+
     /// An app of a different user than all others.
     pub(crate) fn stranger(&mut self, app_id: &str, more: &str) -> Peer {
-        let peer = self.world.connect(Transport::Tcp);
+        let peer = self.connect_stranger();
         let more = comma(more);
         let handshake = format!(r#"{{"action":"handshake","app_id":"{app_id}"{more}}}"#);
         let seen = self.ask(peer, &handshake);

@@ -150,6 +150,9 @@ settings! {
     admin_token_pinned: bool = "false", Kind::Bool, Restart;
     /// Refuse proofs that are not bound to their connection: those over plain TCP.
     require_channel_binding: bool = "false", Kind::Bool, Restart;
+    /// Accept proofs over the Unix socket from other PID namespaces, where the server's process id
+    /// reads as 0. A relay of the same user in such a namespace is not detected.
+    allow_pidns: bool = "false", Kind::Bool, Restart;
     /// Join other servers in a cluster. Not implemented yet.
     cluster_mode: bool = "false", Kind::Bool, Restart;
     /// Threads that read and write connections.

@@ -91,18 +91,43 @@ impl<D: Driver> PoolBlocks<'_, D> {
                 *attachment.lent(access) -= 1;
             }
             block.drop_unused_attachment(handler);
-            self.withdraw(key, handler, could_write, turn);
+            let ended = refusals::lender_call_ended();
+            self.withdraw(
+                key,
+                handler,
+                (Some(Access::Write), could_write),
+                &ended,
+                turn,
+            );
             self.end_if_unused(key, turn);
         }
     }
 
+    /// A member's roles allow `most` from now on: takes from it what needs more.
+    pub(crate) fn lower(
+        &mut self,
+        member: MemberKey,
+        most: Option<Access>,
+        why: &Refusal,
+        turn: &mut Turn<'_, D>,
+    ) {
+        for key in self.blocks.uses_of(member) {
+            let could_write = self.blocks.at(key).is_some_and(|b| b.could_write(member));
+            if could_write {
+                self.poll_version(key, turn);
+            }
+            self.withdraw(key, member, (most, could_write), why, turn);
+        }
+    }
+
     /// Takes from a member what it may no longer have: the block's lock, its queued request, its
-    /// subscription.
+    /// subscription. It has at most the access `most`.
     fn withdraw(
         &mut self,
         key: BlockKey,
         member: MemberKey,
-        could_write: bool,
+        (most, could_write): (Option<Access>, bool),
+        why: &Refusal,
         turn: &mut Turn<'_, D>,
     ) {
         let Some(was) = self.members.at(member) else {
@@ -112,7 +137,7 @@ impl<D: Driver> PoolBlocks<'_, D> {
         let Some(block) = self.blocks.at_mut(key) else {
             return;
         };
-        let allowed = block.allows(who, member);
+        let allowed = block.allows(who, member).min(most);
         let kept = |mode: LockMode| allowed >= Some(access_for(mode));
         let (held, waited) = block.lock.leave(member, kept);
         if allowed.is_none() {
@@ -120,9 +145,8 @@ impl<D: Driver> PoolBlocks<'_, D> {
         }
         for claim in waited {
             self.blocks.wait_over(key, &claim);
-            let refusal = refusals::lender_call_ended();
             self.members
-                .answer(member, claim.id.as_deref(), Err(refusal), turn);
+                .answer(member, claim.id.as_deref(), Err(why.clone()), turn);
         }
         for held in &held {
             self.lease_over(key, held, could_write && is_mapping, turn);
