@@ -168,14 +168,17 @@ pub enum KeyError {
     /// A key that is too short.
     #[error(
         "a key has 32 random bytes, and this one is shorter; make keys with `latzero keys new`, \
-         or derive them with Key.from_passphrase"
+         or derive them with `latzero keys from-passphrase`"
     )]
     TooShort,
     /// A key that is too long.
     #[error("a key has 32 bytes, and this one is longer; tokens are read as text, not as raw keys")]
     TooLong,
     /// A passphrase instead of a key.
-    #[error("these 32 bytes are text, not a random key; derive a key with Key.from_passphrase")]
+    #[error(
+        "these 32 bytes are text, not a random key; derive keys with `latzero keys \
+             from-passphrase`"
+    )]
     Passphrase,
     /// A key file that is not text, or is too large.
     #[error("a key file is UTF-8 text of at most 64 KiB, one token a line")]
@@ -183,13 +186,6 @@ pub enum KeyError {
     /// An app key that is not well formed.
     #[error("an app key is one line: lza1_ and 48 characters; check that it was copied completely")]
     AppKey,
-}
-
-/// Whether a text contains what looks like a token or an app key.
-#[must_use]
-pub fn holds_secret(text: &str) -> bool {
-    let prefixes = Kind::ALL.map(Kind::prefix);
-    text.contains(crate::app_key::PREFIX) || prefixes.iter().any(|prefix| text.contains(prefix))
 }
 
 /// Checks a raw key: exactly 32 bytes, which are not all printable.

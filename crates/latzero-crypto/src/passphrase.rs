@@ -5,7 +5,7 @@ use zeroize::Zeroize as _;
 
 use crate::bytes::Bytes;
 use crate::hash;
-use crate::keys::{Kind, Secret};
+use crate::keys::{KeySet, Kind, NewKeys, Secret};
 
 /// Memory of one derivation in KiB. The parameters are fixed by the version of the label: no server
 /// chooses them.
@@ -47,6 +47,19 @@ pub fn key(kind: Kind, pool: &str, passphrase: &[u8]) -> Result<Secret, OutOfMem
     // The passphrase cannot be read from the blocks, but it could be guessed from them.
     blocks.zeroize();
     key.map_err(|_| OutOfMemory)
+}
+
+/// Derives all keys of a pool.
+///
+/// # Errors
+/// If the memory is not available.
+pub fn keys(pool: &str, passphrase: &[u8]) -> Result<KeySet, OutOfMemory> {
+    Ok(KeySet::new_pool(NewKeys {
+        sigil: key(Kind::Sigil, pool, passphrase)?,
+        shard: key(Kind::Shard, pool, passphrase)?,
+        seal: key(Kind::Seal, pool, passphrase)?,
+        owner: None,
+    }))
 }
 
 /// There is not enough memory for the derivation, or the passphrase has 4 GiB.

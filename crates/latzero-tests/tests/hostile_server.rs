@@ -216,6 +216,8 @@ fn an_event_can_not_be_repeated_redirected_or_attributed_to_another_app() {
         }
         assert_eq!(next(), number + 1, "{what}");
     }
+    // The repeated one and the six changed ones, each once.
+    assert_eq!(listener.unverified(), 7);
     assert!(other.recv_timeout(Duration::ZERO).is_err());
 }
 

@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use latzero::blocking::App;
-use latzero::{AppKey, Builder, Bytes, Code, HandlerError};
+use latzero::{AppKey, Builder, Bytes, Code, HandlerError, Keys};
 use latzero_crypto::app_key;
 use latzero_crypto::keys::{KeySet, Kind, NewKeys, Secret};
 use latzero_crypto::proof::{self, ChannelBinding, Exchange};
@@ -650,6 +650,46 @@ fn a_client_follows_the_pool_over_any_number_of_rotations() {
     let error = reader(keys(&set, READ)).unwrap_err();
     assert_eq!(error.kind(), Code::Storage);
     assert!(error.message().contains("accept-restore"), "{error}");
+}
+
+#[test]
+fn keys_come_from_other_programs_and_from_passphrases_too() {
+    let server = Server::start();
+    let admin = App::connect_with(builder(&server, "admin")).unwrap();
+    let set = key_set(0x90);
+    let create = keys(&set, WRITE).pool_create("vault", false).unwrap();
+    admin.request(&create).unwrap();
+    let raw = |kind| {
+        let token = set.token(kind).unwrap();
+        let token = latzero_crypto::keys::Token::parse(&token).unwrap();
+        *token.secret
+    };
+    let [sigil, shard, seal] = [Kind::Sigil, Kind::Shard, Kind::Seal].map(raw);
+    let reader = Keys::from_raw(&sigil, Some(&shard), None).unwrap();
+    let writer = Keys::from_raw(&sigil, Some(&shard), Some(&seal)).unwrap();
+    let reader = member(&server, "reader", reader);
+    let writer = member(&server, "writer", writer);
+    writer.serve("t", |_| Ok::<_, HandlerError>(1)).unwrap();
+    assert_eq!(reader.call("t", &()).send::<i64>().unwrap(), 1);
+    let text = Keys::from_raw(b"correct horse battery staple 123", None, None);
+    let error = text.unwrap_err();
+    assert_eq!(error.kind(), Code::KeyFormat);
+    assert!(error.message().contains("from-passphrase"), "{error}");
+    // The same words give the same keys, for one pool.
+    let made = Keys::from_passphrase("lodge", "correct horse").unwrap();
+    let admin = App::connect_with(builder(&server, "admin")).unwrap();
+    admin
+        .request(&made.pool_create("lodge", false).unwrap())
+        .unwrap();
+    for (words, pool, is_in) in [
+        ("correct horse", "lodge", true),
+        ("correct house", "lodge", false),
+        ("correct horse", "vault", false),
+    ] {
+        let keys = Keys::from_passphrase(pool, words).unwrap();
+        let joined = App::connect_with(builder(&server, "app").keys("lodge", keys));
+        assert_eq!(joined.is_ok(), is_in, "{words} {pool}");
+    }
 }
 
 #[test]

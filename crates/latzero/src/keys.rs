@@ -12,8 +12,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use latzero_crypto::app_key;
 use latzero_crypto::descriptor::{Descriptor, NewPool};
-use latzero_crypto::keys::KeySet;
-use latzero_crypto::{Suite, Zeroizing, text};
+use latzero_crypto::keys::{KeySet, Kind};
+use latzero_crypto::{Suite, Zeroizing, passphrase, text};
 use latzero_protocol::{Code, Ran};
 use serde_json::{Value, json};
 
@@ -50,6 +50,41 @@ impl Keys {
     pub fn from_tokens<'a>(tokens: impl IntoIterator<Item = &'a str>) -> Result<Keys, Error> {
         let set = KeySet::from_tokens(tokens);
         let set = set.map_err(|error| Error::new(Code::KeyFormat, error.to_string()))?;
+        Ok(Keys(Arc::new(set)))
+    }
+
+    /// Takes keys without tokens, of 32 random bytes each, that another program stores. They do not
+    /// say who owns the pool, so the first owner that a server names is trusted, and nothing is
+    /// stored between processes.
+    ///
+    /// # Errors
+    /// `key_format` if a key does not have 32 bytes, or they are text.
+    pub fn from_raw(
+        sigil: &[u8],
+        shard: Option<&[u8]>,
+        seal: Option<&[u8]>,
+    ) -> Result<Keys, Error> {
+        let shard = shard.map(|bytes| (Kind::Shard, bytes));
+        let seal = seal.map(|bytes| (Kind::Seal, bytes));
+        let keys: Vec<_> = [(Kind::Sigil, sigil)]
+            .into_iter()
+            .chain(shard)
+            .chain(seal)
+            .collect();
+        let set = KeySet::from_raw(&keys);
+        let set = set.map_err(|error| Error::new(Code::KeyFormat, error.to_string()))?;
+        Ok(Keys(Arc::new(set)))
+    }
+
+    /// Derives all three keys of a pool from a passphrase, as `latzero keys from-passphrase` does.
+    /// It takes 64 MiB of memory and a second or two. Anyone with a copy of the server's data
+    /// directory can guess the passphrase, so prefer random keys.
+    ///
+    /// # Errors
+    /// `overloaded` if the memory is not available.
+    pub fn from_passphrase(pool: &str, passphrase: &str) -> Result<Keys, Error> {
+        let set = passphrase::keys(pool, passphrase.as_bytes());
+        let set = set.map_err(|error| Error::new(Code::Overloaded, error.to_string()))?;
         Ok(Keys(Arc::new(set)))
     }
 

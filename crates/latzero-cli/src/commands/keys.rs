@@ -465,16 +465,8 @@ fn from_passphrase(args: &FileArgs, output: &Output) -> CommandResult {
     let path = args.path()?;
     let words = read_passphrase(output)?;
     output.note(format!("warning: {}", passphrase::WARNING));
-    let derive = |kind| {
-        passphrase::key(kind, &args.pool, words.as_bytes())
-            .map_err(|error| Failure::new(Exit::Failure, error))
-    };
-    let keys = KeySet::new_pool(NewKeys {
-        sigil: derive(Kind::Sigil)?,
-        shard: derive(Kind::Shard)?,
-        seal: derive(Kind::Seal)?,
-        owner: None,
-    });
+    let keys = passphrase::keys(&args.pool, words.as_bytes())
+        .map_err(|error| Failure::new(Exit::Failure, error))?;
     write_keys(&args.pool, &keys, &held(&keys), &path)?;
     args.report(&path, &keys, output)
 }

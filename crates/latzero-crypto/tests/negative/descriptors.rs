@@ -15,7 +15,9 @@ type Accepted = Result<Option<PoolKey>, DescriptorError>;
 #[track_caller]
 fn invalid<T>(accepted: Result<T, DescriptorError>) {
     match accepted.map(drop) {
-        Err(DescriptorError::Invalid(_) | DescriptorError::Missing(_)) => {}
+        Err(
+            DescriptorError::Invalid(_) | DescriptorError::Missing(_) | DescriptorError::OtherOwner,
+        ) => {}
         Err(other) => panic!("refused as {other:?}"),
         Ok(_) => panic!("accepted"),
     }

@@ -102,7 +102,7 @@ fn n4_raw_keys_have_32_bytes_that_are_not_text() {
         .expect_err("it is too short")
         .to_string();
     assert!(
-        why.contains("latzero keys new") && why.contains("Key.from_passphrase"),
+        why.contains("latzero keys new") && why.contains("keys from-passphrase"),
         "{why}"
     );
     let twice = KeySet::from_raw(&[(Kind::Sigil, &[1; 32]), (Kind::Sigil, &[2; 32])]);

@@ -332,6 +332,11 @@ impl Core {
         }
     }
 
+    /// How many messages of encrypted pools did not verify.
+    pub(crate) fn dropped(&self) -> u64 {
+        self.sealed.iter().map(|pool| pool.dropped()).sum()
+    }
+
     /// Whether this process itself named a pool.
     pub(crate) fn has_named(&self, pool: &str) -> bool {
         lock(&self.named).iter().any(|named| named == pool)

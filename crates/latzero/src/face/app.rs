@@ -193,6 +193,13 @@ impl App {
         self.core().is_connected()
     }
 
+    /// How many messages of encrypted pools were dropped since the app connected first, because
+    /// they did not verify: no member sent them like that. They are a sign of a hostile server.
+    #[must_use]
+    pub fn unverified(&self) -> u64 {
+        self.core().dropped()
+    }
+
     /// How many emits, events of pools and answers to parked calls were dropped so far, because
     /// they were not read in time: by the server, or here. [`Emission::lost`] and its like say how
     /// many were lost just before one of them.

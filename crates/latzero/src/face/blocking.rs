@@ -198,6 +198,12 @@ impl App {
         self.0.is_stored()
     }
 
+    /// As [`App::unverified`](crate::App::unverified).
+    #[must_use]
+    pub fn unverified(&self) -> u64 {
+        self.0.unverified()
+    }
+
     /// Joins a pool.
     ///
     /// # Errors

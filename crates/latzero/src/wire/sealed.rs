@@ -186,6 +186,13 @@ impl SealedPool {
         Some(open.epochs.current().descriptor().suite())
     }
 
+    /// How many messages did not verify.
+    pub(crate) fn dropped(&self) -> u64 {
+        let open = lock(&self.open);
+        open.as_ref()
+            .map_or(0, |open| open.receiver.drops().total())
+    }
+
     /// Calls `f` with the known epochs.
     pub(crate) fn with_epochs<R>(&self, f: impl FnOnce(&Epochs) -> R) -> Result<R, Error> {
         self.with_open(|epochs, _| f(epochs))
@@ -483,7 +490,8 @@ impl SealedPool {
         is_privileged: bool,
         e: &Envelope<'_>,
     ) -> Option<Plain> {
-        let sealed = envelope_of(&Payload::received(e, e.data))?;
+        // What is no envelope counts as one that does not verify.
+        let sealed = envelope_of(&Payload::received(e, e.data)).unwrap_or_default();
         let string = |field: Option<Raw<'_>>| field.and_then(Raw::as_str).map(Cow::into_owned);
         let (process, key) = (string(e.process)?, string(e.key));
         let origin = app_of(e.origin?)?;

@@ -4,6 +4,7 @@
 //! process. So a program that does not read or end, or whose children keep its pipes open, blocks
 //! nothing else.
 
+use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::process::CommandExt as _;
@@ -11,6 +12,7 @@ use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitSta
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use latzero::{Bytes, Data, HandlerError, Request};
+use latzero_crypto::text::redact;
 use latzero_server::settings::SDK_VARIABLES;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
@@ -256,7 +258,7 @@ fn is_passed_on(name: &OsStr, value: &OsStr, admin_token: Option<&OsStr>) -> boo
     let token = admin_token.map(OsStr::to_string_lossy);
     let has_token = token.is_some_and(|token| !token.is_empty() && value.contains(token.as_ref()));
     // Keys of pools and of apps, whatever the variable is called.
-    is_known && !has_token && !latzero_crypto::keys::holds_secret(&value)
+    is_known && !has_token && matches!(redact(&value), Cow::Borrowed(_))
 }
 
 impl OutputKind {
