@@ -549,6 +549,24 @@ fn triggers_in_an_encrypted_pool_are_changed_only_with_a_proof() {
     assert!(!net.ask(stranger, list).contains(r#""doc":"d""#));
 }
 
+/// What an app has in encrypted pools counts as what it has elsewhere.
+#[test]
+fn triggers_in_an_encrypted_pool_have_limits() {
+    let (mut net, _, _) = vault();
+    let worker = member(&mut net, "worker", Roles::Write);
+    let doc = "d".repeat(1000);
+    let mut register = |from: usize, to: usize| {
+        let specs = (from..to).map(|n| format!(r#"{{"name":"t{n}","doc":"{doc}"}}"#));
+        let specs = specs.collect::<Vec<_>>().join(",");
+        let register = format!(r#"{{"action":"trigger_register","triggers":[{specs}],"id":"x"}}"#);
+        net.ask(worker, &register)
+    };
+    assert!(register(0, 200).starts_with("x ok"));
+    let refused = register(200, 400);
+    assert_eq!(refused, "x failed: quota ran=no");
+    assert!(register(200, 210).starts_with("x ok"));
+}
+
 /// Triggers for all pools are shown where the app is, and nowhere else.
 #[test]
 fn what_is_served_only_in_an_encrypted_pool_is_never_listed_outside() {

@@ -232,6 +232,8 @@ pub fn notice(out: &mut Vec<u8>, n: &Notice<'_>, attachments: Attachments) {
 pub struct Answer<'a> {
     /// The caller's id.
     pub in_reply_to: &'a str,
+    /// The pool of the call, where its id alone may not tell: ids are unique in a pool.
+    pub pool: Option<&'a str>,
     /// What it says about the call.
     pub status: Status,
     /// The handler's error object.
@@ -248,6 +250,10 @@ pub fn answer(out: &mut Vec<u8>, a: &Answer<'_>, attachments: Attachments) {
     with_body(out, a.body, b",\"response\":", attachments, |out| {
         out.extend_from_slice(b"{\"action\":\"response\",\"in_reply_to\":");
         append_str(out, a.in_reply_to);
+        if let Some(pool) = a.pool {
+            out.extend_from_slice(b",\"pool\":");
+            append_str(out, pool);
+        }
         out.extend_from_slice(b",\"status\":\"");
         out.extend_from_slice(a.status.as_str().as_bytes());
         out.push(b'"');

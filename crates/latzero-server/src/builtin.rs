@@ -151,6 +151,7 @@ fn answer_to(e: &Envelope<'_>, host: &mut IoHost, out: &mut Vec<u8>) {
             let status = latzero_protocol::message::Status::Ok;
             let answer = encode::Answer {
                 in_reply_to: &id,
+                pool: None,
                 status,
                 error: None,
                 headers: e.headers,

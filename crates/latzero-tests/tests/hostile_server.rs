@@ -520,6 +520,51 @@ fn nothing_runs_again_after_a_membership_that_the_server_ended() {
     assert_eq!(runs.try_iter().collect::<Vec<_>>(), [1, 2]);
 }
 
+#[test]
+fn an_answer_that_nobody_waits_for_is_sealed_too() {
+    let (server, set) = vault();
+    let relay = Relay::new(&server);
+    let app = relay.app(&server, "shop", keys(&set, READ));
+    let mut answers = app.answers();
+    let forged = |more: Value| -> Change {
+        Box::new(move |message| {
+            let mut answer = json!({"action": "response", "in_reply_to": "order-1"});
+            let fields = answer.as_object_mut().unwrap();
+            fields.extend(more.as_object().unwrap().clone());
+            vec![(answer, None), message]
+        })
+    };
+    let forgeries = [
+        json!({"status": "ok", "response": {"paid": true}}),
+        json!({"status": "ok", "response": {"paid": true}, "pool": "vault"}),
+        json!({"status": "ok", "response": {"paid": true}, "pool": "default"}),
+        json!({"status": "error", "error": {"code": "declined", "message": "no"}}),
+    ];
+    for more in forgeries {
+        relay.change("response", forged(more));
+        app.ping().unwrap();
+        app.request(&json!({"action": "pool_info", "pool": "vault"}))
+            .unwrap();
+        let answer = answers.recv_timeout(TIMEOUT).unwrap();
+        assert_eq!(answer.result().unwrap_err().kind(), Code::Integrity);
+    }
+    // Why a parked call failed is said by its handler, or marked.
+    let worker = member(&server, "worker", keys(&set, WRITE));
+    let fails = |_| Err::<(), _>(HandlerError::new("no_money", "try later"));
+    worker.serve("pay", fails).unwrap();
+    let error = app.call("pay", &1).send_parked().unwrap_err();
+    assert_eq!((error.code(), error.is_authenticated()), ("no_money", true));
+    relay.change("response", |(mut answer, _)| {
+        answer["error"] = json!({"code": "no_money", "message": "try later"});
+        vec![(answer, None)]
+    });
+    let error = app.call("pay", &1).send_parked().unwrap_err();
+    assert_eq!(
+        (error.code(), error.is_authenticated()),
+        ("no_money", false)
+    );
+}
+
 /// Another state of the pool than the accepted one is a matter for a person: the app ends, rather
 /// than try again without a word.
 #[test]

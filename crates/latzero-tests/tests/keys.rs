@@ -687,7 +687,8 @@ fn keys_come_from_other_programs_and_from_passphrases_too() {
         ("correct horse", "vault", false),
     ] {
         let keys = Keys::from_passphrase(pool, words).unwrap();
-        let joined = App::connect_with(builder(&server, "app").keys("lodge", keys));
+        let app = builder(&server, "app").state_dir(server.0.data_dir().join("of-the-app"));
+        let joined = App::connect_with(app.keys("lodge", keys));
         assert_eq!(joined.is_ok(), is_in, "{words} {pool}");
     }
 }

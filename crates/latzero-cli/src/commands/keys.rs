@@ -10,7 +10,7 @@ use std::os::unix::fs::{
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
-use latzero::{Keys, Ran};
+use latzero::Keys;
 use latzero_crypto::app_key::AppKey;
 use latzero_crypto::keys::{
     KEY_FILE_BYTES_MAX, KeyError, KeySet, Kind, NewKeys, Roles, Secret, Token,
@@ -278,10 +278,18 @@ impl KeyFiles {
         PathBuf::from(format!("{}.{ending}", path.display()))
     }
 
+    /// A name beside the file that nothing has: keys are never overwritten, whatever a server says.
+    fn unused_name(&self, ending: &str) -> PathBuf {
+        let numbered = (2..).map(|n| Self::beside(&self.current, &format!("{ending}.{n}")));
+        let mut names = std::iter::once(Self::beside(&self.current, ending)).chain(numbered);
+        let free = names.find(|name| !name.exists());
+        free.expect("there are fewer files than numbers")
+    }
+
     /// The pool has the new keys, in this epoch.
     fn advance(&self, epoch: u64) -> Result<(), Failure> {
         let old = format!("epoch-{}", epoch.saturating_sub(1));
-        std::fs::rename(&self.current, Self::beside(&self.current, &old))
+        std::fs::rename(&self.current, self.unused_name(&old))
             .and_then(|()| std::fs::rename(&self.next, &self.current))
             .map_err(|error| {
                 let text = format!(
@@ -317,7 +325,7 @@ fn resume(args: &RotateArgs, files: &KeyFiles, output: &Output) -> CommandResult
             Ok(Exit::Ok)
         }
         Err(failure) if failure.exit == Exit::Denied => {
-            let unused = KeyFiles::beside(&files.current, "unused");
+            let unused = files.unused_name("unused");
             std::fs::rename(&files.next, &unused)?;
             output.note(format_args!(
                 "an earlier rotation did not happen: its keys were moved from {next} to {}",
@@ -376,20 +384,12 @@ fn rotate(args: &RotateArgs, output: &Output) -> CommandResult {
     let done = connection
         .app
         .rotate_pool(&args.pool, &keys, args.cut_history);
-    let done = done.map_err(|error| {
-        let is_refused = error.ran() == Some(Ran::No);
-        let failure = Failure::from(error);
-        match (is_new, is_refused) {
-            (true, true) => {
-                let _ = std::fs::remove_file(&files.next);
-                failure
-            }
-            (true, false) => failure.with_help(
-                "run the same command again: it finds out whether the pool has the new keys, which \
-                are stored",
-            ),
-            (false, _) => failure,
-        }
+    let done = done.map_err(|error| match is_new {
+        true => Failure::from(error).with_help(format!(
+            "the new keys stay in {}: the next rotation finds out whether the pool has them",
+            files.next.display()
+        )),
+        false => error.into(),
     })?;
     let epoch = done["epoch"].as_u64().unwrap_or(0);
     if is_new {

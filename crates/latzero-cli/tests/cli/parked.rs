@@ -85,8 +85,8 @@ fn a_caller_that_does_not_wait_leaves_its_call_with_the_server() {
     assert_eq!(
         lines,
         [
-            r#"{"id":"again","data":[3]}"#,
-            r#"{"id":"order-17","data":[3]}"#
+            r#"{"id":"again","pool":"alpha","data":[3]}"#,
+            r#"{"id":"order-17","pool":"alpha","data":[3]}"#
         ]
     );
 }
@@ -138,19 +138,22 @@ fn answers_of_an_encrypted_pool_are_opened_by_later_commands() {
     let fetched = server.run(&fetch).ended_with(0).out;
     let mut lines: Vec<&str> = fetched.lines().collect();
     lines.sort_unstable();
-    let line = |id: &str, data: u8| format!(r#"{{"id":"{id}","data":{data}}}"#);
+    let line = |pool: &str, id: &str, data: u8| {
+        format!(r#"{{"id":"{id}","pool":"{pool}","data":{data}}}"#)
+    };
     let mut expected = [
-        line("killed", 3),
-        line("one", 2),
-        line("plain", 1),
-        line(&generated, 2),
+        line("vault", "killed", 3),
+        line("vault", "one", 2),
+        line("alpha", "plain", 1),
+        line("vault", &generated, 2),
     ];
     expected.sort_unstable();
     assert_eq!(lines, expected);
     // Nothing is left of them.
     let pools = server.home().join(".local/state/latzero/pools");
     let awaited = std::fs::read_dir(pools).unwrap().map(Result::unwrap);
-    let awaited = awaited.filter(|entry| entry.path().extension().is_some_and(|e| e == "awaited"));
+    let is_awaited = |path: &std::path::Path| path.to_string_lossy().ends_with("=awaited");
+    let awaited = awaited.filter(|entry| is_awaited(&entry.path()));
     let files = awaited.map(|entry| std::fs::read_dir(entry.path()).unwrap().count());
     assert_eq!(files.collect::<Vec<_>>(), [0]);
 
@@ -168,7 +171,7 @@ fn answers_of_an_encrypted_pool_are_opened_by_later_commands() {
     server.run(&fetch).ended_with(77).said("--keys");
     let fetch = [&fetch[..], &["--keys", moved.to_str().unwrap()]].concat();
     let fetched = server.run(&fetch).ended_with(0);
-    assert_eq!(fetched.out, format!("{}\n", line("two", 2)));
+    assert_eq!(fetched.out, format!("{}\n", line("vault", "two", 2)));
 }
 
 #[test]

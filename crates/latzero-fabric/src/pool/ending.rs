@@ -112,6 +112,7 @@ impl<D: Driver> Pool<D> {
         };
         let answer = encode::Answer {
             in_reply_to: caller_id,
+            pool: None,
             status: response.status,
             error: response.error,
             headers: response.headers,

@@ -373,18 +373,22 @@ impl<D: Driver> Registry<D> {
     }
 
     pub(super) fn check_quota(&self, registration: &Registration) -> Result<(), Refusal> {
-        let (pools, triggers) = (&registration.pools[..], &registration.triggers[..]);
+        let pools = &registration.pools[..];
         check_pools(pools.len(), &self.limits)?;
-        check_triggers(triggers.len(), &self.limits)?;
+        // Each encrypted pool has its own copy of what is served there.
+        let sealed = registration.sealed.iter().flat_map(|(_, specs)| specs);
+        let triggers = || registration.triggers.iter().chain(sealed.clone());
+        let names: BTreeSet<_> = triggers().map(|spec| &spec.name).collect();
+        check_triggers(names.len(), &self.limits)?;
         let pool_bytes =
             |pools: &[PoolName]| pools.iter().map(|name| name.as_str().len()).sum::<usize>();
-        let bytes = pool_bytes(pools) + triggers.iter().map(TriggerSpec::bytes).sum::<usize>();
+        let bytes = pool_bytes(pools) + triggers().map(TriggerSpec::bytes).sum::<usize>();
         if bytes > self.limits.registration_bytes_max {
             return Err(too_many_bytes(self.limits.registration_bytes_max));
         }
         let (served, max) = (registration.served(), self.limits.served_per_app_max);
         if served > max {
-            let (triggers, pools) = (triggers.len(), pools.len());
+            let (triggers, pools) = (names.len(), pools.len());
             return Err(refusals::too_many_served(triggers, pools, served, max));
         }
         Ok(())

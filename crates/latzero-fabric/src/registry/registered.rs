@@ -99,12 +99,13 @@ impl<D: Driver> Registry<D> {
             return false;
         };
         let registration = app.registration.get_mut();
-        let before = registration.watches_json();
+        let part = |of: &Registration| (of.watches.clone(), of.subscriptions.clone());
+        let before = part(registration);
         change(registration);
-        let after = registration.watches_json();
-        if after == before {
+        if part(registration) == before {
             return false;
         }
+        let after = registration.watches_json();
         app.held.force(app.bytes());
         if app.is_persistent {
             turn.store(StoreChange::Watches(app_id.clone(), after), promise);

@@ -342,13 +342,27 @@ impl Core {
         lock(&self.named).iter().any(|named| named == pool)
     }
 
-    pub(crate) fn note_joined(&self, pool: &str) {
-        for pools in [&self.pools, &self.named] {
-            let mut pools = lock(pools);
-            if !pools.iter().any(|known| known == pool) {
-                pools.push(pool.to_owned());
-            }
+    /// The app is about to join a pool. Answers that wait there arrive before the reply.
+    pub(crate) fn note_named(&self, pool: &str) {
+        let mut named = lock(&self.named);
+        if !named.iter().any(|known| known == pool) {
+            named.push(pool.to_owned());
         }
+    }
+
+    /// Notes whether the app joined a pool.
+    pub(crate) fn note_joining(&self, pool: &str, joined: Result<(), Error>) -> Result<(), Error> {
+        if joined.is_err() {
+            let is_sealed = self.is_sealed(pool);
+            let is_in = lock(&self.pools).iter().any(|known| known == pool);
+            lock(&self.named).retain(|known| known != pool || is_sealed || is_in);
+            return joined;
+        }
+        let mut pools = lock(&self.pools);
+        if !pools.iter().any(|known| known == pool) {
+            pools.push(pool.to_owned());
+        }
+        joined
     }
 
     pub(crate) fn note_left(&self, pool: &str) {
@@ -537,12 +551,27 @@ impl Core {
     }
 
     /// Opens the answer to a parked call for which nobody here waits, if it is sealed.
-    pub(super) fn open_late(&self, id: &str, answer: Result<Reply, Error>) -> Result<Reply, Error> {
+    pub(super) fn open_late(
+        &self,
+        pool: Option<&str>,
+        id: &str,
+        answer: Result<Reply, Error>,
+    ) -> Result<Reply, Error> {
+        // An id is unique in its pool.
         let mut pools = self.sealed.iter();
-        if let Some(opened) = pools.find_map(|pool| pool.open_late(id, &answer)) {
+        let may_be_of = |sealed: &SealedPool| pool.is_none_or(|pool| pool == sealed.name());
+        let opened = pools.find_map(|sealed| match may_be_of(sealed) {
+            true => sealed.open_late(id, &answer),
+            false => None,
+        });
+        if let Some(opened) = opened {
             return opened;
         }
-        if self.has_sealed() && is_sealed(id, &answer) {
+        let may_be_plain = match pool {
+            Some(pool) => !self.is_sealed(pool) && self.has_named(pool),
+            None => lock(&self.named).len() > self.sealed.len(),
+        };
+        if self.has_sealed() && (!may_be_plain || is_sealed(id, &answer)) {
             let text = format!(
                 "the answer to call '{id}' can't be opened: this app awaits none, because it was \
                 answered before, or was parked with another state directory"

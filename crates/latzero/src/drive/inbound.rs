@@ -202,7 +202,7 @@ impl Batch<'_> {
         drop(pending);
         if let CallEvent::End(result) = word {
             let pool = e.pool.and_then(Raw::as_str);
-            let result = self.core.open_late(&id, result);
+            let result = self.core.open_late(pool.as_deref(), &id, result);
             let answer = Answer::new(&id, pool.as_deref(), result);
             self.wake.extend(self.core.answers.push(answer));
         }

@@ -432,9 +432,8 @@ impl App {
     /// # Errors
     /// If the server refuses.
     pub async fn join(&self, pool: &str) -> Result<(), Error> {
-        self.joining("pool_join", pool).await?;
-        self.core().note_joined(pool);
-        Ok(())
+        let joined = self.joining("pool_join", pool).await;
+        self.core().note_joining(pool, joined)
     }
 
     /// Leaves a pool.
@@ -448,6 +447,9 @@ impl App {
     }
 
     pub(crate) fn joining(&self, action: &str, pool: &str) -> Calling<()> {
+        if action == "pool_join" {
+            self.core().note_named(pool);
+        }
         let mut message = Message::new(action);
         message.string("pool", pool);
         self.asking(message)

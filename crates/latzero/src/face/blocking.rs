@@ -209,9 +209,8 @@ impl App {
     /// # Errors
     /// If the server refuses.
     pub fn join(&self, pool: &str) -> Result<(), Error> {
-        self.0.joining("pool_join", pool).wait()?;
-        self.0.core().note_joined(pool);
-        Ok(())
+        let joined = self.0.joining("pool_join", pool).wait();
+        self.0.core().note_joining(pool, joined)
     }
 
     /// Leaves a pool.

@@ -201,6 +201,10 @@ impl Outgoing {
         let core = sent.app.core();
         let parked = lock(&core.pending).poll_parked(key, cx);
         if let Err(error) = std::task::ready!(parked) {
+            let error = match &sent.sealed {
+                Some(sealed) => sealed.open_error(error),
+                None => error,
+            };
             self.0 = Stage::Ended;
             return Poll::Ready(Err(error));
         }

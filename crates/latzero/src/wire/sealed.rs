@@ -578,19 +578,19 @@ impl SealedCall {
     /// Opens the end of the call. What does not verify does not end the wait for an answer that
     /// does, and neither does the end of a connection.
     pub(crate) fn open_reply(&self, reply: Result<Reply, Error>) -> Result<Reply, Error> {
-        let opened = match reply {
-            Ok(mut reply) => self.open("ok", &reply.payload).map(|answer| {
-                (reply.payload, reply.headers) = (answer.payload, answer.headers);
-                reply
-            }),
-            Err(error) => Err(self.open_error(error)),
-        };
-        if let Err(error) = &opened
-            && let Code::Disconnected | Code::Integrity | Code::StaleEpoch = error.kind()
-        {
+        let mut reply = reply.map_err(|error| self.open_error(error))?;
+        let answer = self.open("ok", &reply.payload);
+        let answer = answer.map_err(|error| self.unless_ended(error))?;
+        (reply.payload, reply.headers) = (answer.payload, answer.headers);
+        Ok(reply)
+    }
+
+    /// Notes that the call may still be answered, if the error leaves that open.
+    fn unless_ended(&self, error: Error) -> Error {
+        if let Code::Disconnected | Code::Integrity | Code::StaleEpoch = error.kind() {
             self.leave();
         }
-        opened
+        error
     }
 
     /// Opens an answer or an item, depending on the frame's `status`.
@@ -625,20 +625,21 @@ impl SealedCall {
     }
 
     /// Opens a handler's error. An error of the server is not sealed, and is marked.
-    fn open_error(&self, error: Error) -> Error {
+    pub(crate) fn open_error(&self, error: Error) -> Error {
         let sealed = error.data().filter(|_| error.code() == "sealed");
         let Some(sealed) = sealed.and_then(Value::as_str) else {
-            return error.of_server_alone();
+            return self.unless_ended(error.of_server_alone());
         };
         let payload = Payload::Json(Value::from(sealed).to_string());
-        match self.open("error", &payload) {
+        let opened = match self.open("error", &payload) {
             Ok(PlainAnswer {
                 payload: Payload::Json(json),
                 ..
             }) => Error::from_wire(&json),
             Ok(_) => Error::new(Code::Integrity, "a sealed error has no content"),
             Err(error) => error,
-        }
+        };
+        self.unless_ended(opened)
     }
 }
 

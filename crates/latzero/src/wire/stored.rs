@@ -165,14 +165,24 @@ impl AwaitedCalls {
         Some(AwaitedCalls { directory, count })
     }
 
+    /// No AppID has this character, so the name is no other app's file of finished calls.
     fn suffix(app_id: &str) -> String {
-        format!("@{app_id}.awaited")
+        format!("@{app_id}=awaited")
     }
 
     /// Callers choose ids, and not every id is a file name.
     fn file(&self, id: &str) -> PathBuf {
         let hash = latzero_crypto::sha256(id.as_bytes());
         self.directory.join(text::encode(&hash[..16]))
+    }
+
+    /// Locks the directory (flock(2)), because other processes of the app change the same files.
+    /// The result keeps it locked; without one, the files cannot be written either.
+    fn lock(&self) -> Option<std::fs::File> {
+        make_directory_of(&self.file("")).ok()?;
+        let directory = std::fs::File::open(&self.directory).ok()?;
+        directory.lock().ok()?;
+        Some(directory)
     }
 
     fn read(&self, id: &str) -> Vec<AwaitedCall> {
@@ -197,6 +207,7 @@ impl AwaitedCalls {
     /// `overloaded` if answers to [`WAITING_MAX`] calls are awaited; `storage` if it cannot be
     /// written.
     pub(super) fn add(&self, id: &str, msg_id: &Id, call: &PendingCall) -> Result<(), Error> {
+        let _alone = self.lock();
         let mut calls = self.read(id);
         if calls.is_empty() && self.count.load(Ordering::Relaxed) >= WAITING_MAX {
             let text = format!(
@@ -229,6 +240,7 @@ impl AwaitedCalls {
 
     /// A call was answered, or is not awaited any more.
     pub(super) fn remove(&self, id: &str, msg_id: &Id) {
+        let _alone = self.lock();
         let mut calls = self.read(id);
         let msg_id = text::encode(msg_id);
         calls.retain(|call| call.msg_id != msg_id);
@@ -412,7 +424,7 @@ mod tests {
     fn awaited_calls_are_found_by_their_ids_until_they_are_answered() {
         let directory = tempfile::tempdir().unwrap();
         let awaited = AwaitedCalls {
-            directory: directory.path().join("pin-pool@app.awaited"),
+            directory: directory.path().join("pin-pool@app=awaited"),
             count: AtomicUsize::new(WAITING_MAX - 2),
         };
         let found = |id: &str| awaited.find(id).collect::<Vec<_>>();
@@ -448,11 +460,36 @@ mod tests {
     }
 
     #[test]
+    fn processes_that_use_an_id_at_once_lose_no_call() {
+        let directory = tempfile::tempdir().unwrap();
+        let of_process = || AwaitedCalls {
+            directory: directory.path().join("pin-pool@app=awaited"),
+            count: AtomicUsize::new(0),
+        };
+        let accepted = of_process();
+        std::thread::scope(|scope| {
+            for process in 1..4 {
+                let awaited = of_process();
+                scope.spawn(move || {
+                    for _ in 0..100 {
+                        // The server refuses these.
+                        awaited.add("a", &[process; 16], &call("two")).unwrap();
+                        awaited.remove("a", &[process; 16]);
+                    }
+                });
+            }
+            accepted.add("a", &[9; 16], &call("one")).unwrap();
+        });
+        let found = accepted.find("a").collect::<Vec<_>>();
+        assert_eq!(found, [([9; 16], call("one"))]);
+    }
+
+    #[test]
     fn a_call_that_cannot_be_stored_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("file"), "").unwrap();
         let awaited = AwaitedCalls {
-            directory: directory.path().join("file/pin-pool@app.awaited"),
+            directory: directory.path().join("file/pin-pool@app=awaited"),
             count: AtomicUsize::new(0),
         };
         let refused = awaited.add("a", &[1; 16], &call("one")).unwrap_err();

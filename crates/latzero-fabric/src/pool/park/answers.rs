@@ -347,6 +347,7 @@ impl<D: Driver> Member<D> {
         }
         let message = encode::Answer {
             in_reply_to: id,
+            pool: Some(pool.name.as_str()),
             status: answer.status,
             error: answer.error.as_deref().map(checked),
             headers: answer.headers.as_deref().map(checked),

@@ -583,7 +583,16 @@ impl Block {
         target
             .put_head(&signed)
             .map_err(|e| write_error(self.id(), e))?;
-        let version = self.finish(target, fence).await?;
+        let version = signed.manifest().version();
+        let published = self.finish(target, fence).await?;
+        if published != version {
+            let text = format!(
+                "block '{}': version {version} was signed, and the server says that it published \
+                {published}",
+                self.id()
+            );
+            return Err(Error::new(Code::Integrity, text));
+        }
         sealed.keep(signed);
         Ok(version)
     }
