@@ -47,8 +47,8 @@ pub use durable::{DurableCalls, Purged};
 use ending::EndReason;
 pub use members::{Joining, MemberKey, MemberTag};
 use members::{Member, Members, NOBODY};
-use park::ParkedCalls;
 pub use park::ParkedCounts;
+use park::{ParkedCalls, soon};
 use repeats::Repeats;
 pub use routing::Routed;
 
@@ -147,8 +147,13 @@ pub struct Pool<D: Driver> {
     hash_seed: u64,
     emits_total: u64,
     scratch: Vec<u8>,
+    /// When what was due, and was too much for one step, goes on.
+    goes_on: Option<Time>,
     closed: bool,
 }
+
+/// About how many calls, waits and answers that are due end in one step.
+const DUE_AT_ONCE_MAX: usize = 1024;
 
 impl<D: Driver> std::fmt::Debug for Pool<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -179,6 +184,7 @@ impl<D: Driver> Pool<D> {
             prng,
             emits_total: 0,
             scratch: Vec::new(),
+            goes_on: None,
             closed: false,
         }
     }
@@ -258,7 +264,7 @@ impl<D: Driver> Pool<D> {
 
     /// Ends what a member that is about to leave would leave behind, as much as `budget` allows:
     /// its handlers, its calls, and what it holds of blocks and waits for. The budget is 0 if there
-    /// may be more.
+    /// may be more; nobody reaches the member any more then, and it starts nothing.
     pub fn wind_down(&mut self, key: MemberKey, budget: &mut usize, turn: &mut Turn<'_, D>) {
         let Some(member) = self.members.at_mut(key) else {
             return;
@@ -269,9 +275,16 @@ impl<D: Driver> Pool<D> {
         self.drop_handlers(key, handlers.into_iter().collect(), turn);
         self.end_calls_of(key, budget, turn);
         self.blocks().leave(key, budget, turn);
-        if *budget == 0 {
-            // Otherwise it leaves in this step.
-            self.place_orphans(turn);
+        if *budget > 0 {
+            // It leaves in this step.
+            return;
+        }
+        self.place_orphans(turn);
+        let member = self.members.at_mut(key).expect("it has not left");
+        member.takes_answers = false;
+        if !std::mem::replace(&mut member.is_leaving, true) {
+            self.members
+                .notify_presence(Event::AppOffline, &self.info.name, key, turn);
         }
     }
 
@@ -288,9 +301,12 @@ impl<D: Driver> Pool<D> {
         self.blocks().leave(key, &mut all, turn);
         let member = self.members.at_mut(key).expect("checked above");
         let handlers = std::mem::take(&mut member.handlers);
+        let is_known = member.is_leaving;
         self.drop_handlers(key, handlers.into_iter().collect(), turn);
-        self.members
-            .notify_presence(Event::AppOffline, &self.info.name, key, turn);
+        if !is_known {
+            self.members
+                .notify_presence(Event::AppOffline, &self.info.name, key, turn);
+        }
         let member = self.members.remove(key).expect("checked above");
         self.durable().take_answers_back((key, &member.app), turn);
         self.place_orphans(turn);
@@ -305,7 +321,7 @@ impl<D: Driver> Pool<D> {
         specs: impl Iterator<Item = Cow<'s, TriggerSpec>>,
         turn: &mut Turn<'_, D>,
     ) {
-        let Some(member) = self.members.at_mut(key) else {
+        let Some(member) = self.members.at_mut(key).filter(|m| !m.is_leaving) else {
             return;
         };
         let who = (key, member.instance);
@@ -379,24 +395,32 @@ impl<D: Driver> Pool<D> {
     /// too late.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Time> {
-        earliest([
-            self.calls.next_deadline(),
-            self.blocks.next_deadline(),
-            self.parked.next_deadline(),
-            self.repeats.next_deadline(),
-        ])
+        self.goes_on.or_else(|| {
+            earliest([
+                self.calls.next_deadline(),
+                self.blocks.next_deadline(),
+                self.parked.next_deadline(),
+                self.repeats.next_deadline(),
+            ])
+        })
     }
 
-    /// Ends expired calls, waits and leases.
+    /// Ends expired calls, waits and leases: many of them in steps, since a great many may expire
+    /// at the same instant.
     pub fn handle_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
-        while let Some(key) = self.calls.pop_due(now) {
+        let mut budget = DUE_AT_ONCE_MAX;
+        while budget > 0
+            && let Some(key) = self.calls.pop_due(now)
+        {
+            budget -= 1;
             self.end(key, EndReason::TimedOut, turn);
         }
-        self.blocks().handle_timeout(turn);
+        self.blocks().handle_timeout(&mut budget, turn);
         self.go_on_with_orphans(turn);
-        self.handle_parked_timeout(turn);
-        self.durable().handle_repeats_timeout(turn);
+        self.handle_parked_timeout(&mut budget, turn);
+        self.durable().handle_repeats_timeout(&mut budget, turn);
+        self.goes_on = (budget == 0).then(|| soon(now));
     }
 
     /// Removes the pool: ends its calls and notifies each member. Nobody can join again. Returns

@@ -45,7 +45,7 @@ use pending::{Awaited, PendingReply, Reply};
 use pools::pool_info;
 use proofs::Proofs;
 
-/// About how many calls, waits and handlers of a connection that has ended are ended in one step.
+/// About how many calls, waits and handlers of members that leave are ended in one step.
 const ENDED_AT_ONCE_MAX: usize = 1024;
 
 /// Whether a connection continues.
@@ -116,6 +116,8 @@ pub struct Session<D: Driver> {
     awaited: VecDeque<Awaited<D>>,
     /// New work that waits for room.
     held: DeferredFrames,
+    /// A request to leave a pool, which takes several steps, and its id.
+    leaving: Option<(Option<Box<str>>, PoolName)>,
     /// It has ended, or was displaced while it joined: its further messages are not handled.
     is_over: bool,
 }
@@ -139,6 +141,7 @@ impl<D: Driver> Session<D> {
             memberships: Vec::new(),
             awaited: VecDeque::new(),
             held: DeferredFrames::default(),
+            leaving: None,
             is_over: false,
         }
     }
@@ -158,9 +161,9 @@ impl<D: Driver> Session<D> {
         self.is_busy() || self.has_shaken_hands()
     }
 
-    /// Whether another thread works for the connection, which it waits for.
+    /// Whether another thread works for the connection, which it waits for, or it leaves a pool.
     fn is_busy(&self) -> bool {
-        self.is_proving() || self.peer.in_flight().is_writing()
+        self.is_proving() || self.peer.in_flight().is_writing() || self.leaving.is_some()
     }
 
     /// Whether the handshake came, and is being stored.
@@ -413,13 +416,12 @@ impl<D: Driver> Session<D> {
             return false;
         }
         let mut budget = ENDED_AT_ONCE_MAX;
-        for m in &self.memberships {
-            turn.with_pool(&m.pool, |pool, turn| {
-                pool.wind_down(m.member, &mut budget, turn)
-            });
-            if budget == 0 {
-                return true;
-            }
+        if !self
+            .memberships
+            .iter()
+            .all(|m| wind_down(m, &mut budget, turn))
+        {
+            return true;
         }
         let Some(ready) = self.ready.take() else {
             return false;
@@ -431,10 +433,21 @@ impl<D: Driver> Session<D> {
         false
     }
 
-    /// Whether [`Session::closed`] is to be called again.
+    /// Goes on with what takes several steps: its end, or that of a membership. The driver calls it
+    /// before it reads the connection. True while there is more.
     #[must_use]
-    pub fn is_ending(&self) -> bool {
-        self.is_over && self.ready.is_some()
+    pub fn go_on(&mut self, turn: &mut Turn<'_, D>) -> bool {
+        if self.is_over {
+            return self.closed(turn);
+        }
+        let Some((id, name)) = self.leaving.take() else {
+            return false;
+        };
+        let result = self.pool_leave(id.as_deref(), &name, turn);
+        let _ = self.answer_proof(id.as_deref(), result, turn);
+        // What came behind it has waited.
+        turn.driver.effects().resumed.push(self.peer.clone());
+        self.leaving.is_some()
     }
 
     fn flow(&self) -> Flow {
@@ -583,7 +596,7 @@ impl<D: Driver> Session<D> {
             Request::TriggerUnregister(specs) => return self.unregister(&specs, turn),
             Request::PoolCreate(create) => return self.pool_create(id, create, turn),
             Request::PoolJoin(name) => return self.pool_join(&name, turn),
-            Request::PoolLeave(name) => return self.pool_leave(&name, turn),
+            Request::PoolLeave(name) => return self.pool_leave(id, &name, turn),
             Request::PoolRemove(name, force) => return self.pool_remove(&name, force, turn),
             Request::Watch(pool, events) => return self.watch(&pool, Some(events), turn),
             Request::Unwatch(pool) => return self.watch(&pool, None, turn),
@@ -748,13 +761,26 @@ fn leave<D: Driver>(m: &Membership<D>, turn: &mut Turn<'_, D>) {
     }
 }
 
-/// Notifies an instance, removes it from its pools and closes its connection.
-fn expel<D: Driver>(instance: &Instance<D>, event: &str, turn: &mut Turn<'_, D>) {
-    announce_departure(&instance.peer, instance.id, event, turn);
-    for membership in &instance.memberships {
-        leave(membership, turn);
+/// Ends what a membership would leave behind, as much as `budget` allows; false if there may be
+/// more, which the next step ends.
+fn wind_down<D: Driver>(m: &Membership<D>, budget: &mut usize, turn: &mut Turn<'_, D>) -> bool {
+    turn.with_pool(&m.pool, |pool, turn| pool.wind_down(m.member, budget, turn));
+    *budget > 0
+}
+
+/// Notifies instances, removes them from their pools and closes their connections. What is too much
+/// for one step ends with the connection.
+fn expel<D: Driver>(instances: &[Instance<D>], event: &str, turn: &mut Turn<'_, D>) {
+    let mut budget = ENDED_AT_ONCE_MAX;
+    for instance in instances {
+        announce_departure(&instance.peer, instance.id, event, turn);
+        for membership in &instance.memberships {
+            if wind_down(membership, &mut budget, turn) {
+                leave(membership, turn);
+            }
+        }
+        turn.close(&instance.peer);
     }
-    turn.close(&instance.peer);
 }
 
 fn announce_departure<D: Driver>(

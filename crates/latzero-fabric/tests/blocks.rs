@@ -1127,27 +1127,26 @@ fn a_block_may_go_while_it_is_written_slowly() {
     assert!(pong.starts_with("p ok"), "{pong}");
 }
 
-#[test]
-fn a_connection_with_many_waits_ends_in_steps() {
-    let mut net = Net::new();
+/// The holder of six locks; a member that waits for them 3,000 times; and one that waits behind it
+/// for the last of them.
+fn many_waits(net: &mut Net, wait_ms: u32) -> (Peer, Peer, Peer) {
     let holder = net.app("holder", "");
     for block in 0..6 {
-        let block = format!("b{block}");
         net.ask(
             holder,
-            &format!(r#"{{"action":"memory_create","id":"1","block_id":"{block}","size":64}}"#),
+            &format!(r#"{{"action":"memory_create","id":"1","block_id":"b{block}","size":64,"permissions":{{"write":["*"]}}}}"#),
         );
         net.ask(
             holder,
-            &format!(r#"{{"action":"memory_lock","id":"2","block_id":"{block}"}}"#),
+            &format!(r#"{{"action":"memory_lock","id":"2","block_id":"b{block}"}}"#),
         );
     }
-    let other = net.app("holder", "");
-    let many = net.app("holder", "");
+    let other = net.app("other", "");
+    let many = net.app("many", "");
     for block in 0..6 {
         for wait in 0..500 {
             let lock = format!(
-                r#"{{"action":"memory_lock","id":"{block}.{wait}","block_id":"b{block}","wait":90000}}"#
+                r#"{{"action":"memory_lock","id":"{block}.{wait}","block_id":"b{block}","wait":{wait_ms}}}"#
             );
             net.world
                 .feed(many, &latzero_sim::encode_frame(&lock, None));
@@ -1158,12 +1157,75 @@ fn a_connection_with_many_waits_ends_in_steps() {
         r#"{"action":"memory_lock","id":"3","block_id":"b5","wait":90000}"#,
     );
     assert_eq!(net.world.held(Resource::Waits), 3001);
+    (holder, many, other)
+}
+
+#[test]
+fn a_connection_with_many_waits_ends_in_steps() {
+    let mut net = Net::new();
+    let (holder, many, other) = many_waits(&mut net, 90_000);
     net.hang_up(many);
     // After 1,500 and 3,000 waits, and the rest.
     assert_eq!(net.world.ending_steps(), 3);
     assert_eq!(net.world.held(Resource::Waits), 1);
     net.hang_up(holder);
     assert!(net.sees(other).contains("3 ok"));
+}
+
+#[test]
+fn a_member_with_many_waits_leaves_in_steps() {
+    let mut net = Net::new();
+    let (holder, many, other) = many_waits(&mut net, 90_000);
+    net.ask(other, r#"{"action":"watch","id":"w","pool":"default"}"#);
+    // What comes behind the request is handled after it.
+    let mut frames = latzero_sim::encode_frame(
+        r#"{"action":"pool_leave","pool":"default","id":"leave"}"#,
+        None,
+    );
+    let next = r#"{"action":"memory_info","block_id":"b0","id":"next"}"#;
+    frames.extend(latzero_sim::encode_frame(next, None));
+    net.world.feed(many, &frames);
+    // Between the first step and the last.
+    assert_eq!(net.world.ending_steps(), 1);
+    assert_eq!(net.world.held(Resource::Waits), 1);
+    let seen = net.sees(many);
+    let (_, behind) = seen.split_once("5.499 ").expect("each wait ends");
+    assert_eq!(
+        behind,
+        "failed: cancelled ran=unknown; next failed: not_member ran=no; leave ok: {}"
+    );
+    let told = net.sees(other);
+    assert_eq!(told.matches("app_offline").count(), 1, "{told}");
+    net.hang_up(holder);
+    assert!(net.sees(other).contains("3 ok"));
+}
+
+#[test]
+fn a_displaced_instance_with_many_waits_ends_in_steps() {
+    let mut net = Net::new();
+    let (holder, many, _) = many_waits(&mut net, 90_000);
+    let next = net.app("many", r#""takeover":true"#);
+    assert!(net.sees(many).contains("displaced"));
+    // The first step is a part of the handshake.
+    assert_eq!(net.world.ending_steps(), 2);
+    assert_eq!(net.world.held(Resource::Waits), 1);
+    net.say(
+        next,
+        r#"{"action":"memory_lock","id":"l","block_id":"b0","wait":9}"#,
+    );
+    net.hang_up(holder);
+    assert!(net.sees(next).contains("l ok"));
+}
+
+#[test]
+fn waits_that_expire_at_once_end_in_steps() {
+    let mut net = Net::new();
+    let (_, many, _) = many_waits(&mut net, 500);
+    assert_eq!(net.world.advance(499), 0);
+    // Each block counts too.
+    assert_eq!(net.world.advance(2), 3);
+    assert_eq!(net.world.held(Resource::Waits), 1);
+    assert!(net.sees(many).contains("5.499 "));
 }
 
 #[test]

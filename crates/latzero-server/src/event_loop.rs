@@ -576,7 +576,7 @@ impl EventLoop {
             self.remove(slot, connection);
             return;
         }
-        if connection.session.is_ending() && connection.session.closed(&mut self.host.turn()) {
+        if connection.session.go_on(&mut self.host.turn()) {
             self.connections[slot] = Some(connection);
             self.read_later(slot);
             return;
@@ -787,8 +787,13 @@ impl EventLoop {
     fn handle_deadlines(&mut self, now: Time) {
         if self.index == 0 {
             let shared = Arc::clone(&self.host.shared);
+            // Each ends a bounded number of calls and waits; the rest is due in the next turn.
+            let late_at = Time(shared.clock.now().0 + TURN_US);
             while let Some(pool) = shared.core.timers.pop_due(now) {
                 self.host.handle_timeout(&pool);
+                if shared.clock.now() >= late_at {
+                    break;
+                }
             }
         }
         if self.accept_at.is_some_and(|at| at <= now) {

@@ -301,6 +301,12 @@ impl World {
 
     /// Lets a session handle the messages that waited in it.
     fn resume(&mut self, peer: Peer) {
+        if let Some(mut session) = self.connections[peer.0 as usize].session.take() {
+            while session.go_on(&mut self.turn()) {
+                self.ending_steps += 1;
+            }
+            self.connections[peer.0 as usize].session = Some(session);
+        }
         while self.is_open(peer)
             && let Some(mut session) = self.connections[peer.0 as usize].session.take()
         {
@@ -517,7 +523,8 @@ impl World {
         }
     }
 
-    /// In how many steps the last connection ended.
+    /// In how many steps the last connection ended, and how many were added since by members that
+    /// leave: not the first of such a member, nor the last.
     #[must_use]
     pub fn ending_steps(&self) -> usize {
         self.ending_steps

@@ -14,7 +14,6 @@ use crate::driver::{Driver, Peer};
 use crate::effects::Count;
 use crate::ledger::Full;
 use crate::outbox::{Class, SHARE_BYTES, Sent, SharedBody};
-use crate::refusals;
 use crate::turn::Turn;
 
 /// An emit, encoded for all receivers of the same form.
@@ -39,9 +38,7 @@ impl<D: Driver> Pool<D> {
         emit: &Emit<'_>,
         turn: &mut Turn<'_, D>,
     ) -> Result<usize, Refusal> {
-        let Some(sender) = self.members.at(from) else {
-            return Err(refusals::not_member(&self.info.name));
-        };
+        let sender = self.members.asker(from, &self.info.name)?;
         turn.count(Count::Emit);
         self.emits_total += 1;
         let Some(served) = self.triggers.get(&emit.process) else {

@@ -90,6 +90,8 @@ pub(super) struct Member<D: Driver> {
     pub(super) takes_descriptors: bool,
     rights: Rights,
     pub(super) takes_answers: bool,
+    /// It is gone for all others, and what it leaves behind is being ended.
+    pub(super) is_leaving: bool,
 }
 
 impl<D: Driver> Member<D> {
@@ -168,7 +170,8 @@ impl<D: Driver> Members<D> {
 
     /// The sender of a request.
     pub(super) fn asker(&self, key: MemberKey, pool: &PoolName) -> Result<&Member<D>, Refusal> {
-        self.at(key).ok_or_else(|| refusals::not_member(pool))
+        let member = self.at(key).filter(|member| !member.is_leaving);
+        member.ok_or_else(|| refusals::not_member(pool))
     }
 
     pub(super) fn insert(&mut self, joining: Joining<D>) -> MemberKey {
@@ -190,6 +193,7 @@ impl<D: Driver> Members<D> {
             takes_descriptors: joining.takes_descriptors,
             rights: joining.rights,
             takes_answers: joining.takes_answers,
+            is_leaving: false,
         })
     }
 

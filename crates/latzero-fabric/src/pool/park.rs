@@ -721,13 +721,14 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Ends pauses that are over, and retries what is due.
-    pub(super) fn handle_parked_timeout(&mut self, turn: &mut Turn<'_, D>) {
+    /// Ends what has expired, as much as `budget` allows, and pauses that are over; and retries
+    /// what is due.
+    pub(super) fn handle_parked_timeout(&mut self, budget: &mut usize, turn: &mut Turn<'_, D>) {
         let now = turn.time();
-        while let Some(&(at, number)) = self.parked.deadlines.first() {
-            if at > now {
-                break;
-            }
+        while *budget > 0
+            && let Some(&(_, number)) = self.parked.deadlines.first().filter(|due| due.0 <= now)
+        {
+            *budget -= 1;
             self.parked.deadlines.pop_first();
             let Some(parked) = self.parked.calls.get(&number) else {
                 continue;
@@ -740,8 +741,8 @@ impl<D: Driver> Pool<D> {
                 }
             }
         }
-        self.durable().end_pauses(turn);
-        self.durable().handle_answers_timeout(turn);
+        self.durable().end_pauses(budget, turn);
+        self.durable().handle_answers_timeout(budget, turn);
         self.go_on_giving(turn);
     }
 }
@@ -762,6 +763,6 @@ fn at_once(among: usize) -> (usize, u64) {
 }
 
 /// The next moment, so that the driver first handles what else is due.
-fn soon(now: Time) -> Time {
+pub(super) fn soon(now: Time) -> Time {
     Time(now.0 + 1)
 }

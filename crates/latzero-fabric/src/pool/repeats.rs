@@ -496,17 +496,17 @@ impl<D: Driver> DurableCalls<'_, D> {
     }
 
     /// Drops expired answers, and ends expired waits.
-    pub(super) fn handle_repeats_timeout(&mut self, turn: &mut Turn<'_, D>) {
+    pub(super) fn handle_repeats_timeout(&mut self, budget: &mut usize, turn: &mut Turn<'_, D>) {
         let now = turn.time();
-        while self
-            .repeats
-            .expires
-            .first()
-            .is_some_and(|(at, _)| *at <= now)
-        {
+        let is_over = |(at, _): &(Time, _)| *at <= now;
+        while *budget > 0 && self.repeats.expires.first().is_some_and(is_over) {
+            *budget -= 1;
             self.repeats.forget_oldest();
         }
-        while let Some((_, waiter)) = self.repeats.wait_deadlines.first().filter(|w| w.0 <= now) {
+        while *budget > 0
+            && let Some((_, waiter)) = self.repeats.wait_deadlines.first().filter(|w| w.0 <= now)
+        {
+            *budget -= 1;
             let waiter = waiter.clone();
             self.repeats.cancel(&waiter);
             let ((slot, generation), id) = waiter;

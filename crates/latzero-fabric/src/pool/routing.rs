@@ -46,9 +46,7 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<Routed, CallError> {
         let now = turn.time();
-        let Some(member) = self.members.at(caller) else {
-            return Err(refusals::not_member(&self.info.name).into());
-        };
+        let member = self.members.asker(caller, &self.info.name)?;
         if let Some(id) = &trigger.id
             && (self.repeats.awaits(caller, id) || self.parked.has_orphan(caller, id))
         {

@@ -40,9 +40,7 @@ impl<D: Driver> Session<D> {
             AdminAction::Kick(app, instance) => {
                 let gone =
                     turn.with_registry(|registry, turn| registry.evict(app, *instance, turn));
-                for instance in &gone {
-                    expel(instance, "kicked", turn);
-                }
+                expel(&gone, "kicked", turn);
                 Ok(Reply::Now(format!("{{\"kicked\":{}}}", gone.len())))
             }
             AdminAction::Forget(app) => {

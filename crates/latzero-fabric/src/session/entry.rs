@@ -123,9 +123,7 @@ impl<D: Driver> Session<D> {
             self.audit("took_over", by, json!({"displaced": displaced.id}), turn);
         }
         // A displaced instance leaves before the new one joins, so no call can reach it any more.
-        for instance in &displaced {
-            expel(instance, "displaced", turn);
-        }
+        expel(&displaced, "displaced", turn);
         self.features = handshake.features.and(Features {
             attachments: true,
             // Descriptors can only be sent over Unix sockets, and the bytes that they replace are

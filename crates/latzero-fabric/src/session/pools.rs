@@ -10,7 +10,7 @@ use latzero_protocol::{PoolName, Refusal, TriggerName};
 use serde_json::json;
 
 use super::pending::{PendingReply, Reply};
-use super::{Session, leave};
+use super::{ENDED_AT_ONCE_MAX, Session, leave, wind_down};
 use crate::driver::{Driver, Transport};
 use crate::effects::Audit;
 use crate::refusals;
@@ -186,8 +186,10 @@ impl<D: Driver> Session<D> {
         ))
     }
 
+    /// Leaves a pool, or goes on with that.
     pub(super) fn pool_leave(
         &mut self,
+        id: Option<&str>,
         name: &PoolName,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
@@ -202,6 +204,11 @@ impl<D: Driver> Session<D> {
         let Some(at) = self.memberships.iter().position(|m| m.name == *name) else {
             return Err(refusals::nothing_to_leave(name));
         };
+        if !wind_down(&self.memberships[at], &mut { ENDED_AT_ONCE_MAX }, turn) {
+            self.leaving = Some((id.map(Into::into), name.clone()));
+            turn.driver.effects().resumed.push(self.peer.clone());
+            return Ok(Reply::Later);
+        }
         let membership = self.memberships.swap_remove(at);
         let ready = self.ready.as_ref().expect("only a ready session gets here");
         let is_promised = turn.with_registry(|registry, turn| {

@@ -149,18 +149,18 @@ impl<D: Driver> PoolBlocks<'_, D> {
         !waits.is_empty()
     }
 
-    /// Ends expired leases and waits.
-    pub(in crate::pool) fn handle_timeout(&mut self, turn: &mut Turn<'_, D>) {
+    /// Ends expired leases and waits, as many as `budget` allows.
+    pub(in crate::pool) fn handle_timeout(&mut self, budget: &mut usize, turn: &mut Turn<'_, D>) {
         let now = turn.time();
-        let is_due = |(at, _): &&(Time, BlockKey)| *at <= now;
-        let due = self.blocks.deadlines.iter().take_while(is_due);
-        let due: Vec<BlockKey> = due.map(|(_, key)| *key).collect();
-        for key in due {
-            while let Some(expired) = self
-                .blocks
-                .at_mut(key)
-                .and_then(|block| block.lock.pop_due(now))
+        while *budget > 0
+            && let Some(&(_, key)) = self.blocks.deadlines.first().filter(|due| due.0 <= now)
+        {
+            *budget -= 1;
+            while *budget > 0
+                && let Some(block) = self.blocks.at_mut(key)
+                && let Some(expired) = block.lock.pop_due(now)
             {
+                *budget -= 1;
                 match expired {
                     Expired::Wait(claim) => {
                         self.blocks.wait_over(key, &claim);

@@ -621,9 +621,12 @@ impl<D: Driver> DurableCalls<'_, D> {
     }
 
     /// Retries answers that did not fit, and drops expired ones.
-    pub(super) fn handle_answers_timeout(&mut self, turn: &mut Turn<'_, D>) {
+    pub(super) fn handle_answers_timeout(&mut self, budget: &mut usize, turn: &mut Turn<'_, D>) {
         let now = turn.time();
-        while let Some(&(_, number)) = self.parked.answers.expires.first().filter(|e| e.0 <= now) {
+        while *budget > 0
+            && let Some(&(_, number)) = self.parked.answers.expires.first().filter(|e| e.0 <= now)
+        {
+            *budget -= 1;
             self.drop_answer(number, turn);
         }
         while let Some((_, app)) = self.parked.answers.agains.first().filter(|a| a.0 <= now) {

@@ -153,9 +153,12 @@ impl<D: Driver> DurableCalls<'_, D> {
     }
 
     /// Resumes calls whose pause is over.
-    pub(super) fn end_pauses(&mut self, turn: &mut Turn<'_, D>) {
+    pub(super) fn end_pauses(&mut self, budget: &mut usize, turn: &mut Turn<'_, D>) {
         let now = turn.time();
-        while let Some(&(_, number)) = self.parked.pauses.first().filter(|pause| pause.0 <= now) {
+        while *budget > 0
+            && let Some(&(_, number)) = self.parked.pauses.first().filter(|pause| pause.0 <= now)
+        {
+            *budget -= 1;
             // A call of an earlier run, which ended during the last attempt.
             if self
                 .parked
