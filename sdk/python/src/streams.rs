@@ -211,9 +211,10 @@ impl Item {
             }
             Item::Answer(answer) => {
                 let (id, lost) = (answer.id().to_owned(), answer.lost());
+                let pool = answer.pool().map(str::to_owned);
                 match read_reply(py, answer.into_reply()) {
-                    Ok(reply) => (id, reply, py.None(), lost).into_py_any(py),
-                    Err(error) => (id, py.None(), error.value(py), lost).into_py_any(py),
+                    Ok(reply) => (id, pool, reply, py.None(), lost).into_py_any(py),
+                    Err(error) => (id, pool, py.None(), error.value(py), lost).into_py_any(py),
                 }
             }
             Item::State(state) => state.as_str().into_py_any(py),

@@ -112,7 +112,8 @@ impl<D: Driver> Pool<D> {
         };
         let answer = encode::Answer {
             in_reply_to: caller_id,
-            pool: None,
+            // It may outlive the connection, and the caller's other calls there.
+            pool: call.durable.as_ref().map(|_| self.info.name.as_str()),
             status: response.status,
             error: response.error,
             headers: response.headers,

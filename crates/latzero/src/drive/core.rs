@@ -557,13 +557,19 @@ impl Core {
         id: &str,
         answer: Result<Reply, Error>,
     ) -> Result<Reply, Error> {
-        // An id is unique in its pool.
-        let mut pools = self.sealed.iter();
-        let may_be_of = |sealed: &SealedPool| pool.is_none_or(|pool| pool == sealed.name());
-        let opened = pools.find_map(|sealed| match may_be_of(sealed) {
-            true => sealed.open_late(id, &answer),
-            false => None,
-        });
+        // An id is unique in its pool, which the server names if it stored the answer.
+        let mut opened = None;
+        for sealed in &self.sealed {
+            let is_open = opened
+                .as_ref()
+                .is_some_and(|known: &Result<_, Error>| match known {
+                    Ok(_) => true,
+                    Err(error) => error.kind() != Code::Integrity,
+                });
+            if !is_open && pool.is_none_or(|pool| pool == sealed.name()) {
+                opened = sealed.open_late(id, &answer).or(opened);
+            }
+        }
         if let Some(opened) = opened {
             return opened;
         }

@@ -97,13 +97,14 @@ class Presence:
 
 
 class Answer:
-    """The answer to a parked call that nobody in this process waits for. `lost` is how many before
-    it were dropped."""
+    """The answer to a parked call that nobody in this process waits for. `id` is the call's, which
+    is unique in its `pool`; the server names that if it stored the answer. `lost` is how many
+    before it were dropped."""
 
-    __slots__ = ("id", "lost", "_reply", "_error")
+    __slots__ = ("id", "pool", "lost", "_reply", "_error")
 
     def __init__(self, fields: tuple[Any, ...]) -> None:
-        self.id, reply, self._error, self.lost = fields
+        self.id, self.pool, reply, self._error, self.lost = fields
         self._reply = None if reply is None else Reply(*reply)
 
     def result(self) -> Any:
