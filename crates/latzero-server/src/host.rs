@@ -54,7 +54,7 @@ pub(crate) struct IoHost {
 }
 
 /// How long one flush writes, in microseconds.
-const WRITES_US: u64 = 1000;
+const WRITES_US: u64 = 500;
 
 /// How many connections are written between two looks at the clock.
 const WRITES_PER_LOOK: u32 = 4;
