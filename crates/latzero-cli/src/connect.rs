@@ -649,7 +649,10 @@ impl ServerArgs {
     /// Distinguishes addresses where no server answers, after which others are tried, from other
     /// errors.
     fn classify(&self, place: &Address, error: Error) -> Result<String, Failure> {
-        let source = std::error::Error::source(&error).and_then(|e| e.downcast_ref::<io::Error>());
+        // Other errors have causes too: a key file may be missing, for example.
+        let source = std::error::Error::source(&error)
+            .filter(|_| error.kind() == Code::Disconnected)
+            .and_then(|cause| cause.downcast_ref::<io::Error>());
         let is_silent = |cause: &io::Error| {
             cause
                 .get_ref()

@@ -316,12 +316,18 @@ fn resume(args: &RotateArgs, files: &KeyFiles, output: &Output) -> CommandResult
         Ok(connection) => {
             let asked = json!({"action": "pool_info", "pool": args.pool});
             let pool = connection.app.request(&asked)?;
-            files.advance(pool["epoch"].as_u64().unwrap_or(0))?;
-            output.note(format_args!(
-                "an earlier rotation was complete but for its reply; the pool has its keys, which \
-                are now in {}",
-                files.current.display()
-            ));
+            let epoch = pool["epoch"].as_u64().unwrap_or(0);
+            files.advance(epoch)?;
+            output.note("an earlier rotation had reached the server, so no new one was made");
+            if output.json {
+                output.value(&json!({"epoch": epoch, "resumed": true}))?;
+                return Ok(Exit::Ok);
+            }
+            output.facts(&[
+                ("pool", args.pool.as_str().into()),
+                ("epoch", epoch.into()),
+                ("new keys", files.current.display().into()),
+            ])?;
             Ok(Exit::Ok)
         }
         Err(failure) if failure.exit == Exit::Denied => {

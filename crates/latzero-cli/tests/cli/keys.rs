@@ -636,7 +636,12 @@ fn an_interrupted_rotation_is_ended_by_the_next_one() {
     move_to("vault", "vault.next");
     move_to("vault.epoch-1", "vault");
     let resumed = server.run(&rotate).ended_with(0);
-    resumed.said("an earlier rotation was complete but for its reply");
+    let resumed = resumed.said("an earlier rotation had reached the server");
+    assert!(
+        resumed.out.starts_with("pool\tvault\nepoch\t2\n"),
+        "{}",
+        resumed.out
+    );
     assert_eq!(names(), ["vault", "vault.epoch-1"]);
     server
         .run(&["pools", "info", "vault", "--json"])
@@ -653,6 +658,16 @@ fn an_interrupted_rotation_is_ended_by_the_next_one() {
     server.run(&["call", "vault/x", "1"]).ended_with(5);
 }
 
+/// The cause of an error is not taken for that of a connection.
+#[test]
+fn a_missing_key_file_in_an_address_is_named() {
+    let server = Server::start();
+    let url = "latzero://shop?pool=vault&keys=/nosuch/file";
+    let ran = server.run(&["call", "vault/x", "1", "--url", url]);
+    let ran = ran.said("/nosuch/file can't be used as a key file: No such file or directory");
+    assert!(!ran.err.contains("socket"), "{}", ran.err);
+}
+
 #[test]
 fn tokens_in_the_wrong_place_are_not_repeated() {
     let server = Server::start();
@@ -661,12 +676,13 @@ fn tokens_in_the_wrong_place_are_not_repeated() {
     let keys = std::fs::read_to_string(file).unwrap();
     let token = keys.lines().find(|line| line.starts_with("lzo1_")).unwrap();
     let url = format!("latzero://shop?pool=vault&keys={token}");
-    let lines: [&[&str]; 7] = [
+    let lines: [&[&str]; 8] = [
         &["keys", "show", "vault", "--file", token],
         &["keys", "check", "vault", "--file", token, "--json"],
         &["call", "vault/x", "1", "--keys", token],
         &["call", "vault/x", "1", "--url", &url],
         &["call", "vault/x", "1", "--app", token],
+        &["ping", "--url", &url],
         &["call", token],
         &["keys", token],
     ];

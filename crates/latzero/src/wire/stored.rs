@@ -4,7 +4,7 @@
 //! a later process.
 
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -179,10 +179,19 @@ impl AwaitedCalls {
     /// Locks the directory (flock(2)), because other processes of the app change the same files.
     /// The result keeps it locked; without one, the files cannot be written either.
     fn lock(&self) -> Option<std::fs::File> {
-        make_directory_of(&self.file("")).ok()?;
-        let directory = std::fs::File::open(&self.directory).ok()?;
-        directory.lock().ok()?;
-        Some(directory)
+        loop {
+            make_directory_of(&self.file("")).ok()?;
+            let directory = std::fs::File::open(&self.directory).ok()?;
+            directory.lock().ok()?;
+            // Who held it before may have removed it, and another process made a new one.
+            let locked = directory.metadata().ok()?;
+            match std::fs::metadata(&self.directory) {
+                Ok(now) if (now.dev(), now.ino()) == (locked.dev(), locked.ino()) => {
+                    return Some(directory);
+                }
+                _ => {}
+            }
+        }
     }
 
     fn read(&self, id: &str) -> Vec<AwaitedCall> {
@@ -250,6 +259,8 @@ impl AwaitedCalls {
             let one_less = |count: usize| count.checked_sub(1);
             let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
             let _ = self.count.fetch_update(set, fetch, one_less);
+            // Not while there are others. Commands have AppIDs that never come again.
+            let _ = std::fs::remove_dir(&self.directory);
         }
     }
 }
