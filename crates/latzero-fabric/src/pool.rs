@@ -271,7 +271,7 @@ impl<D: Driver> Pool<D> {
         };
         // First, so that it gets no more calls.
         let handlers = std::mem::take(&mut member.handlers);
-        *budget = budget.saturating_sub(1 + handlers.len());
+        *budget = budget.saturating_sub(handlers.len());
         self.drop_handlers(key, handlers.into_iter().collect(), turn);
         self.end_calls_of(key, budget, turn);
         self.blocks().leave(key, budget, turn);

@@ -1172,6 +1172,16 @@ fn a_connection_with_many_waits_ends_in_steps() {
     assert!(net.sees(other).contains("3 ok"));
 }
 
+/// A step is as good as the one before, however many pools the connection is in.
+#[test]
+fn a_connection_in_very_many_pools_ends() {
+    let mut net = Net::with(|limits| (limits.pools_per_app_max, limits.pools_max) = (4000, 4000));
+    let pools: Vec<_> = (0..3000).map(|n| format!(r#""p{n}""#)).collect();
+    let many = net.app("many", &format!(r#""pools":[{}]"#, pools.join(",")));
+    net.hang_up(many);
+    assert!(net.world.ending_steps() <= 3);
+}
+
 #[test]
 fn a_member_with_many_waits_leaves_in_steps() {
     let mut net = Net::new();
