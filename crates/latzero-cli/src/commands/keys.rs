@@ -289,7 +289,8 @@ impl KeyFiles {
     /// The pool has the new keys, in this epoch.
     fn advance(&self, epoch: u64) -> Result<(), Failure> {
         let old = format!("epoch-{}", epoch.saturating_sub(1));
-        std::fs::rename(&self.current, self.unused_name(&old))
+        // There is a key file at any time, so that the command can be killed and run again.
+        std::fs::hard_link(&self.current, self.unused_name(&old))
             .and_then(|()| std::fs::rename(&self.next, &self.current))
             .map_err(|error| {
                 let text = format!(

@@ -646,6 +646,12 @@ fn an_interrupted_rotation_is_ended_by_the_next_one() {
     server
         .run(&["pools", "info", "vault", "--json"])
         .ended_with(0);
+    // As if it had been killed after it kept the old keys, and before it took the new ones.
+    move_to("vault", "vault.next");
+    std::fs::hard_link(keys.join("vault.epoch-1"), keys.join("vault")).unwrap();
+    server.run(&rotate).ended_with(0);
+    assert_eq!(names(), ["vault", "vault.epoch-1", "vault.epoch-1.2"]);
+    std::fs::remove_file(keys.join("vault.epoch-1.2")).unwrap();
     // As if it had been killed before the server took the rotation.
     server.run(&["keys", "new", "other"]).ended_with(0);
     move_to("other", "vault.next");
