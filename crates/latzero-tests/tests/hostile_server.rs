@@ -593,7 +593,8 @@ fn a_reconnect_to_another_state_of_the_pool_ends_the_app() {
     });
     let sender = member(&server, "sender", keys(&set, READ));
     sender.emit("news", &1).send().unwrap();
-    assert!(news.next().is_none());
+    let ended = news.recv_timeout(TIMEOUT).unwrap_err();
+    assert_eq!(ended.kind(), Code::Disconnected, "it did not end");
     let error = app.ping().unwrap_err();
     assert_eq!(error.kind(), Code::Integrity, "{error}");
 }

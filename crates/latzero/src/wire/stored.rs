@@ -94,6 +94,8 @@ pub(super) struct AwaitedCalls {
     directory: PathBuf,
     /// How many files there are, as far as this process knows.
     count: AtomicUsize,
+    /// How many there may be.
+    max: usize,
 }
 
 /// A parked call, as it is stored.
@@ -151,18 +153,34 @@ impl AwaitedCalls {
     /// Deletes what nobody can await any more.
     pub(super) fn of(pool: &SealedPool, app_id: &str) -> Option<AwaitedCalls> {
         let directory = DescriptorFile::beside(pool, &Self::suffix(app_id))?;
-        let files = std::fs::read_dir(&directory)
-            .into_iter()
-            .flatten()
-            .flatten();
-        let unexpired = files.filter(|file| {
+        let awaited = AwaitedCalls::new(directory, WAITING_MAX);
+        awaited.sweep();
+        Some(awaited)
+    }
+
+    fn new(directory: PathBuf, max: usize) -> AwaitedCalls {
+        let count = AtomicUsize::new(0);
+        AwaitedCalls {
+            directory,
+            count,
+            max,
+        }
+    }
+
+    /// Counts the files, and deletes those that have expired.
+    fn sweep(&self) {
+        let files = std::fs::read_dir(&self.directory);
+        let unexpired = files.into_iter().flatten().flatten().filter(|file| {
             let age = file.metadata().and_then(|file| file.modified());
             let age = age.ok().and_then(|changed| changed.elapsed().ok());
             let has_expired = age.is_some_and(|age| age > AWAITED_TIME_MAX);
             !(has_expired && std::fs::remove_file(file.path()).is_ok())
         });
-        let count = AtomicUsize::new(unexpired.count());
-        Some(AwaitedCalls { directory, count })
+        self.count.store(unexpired.count(), Ordering::Relaxed);
+    }
+
+    fn is_full(&self) -> bool {
+        self.count.load(Ordering::Relaxed) >= self.max
     }
 
     /// No AppID has this character, so the name is no other app's file of finished calls.
@@ -218,9 +236,14 @@ impl AwaitedCalls {
     pub(super) fn add(&self, id: &str, msg_id: &Id, call: &PendingCall) -> Result<(), Error> {
         let _alone = self.lock();
         let mut calls = self.read(id);
-        if calls.is_empty() && self.count.load(Ordering::Relaxed) >= WAITING_MAX {
+        if calls.is_empty() && self.is_full() {
+            // Other processes of the app may have read answers.
+            self.sweep();
+        }
+        if calls.is_empty() && self.is_full() {
             let text = format!(
-                "{WAITING_MAX} parked calls await their answers: {}; read some of them first",
+                "{} parked calls await their answers: {}; read some of them first",
+                self.max,
                 self.directory.display()
             );
             return Err(Error::new(Code::Overloaded, text).with_ran(Ran::No));
@@ -265,7 +288,7 @@ impl AwaitedCalls {
     }
 }
 
-/// The pools for which a state directory has calls whose answers an app awaits.
+/// The pools for which the default state directory has calls whose answers an app awaits.
 pub(crate) fn awaited_in(app_id: &str) -> Vec<String> {
     let suffix = AwaitedCalls::suffix(app_id);
     let directory = DescriptorFile::directory().and_then(|all| std::fs::read_dir(all).ok());
@@ -301,7 +324,10 @@ fn replace(path: &Path, bytes: &[u8]) {
 }
 
 fn try_replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let beside = PathBuf::from(format!("{}.{}.new", path.display(), std::process::id()));
+    // Several apps of one process may write the same file.
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let (process, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let beside = PathBuf::from(format!("{}.{process}.{number}.new", path.display()));
     let written = make_directory_of(path)
         .and_then(|()| {
             std::fs::OpenOptions::new()
@@ -434,10 +460,8 @@ mod tests {
     #[test]
     fn awaited_calls_are_found_by_their_ids_until_they_are_answered() {
         let directory = tempfile::tempdir().unwrap();
-        let awaited = AwaitedCalls {
-            directory: directory.path().join("pin-pool@app=awaited"),
-            count: AtomicUsize::new(WAITING_MAX - 2),
-        };
+        let of_process = || AwaitedCalls::new(directory.path().join("pin-pool@app=awaited"), 2);
+        let awaited = of_process();
         let found = |id: &str| awaited.find(id).collect::<Vec<_>>();
         assert_eq!(found("a/../b"), []);
         awaited.add("a/../b", &[1; 16], &call("one")).unwrap();
@@ -458,6 +482,18 @@ mod tests {
         assert_eq!(found("b"), [([2; 16], call("two"))]);
         awaited.remove("b", &[2; 16]);
         assert_eq!(found("b"), []);
+        // Another process of the app takes an answer.
+        awaited.add("c", &[4; 16], &call("four")).unwrap();
+        assert_eq!(
+            awaited
+                .add("d", &[5; 16], &call("five"))
+                .unwrap_err()
+                .kind(),
+            Code::Overloaded
+        );
+        of_process().remove("c", &[4; 16]);
+        awaited.add("d", &[5; 16], &call("five")).unwrap();
+        awaited.remove("d", &[5; 16]);
         awaited.add("c", &[4; 16], &call("four")).unwrap();
         for n in 0..AWAITED_SAME_ID_MAX as u8 + 3 {
             awaited.add("c", &[n + 10; 16], &call("more")).unwrap();
@@ -473,10 +509,7 @@ mod tests {
     #[test]
     fn processes_that_use_an_id_at_once_lose_no_call() {
         let directory = tempfile::tempdir().unwrap();
-        let of_process = || AwaitedCalls {
-            directory: directory.path().join("pin-pool@app=awaited"),
-            count: AtomicUsize::new(0),
-        };
+        let of_process = || AwaitedCalls::new(directory.path().join("pin-pool@app=awaited"), 9);
         let accepted = of_process();
         std::thread::scope(|scope| {
             for process in 1..4 {
@@ -499,10 +532,8 @@ mod tests {
     fn a_call_that_cannot_be_stored_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("file"), "").unwrap();
-        let awaited = AwaitedCalls {
-            directory: directory.path().join("file/pin-pool@app=awaited"),
-            count: AtomicUsize::new(0),
-        };
+        let place = directory.path().join("file/pin-pool@app=awaited");
+        let awaited = AwaitedCalls::new(place, 9);
         let refused = awaited.add("a", &[1; 16], &call("one")).unwrap_err();
         assert_eq!(
             (refused.kind(), refused.ran()),
