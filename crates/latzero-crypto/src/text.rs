@@ -6,6 +6,9 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use zeroize::Zeroizing;
 
+use crate::app_key;
+use crate::keys::Kind;
+
 /// Writes bytes as text.
 #[must_use]
 pub fn encode(bytes: &[u8]) -> String {
@@ -40,19 +43,25 @@ pub(crate) fn decode_secret<const N: usize>(text: &str) -> Option<Zeroizing<[u8;
     (written == N).then_some(bytes)
 }
 
+/// Where the first prefix of a token or an app key ends.
+fn prefix_in(text: &str) -> Option<usize> {
+    let prefixes = Kind::ALL.map(Kind::prefix).into_iter();
+    let ends = prefixes.chain([app_key::PREFIX]);
+    ends.filter_map(|prefix| Some(text.find(prefix)? + prefix.len()))
+        .min()
+}
+
+/// Whether a text contains what looks like a token or an app key.
+#[must_use]
+pub fn holds_token(text: &str) -> bool {
+    prefix_in(text).is_some()
+}
+
 /// Hides the tokens in a text that people or programs will read, such as an error: somebody may
 /// have given one in the place of a file's name. Of a token its kind stays, so that the text still
 /// says what was given.
 #[must_use]
 pub fn redact(text: &str) -> Cow<'_, str> {
-    const PREFIX_BYTES: usize = "lzs1_".len();
-    let is_prefix = |at: &[u8]| {
-        at.starts_with(b"lz") && b"scowa".contains(&at[2]) && at[3..PREFIX_BYTES] == *b"1_"
-    };
-    let prefix_in = |text: &str| {
-        let mut windows = text.as_bytes().windows(PREFIX_BYTES);
-        Some(windows.position(is_prefix)? + PREFIX_BYTES)
-    };
     let Some(mut end) = prefix_in(text) else {
         return Cow::Borrowed(text);
     };

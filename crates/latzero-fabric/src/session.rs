@@ -276,7 +276,7 @@ impl<D: Driver> Session<D> {
             Ok(_) if self.ready.is_none() => self.not_ready(id, turn),
             Ok(Request::PoolProve(pool, proof)) => {
                 let result = self.pool_prove(id, &pool, proof.text(), turn);
-                self.answer_proof(id, result, turn)
+                self.answer_request(id, result, turn)
             }
             Ok(Request::Trigger(trigger)) => {
                 if let Err(refusal) = self.call(&trigger, turn) {
@@ -315,7 +315,7 @@ impl<D: Driver> Session<D> {
             Ok(request) if id.is_none() && request.is_question() => Flow::Continue,
             Ok(request) => {
                 let result = self.request(id, request, turn);
-                self.answer_proof(id, result, turn)
+                self.answer_request(id, result, turn)
             }
             Err(refusal) => {
                 let action = envelope.action.and_then(Raw::as_str);
@@ -444,7 +444,7 @@ impl<D: Driver> Session<D> {
             return false;
         };
         let result = self.pool_leave(id.as_deref(), &name, turn);
-        let _ = self.answer_proof(id.as_deref(), result, turn);
+        let _ = self.answer_request(id.as_deref(), result, turn);
         // What came behind it has waited.
         turn.driver.effects().resumed.push(self.peer.clone());
         self.leaving.is_some()

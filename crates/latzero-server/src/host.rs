@@ -68,9 +68,9 @@ struct WriteBudget {
 }
 
 impl WriteBudget {
-    /// Whether the time is over; asked once for each connection. Most flushes write few, and never
+    /// Counts a connection; returns whether the time is over. Most flushes write few, and never
     /// read the clock.
-    fn is_spent(&mut self, shared: &ServerState) -> bool {
+    fn spend_one(&mut self, shared: &ServerState) -> bool {
         self.written += 1;
         if !self.is_spent && self.written.is_multiple_of(WRITES_PER_LOOK) {
             let now = shared.clock.now();
@@ -571,7 +571,7 @@ impl IoHost {
             for peer in std::mem::take(&mut self.effects.touched) {
                 // The built-in app takes what waits for it without a write that would settle its
                 // account.
-                if budget.is_spent(&self.shared) && peer.socket.is_some() {
+                if budget.spend_one(&self.shared) && peer.socket.is_some() {
                     peer.link().defer();
                     self.behind.push_back(peer);
                 } else {
@@ -586,7 +586,7 @@ impl IoHost {
         let mut budget = WriteBudget::default();
         while let Some(peer) = self.behind.pop_front() {
             self.flush_peer(&peer);
-            if budget.is_spent(&self.shared) {
+            if budget.spend_one(&self.shared) {
                 break;
             }
         }

@@ -1160,7 +1160,7 @@ fn a_finished_deferred_call_does_not_run_again_after_a_restart_of_both_sides() {
 
 /// Guessing names is as noisy as guessing keys, and no count shows what is hidden.
 #[test]
-fn strangers_neither_count_hidden_pools_nor_guess_their_names_quietly() {
+fn strangers_do_not_count_hidden_pools_and_guessed_names_are_logged() {
     let (server, set) = vault();
     let reports = |wire: &mut Wire| {
         ["stats", "health"].map(|action| wire.request(json!({"action": action}))["response"].take())

@@ -29,7 +29,10 @@ struct Inner {
 impl Error {
     pub(crate) fn new(kind: Code, message: impl Into<Cow<'static, str>>) -> Self {
         let message = match message.into() {
-            Cow::Owned(text) => Cow::Owned(redact(&text).into_owned()),
+            Cow::Owned(text) => match redact(&text) {
+                Cow::Owned(hidden) => Cow::Owned(hidden),
+                Cow::Borrowed(_) => Cow::Owned(text),
+            },
             written_here => written_here,
         };
         Error(Box::new(Inner {

@@ -314,7 +314,7 @@ fn key<'py>(py: Python<'py>, text: &str) -> Bound<'py, PyString> {
 #[derive(Clone, Copy)]
 struct Lender<'a> {
     request: &'a latzero::Request,
-    pub(crate) face: Face,
+    face: Face,
 }
 
 #[derive(Clone, Copy)]

@@ -99,10 +99,12 @@ impl<D: Driver> Registry<D> {
             return false;
         };
         let registration = app.registration.get_mut();
-        let part = |of: &Registration| (of.watches.clone(), of.subscriptions.clone());
-        let before = part(registration);
+        let (watches, blocks) = (
+            registration.watches.clone(),
+            registration.subscriptions.clone(),
+        );
         change(registration);
-        if part(registration) == before {
+        if (&registration.watches, &registration.subscriptions) == (&watches, &blocks) {
             return false;
         }
         let after = registration.watches_json();

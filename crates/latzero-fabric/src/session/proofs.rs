@@ -83,7 +83,7 @@ impl<D: Driver> Session<D> {
             Request::AdminProof(said) => self.admin_proof(said, turn).map(Reply::Now),
             _ => unreachable!("no other message arrives here"),
         };
-        self.answer_proof(id, result, turn)
+        self.answer_request(id, result, turn)
     }
 
     /// Whether a proof is being checked: nothing else is handled until
@@ -134,7 +134,7 @@ impl<D: Driver> Session<D> {
         };
         let id = id.as_deref();
         let result = verdict.and_then(|is_good| self.decide(id, proof, is_good, turn));
-        self.answer_proof(id, result, turn)
+        self.answer_request(id, result, turn)
     }
 
     fn decide(
@@ -588,8 +588,9 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// Answers a request with a proof, or one that may name an encrypted pool without it.
-    pub(super) fn answer_proof(
+    /// Answers a request. A refused proof counts, and so does a request that names an encrypted
+    /// pool without one.
+    pub(super) fn answer_request(
         &mut self,
         id: Option<&str>,
         result: Result<Reply, Refusal>,

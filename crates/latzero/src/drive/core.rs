@@ -13,7 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use latzero_protocol::{Code, PoolName, Ran};
+use latzero_protocol::{Code, Ran};
 use serde_json::{Value, json};
 
 use crate::config::Config;
@@ -137,6 +137,13 @@ pub(crate) struct Core {
     end_signal: Condvar,
 }
 
+/// Adds a pool to those that are known.
+fn insert(pools: &mut Vec<String>, pool: &str) {
+    if !pools.iter().any(|known| known == pool) {
+        pools.push(pool.to_owned());
+    }
+}
+
 impl std::fmt::Debug for Core {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Core")
@@ -158,10 +165,8 @@ impl Core {
         });
         let sealed: Vec<_> = sealed.collect();
         let mut named: Vec<String> = sealed.iter().map(|pool| pool.name().to_owned()).collect();
-        for pool in config.url.pools.iter().map(PoolName::as_str) {
-            if !named.iter().any(|known| known == pool) {
-                named.push(pool.to_owned());
-            }
+        for pool in &config.url.pools {
+            insert(&mut named, pool.as_str());
         }
         let core = Core {
             process: std::process::id(),
@@ -333,8 +338,8 @@ impl Core {
     }
 
     /// How many messages of encrypted pools did not verify.
-    pub(crate) fn dropped(&self) -> u64 {
-        self.sealed.iter().map(|pool| pool.dropped()).sum()
+    pub(crate) fn unverified(&self) -> u64 {
+        self.sealed.iter().map(|pool| pool.unverified()).sum()
     }
 
     /// Whether this process itself named a pool.
@@ -344,10 +349,7 @@ impl Core {
 
     /// The app is about to join a pool. Answers that wait there arrive before the reply.
     pub(crate) fn note_named(&self, pool: &str) {
-        let mut named = lock(&self.named);
-        if !named.iter().any(|known| known == pool) {
-            named.push(pool.to_owned());
-        }
+        insert(&mut lock(&self.named), pool);
     }
 
     /// Notes whether the app joined a pool.
@@ -358,10 +360,7 @@ impl Core {
             lock(&self.named).retain(|known| known != pool || is_sealed || is_in);
             return joined;
         }
-        let mut pools = lock(&self.pools);
-        if !pools.iter().any(|known| known == pool) {
-            pools.push(pool.to_owned());
-        }
+        insert(&mut lock(&self.pools), pool);
         joined
     }
 
@@ -558,16 +557,15 @@ impl Core {
         answer: Result<Reply, Error>,
     ) -> Result<Reply, Error> {
         // An id is unique in its pool, which the server names if it stored the answer.
+        let may_be_of = |sealed: &&Arc<SealedPool>| pool.is_none_or(|pool| pool == sealed.name());
         let mut opened = None;
-        for sealed in &self.sealed {
-            let is_open = opened
-                .as_ref()
-                .is_some_and(|known: &Result<_, Error>| match known {
-                    Ok(_) => true,
-                    Err(error) => error.kind() != Code::Integrity,
-                });
-            if !is_open && pool.is_none_or(|pool| pool == sealed.name()) {
-                opened = sealed.open_late(id, &answer).or(opened);
+        for sealed in self.sealed.iter().filter(may_be_of) {
+            if let Some(result) = sealed.open_late(id, &answer) {
+                let is_its = !matches!(&result, Err(e) if e.kind() == Code::Integrity);
+                opened = Some(result);
+                if is_its {
+                    break;
+                }
             }
         }
         if let Some(opened) = opened {

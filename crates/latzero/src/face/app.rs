@@ -197,7 +197,7 @@ impl App {
     /// they did not verify: no member sent them like that. They are a sign of a hostile server.
     #[must_use]
     pub fn unverified(&self) -> u64 {
-        self.core().dropped()
+        self.core().unverified()
     }
 
     /// How many emits, events of pools and answers to parked calls were dropped so far, because
@@ -432,6 +432,7 @@ impl App {
     /// # Errors
     /// If the server refuses.
     pub async fn join(&self, pool: &str) -> Result<(), Error> {
+        self.core().note_named(pool);
         let joined = self.joining("pool_join", pool).await;
         self.core().note_joining(pool, joined)
     }
@@ -447,9 +448,6 @@ impl App {
     }
 
     pub(crate) fn joining(&self, action: &str, pool: &str) -> Calling<()> {
-        if action == "pool_join" {
-            self.core().note_named(pool);
-        }
         let mut message = Message::new(action);
         message.string("pool", pool);
         self.asking(message)

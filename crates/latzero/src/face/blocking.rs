@@ -209,6 +209,7 @@ impl App {
     /// # Errors
     /// If the server refuses.
     pub fn join(&self, pool: &str) -> Result<(), Error> {
+        self.0.core().note_named(pool);
         let joined = self.0.joining("pool_join", pool).wait();
         self.0.core().note_joining(pool, joined)
     }

@@ -179,7 +179,9 @@ impl Unsent {
         if is_parkable && self.parking.id.is_none() {
             match random::<16>() {
                 Ok(id) => self.set_id(&format!("{SEALED_ID}{}", text::encode(&id))),
-                Err(error) => self.failure = self.failure.take().or(Some(error)),
+                Err(error) => {
+                    self.failure.get_or_insert(error);
+                }
             }
         }
         let key = headers.remove(IDEMPOTENCY_KEY);
@@ -220,7 +222,9 @@ impl Unsent {
                 self.message.replace_body("data", envelope);
                 self.sealed = call;
             }
-            Err(error) => self.failure = self.failure.take().or(Some(error)),
+            Err(error) => {
+                self.failure.get_or_insert(error);
+            }
         }
     }
 

@@ -343,8 +343,8 @@ fn answer(
 }
 
 /// The bytes of a descriptor.
-fn descriptor_bytes(value: &Value) -> Option<Vec<u8>> {
-    text::decode_within(value.as_str()?, 4096)
+pub(super) fn descriptor_bytes(value: &Value) -> Option<Vec<u8>> {
+    text::decode_within(value.as_str()?, latzero_crypto::descriptor::BYTES_MAX)
 }
 
 /// Earlier descriptors, in ascending order.

@@ -31,7 +31,7 @@ use crate::error::Error;
 use crate::keys::{Keys, now_ms, random};
 use crate::payload::{Payload, Reply};
 use crate::sync::lock;
-use crate::wire::prove::unfit;
+use crate::wire::prove::{descriptor_bytes, unfit};
 use crate::wire::stored::{AwaitedCalls, DescriptorFile, Finished};
 
 /// How the ids of parked calls in encrypted pools begin, unless their callers choose them. Without
@@ -187,7 +187,7 @@ impl SealedPool {
     }
 
     /// How many messages did not verify.
-    pub(crate) fn dropped(&self) -> u64 {
+    pub(crate) fn unverified(&self) -> u64 {
         let open = lock(&self.open);
         open.as_ref()
             .map_or(0, |open| open.receiver.drops().total())
@@ -242,9 +242,8 @@ impl SealedPool {
         if let Some(stored) = DescriptorFile::of(self) {
             stored.write(descriptor);
         }
-        let mut open = lock(&self.open);
         let Some(key) = key else {
-            *open = None;
+            *lock(&self.open) = None;
             return Ok(());
         };
         let again = Descriptor::parse(descriptor.as_bytes()).map_err(|error| unfit(&error))?;
@@ -252,6 +251,8 @@ impl SealedPool {
         let finished = Finished::of(self, app_id).map(Arc::new);
         let awaited = || AwaitedCalls::of(self, app_id).map(Arc::new);
         self.awaited.get_or_init(awaited);
+        // Each message takes this lock, and reading the stored calls may take long.
+        let mut open = lock(&self.open);
         let receiver = open.take().map(|open| open.receiver);
         let receiver = receiver.unwrap_or_else(|| {
             let mut receiver = Receiver::new(app_id, joined.at_ms);
@@ -330,8 +331,7 @@ impl SealedPool {
     pub(crate) fn rotated(&self, event: &Value) {
         let mut open = lock(&self.open);
         let Some(current) = open.as_mut() else { return };
-        let bytes = event["descriptor"].as_str();
-        let bytes = bytes.and_then(|bytes| text::decode_within(bytes, 4096));
+        let bytes = descriptor_bytes(&event["descriptor"]);
         let next = bytes.and_then(|bytes| Descriptor::parse(&bytes).ok());
         let Some(next) = next.filter(|_| event["member"] == true) else {
             current.is_member = false;

@@ -6,11 +6,10 @@ import datetime
 import enum
 import sys
 import uuid
+from types import GeneratorType
 from typing import Any
 
 from ._block import BlockInfo
-
-_GENERATOR = type(_ for _ in ())
 
 
 def plain(value: Any) -> Any:
@@ -33,6 +32,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, BlockInfo):
         return value._inner
     # Such as what `map` returns. A generator is a stream.
-    if hasattr(value, "__next__") and not isinstance(value, _GENERATOR):
+    if hasattr(value, "__next__") and not isinstance(value, GeneratorType):
         return list(value)
     raise TypeError(type(value).__qualname__)

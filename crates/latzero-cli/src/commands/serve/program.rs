@@ -4,7 +4,6 @@
 //! process. So a program that does not read or end, or whose children keep its pipes open, blocks
 //! nothing else.
 
-use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::process::CommandExt as _;
@@ -12,7 +11,7 @@ use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitSta
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use latzero::{Bytes, Data, HandlerError, Request};
-use latzero_crypto::text::redact;
+use latzero_crypto::text::holds_token;
 use latzero_server::settings::SDK_VARIABLES;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
@@ -258,7 +257,7 @@ fn is_passed_on(name: &OsStr, value: &OsStr, admin_token: Option<&OsStr>) -> boo
     let token = admin_token.map(OsStr::to_string_lossy);
     let has_token = token.is_some_and(|token| !token.is_empty() && value.contains(token.as_ref()));
     // Keys of pools and of apps, whatever the variable is called.
-    is_known && !has_token && matches!(redact(&value), Cow::Borrowed(_))
+    is_known && !has_token && !holds_token(&value)
 }
 
 impl OutputKind {
