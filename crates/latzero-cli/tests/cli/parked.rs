@@ -126,7 +126,8 @@ fn answers_of_an_encrypted_pool_are_opened_by_later_commands() {
     eventually(|| parked(&server) == 4);
     drop(running);
     let server = Server::in_home(server.stop(), &[]);
-    let _serving = server.serve(&["alpha/job", "vault/job", "--app", "worker", "--", "cat"]);
+    let serve = ["alpha/job", "vault/job", "--app", "worker", "--", "cat"];
+    let serving = server.serve(&serve);
     let state = |state: &str| {
         let listed = server.run(&["parked", "ls", "--json"]).ended_with(0).json();
         let calls = listed["parked"].as_array().unwrap();
@@ -157,15 +158,19 @@ fn answers_of_an_encrypted_pool_are_opened_by_later_commands() {
     assert_eq!(awaited.count(), 0);
 
     // Without the keys at their usual place they have to be named.
+    drop(serving);
     server
         .run(&[&sealed[..], &["--id", "two"]].concat())
         .ended_with(0);
+    let serving = server.serve(&serve);
+    eventually(|| state("answered") == 1);
+    drop(serving);
     let moved = server.home().join("vault.keys");
     std::fs::rename(server.home().join(".config/latzero/keys/vault"), &moved).unwrap();
     let without = server.run(&["answers", "--app", "shop"]).ended_with(0);
     without.said("skipped pool vault: it is encrypted; name it and its keys with --pool");
     let fetch = [
-        "answers", "--app", "shop", "--wait", "20s", "--pool", "vault",
+        "answers", "--app", "shop", "--wait", "20s", "--count", "1", "--pool", "vault",
     ];
     server.run(&fetch).ended_with(77).said("--keys");
     let fetch = [&fetch[..], &["--keys", moved.to_str().unwrap()]].concat();
