@@ -450,6 +450,29 @@ fn a_resize_is_a_new_generation_with_the_old_content() {
     );
 }
 
+/// Encoding more would delay other connections.
+#[test]
+fn a_large_read_as_base64_is_made_in_parts() {
+    let mut net = Net::new();
+    let [writer, reader] = [("writer", WRITER), ("reader", READER)].map(|(n, a)| net.app(n, a));
+    let part = 4 * 1024 * 1024;
+    let create = format!(r#""size":{}"#, part + 1);
+    assert_eq!(ask(&mut net, writer, "create", &create, &["version"]), "0");
+    let mut read = |peer, length: u64| {
+        let reply = ask(
+            &mut net,
+            peer,
+            "read",
+            &format!(r#""length":{length}"#),
+            &["version"],
+        );
+        reply
+    };
+    assert_eq!(read(reader, part), "0");
+    assert_eq!(read(reader, part + 1), "too_large");
+    assert_eq!(read(writer, part + 1), "0");
+}
+
 #[test]
 fn requests_wait_while_a_block_is_created() {
     let (mut net, a, b) = two();

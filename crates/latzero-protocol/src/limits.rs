@@ -75,6 +75,10 @@ pub const PERMISSION_APPS_MAX: usize = 64;
 /// Bytes of a frame that a reply with a block's bytes reserves for its other fields.
 pub const READ_SLACK: usize = 4096;
 
+/// Raw bytes that one reply returns as base64 at most. More would delay other connections: encoding
+/// takes several times as long as the copy of an attachment.
+pub const READ_AS_BASE64_MAX: usize = 4 * 1024 * 1024;
+
 /// Number of slots of a block with snapshots: least and most.
 pub const SLOTS: std::ops::RangeInclusive<u64> = 2..=4;
 

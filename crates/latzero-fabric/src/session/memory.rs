@@ -5,7 +5,7 @@ use latzero_crypto::keys::Roles;
 use latzero_crypto::sign::PublicKey;
 use latzero_crypto::{Suite, text};
 use latzero_protocol::encode::{self, Attachments};
-use latzero_protocol::limits::{READ_SLACK, SYSTEM_POOL};
+use latzero_protocol::limits::{READ_AS_BASE64_MAX, READ_SLACK, SYSTEM_POOL};
 use latzero_protocol::memory::{Access, Action, Create, Kind, LockMode, Memory, Write};
 use latzero_protocol::policy::Right;
 use latzero_protocol::{BlockId, Code, PoolName, Refusal};
@@ -208,7 +208,7 @@ impl<D: Driver> Session<D> {
         let room = (turn.limits().max_frame as u64).saturating_sub(READ_SLACK as u64);
         let max = match self.attachments() {
             Attachments::Taken => room,
-            Attachments::NotTaken => room / 4 * 3,
+            Attachments::NotTaken => (room / 4 * 3).min(READ_AS_BASE64_MAX as u64),
         };
         if length <= max {
             return Ok(());
