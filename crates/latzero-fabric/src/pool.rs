@@ -150,6 +150,8 @@ pub struct Pool<D: Driver> {
     /// When what was due, and was too much for one step, goes on.
     goes_on: Option<Time>,
     closed: bool,
+    /// The members of a removed pool, until their waits are answered.
+    left: Members<D>,
 }
 
 /// About how many calls, waits and answers that are due end in one step.
@@ -186,6 +188,7 @@ impl<D: Driver> Pool<D> {
             scratch: Vec::new(),
             goes_on: None,
             closed: false,
+            left: Members::default(),
         }
     }
 
@@ -218,7 +221,7 @@ impl<D: Driver> Pool<D> {
     /// Whether it may have deadlines: it has members, or calls or answers that wait for some.
     #[must_use]
     pub fn is_due_to_wake(&self) -> bool {
-        self.members.len() > 0 || self.parked.has_any()
+        self.members.len() > 0 || self.parked.has_any() || self.blocks.has_ended()
     }
 
     /// Sets whether its content may outlive the server. If its policy does not, calls and blocks
@@ -410,6 +413,7 @@ impl<D: Driver> Pool<D> {
     pub fn handle_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let mut budget = DUE_AT_ONCE_MAX;
+        self.end_waits(&mut budget, turn);
         while budget > 0
             && let Some(key) = self.calls.pop_due(now)
         {
@@ -423,9 +427,26 @@ impl<D: Driver> Pool<D> {
         self.goes_on = (budget == 0).then(|| soon(now));
     }
 
-    /// Removes the pool: ends its calls and notifies each member. Nobody can join again. Returns
-    /// the members' instances.
-    pub fn close(&mut self, turn: &mut Turn<'_, D>) -> Vec<InstanceId> {
+    /// Ends waits for the locks of removed blocks, as many as `budget` allows.
+    fn end_waits(&mut self, budget: &mut usize, turn: &mut Turn<'_, D>) {
+        let mut blocks = PoolBlocks {
+            blocks: &mut self.blocks,
+            members: if self.closed {
+                &self.left
+            } else {
+                &self.members
+            },
+            info: &self.info,
+        };
+        blocks.end_waits(budget, turn);
+        if !self.blocks.has_ended() {
+            self.left = Members::default();
+        }
+    }
+
+    /// Removes the pool: ends its calls and notifies each member. Nobody can join again. Very many
+    /// waits for locks end in later steps.
+    pub fn close(&mut self, turn: &mut Turn<'_, D>) {
         self.closed = true;
         let keys: Vec<MemberKey> = self.members.iter().map(|(key, _)| key).collect();
         for &key in &keys {
@@ -438,15 +459,13 @@ impl<D: Driver> Pool<D> {
             "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{}\"}}",
             self.info.name
         );
-        let mut instances = Vec::new();
-        for key in keys {
-            let member = self.members.remove(key).expect("listed above");
+        self.left = std::mem::take(&mut self.members);
+        for (_, member) in self.left.iter() {
             turn.send(&member.peer, Class::Control, json.len(), |out| {
                 encode::message(out, &json)
             });
-            instances.push(member.instance);
         }
-        instances
+        self.end_waits(&mut 0, turn);
     }
 
     /// Releases the reservations of a removed pool.

@@ -7,8 +7,8 @@
 
 mod net;
 
-use latzero_fabric::Limits;
 use latzero_fabric::ledger::Resource;
+use latzero_fabric::{Limits, Transport};
 use latzero_sim::{Bounds, Peer};
 use net::Net;
 use serde_json::Value;
@@ -459,14 +459,8 @@ fn a_large_read_as_base64_is_made_in_parts() {
     let create = format!(r#""size":{}"#, part + 1);
     assert_eq!(ask(&mut net, writer, "create", &create, &["version"]), "0");
     let mut read = |peer, length: u64| {
-        let reply = ask(
-            &mut net,
-            peer,
-            "read",
-            &format!(r#""length":{length}"#),
-            &["version"],
-        );
-        reply
+        let length = format!(r#""length":{length}"#);
+        ask(&mut net, peer, "read", &length, &["version"])
     };
     assert_eq!(read(reader, part), "0");
     assert_eq!(read(reader, part + 1), "too_large");
@@ -1153,7 +1147,7 @@ fn a_block_may_go_while_it_is_written_slowly() {
 /// The holder of six locks; a member that waits for them 3,000 times; and one that waits behind it
 /// for the last of them.
 fn many_waits(net: &mut Net, wait_ms: u32) -> (Peer, Peer, Peer) {
-    let holder = net.app("holder", "");
+    let holder = net.app("holder", READER);
     for block in 0..6 {
         net.ask(
             holder,
@@ -1164,8 +1158,8 @@ fn many_waits(net: &mut Net, wait_ms: u32) -> (Peer, Peer, Peer) {
             &format!(r#"{{"action":"memory_lock","id":"2","block_id":"b{block}"}}"#),
         );
     }
-    let other = net.app("other", "");
-    let many = net.app("many", "");
+    let other = net.app("other", READER);
+    let many = net.app("many", READER);
     for block in 0..6 {
         for wait in 0..500 {
             let lock = format!(
@@ -1209,12 +1203,10 @@ fn a_connection_in_very_many_pools_ends() {
 fn a_member_with_many_waits_leaves_in_steps() {
     let mut net = Net::new();
     let (holder, many, other) = many_waits(&mut net, 90_000);
-    net.ask(other, r#"{"action":"watch","id":"w","pool":"default"}"#);
+    net.ask(other, r#"{"action":"watch","id":"w","pool":"p"}"#);
     // What comes behind the request is handled after it.
-    let mut frames = latzero_sim::encode_frame(
-        r#"{"action":"pool_leave","pool":"default","id":"leave"}"#,
-        None,
-    );
+    let mut frames =
+        latzero_sim::encode_frame(r#"{"action":"pool_leave","pool":"p","id":"leave"}"#, None);
     let next = r#"{"action":"memory_info","block_id":"b0","id":"next"}"#;
     frames.extend(latzero_sim::encode_frame(next, None));
     net.world.feed(many, &frames);
@@ -1237,7 +1229,7 @@ fn a_member_with_many_waits_leaves_in_steps() {
 fn a_displaced_instance_with_many_waits_ends_in_steps() {
     let mut net = Net::new();
     let (holder, many, _) = many_waits(&mut net, 90_000);
-    let next = net.app("many", r#""takeover":true"#);
+    let next = net.app("many", r#""pools":["p"],"takeover":true"#);
     assert!(net.sees(many).contains("displaced"));
     // The first step is a part of the handshake.
     assert_eq!(net.world.ending_steps(), 2);
@@ -1259,6 +1251,44 @@ fn waits_that_expire_at_once_end_in_steps() {
     assert_eq!(net.world.advance(2), 3);
     assert_eq!(net.world.held(Resource::Waits), 1);
     assert!(net.sees(many).contains("5.499 "));
+}
+
+#[test]
+fn a_pool_with_many_waits_is_removed_in_steps() {
+    let mut net = Net::new();
+    let (_, many, other) = many_waits(&mut net, 90_000);
+    net.sees(many);
+    let admin = net.world.connect(Transport::BuiltIn);
+    net.say(admin, r#"{"action":"handshake","app_id":"latzero"}"#);
+    net.say(
+        admin,
+        r#"{"action":"pool_remove","id":"1","pool":"p","force":true}"#,
+    );
+    assert!(net.sees(admin).contains("1 ok"));
+    // The removal counts as a step of 1,024 waits.
+    assert_eq!(net.world.held(Resource::Waits), 3001 - 1024);
+    net.world.check_ledger();
+    // Nobody is a member any more, and a new pool of the name has nothing of the old one.
+    net.say(many, r#"{"action":"cancel","id":"5.499"}"#);
+    net.say(many, r#"{"action":"memory_info","id":"i","block_id":"b0"}"#);
+    let next = net.app("next", READER);
+    net.say(
+        next,
+        r#"{"action":"memory_create","id":"2","block_id":"b0","size":64}"#,
+    );
+    let seen = net.sees(next);
+    assert!(seen.contains("2 ok"), "{seen}");
+    assert!(seen.contains("\"generation\":2"), "{seen}");
+    net.hang_up(other);
+    assert_eq!(net.world.advance(2), 2);
+    assert_eq!(net.world.held(Resource::Waits), 0);
+    let seen = net.sees(many);
+    assert!(seen.contains("i failed: "), "{seen}");
+    assert_eq!(seen.matches("pool_removed").count(), 1, "{seen}");
+    assert_eq!(seen.matches("failed: no_block").count(), 3000, "{seen}");
+    net.world.check();
+    net.world.check_ledger();
+    assert_eq!(net.world.advance(100_000), 0);
 }
 
 #[test]

@@ -105,6 +105,8 @@ pub struct World {
     users: Users<bool>,
     connections: Vec<Connection>,
     touched: Vec<PoolHandle>,
+    /// Pools that were removed and have waits to end.
+    removed: Vec<PoolHandle>,
     /// Connections whose durable requests completed while another's message was handled.
     woken: Vec<Peer>,
     /// The number of nonces generated so far.
@@ -149,6 +151,7 @@ impl World {
             users: Users::default(),
             connections: Vec::new(),
             touched: Vec::new(),
+            removed: Vec::new(),
             woken: Vec::new(),
             beside_write: None,
         }
@@ -593,7 +596,9 @@ impl World {
                 .registry
                 .borrow()
                 .pools()
-                .filter_map(|(_, pool)| due(pool))
+                .map(|(_, pool)| pool)
+                .chain(&self.removed)
+                .filter_map(due)
                 .min_by_key(|(deadline, _)| *deadline);
             match next {
                 Some((deadline, pool)) if deadline <= until => {
@@ -985,7 +990,7 @@ impl World {
         assert_eq!(all.used(Resource::Pools), made, "pools");
         let (mut waits, mut attachments, mut subscriptions) = (0, 0, 0);
         let (mut parked, mut bytes, mut repeats, mut redelivery) = (0, 0, 0, 0);
-        for (_, pool) in registry.pools() {
+        for pool in registry.pools().map(|(_, pool)| pool).chain(&self.removed) {
             let stats = pool.borrow().stats();
             parked += stats.parked.total() as u64;
             bytes += stats.parked_bytes;
@@ -1162,6 +1167,11 @@ impl Driver for World {
             touched.push(pool.clone());
         }
         let result = f(&mut pool.borrow_mut(), turn);
+        let removed = &mut turn.driver.removed;
+        removed.retain(|known| !Rc::ptr_eq(known, pool));
+        if pool.borrow().is_closed() && pool.borrow().is_due_to_wake() {
+            removed.push(pool.clone());
+        }
         for (line, number) in std::mem::take(&mut turn.driver.effects.delivered) {
             let pool = pool.clone();
             let due = line

@@ -14,7 +14,7 @@ mod moving;
 mod record;
 mod requests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use hashbrown::HashMap;
@@ -74,6 +74,16 @@ pub(super) struct Blocks {
     /// Waits for locks that can be cancelled: the member, its request id, the block, and the place
     /// in the queue.
     waits: BTreeSet<(MemberKey, Box<str>, BlockKey, u64)>,
+    /// The locks of removed blocks for which somebody still waits.
+    ended: VecDeque<EndedLock>,
+}
+
+/// The lock of a removed block. Its waits end in steps, because there may be very many.
+struct EndedLock {
+    key: BlockKey,
+    lock: Lock,
+    refusal: Refusal,
+    goes_on: Time,
 }
 
 impl Blocks {
@@ -95,7 +105,13 @@ impl Blocks {
 
     /// The next deadline; it may be too early, but never too late.
     pub(super) fn next_deadline(&self) -> Option<Time> {
-        self.deadlines.first().map(|(at, _)| *at)
+        let ended = self.ended.front().map(|ended| ended.goes_on);
+        ended.or_else(|| self.deadlines.first().map(|(at, _)| *at))
+    }
+
+    /// Whether somebody still waits for a lock of a removed block.
+    pub(super) fn has_ended(&self) -> bool {
+        !self.ended.is_empty()
     }
 
     /// A block's lock may have a new deadline.
@@ -240,7 +256,11 @@ impl Blocks {
     }
 
     fn counts(&self) -> BlockCounts {
-        let mut counts = BlockCounts::default();
+        let ended = self.ended.iter().map(|ended| ended.lock.waiting() as u64);
+        let mut counts = BlockCounts {
+            waits: ended.sum(),
+            ..BlockCounts::default()
+        };
         for (_, block) in self.blocks.iter() {
             let waits = block.lock.waiting() + block.waiting.len() + block.flushing.len();
             counts.waits += waits as u64;
@@ -293,8 +313,11 @@ impl Blocks {
         }
         assert_eq!(bytes, self.bytes);
         for (member, id, key, place) in &self.waits {
-            let block = self.at(*key).expect("a wait is of a block");
-            assert!(block.lock.waits(*member, id, *place), "a wait that ended");
+            let ended = self.ended.iter().find(|ended| ended.key == *key);
+            let lock = self.at(*key).map(|block| &block.lock);
+            let lock = lock.or(ended.map(|ended| &ended.lock));
+            let lock = lock.expect("a wait is of a block");
+            assert!(lock.waits(*member, id, *place), "a wait that ended");
         }
     }
 }

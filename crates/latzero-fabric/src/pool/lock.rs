@@ -205,12 +205,16 @@ impl Lock {
         (held, waited)
     }
 
-    /// Ends all holds and waits; returns the waiting claims.
-    pub(super) fn end_all(&mut self) -> Vec<Claim> {
+    /// Ends all holds.
+    pub(super) fn end_holders(&mut self) {
         self.holders.clear();
-        self.ends.clear();
-        let waiting = std::mem::take(&mut self.waiting).into_values();
-        waiting.map(|(claim, _)| claim).collect()
+    }
+
+    /// Removes and returns the claim that waited longest.
+    pub(super) fn pop_waiting(&mut self) -> Option<Claim> {
+        let (place, (claim, until)) = self.waiting.pop_first()?;
+        self.ends.remove(&(until, place));
+        Some(claim)
     }
 
     fn end(&mut self, at: usize) -> Holder {

@@ -1,6 +1,7 @@
 //! Requests about whole blocks: create, attach, detach, remove.
 
 use super::*;
+use crate::pool::{DUE_AT_ONCE_MAX, park::soon};
 
 impl<D: Driver> PoolBlocks<'_, D> {
     /// Creates a block, or attaches an existing one. The reply follows when it is ready. In a
@@ -285,8 +286,9 @@ impl<D: Driver> PoolBlocks<'_, D> {
     /// Removes the blocks of a removed pool.
     pub(in crate::pool) fn close(&mut self, turn: &mut Turn<'_, D>) {
         let keys: Vec<BlockKey> = self.blocks.blocks.iter().map(|(key, _)| key).collect();
+        let mut budget = DUE_AT_ONCE_MAX;
         for key in keys {
-            self.end(key, turn);
+            self.end_within(&mut budget, key, turn);
         }
         let left_out = std::mem::take(&mut self.blocks.left_out).len();
         if left_out > 0 {
@@ -300,6 +302,11 @@ impl<D: Driver> PoolBlocks<'_, D> {
 
     /// Removes a block: notifies everybody and drops its storage.
     pub(super) fn end(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
+        self.end_within(&mut { DUE_AT_ONCE_MAX }, key, turn);
+    }
+
+    /// The same. Of the waits for its lock as many end now as `budget` allows.
+    fn end_within(&mut self, budget: &mut usize, key: BlockKey, turn: &mut Turn<'_, D>) {
         let json = self.event_json("block_removed", key, "");
         self.notify_attached(key, &json, turn);
         self.members.notify(Event::BlockRemoved, &json, turn);
@@ -316,17 +323,21 @@ impl<D: Driver> PoolBlocks<'_, D> {
                 .into_iter()
                 .map(|f| (f.member, f.id)),
         );
-        let claims = block.lock.end_all();
+        let mut lock = std::mem::take(&mut block.lock);
+        lock.end_holders();
         let refusal = refusals::no_block(&block.id, &self.info.name);
         let is_new = matches!(block.phase, Phase::New);
-        for claim in claims {
-            self.blocks.wait_over(key, &claim);
-            waiting.push((claim.member, claim.id));
-        }
         for (member, id) in waiting {
             self.members
                 .answer(member, id.as_deref(), Err(refusal.clone()), turn);
         }
+        self.blocks.ended.push_back(EndedLock {
+            key,
+            lock,
+            refusal,
+            goes_on: soon(turn.time()),
+        });
+        self.end_waits(budget, turn);
         self.blocks.forget(key, self.info, turn);
         // Storage that is still being created is dropped once it exists.
         if !is_new {
@@ -334,6 +345,24 @@ impl<D: Driver> PoolBlocks<'_, D> {
                 storage,
                 is_superseded: false,
             });
+        }
+    }
+
+    /// Ends waits for the locks of removed blocks, as many as `budget` allows.
+    pub(in crate::pool) fn end_waits(&mut self, budget: &mut usize, turn: &mut Turn<'_, D>) {
+        while let Some(ended) = self.blocks.ended.front_mut() {
+            if *budget == 0 && ended.lock.waiting() > 0 {
+                return;
+            }
+            let Some(claim) = ended.lock.pop_waiting() else {
+                self.blocks.ended.pop_front();
+                continue;
+            };
+            *budget -= 1;
+            let (key, refusal) = (ended.key, ended.refusal.clone());
+            self.blocks.wait_over(key, &claim);
+            self.members
+                .answer(claim.member, claim.id.as_deref(), Err(refusal), turn);
         }
     }
 }
