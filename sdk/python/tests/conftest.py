@@ -1,7 +1,13 @@
 """Fixtures shared by all tests."""
 
+import signal
+
 import latzero
 import pytest
+
+# A shell starts its background jobs with SIGINT ignored, which the processes of the tests would
+# inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
