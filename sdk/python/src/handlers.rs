@@ -159,6 +159,12 @@ impl PyRequest {
         self.request.key()
     }
 
+    /// Whether nobody waits for an answer.
+    #[getter]
+    fn is_emit(&self) -> bool {
+        self.request.is_emit()
+    }
+
     #[getter]
     fn attempt(&self) -> u32 {
         self.request.attempt()

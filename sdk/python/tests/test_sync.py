@@ -188,6 +188,23 @@ def test_emits_reach_listeners(pair):
     assert seen == [5]
 
 
+def test_a_handler_knows_calls_from_emits(pair):
+    serves, calls = pair
+    told = queue.SimpleQueue()
+
+    @serves.serve
+    def kind(request: latzero.Request):
+        told.put(request.is_emit)
+        return request.is_emit
+
+    pending = calls.submit("kind")
+    assert repr(pending).startswith("<latzero.Pending ")
+    assert pending.result(10) is False
+    assert repr(pending) == "<latzero.Pending done>"
+    calls.emit("kind")
+    assert (told.get(timeout=10), told.get(timeout=10)) == (False, True)
+
+
 def test_other_threads_run_while_one_waits(pair):
     serves, calls = pair
     inside, release = threading.Event(), threading.Event()

@@ -272,6 +272,9 @@ class Pending(Generic[T]):
         result: T = value
         return result
 
+    def __repr__(self) -> str:
+        return f"<latzero.Pending {'done' if self.done() else 'waits for its answer'}>"
+
     def cancel(self) -> None:
         """Cancels the call."""
         if self._result is None:

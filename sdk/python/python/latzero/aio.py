@@ -304,6 +304,9 @@ class Pending(Generic[T]):
             raise Cancelled("cancelled", "the call was cancelled", "unknown", None)
         return self._decode(self._future.result())
 
+    def __repr__(self) -> str:
+        return f"<latzero.aio.Pending {'done' if self.done() else 'waits for its answer'}>"
+
     def cancel(self) -> None:
         """Cancels the call."""
         self._future.cancel()
