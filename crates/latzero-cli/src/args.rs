@@ -241,7 +241,8 @@ Examples:
 
 One JSON line per answer: id, pool, and data or error. Without --pool, the app joins every pool that
 has answers for it, and encrypted pools in which a command of this user parked calls with --app. The
-server deletes an answer once it has been printed.
+server deletes an answer once this command has it, so --count may be exceeded: what has arrived is
+printed.
 Exit code 6 if --wait was given and too few answers arrived.")]
     Answers(AnswersArgs),
     /// Send an event to the apps that handle it

@@ -26,36 +26,42 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
     connection.app.ping()?;
     let mut answers = connection.app.answers();
     let mut seen = 0;
-    while args.limit.wants_more(seen) {
+    let mut print = |answer: Answer| {
+        seen += 1;
+        if answer.lost() > 0 {
+            let lost = count(answer.lost(), "answer");
+            output.note(format_args!(
+                "{lost} before the next one were dropped, because the queue was full"
+            ));
+        }
+        output.json_line(&line(&answer)).map(|()| seen)
+    };
+    let mut printed = 0;
+    while args.limit.wants_more(printed) {
         let left = deadline.map_or(Duration::ZERO, |deadline| {
             deadline.saturating_duration_since(Instant::now())
         });
         match answers.recv_timeout(left) {
-            Ok(answer) => {
-                seen += 1;
-                if answer.lost() > 0 {
-                    let lost = count(answer.lost(), "answer");
-                    output.note(format_args!(
-                        "{lost} before the next one were dropped, because the queue was full"
-                    ));
-                }
-                output.json_line(&line(&answer))?;
-            }
+            Ok(answer) => printed = print(answer)?,
             Err(error) if error.kind() == Code::Timeout => break,
             Err(error) => return Err(error.into()),
         }
     }
+    // The server no longer has what has arrived, even if that is more than --count.
+    while let Ok(answer) = answers.recv_timeout(Duration::ZERO) {
+        printed = print(answer)?;
+    }
     let app_id = connection.app.app_id();
     match args.wait {
-        Some(_) if seen < args.limit.count.unwrap_or(1) => {
+        Some(_) if printed < args.limit.count.unwrap_or(1) => {
             let text = format!(
                 "only {} for {app_id} arrived in time",
-                count(seen, "answer")
+                count(printed, "answer")
             );
             Err(Failure::new(Exit::Timeout, text))
         }
         _ => {
-            if seen == 0 && output.is_for_people() {
+            if printed == 0 && output.is_for_people() {
                 output.note(format_args!("no answers for {app_id}"));
             }
             Ok(Exit::Ok)

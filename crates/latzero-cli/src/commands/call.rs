@@ -141,7 +141,7 @@ fn wait(parked: Parked, connection: &Connection, output: &Output) -> Result<Repl
 }
 
 /// Returns without waiting for a parked call. An answer that has already arrived is printed,
-/// because it could not be fetched later; to an app that has left its pools none is sent.
+/// because it could not be fetched later.
 fn leave(
     parked: Parked,
     connection: &Connection,
@@ -151,9 +151,6 @@ fn leave(
     let id = parked.id().to_owned();
     drop(parked);
     let app_id = connection.app.app_id();
-    for pool in connection.app.joined() {
-        connection.app.leave(&pool)?;
-    }
     let mut is_answered = false;
     // Under an AppID that others have used, their answers may have come along.
     while let Ok(answer) = connection.app.answers().recv_timeout(Duration::ZERO) {

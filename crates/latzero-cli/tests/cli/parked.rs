@@ -224,6 +224,28 @@ fn answers_wait_for_the_app_that_parked_a_call() {
 }
 
 #[test]
+fn no_answer_is_lost_behind_a_count() {
+    let server = Server::start();
+    for id in ["one", "two", "three"] {
+        park(&server, "shop", id, "1");
+    }
+    let serving = server.serve(&["alpha/job", "--app", "worker", "--", "cat"]);
+    let answered = || {
+        let listed = server.run(&["parked", "ls", "--json"]).ended_with(0).json();
+        let calls = listed["parked"].as_array().unwrap();
+        calls.iter().filter(|c| c["state"] == "answered").count()
+    };
+    eventually(|| answered() == 3);
+    drop(serving);
+    let mut lines = 0;
+    for _ in 0..3 {
+        let fetched = server.run(&["answers", "--app", "shop", "--count", "1"]);
+        lines += fetched.ended_with(0).out.lines().count();
+    }
+    assert_eq!((lines, answered()), (3, 0));
+}
+
+#[test]
 fn a_parked_call_has_a_unique_app() {
     let server = Server::start();
     let args = ["call", "alpha/job", "1", "--park", "--no-wait", "--json"];
