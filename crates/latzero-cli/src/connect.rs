@@ -210,6 +210,8 @@ pub(crate) struct ConnectOptions {
     pub(crate) deadline: Option<Instant>,
     /// Whether the command uses keys of its own accord.
     pub(crate) holds_keys: bool,
+    /// Whether the command prints answers to parked calls. From all others the server keeps them.
+    pub(crate) takes_answers: bool,
 }
 
 impl ConnectOptions {
@@ -223,6 +225,7 @@ impl ConnectOptions {
             request_time: None,
             deadline: None,
             holds_keys: false,
+            takes_answers: false,
         }
     }
 
@@ -488,6 +491,7 @@ impl ServerArgs {
             let mut builder = latzero::App::builder(&place.url(&place.app_id(&app_id)))
                 .pools(&options.pools)
                 .transient(self.is_transient(options))
+                .hold_answers(!options.takes_answers)
                 .connect_timeout(left.map_or(CONNECT_TIMEOUT, |left| left.min(CONNECT_TIMEOUT)))
                 .reconnect(Reconnect {
                     enabled: options.loss == OnDisconnect::Reconnects,

@@ -69,6 +69,8 @@ struct Ready {
     outside: Vec<TriggerSpec>,
     /// What happens to the triggers that the app had in an encrypted pool, with the proof.
     earlier: Earlier,
+    /// Whether it gets no answers to parked calls.
+    holds_answers: bool,
 }
 
 /// What happens to the triggers that an app had in an encrypted pool.

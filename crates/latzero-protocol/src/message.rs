@@ -110,6 +110,8 @@ pub struct Handshake<'a> {
     pub transient: bool,
     /// Restored triggers are served only once the app registers them again.
     pub hold_triggers: bool,
+    /// This instance gets no answers to parked calls.
+    pub hold_answers: bool,
 }
 
 /// Optional parts of the protocol, which are used if both sides named them.
@@ -722,6 +724,7 @@ fn handshake<'a>(e: &Envelope<'a>, bounds: &ListBounds) -> Result<Handshake<'a>,
         takeover: fields.flag("takeover")?,
         transient: fields.flag("transient")?,
         hold_triggers: fields.flag("hold_triggers")?,
+        hold_answers: fields.flag("hold_answers")?,
     })
 }
 

@@ -41,6 +41,7 @@ pub(crate) struct Config {
     pub(crate) takeover: bool,
     pub(crate) rehydrate: bool,
     pub(crate) transient: bool,
+    pub(crate) hold_answers: bool,
     pub(crate) meta: Option<Value>,
     pub(crate) app_key: Option<AppKey>,
     /// The keys of encrypted pools.

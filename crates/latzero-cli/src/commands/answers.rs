@@ -18,6 +18,7 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
         );
     }
     let mut options = ConnectOptions::once("answers").waiting(args.wait.unwrap_or_default());
+    options.takes_answers = true;
     options.pools = with_keys(args, output);
     let connection = args.reach.connect(&options)?;
     let deadline = args.wait.map(|wait| Instant::now() + wait);

@@ -73,6 +73,7 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> CommandResult {
     if args.park || key.is_some() {
         options.app_id = Some(args.reach.own_app_id(key));
     }
+    options.takes_answers = args.park && !args.no_wait;
     let options = options.in_pool(proved(&args.reach, &target));
     let connection = args.reach.connect(&options)?;
     let pool = match args.park {
@@ -101,10 +102,14 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> CommandResult {
         };
         let parked = block_on(parking).map_err(explained)?;
         return match args.no_wait {
-            true => leave(parked, &connection, args, output),
+            true => leave(&parked, &connection, output),
             false => {
-                let reply = wait(parked, &connection, output).map_err(explained)?;
-                print(&reply, args, output)?;
+                let reply = wait(parked, &connection, output).map_err(explained);
+                // With an AppID that others use, their answers may have come along.
+                while let Ok(other) = connection.app.answers().recv_timeout(Duration::ZERO) {
+                    output.note(answers::line(&other));
+                }
+                print(&reply?, args, output)?;
                 Ok(Exit::Ok)
             }
         };
@@ -140,35 +145,14 @@ fn wait(parked: Parked, connection: &Connection, output: &Output) -> Result<Repl
     }))
 }
 
-/// Returns without waiting for a parked call. An answer that has already arrived is printed,
-/// because it could not be fetched later.
-fn leave(
-    parked: Parked,
-    connection: &Connection,
-    args: &CallArgs,
-    output: &Output,
-) -> CommandResult {
-    let id = parked.id().to_owned();
-    drop(parked);
-    let app_id = connection.app.app_id();
-    let mut is_answered = false;
-    // Under an AppID that others have used, their answers may have come along.
-    while let Ok(answer) = connection.app.answers().recv_timeout(Duration::ZERO) {
-        if answer.id() == id {
-            is_answered = true;
-            print(&answer.into_reply()?, args, output)?;
-        } else {
-            output.note(answers::line(&answer));
-        }
-    }
-    if is_answered {
-        return Ok(Exit::Ok);
-    }
+/// Returns without waiting for a parked call.
+fn leave(parked: &Parked, connection: &Connection, output: &Output) -> CommandResult {
+    let (id, app_id) = (parked.id(), connection.app.app_id());
     if output.json {
         output.value(&json!({"parked": true, "id": id, "app_id": app_id}))?;
         return Ok(Exit::Ok);
     }
-    output.facts(&[("parked", (&id).into()), ("app", app_id.into())])?;
+    output.facts(&[("parked", id.into()), ("app", app_id.into())])?;
     if output.is_for_people() {
         output.note(format_args!(
             "`latzero answers --app {app_id}` prints the answer later"

@@ -275,6 +275,28 @@ fn a_parked_call_has_a_unique_app() {
 }
 
 #[test]
+fn only_answers_takes_answers() {
+    let server = Server::start();
+    let _serving = server.serve(&["alpha/job", "--app", "worker", "--", "cat"]);
+    // Its handler answers at once, and other commands use the same AppID.
+    for id in ["1", "2"] {
+        park(&server, "shop", id, id);
+        for args in [
+            &["call", "alpha/job", "0"][..],
+            &["emit", "alpha/job", "0"],
+            &["ping"],
+        ] {
+            let out = server.run(&[args, &["--app", "shop"]].concat());
+            assert_eq!(out.ended_with(0).err, "");
+        }
+    }
+    let fetch = ["answers", "--app", "shop", "--wait", "20s", "--count", "2"];
+    let fetched = server.run(&fetch).ended_with(0).out;
+    let expected = [1, 2].map(|n| format!("{{\"id\":\"{n}\",\"pool\":\"alpha\",\"data\":{n}}}\n"));
+    assert_eq!(fetched, expected.concat());
+}
+
+#[test]
 fn a_repeat_gets_the_first_answer() {
     let server = Server::start();
     let count = server.home().join("count");

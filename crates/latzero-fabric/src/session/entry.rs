@@ -182,6 +182,7 @@ impl<D: Driver> Session<D> {
             triggers,
             outside,
             earlier,
+            holds_answers: handshake.hold_answers,
         });
         let mut watches: BTreeMap<_, _> = watches.into_iter().collect();
         let mut subscribed: BTreeMap<PoolName, Vec<_>> = BTreeMap::new();
@@ -222,7 +223,7 @@ impl<D: Driver> Session<D> {
             attachments: self.attachments(),
             takes_descriptors: self.features.fd_passing,
             rights: entrance.rights,
-            takes_answers: entrance.takes_answers(),
+            takes_answers: !ready.holds_answers && entrance.takes_answers(),
         };
         let is_open =
             entrance.name.as_str() != SYSTEM_POOL || self.terms.transport == Transport::BuiltIn;

@@ -521,7 +521,8 @@ impl<D: Driver> Session<D> {
             let gone = here().filter(|spec| m.served_as(spec).is_none());
             pool.unserve(m.member, gone.map(|spec| &spec.name), turn);
             pool.serve(m.member, here().filter_map(|spec| m.served_as(spec)), turn);
-            pool.allow_answers(m.member, roles != Roles::Join, turn);
+            let takes_answers = !ready.holds_answers && m.takes_answers();
+            pool.allow_answers(m.member, takes_answers, turn);
             let (most, missing) = match roles {
                 Roles::Join => (None, "read"),
                 Roles::Read => (Some(Access::Read), "write"),

@@ -384,6 +384,9 @@ impl Core {
         if self.config.transient {
             handshake["transient"] = json!(true);
         }
+        if self.config.hold_answers {
+            handshake["hold_answers"] = json!(true);
+        }
         handshake
     }
 

@@ -45,6 +45,7 @@ impl Builder {
                     exclusive: false,
                     takeover: false,
                     rehydrate: false,
+                    hold_answers: false,
                     transient: false,
                     meta: None,
                     reconnect: Reconnect::default(),
@@ -89,6 +90,14 @@ impl Builder {
     #[must_use]
     pub fn transient(self, transient: bool) -> Self {
         self.with(|config| config.transient = transient)
+    }
+
+    /// Leave answers to parked calls at the server, for another instance of the app: for programs
+    /// that do not read [`App::answers`](crate::App::answers). An instance that holds answers does
+    /// not even get those to calls that it parked itself.
+    #[must_use]
+    pub fn hold_answers(self, hold_answers: bool) -> Self {
+        self.with(|config| config.hold_answers = hold_answers)
     }
 
     /// The app's metadata, shown in listings of apps: a JSON object.
