@@ -141,6 +141,8 @@ pub struct Pool<D: Driver> {
     calls: Calls,
     blocks: Blocks,
     parked: ParkedCalls,
+    /// Parked calls and answers that were removed all together, and end in steps.
+    retired: Vec<ParkedCalls>,
     repeats: Repeats,
     /// For the choice of handlers.
     prng: Prng,
@@ -150,7 +152,7 @@ pub struct Pool<D: Driver> {
     /// When what was due, and was too much for one step, goes on.
     goes_on: Option<Time>,
     closed: bool,
-    /// The members of a removed pool, until their waits are answered.
+    /// The members of a removed pool, until their calls and waits have ended.
     left: Members<D>,
 }
 
@@ -182,6 +184,7 @@ impl<D: Driver> Pool<D> {
             calls: Calls::new(number, &mut prng),
             blocks: Blocks::default(),
             parked: ParkedCalls::default(),
+            retired: Vec::new(),
             repeats: Repeats::default(),
             prng,
             emits_total: 0,
@@ -221,7 +224,13 @@ impl<D: Driver> Pool<D> {
     /// Whether it may have deadlines: it has members, or calls or answers that wait for some.
     #[must_use]
     pub fn is_due_to_wake(&self) -> bool {
-        self.members.len() > 0 || self.parked.has_any() || self.blocks.has_ended()
+        self.members.len() > 0 || self.parked.has_any() || self.has_removed()
+    }
+
+    /// Whether something that was removed has not ended yet.
+    fn has_removed(&self) -> bool {
+        let has_calls = self.closed && (self.calls.len() > 0 || self.parked.has_orphans());
+        has_calls || !self.retired.is_empty() || self.blocks.has_ended()
     }
 
     /// Sets whether its content may outlive the server. If its policy does not, calls and blocks
@@ -239,6 +248,9 @@ impl<D: Driver> Pool<D> {
     /// Counters of the pool.
     #[must_use]
     pub fn stats(&self) -> PoolStats {
+        let all_parked = || self.retired.iter().chain([&self.parked]);
+        let mut parked = ParkedCounts::default();
+        all_parked().for_each(|calls| parked.add(&calls.counts()));
         PoolStats {
             members: self.members.len(),
             triggers: self.triggers.len(),
@@ -247,8 +259,8 @@ impl<D: Driver> Pool<D> {
             emits: self.emits_total,
             blocks: self.blocks.len(),
             block_bytes: self.blocks.bytes(),
-            parked: self.parked.counts(),
-            parked_bytes: self.parked.bytes(),
+            parked,
+            parked_bytes: all_parked().map(ParkedCalls::bytes).sum(),
             repeats_bytes: self.repeats.bytes(),
             redelivery_bytes: self.calls.redelivery_bytes() + self.parked.orphan_bytes(),
         }
@@ -413,47 +425,57 @@ impl<D: Driver> Pool<D> {
     pub fn handle_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let mut budget = DUE_AT_ONCE_MAX;
-        self.end_waits(&mut budget, turn);
-        while budget > 0
-            && let Some(key) = self.calls.pop_due(now)
-        {
-            budget -= 1;
-            self.end(key, EndReason::TimedOut, turn);
+        if self.closed {
+            std::mem::swap(&mut self.members, &mut self.left);
+            self.end_removed(&mut budget, turn);
+            std::mem::swap(&mut self.members, &mut self.left);
+        } else {
+            self.end_removed(&mut budget, turn);
+            while budget > 0
+                && let Some(key) = self.calls.pop_due(now)
+            {
+                budget -= 1;
+                self.end(key, EndReason::TimedOut, turn);
+            }
+            self.blocks().handle_timeout(&mut budget, turn);
+            self.go_on_with_orphans(turn);
+            self.handle_parked_timeout(&mut budget, turn);
+            self.durable().handle_repeats_timeout(&mut budget, turn);
         }
-        self.blocks().handle_timeout(&mut budget, turn);
-        self.go_on_with_orphans(turn);
-        self.handle_parked_timeout(&mut budget, turn);
-        self.durable().handle_repeats_timeout(&mut budget, turn);
-        self.goes_on = (budget == 0).then(|| soon(now));
+        self.go_on_after(budget, now);
     }
 
-    /// Ends waits for the locks of removed blocks, as many as `budget` allows.
-    fn end_waits(&mut self, budget: &mut usize, turn: &mut Turn<'_, D>) {
-        let mut blocks = PoolBlocks {
-            blocks: &mut self.blocks,
-            members: if self.closed {
-                &self.left
-            } else {
-                &self.members
-            },
-            info: &self.info,
-        };
-        blocks.end_waits(budget, turn);
-        if !self.blocks.has_ended() {
+    /// Ends what was removed, as much as `budget` allows: parked calls and answers, waits for the
+    /// locks of removed blocks, and the calls of a removed pool.
+    fn end_removed(&mut self, budget: &mut usize, turn: &mut Turn<'_, D>) {
+        if self.closed {
+            let keys: Vec<MemberKey> = self.members.iter().map(|(key, _)| key).collect();
+            for key in keys {
+                self.end_calls_of(key, budget, turn);
+            }
+            self.durable()
+                .drop_orphans(&refusals::pool_removed(), budget, turn);
+        }
+        self.end_retired(budget, turn);
+        self.blocks().end_waits(budget, turn);
+    }
+
+    /// Another step follows if this one used up its budget.
+    fn go_on_after(&mut self, budget: usize, now: Time) {
+        self.goes_on = (budget == 0).then(|| soon(now));
+        if self.closed && !self.has_removed() {
             self.left = Members::default();
         }
     }
 
-    /// Removes the pool: ends its calls and notifies each member. Nobody can join again. Very many
-    /// waits for locks end in later steps.
+    /// Removes the pool: ends its calls and notifies each member. Nobody can join again. What is
+    /// too much for one step ends in later ones.
     pub fn close(&mut self, turn: &mut Turn<'_, D>) {
         self.closed = true;
-        let keys: Vec<MemberKey> = self.members.iter().map(|(key, _)| key).collect();
-        for &key in &keys {
-            self.end_calls_of(key, &mut { usize::MAX }, turn);
-        }
-        self.durable().drop_orphans(&refusals::pool_removed(), turn);
-        self.close_held(turn);
+        self.retire_parked(turn);
+        let mut budget = DUE_AT_ONCE_MAX;
+        self.end_removed(&mut budget, turn);
+        self.blocks().close(turn);
         self.triggers = Triggers::default();
         let json = format!(
             "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{}\"}}",
@@ -465,13 +487,39 @@ impl<D: Driver> Pool<D> {
                 encode::message(out, &json)
             });
         }
-        self.end_waits(&mut 0, turn);
+        let left = if self.has_removed() { 0 } else { budget };
+        self.go_on_after(left, turn.time());
     }
 
-    /// Releases the reservations of a removed pool.
+    /// Releases what was added to a pool when it had already been removed.
     pub fn close_held(&mut self, turn: &mut Turn<'_, D>) {
-        self.durable().close(turn);
+        self.retire_parked(turn);
+        self.end_retired(&mut { usize::MAX }, turn);
         self.blocks().close(turn);
+    }
+
+    /// Ends waiting calls and stored answers of an encrypted pool that moves to its next epoch:
+    /// nobody in the new epoch can open them.
+    pub fn purge(&mut self, turn: &mut Turn<'_, D>) -> Purged {
+        let counts = self.parked.counts();
+        let mut all = usize::MAX;
+        self.durable()
+            .drop_orphans(&refusals::handler_gone(), &mut all, turn);
+        self.retire_parked(turn);
+        let mut repeats = 0;
+        while self.repeats.forget_oldest() {
+            repeats += 1;
+        }
+        let mut budget = DUE_AT_ONCE_MAX;
+        self.end_retired(&mut budget, turn);
+        if budget == 0 {
+            self.goes_on = Some(soon(turn.time()));
+        }
+        Purged {
+            parked: counts.total() - counts.answered,
+            answers: counts.answered,
+            repeats,
+        }
     }
 
     /// Whether the pool was removed.
@@ -506,7 +554,12 @@ impl<D: Driver> Pool<D> {
     /// If an invariant is broken.
     pub fn check(&self) {
         let (mut calling, mut serving) = (0, 0);
-        for (key, member) in self.members.iter() {
+        let members = if self.closed {
+            &self.left
+        } else {
+            &self.members
+        };
+        for (key, member) in members.iter() {
             let made = self.calls.iter().filter(|(_, c)| c.caller == key).count();
             let served = self.calls.iter().filter(|(_, c)| c.member == key).count();
             assert_eq!(
@@ -534,9 +587,15 @@ impl<D: Driver> Pool<D> {
         );
         assert!(self.calls.len() <= self.info.limits.pending_max);
         self.members.check();
-        self.triggers.check(&self.members, &self.calls);
+        if !self.closed {
+            self.parked.check_orphans();
+            self.triggers.check(&self.members, &self.calls);
+        }
         self.calls.check();
-        self.parked.check();
+        self.retired
+            .iter()
+            .chain([&self.parked])
+            .for_each(ParkedCalls::check);
         self.repeats.check();
         self.blocks.check(&self.members);
     }

@@ -34,6 +34,8 @@ pub enum StoreChange {
     Attempt(u64, u32),
     /// A waiting call ended, and its caller was notified.
     EndCall(u64),
+    /// Waiting calls and answers were removed together.
+    EndParked(Vec<u64>),
     /// The answer of a waiting call, stored for its caller; the call itself ended.
     Answer(Box<AnswerRow>),
     /// An answer was delivered to its caller.

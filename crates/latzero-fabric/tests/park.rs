@@ -9,7 +9,8 @@ mod net;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use latzero_fabric::{Limits, Prng};
+use latzero_fabric::ledger::Resource;
+use latzero_fabric::{Limits, Prng, Transport};
 use latzero_sim::{Bounds, Peer};
 use net::Net;
 use serde_json::Value;
@@ -1088,4 +1089,80 @@ fn nothing_that_was_parked_is_lost() {
         assert!(net.world.rows().calls.is_empty(), "seed {seed}");
         assert!(net.world.rows().answers.is_empty(), "seed {seed}");
     }
+}
+
+/// Sends many calls of trigger `t` in pool `p` at once.
+fn call_many(net: &mut Net, peer: Peer, ids: std::ops::Range<u32>, more: &str) {
+    let call = |id| format!(r#"{{"action":"trigger","pool":"p","process":"t","id":"{id}"{more}}}"#);
+    let frames: Vec<u8> = ids
+        .flat_map(|id| latzero_sim::encode_frame(&call(id), None))
+        .collect();
+    net.world.feed(peer, &frames);
+    net.world.check();
+}
+
+/// The ids of the calls that failed because their pool was removed.
+fn failed(net: &mut Net, peer: Peer) -> BTreeSet<String> {
+    let messages = net.messages(peer).into_iter().map(|m| m.json);
+    let of_removal = ["handler_gone", "no_pool"];
+    let messages = messages.filter(|m| {
+        m["error"]["code"]
+            .as_str()
+            .is_some_and(|code| of_removal.contains(&code))
+    });
+    let ids = messages.map(|m| m["in_reply_to"].as_str().unwrap().to_owned());
+    ids.collect()
+}
+
+#[test]
+fn a_pool_with_very_many_calls_is_removed_in_steps() {
+    let mut net = Net::with(|limits| limits.in_flight_max = 5000);
+    let keeper = net.app("keeper", r#""pools":["p"]"#);
+    // A handler takes at most 1,024 calls of one caller.
+    let handlers = ["h1", "h2", "h3"].map(|app| {
+        let serves = r#""pools":["p"],"triggers":[{"name":"t","concurrency":5000}]"#;
+        net.app(app, serves)
+    });
+    let caller = net.app("caller", r#""pools":["p"]"#);
+    let late = net.app("late", r#""pools":["p"]"#);
+    call_many(&mut net, caller, 0..1500, "");
+    call_many(&mut net, caller, 1500..3000, r#","redeliver":true"#);
+    let parked = r#","park":"always""#;
+    let nobody = r#","park":true,"destination":{"app_id":"keeper"}"#;
+    call_many(&mut net, late, 0..1500, parked);
+    call_many(&mut net, late, 1500..3000, nobody);
+    assert_eq!(net.world.calls_in_flight(), 4500);
+    for peer in handlers.into_iter().chain([caller, late]) {
+        net.sees(peer);
+    }
+    let remove = r#"{"action":"pool_remove","id":"1","pool":"p","force":true}"#;
+    let admin = net.world.connect(Transport::BuiltIn);
+    net.say(admin, r#"{"action":"handshake","app_id":"latzero"}"#);
+    net.say(admin, remove);
+    assert!(net.sees(admin).contains("1 ok"));
+    // No row stays, whatever is left to do.
+    assert_eq!(net.world.rows().calls.len(), 0);
+    let mut ended = failed(&mut net, caller).len();
+    assert!((1..3000).contains(&ended), "{ended}");
+    assert_ne!(net.world.held(Resource::ParkedCalls), 0);
+    // Neither the handler nor the caller reaches what has not ended yet, and a new pool of the name
+    // has nothing of it.
+    let call = net
+        .calls_of(handlers[0])
+        .first()
+        .cloned()
+        .unwrap_or_default();
+    net.answer_to(handlers[0], &call, r#""status":"ok","response":1"#);
+    net.say(caller, r#"{"action":"cancel","id":"2999"}"#);
+    net.say(caller, r#"{"action":"ack","id":"2998","count":1}"#);
+    let again = net.app("again", r#""pools":["p"],"triggers":["t"]"#);
+    net.say(again, r#"{"action":"pool_info","id":"i","pool":"p"}"#);
+    net.hang_up(keeper);
+    assert!((2..9).contains(&net.advance(100)));
+    net.world.check_ledger();
+    assert_eq!(net.world.held(Resource::ParkedCalls), 0);
+    assert_eq!(net.world.held(Resource::Redelivery), 0);
+    ended += failed(&mut net, caller).len();
+    assert_eq!((ended, failed(&mut net, late).len()), (3000, 3000));
+    assert_eq!(net.calls_of(again).len(), 0);
 }

@@ -63,6 +63,12 @@ impl Rows {
             StoreChange::EndCall(number) => {
                 self.calls.remove(&number);
             }
+            StoreChange::EndParked(numbers) => {
+                for number in numbers {
+                    self.calls.remove(&number);
+                    self.answers.remove(&number);
+                }
+            }
             StoreChange::Answer(row) => {
                 self.calls.remove(&row.number);
                 self.answers.insert(row.number, *row);

@@ -105,7 +105,7 @@ pub struct World {
     users: Users<bool>,
     connections: Vec<Connection>,
     touched: Vec<PoolHandle>,
-    /// Pools that were removed and have waits to end.
+    /// Pools that were removed and have calls or waits to end.
     removed: Vec<PoolHandle>,
     /// Connections whose durable requests completed while another's message was handled.
     woken: Vec<Peer>,
@@ -784,10 +784,9 @@ impl World {
     #[must_use]
     pub fn calls_in_flight(&self) -> usize {
         let registry = self.registry.borrow();
-        registry
-            .pools()
-            .map(|(_, pool)| pool.borrow().stats().calls_in_flight)
-            .sum()
+        let pools = registry.pools().map(|(_, pool)| pool);
+        let pools = pools.chain(&self.removed);
+        pools.map(|p| p.borrow().stats().calls_in_flight).sum()
     }
 
     /// Delays block operations until [`World::run_jobs`], as with large blocks on a server.

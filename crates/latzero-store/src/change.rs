@@ -40,7 +40,7 @@ pub enum RowChange {
     PutPool(PoolRow),
     /// Adds or replaces the descriptor of one epoch of a pool.
     PutDescriptor(DescriptorRow),
-    /// Removes a pool and its descriptors; the caller removes its blocks, calls and answers.
+    /// Removes a pool with its descriptors, calls and answers; the caller removes its blocks.
     RemovePool {
         /// Which pool.
         name: String,
@@ -67,6 +67,11 @@ pub enum RowChange {
     RemoveCall {
         /// The call's number.
         number: u64,
+    },
+    /// Removes parked calls and answers.
+    RemoveParked {
+        /// Their numbers.
+        numbers: Vec<u64>,
     },
     /// Stores an answer and removes the call that it ends, both or neither.
     PutAnswer {
@@ -105,6 +110,8 @@ pub(crate) enum Key {
     Call(u64),
     Attempt(u64),
     Answer(u64),
+    /// The first of several.
+    Parked(Option<u64>),
     Setting(String),
 }
 
@@ -138,6 +145,7 @@ impl RowChange {
             Self::NoteAttempt { number, .. } => Key::Attempt(*number),
             Self::PutAnswer { answer, .. } => Key::Answer(answer.number),
             Self::RemoveAnswer { number } => Key::Answer(*number),
+            Self::RemoveParked { numbers } => Key::Parked(numbers.first().copied()),
             Self::PutSetting { key, .. } => Key::Setting(key.clone()),
         }
     }
@@ -159,6 +167,7 @@ impl RowChange {
                 ends_call: Some(_),
                 ..
             } | Self::RemovePool { .. }
+                | Self::RemoveParked { .. }
         )
     }
 
@@ -182,6 +191,7 @@ impl RowChange {
             }
             Self::PutAnswer { answer, .. } => format!("answer {}", answer.number),
             Self::RemoveAnswer { number } => format!("answer {number}"),
+            Self::RemoveParked { numbers } => format!("{} parked calls", numbers.len()),
             Self::PutSetting { key, .. } => format!("setting {key}"),
         }
     }

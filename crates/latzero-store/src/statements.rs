@@ -28,6 +28,8 @@ enum Sql {
     RemoveBinding,
     PutPool,
     RemovePool,
+    RemoveCallsOf,
+    RemoveAnswersOf,
     PutDescriptor,
     RemoveDescriptors,
     PutBlock,
@@ -67,6 +69,8 @@ impl Sql {
             Self::RemoveBinding => "DELETE FROM app_bindings WHERE app_id = ?1".into(),
             Self::PutPool => PoolRow::upsert(),
             Self::RemovePool => "DELETE FROM pool_metadata WHERE name = ?1".into(),
+            Self::RemoveCallsOf => "DELETE FROM parked_calls WHERE pool = ?1".into(),
+            Self::RemoveAnswersOf => "DELETE FROM parked_answers WHERE pool = ?1".into(),
             Self::PutDescriptor => DescriptorRow::upsert(),
             Self::RemoveDescriptors => "DELETE FROM pool_descriptors WHERE pool = ?1".into(),
             Self::PutBlock => BlockRow::upsert(),
@@ -178,6 +182,8 @@ impl<'c> Statements<'c> {
             RowChange::PutDescriptor(row) => row.write(self.step(Sql::PutDescriptor)?),
             RowChange::RemovePool { name } => {
                 self.step(Sql::RemoveDescriptors)?.execute([name])?;
+                self.step(Sql::RemoveCallsOf)?.execute([name])?;
+                self.step(Sql::RemoveAnswersOf)?.execute([name])?;
                 self.step(Sql::RemovePool)?.execute([name])
             }
             RowChange::PutBlock(row) => row.write(self.step(Sql::PutBlock)?),
@@ -200,6 +206,13 @@ impl<'c> Statements<'c> {
             }
             RowChange::RemoveAnswer { number } => {
                 self.step(Sql::RemoveAnswer)?.execute([Ordered(*number)])
+            }
+            RowChange::RemoveParked { numbers } => {
+                for number in numbers {
+                    self.step(Sql::RemoveCall)?.execute([Ordered(*number)])?;
+                    self.step(Sql::RemoveAnswer)?.execute([Ordered(*number)])?;
+                }
+                Ok(numbers.len())
             }
             RowChange::PutSetting { key, value } => {
                 self.step(Sql::PutSetting)?.execute((key, value, now_ms()))

@@ -36,6 +36,14 @@ impl Model {
                 }
             }
             RowChange::RemoveCall { number } => drop(self.calls.remove(number)),
+            RowChange::RemoveParked { numbers } => {
+                self.calls.retain(|number, _| !numbers.contains(number));
+                self.answers.retain(|number, _| !numbers.contains(number));
+            }
+            RowChange::RemovePool { name } => {
+                self.calls.retain(|_, row| row.pool != *name);
+                self.answers.retain(|_, row| row.pool != *name);
+            }
             RowChange::PutAnswer { answer, ends_call } => {
                 self.answers.insert(answer.number, answer.clone());
                 ends_call.map(|number| self.calls.remove(&number));
@@ -49,6 +57,10 @@ impl Model {
     }
 }
 
+fn pool(number: u64) -> String {
+    format!("pool-{}", number % 2)
+}
+
 fn change() -> impl Strategy<Value = RowChange> {
     let name = || (0..3_u8).prop_map(|n| format!("app-{n}"));
     let number = || 0..4_u64;
@@ -60,12 +72,20 @@ fn change() -> impl Strategy<Value = RowChange> {
         }),
         (name(), 0..9_i64).prop_map(|(app_id, last_seen)| RowChange::SeenApp { app_id, last_seen }),
         name().prop_map(|app_id| RowChange::ForgetApp { app_id }),
-        number().prop_map(|number| RowChange::PutCall(call(number))),
+        number().prop_map(|number| {
+            let mut row = call(number);
+            row.pool = pool(number);
+            RowChange::PutCall(row)
+        }),
+        proptest::collection::vec(number(), 0..3)
+            .prop_map(|numbers| RowChange::RemoveParked { numbers }),
+        number().prop_map(|number| RowChange::RemovePool { name: pool(number) }),
         (number(), 0..9_u32)
             .prop_map(|(number, attempt)| RowChange::NoteAttempt { number, attempt }),
         number().prop_map(|number| RowChange::RemoveCall { number }),
         (number(), proptest::option::of(number())).prop_map(|(number, ends_call)| {
-            let answer = answer(number);
+            let mut answer = answer(number);
+            answer.pool = pool(number);
             RowChange::PutAnswer { answer, ends_call }
         }),
         number().prop_map(|number| RowChange::RemoveAnswer { number }),

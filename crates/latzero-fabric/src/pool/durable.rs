@@ -8,8 +8,6 @@ use super::park::{ParkedCalls, ParkedCounts};
 use super::repeats::Repeats;
 use crate::driver::Driver;
 use crate::now::Time;
-use crate::refusals;
-use crate::turn::Turn;
 
 /// What a rotation to the next epoch ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -45,22 +43,5 @@ impl<D: Driver> DurableCalls<'_, D> {
 
     pub(crate) fn forget_oldest_repeat(&mut self) {
         self.repeats.forget_oldest();
-    }
-
-    /// Ends waiting calls and stored answers of an encrypted pool that moves to its next epoch:
-    /// nobody in the new epoch can open them.
-    pub fn purge(&mut self, turn: &mut Turn<'_, D>) -> Purged {
-        let counts = self.parked.counts();
-        self.drop_orphans(&refusals::handler_gone(), turn);
-        self.close(turn);
-        let mut repeats = 0;
-        while self.repeats.forget_oldest() {
-            repeats += 1;
-        }
-        Purged {
-            parked: counts.waiting + counts.running + counts.dead,
-            answers: counts.answered,
-            repeats,
-        }
     }
 }

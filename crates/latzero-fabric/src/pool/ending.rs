@@ -52,7 +52,8 @@ impl<D: Driver> Pool<D> {
         response: &Response<'_>,
         turn: &mut Turn<'_, D>,
     ) -> Result<(), Refusal> {
-        let Some((key, call)) = self.calls.by_id(id) else {
+        let found = self.calls.by_id(id).filter(|_| !self.closed);
+        let Some((key, call)) = found else {
             turn.count(Count::LateResponse);
             return Ok(());
         };
@@ -173,6 +174,9 @@ impl<D: Driver> Pool<D> {
 
     /// Cancels a call for its caller; false if the caller has no such call here.
     pub fn cancel(&mut self, caller: MemberKey, id: &str, turn: &mut Turn<'_, D>) -> bool {
+        if self.closed {
+            return false;
+        }
         let Some(key) = self.calls.find(caller, id) else {
             return self.durable().cancel_repeat(caller, id, turn)
                 || self.durable().cancel_orphan(caller, id, turn)
@@ -185,6 +189,9 @@ impl<D: Driver> Pool<D> {
 
     /// Allows `count` further items of a stream; false if the caller has no such call here.
     pub fn ack(&mut self, caller: MemberKey, id: &str, count: u64, turn: &mut Turn<'_, D>) -> bool {
+        if self.closed {
+            return false;
+        }
         let Some(key) = self.calls.find(caller, id) else {
             return self.durable().ack_orphan(caller, id, count);
         };

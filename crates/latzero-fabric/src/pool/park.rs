@@ -336,6 +336,19 @@ impl ParkedCalls {
         Some(parked)
     }
 
+    /// The keys of the calls that others may repeat, with their callers.
+    fn running_keys(&self) -> Vec<(AppId, Box<str>)> {
+        let calls = self.calls.values().filter(|parked| !parked.is_following());
+        let calls = calls.filter_map(|p| Some((p.caller.clone(), p.idempotency_key.clone()?)));
+        calls.chain(self.answers.awaited_keys()).collect()
+    }
+
+    /// The numbers of its calls and answers, read from where they are close together.
+    fn numbers(&self) -> impl Iterator<Item = u64> {
+        let calls = self.deadlines.iter().map(|(_, number)| *number);
+        calls.chain(self.answers.numbers())
+    }
+
     fn free_id(&mut self, parked: &Parked) {
         if !parked.id.is_empty() && !parked.is_dead() {
             self.by_id
@@ -414,6 +427,9 @@ impl ParkedCalls {
             count(|state| matches!(state, State::Dead(_)))
         );
         assert!(self.room.is_empty(), "nothing manages them any more");
+    }
+
+    pub(super) fn check_orphans(&self) {
         self.orphans.check();
     }
 }
@@ -663,32 +679,66 @@ impl<D: Driver> DurableCalls<'_, D> {
         }
     }
 
-    /// Ends the parked calls of a removed pool; notifies callers that are connected.
-    pub(super) fn close(&mut self, turn: &mut Turn<'_, D>) {
-        let refusal = refusals::pool_removed_while_parked();
-        let mut calls: Vec<_> = self.parked.calls.iter().collect();
-        // Repeats first, so that they hear of the pool's removal and not of the first call's
-        // end.
-        calls.sort_by_key(|(_, parked)| !parked.is_following());
-        let numbers: Vec<u64> = calls.into_iter().map(|(number, _)| *number).collect();
-        for number in numbers {
-            if let Some(parked) = self.parked.forget(number, self.info, turn) {
-                if !parked.is_dead() {
-                    let answer = Answered::refused(&refusal.clone().with_ran(parked.ran()));
-                    let whom = (&parked.caller, parked.from);
-                    self.deliver_answer(whom, &parked.id, &answer, turn);
-                }
-                self.drop_key(number, &parked, turn);
-                turn.store(StoreChange::EndCall(number), None);
+    /// Ends one parked call, or one answer, of those that were removed together, and notifies its
+    /// caller if that is connected; false if there is none. Its row is gone already.
+    fn end_one_retired(&mut self, turn: &mut Turn<'_, D>) -> bool {
+        let held = (&self.info.name, self.info.number, -1);
+        if let Some((&number, _)) = self.parked.calls.first_key_value() {
+            let parked = self.parked.remove(number).expect("just found");
+            if !parked.is_dead() {
+                let refusal = refusals::pool_removed_while_parked().with_ran(parked.ran());
+                let whom = (&parked.caller, parked.from);
+                self.deliver_answer(whom, &parked.id, &Answered::refused(&refusal), turn);
             }
+        } else if !self.parked.answers.remove_first() {
+            return false;
         }
-        for number in self.parked.answers.numbers() {
-            self.drop_answer(number, turn);
-        }
+        turn.count_held(held.0, held.1, held.2);
+        true
     }
 }
 
 impl<D: Driver> Pool<D> {
+    /// Removes all parked calls and answers: their rows now, in one change, and themselves in
+    /// steps ([`Pool::end_retired`]), because there may be very many. Only keyed calls, which are
+    /// fewer, leave the table of repeats at once, so that no new call waits for them.
+    pub(super) fn retire_parked(&mut self, turn: &mut Turn<'_, D>) {
+        if !self.parked.has_any() {
+            return;
+        }
+        // Parked repeats hear of the removal, and not of the first call's end.
+        if self.repeats.forget_followers() {
+            for (caller, key) in self.parked.running_keys() {
+                self.durable().repeats_dropped(&caller, &key, turn);
+            }
+        }
+        let mut retired = std::mem::take(&mut self.parked);
+        retired.room.clear();
+        self.parked.newest = retired.newest;
+        self.parked.orphans = std::mem::take(&mut retired.orphans);
+        turn.store(StoreChange::EndParked(retired.numbers().collect()), None);
+        self.retired.push(retired);
+    }
+
+    /// Ends parked calls and answers that were removed, as many as `budget` allows.
+    pub(super) fn end_retired(&mut self, budget: &mut usize, turn: &mut Turn<'_, D>) {
+        while *budget > 0
+            && let Some(parked) = self.retired.last_mut()
+        {
+            let mut durable = DurableCalls {
+                parked,
+                repeats: &mut self.repeats,
+                members: &self.members,
+                calls: &self.calls,
+                info: &self.info,
+            };
+            match durable.end_one_retired(turn) {
+                true => *budget -= 1,
+                false => drop(self.retired.pop()),
+            }
+        }
+    }
+
     /// Cancels a parked call for its caller; false if there is none with that id.
     pub(super) fn cancel_parked(
         &mut self,

@@ -235,6 +235,16 @@ impl Repeats {
         }
     }
 
+    /// All parked repeats were removed; false if there is no call with a key.
+    pub(super) fn forget_followers(&mut self) -> bool {
+        for repeat in self.known.values_mut() {
+            if let Repeat::Running { followers, .. } = repeat {
+                followers.clear();
+            }
+        }
+        !self.known.is_empty()
+    }
+
     /// Takes the oldest parked repeat of a call that is under way.
     pub(super) fn next_follower(&mut self, caller: &AppId, key: &str) -> Option<u64> {
         match self.known.get_mut(&(caller.clone(), Box::from(key)))? {

@@ -663,7 +663,7 @@ impl<D: Driver> Session<D> {
             if moves {
                 pool.blocks().renew_all(turn);
             }
-            let purged = purges.then(|| pool.durable().purge(turn));
+            let purged = purges.then(|| pool.purge(turn));
             (purged.unwrap_or_default(), in_use(pool))
         });
         let [calls, locks, loans] = [0, 1, 2].map(|at| before[at].saturating_sub(after[at]));

@@ -172,6 +172,7 @@ pub(super) fn row(change: StoreChange) -> latzero_store::RowChange {
         }),
         StoreChange::Attempt(number, attempt) => Stored::NoteAttempt { number, attempt },
         StoreChange::EndCall(number) => Stored::RemoveCall { number },
+        StoreChange::EndParked(numbers) => Stored::RemoveParked { numbers },
         StoreChange::Answer(row) => Stored::PutAnswer {
             ends_call: Some(row.number),
             answer: latzero_store::AnswerRow {

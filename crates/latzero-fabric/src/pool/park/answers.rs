@@ -131,8 +131,21 @@ impl KeptAnswers {
         earliest([expires, again])
     }
 
-    pub(super) fn numbers(&self) -> Vec<u64> {
-        self.answers.keys().copied().collect()
+    pub(super) fn numbers(&self) -> impl Iterator<Item = u64> {
+        self.expires.iter().map(|(_, number)| *number)
+    }
+
+    /// The keys of calls whose repeats wait until the answer is on disk, with their callers.
+    pub(super) fn awaited_keys(&self) -> impl Iterator<Item = (AppId, Box<str>)> {
+        let kept = self.answers.values();
+        let awaited = kept.filter(|kept| kept.row == AnswerRowState::Awaited);
+        awaited.filter_map(|kept| Some((kept.whom.caller.clone(), kept.key.clone()?)))
+    }
+
+    /// Removes the oldest answer; false if there is none.
+    pub(super) fn remove_first(&mut self) -> bool {
+        let first = self.answers.first_key_value().map(|(number, _)| *number);
+        first.is_some_and(|number| self.remove(number).is_some())
     }
 
     fn insert(&mut self, number: u64, kept: StoredAnswer) {

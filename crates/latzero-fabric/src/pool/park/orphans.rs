@@ -142,6 +142,20 @@ impl Orphans {
         Some(first)
     }
 
+    /// Takes any, the new ones first.
+    fn pop(&mut self) -> Option<Orphan> {
+        if let Some(first) = self.pop_new() {
+            return Some(first);
+        }
+        let mut queue = self.waiting.first_entry()?;
+        let first = queue.get_mut().pop_front()?;
+        if queue.get().is_empty() {
+            queue.remove();
+        }
+        self.forget(&first);
+        Some(first)
+    }
+
     /// Has those that wait tried again.
     fn retry(&mut self, now: Time) {
         if self.retry.is_some_and(|at| at <= now) {
@@ -169,6 +183,11 @@ impl ParkedCalls {
     /// Calls that wait for another handler and are in flight for their callers.
     pub(in crate::pool) fn orphans_in_flight(&self) -> usize {
         self.orphans.iter().filter(|o| o.ended.is_some()).count()
+    }
+
+    /// Whether calls wait for another handler.
+    pub(in crate::pool) fn has_orphans(&self) -> bool {
+        self.orphans.iter().next().is_some()
     }
 
     /// Bytes of the calls that wait for another handler.
@@ -290,9 +309,18 @@ impl<D: Driver> DurableCalls<'_, D> {
         }
     }
 
-    /// Refuses calls whose handler died, because the pool is removed or moves to its next epoch.
-    pub(in crate::pool) fn drop_orphans(&mut self, refusal: &Refusal, turn: &mut Turn<'_, D>) {
-        for orphan in self.parked.orphans.take_if(|_| true) {
+    /// Refuses calls whose handler died, as many as `budget` allows, because the pool is removed
+    /// or moves to its next epoch.
+    pub(in crate::pool) fn drop_orphans(
+        &mut self,
+        refusal: &Refusal,
+        budget: &mut usize,
+        turn: &mut Turn<'_, D>,
+    ) {
+        while *budget > 0
+            && let Some(orphan) = self.parked.orphans.pop()
+        {
+            *budget -= 1;
             if let Some(number) = orphan.durable.number {
                 // With the other parked calls.
                 let state = State::Waiting(orphan.durable);
