@@ -3,7 +3,7 @@
 
 use latzero_crypto::keys::Roles;
 use latzero_protocol::Refusal;
-use latzero_protocol::parked::{Parked, ParkedAction, ParkedChange, ParkedFilter};
+use latzero_protocol::parked::{Parked, ParkedAction, ParkedChange, ParkedFilter, ParkedState};
 use serde_json::{Value, json};
 
 use super::Session;
@@ -29,11 +29,11 @@ impl<D: Driver> Session<D> {
         self.check_reader(&parked.filter, turn)?;
         match parked.action {
             ParkedAction::List { after, limit } => {
-                let found = self.find(&parked.filter, is_admin, (after, limit), turn);
+                let found = self.find(&parked.filter, is_admin, (after, limit), &|_| true, turn);
                 Ok(Reply::Now(page(&found, limit, turn)))
             }
             ParkedAction::Show => {
-                let found = self.find(&parked.filter, is_admin, (0, 1), turn);
+                let found = self.find(&parked.filter, is_admin, (0, 1), &|_| true, turn);
                 let shown = found.first().and_then(|found| {
                     turn.with_pool(&found.pool, |pool, turn| {
                         pool.durable()
@@ -55,17 +55,15 @@ impl<D: Driver> Session<D> {
         is_admin: bool,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
-        let found = self.find(filter, is_admin, (0, usize::MAX), turn);
+        // One that is named is found in any state, to say why nothing was changed.
+        let may = |state| filter.number.is_some() || change.applies_to(state);
+        let found = self.find(filter, is_admin, (0, CHANGED_AT_ONCE_MAX + 1), &may, turn);
         if filter.number.is_some() && found.is_empty() {
             return Err(not_found(filter));
         }
+        let is_more = found.len() > CHANGED_AT_ONCE_MAX;
         let mut changed = 0;
-        let mut is_more = false;
-        for found in found {
-            if changed == CHANGED_AT_ONCE_MAX {
-                is_more = true;
-                break;
-            }
+        for found in found.into_iter().take(CHANGED_AT_ONCE_MAX) {
             let is_changed = turn.with_pool(&found.pool, |pool, turn| {
                 pool.change_parked(found.number, change, turn)
             });
@@ -108,12 +106,14 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// The calls and answers that match a filter and that this connection may see.
+    /// The calls and answers that match a filter, may be in their state, and that this connection
+    /// may see.
     fn find(
         &self,
         filter: &ParkedFilter,
         is_admin: bool,
         (after, limit): (u64, usize),
+        may: &dyn Fn(ParkedState) -> bool,
         turn: &mut Turn<'_, D>,
     ) -> Vec<Found<D>> {
         let view = self.view();
@@ -122,7 +122,8 @@ impl<D: Driver> Session<D> {
         for (pool, is_own) in pools {
             let viewer = (!is_admin && !is_own).then_some(view.app);
             let numbers = turn.with_pool(&pool, |pool, _| {
-                pool.durable().find_parked(filter, viewer, (after, limit))
+                pool.durable()
+                    .find_parked(filter, viewer, (after, limit), may)
             });
             found.extend(numbers.into_iter().map(|number| Found {
                 number,

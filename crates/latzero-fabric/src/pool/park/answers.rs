@@ -10,6 +10,7 @@
 //! answered under an idempotency key) is sent only once it is on disk.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use hashbrown::HashMap;
@@ -108,10 +109,13 @@ impl KeptAnswers {
         !self.by_id.is_empty() && self.by_id.contains_key(&(app.clone(), id.into()))
     }
 
-    /// The answers that wait for their callers, after a number, with their callers and triggers.
-    pub(super) fn after(&self, number: u64) -> impl Iterator<Item = (u64, &AppId, &str)> {
-        let later = self.answers.range(number.saturating_add(1)..);
-        later.map(|(number, kept)| (*number, &kept.whom.caller, &*kept.whom.process))
+    /// The answers with these numbers that wait for their callers, with their callers and triggers.
+    pub(super) fn among(
+        &self,
+        numbers: RangeInclusive<u64>,
+    ) -> impl Iterator<Item = (u64, &AppId, &str)> {
+        let answers = self.answers.range(numbers);
+        answers.map(|(number, kept)| (*number, &kept.whom.caller, &*kept.whom.process))
     }
 
     /// An answer as a listing shows it.

@@ -87,33 +87,39 @@ impl ParkedCalls {
 pub(crate) type Viewer<'a> = Option<&'a AppId>;
 
 impl<D: Driver> DurableCalls<'_, D> {
-    /// The numbers of at most `limit` calls and answers that match a filter, in order, after the
-    /// number `after`.
+    /// The numbers of at most `limit` calls and answers that match a filter and may be in their
+    /// state, in order, after the number `after`.
     pub(crate) fn find_parked(
         &self,
         filter: &ParkedFilter,
         viewer: Viewer<'_>,
         (after, limit): (u64, usize),
+        may: &dyn Fn(ParkedState) -> bool,
     ) -> Vec<u64> {
         let from = after.saturating_add(1);
+        let range = match filter.number {
+            Some(number) => number.max(from)..=number,
+            None => from..=u64::MAX,
+        };
+        if range.is_empty() {
+            return Vec::new();
+        }
         let is_app = |app: &AppId| {
             viewer.is_none_or(|viewer| viewer == app)
                 && filter.app.as_ref().is_none_or(|wanted| wanted == app)
         };
-        let is_state = |state| filter.state.is_none_or(|wanted| wanted == state);
-        let is_number = |number: &u64| filter.number.is_none_or(|wanted| wanted == *number);
-        let calls = self.parked.calls.range(from..).filter(|(number, parked)| {
-            is_number(number)
-                && is_app(&parked.caller)
+        let is_state = |state| may(state) && filter.state.is_none_or(|wanted| wanted == state);
+        let calls = self.parked.calls.range(range.clone());
+        let calls = calls.filter(|(_, parked)| {
+            is_app(&parked.caller)
                 && is_state(parked.shown_state())
                 && (filter.process.as_ref()).is_none_or(|wanted| *wanted == parked.process)
         });
         let mut numbers: Vec<u64> = calls.map(|(number, _)| *number).take(limit).collect();
         if is_state(ParkedState::Answered) {
-            let answers = self.parked.answers.after(after);
-            let answers = answers.filter(|(number, app, process)| {
-                is_number(number)
-                    && is_app(app)
+            let answers = self.parked.answers.among(range);
+            let answers = answers.filter(|(_, app, process)| {
+                is_app(app)
                     && (filter.process.as_ref()).is_none_or(|wanted| wanted.as_str() == *process)
             });
             numbers.extend(answers.map(|(number, ..)| number).take(limit));
