@@ -1166,3 +1166,38 @@ fn a_pool_with_very_many_calls_is_removed_in_steps() {
     assert_eq!((ended, failed(&mut net, late).len()), (3000, 3000));
     assert_eq!(net.calls_of(again).len(), 0);
 }
+
+#[test]
+fn the_deepest_data_is_parked_and_outlives_the_server() {
+    let mut net = Net::new();
+    let nested = |levels| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
+    let caller = net.app("caller", "");
+    let seen = park(
+        &mut net,
+        caller,
+        "1",
+        &format!(r#","data":{}"#, nested(128)),
+    );
+    assert_eq!(seen, "1 parked: null");
+    let seen = park(
+        &mut net,
+        caller,
+        "2",
+        &format!(r#","data":{}"#, nested(129)),
+    );
+    assert_eq!(seen, "2 failed: too_deep ran=no");
+    // Inside the reply it would be too deep.
+    let show = r#"{"action":"parked_info","id":"s","number":1}"#;
+    net.say(caller, show);
+    let shown = net.messages(caller).remove(0).json["response"].clone();
+    assert_eq!(
+        (&shown["data"], &shown["data_bytes"]),
+        (&Value::Null, &256.into()),
+        "{shown}"
+    );
+    net.world.restart(8);
+    let handler = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let calls = net.world.read(handler, usize::MAX);
+    let text = String::from_utf8_lossy(&calls).into_owned();
+    assert!(text.contains(&nested(128)), "{text}");
+}

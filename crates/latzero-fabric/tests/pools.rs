@@ -520,7 +520,7 @@ fn a_broken_body_fails_its_own_call() {
     let first = net.last_call(h);
     net.call(c, "2", "");
     let second = net.last_call(h);
-    let deep = format!("{}{}", "[".repeat(80), "]".repeat(80));
+    let deep = format!("{}{}", "[".repeat(129), "]".repeat(129));
     for (data, code) in [
         ("NaN", "bad_message"),
         (&*deep, "too_deep"),

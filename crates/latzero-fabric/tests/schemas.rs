@@ -180,7 +180,7 @@ fn the_limits_of_a_schema_are_named() {
     };
     check(
         &deep(61),
-        "too_deep: \"the schema of a trigger may nest at most 60 levels deep\"",
+        "too_deep: \"field 'schema' may nest at most 60 levels deep\"",
     );
     check(&deep(60), "ok");
     // So the reply that shows it is no deeper than messages may be.

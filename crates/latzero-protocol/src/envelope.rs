@@ -5,7 +5,8 @@ use std::borrow::Cow;
 use crate::error::{Code, Refusal};
 use crate::frame::Frame;
 use crate::limits::{
-    ENVELOPE_FIELDS_MAX, FIELD_NAME_BYTES_MAX, HEADERS_BYTES_MAX, ID_BYTES_MAX, STRING_BYTES_MAX,
+    ENVELOPE_FIELDS_MAX, FIELD_DEPTH_MAX, FIELD_NAME_BYTES_MAX, HEADERS_BYTES_MAX, ID_BYTES_MAX,
+    STRING_BYTES_MAX,
 };
 use crate::scan::{self, Ahead, ScanError, Spelling};
 
@@ -249,7 +250,7 @@ impl<'a> Envelope<'a> {
             Err(Malformed::Message(refusal)) => {
                 // Whether it is JSON at all depends on the rest of the frame.
                 if ahead.is_none() {
-                    scan::value(text).map_err(not_json)?;
+                    scan::object::<ScanError>(text, |_, _| Ok(())).map_err(not_json)?;
                 }
                 Ok(Err(refusal))
             }
@@ -526,6 +527,24 @@ pub(crate) fn missing(name: &str, expected: &str) -> Refusal {
         Code::BadMessage,
         format!("field '{name}' is missing: expected {expected}"),
     )
+}
+
+/// An optional field with an object that the server stores.
+pub(crate) fn stored_object<'a>(
+    field: Option<Raw<'a>>,
+    name: &str,
+) -> Result<Option<Raw<'a>>, Refusal> {
+    let Some(raw) = field else {
+        return Ok(None);
+    };
+    if !raw.is_object() {
+        return Err(mistyped(name, "an object", raw));
+    }
+    if scan::value_within(raw.0, FIELD_DEPTH_MAX).is_err() {
+        let message = format!("field '{name}' may nest at most {FIELD_DEPTH_MAX} levels deep");
+        return Err(Refusal::new(Code::TooDeep, message));
+    }
+    Ok(Some(raw))
 }
 
 pub(crate) fn mistyped(name: &str, expected: &str, got: Raw<'_>) -> Refusal {

@@ -101,7 +101,7 @@ codes! {
         "A message is not a JSON object, or has a missing, mistyped or out-of-range field."
         "Fix what the message names.";
     TooDeep "too_deep" No Server
-        "A message nests more than 64 levels deep."
+        "A message nests more than 129 levels deep, or a stored field more than 60."
         "Send flatter data, or send it as raw bytes.";
     UnknownAction "unknown_action" No Server
         "The server does not know this `action`."

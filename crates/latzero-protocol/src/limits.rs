@@ -13,8 +13,14 @@ pub const MAX_FRAME_DEFAULT: usize = 16 * 1024 * 1024;
 /// frames up to the announced `max_frame` plus this.
 pub const FORWARD_SLACK: usize = 16 * 1024;
 
-/// Deepest nesting of JSON arrays and objects in one message, the envelope included.
-pub const JSON_DEPTH_MAX: u32 = 64;
+/// Deepest nesting of JSON arrays and objects in the data of a message.
+pub const DATA_DEPTH_MAX: u32 = 128;
+
+/// The same in one message, the envelope included.
+pub const JSON_DEPTH_MAX: u32 = DATA_DEPTH_MAX + 1;
+
+/// The same in a field that the server stores and shows inside replies.
+pub const FIELD_DEPTH_MAX: u32 = 60;
 
 /// Most fields in one message's envelope.
 pub const ENVELOPE_FIELDS_MAX: usize = 64;

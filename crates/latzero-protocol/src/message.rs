@@ -7,13 +7,13 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::envelope::{
-    Body, Envelope, Raw, field_name, id_field, missing, mistyped, shorten, unescape,
+    Body, Envelope, Raw, field_name, id_field, missing, mistyped, shorten, stored_object, unescape,
 };
 use crate::error::{Code, Refusal};
 use crate::id::InstanceId;
 use crate::limits::{
-    ATTEMPTS_DEFAULT, ATTEMPTS_MAX, DOC_BYTES_MAX, JSON_DEPTH_MAX, KEY_BYTES_MAX, ListBounds,
-    PARKED_TTL_MAX_MS, TTL_DEFAULT_MS, TTL_MAX_MS, WINDOW_MAX,
+    ATTEMPTS_DEFAULT, ATTEMPTS_MAX, DOC_BYTES_MAX, KEY_BYTES_MAX, ListBounds, PARKED_TTL_MAX_MS,
+    TTL_DEFAULT_MS, TTL_MAX_MS, WINDOW_MAX,
 };
 use crate::name::{AppId, PoolName, TriggerName};
 use crate::policy::Policy;
@@ -704,10 +704,7 @@ fn handshake<'a>(e: &Envelope<'a>, bounds: &ListBounds) -> Result<Handshake<'a>,
     let triggers = triggers
         .map(|raw| triggers_within(raw, bounds))
         .transpose()?;
-    let meta = fields.field("meta");
-    if let Some(meta) = meta.filter(|meta| !meta.is_object()) {
-        return Err(mistyped("meta", "an object", meta));
-    }
+    let meta = stored_object(fields.field("meta"), "meta")?;
     let protocol = fields.field("protocol").map_or(Ok(Some(1)), |raw| {
         Envelope::number(Some(raw), "protocol", 1..=u64::MAX)
     })?;
@@ -952,10 +949,7 @@ fn pool_create<'a>(e: &Envelope<'a>) -> Result<PoolCreate<'a>, Refusal> {
     }
     let sealed = proof::sealed(&fields)?;
     let policy = fields.field("policy").map(Policy::parse).transpose()?;
-    let properties = fields.field("properties");
-    if let Some(raw) = properties.filter(|raw| !raw.is_object()) {
-        return Err(mistyped("properties", "an object", raw));
-    }
+    let properties = stored_object(fields.field("properties"), "properties")?;
     Ok(PoolCreate {
         pool: pool_field(e)?,
         properties,
@@ -1126,10 +1120,8 @@ fn trigger_spec(raw: Raw<'_>, bounds: &ListBounds) -> Result<TriggerSpec, Refusa
 
 /// The schema of a trigger, which is checked to be JSON that every client can read.
 fn schema(raw: Raw<'_>, bounds: &ListBounds) -> Result<Arc<str>, Refusal> {
+    stored_object(Some(raw), "schema")?;
     let text = raw.text();
-    if !raw.is_object() {
-        return Err(mistyped("schema", "an object", raw));
-    }
     if text.len() > bounds.schema_bytes_max {
         let message = format!(
             "the schema of a trigger has {} bytes; the maximum is {} \
@@ -1138,14 +1130,6 @@ fn schema(raw: Raw<'_>, bounds: &ListBounds) -> Result<Arc<str>, Refusal> {
             bounds.schema_bytes_max
         );
         return Err(Refusal::new(Code::TooLarge, message));
-    }
-    // In `pool_info` it is one level deeper than here.
-    if scan::value(&format!("[[[[{text}]]]]")).is_err() {
-        let message = format!(
-            "the schema of a trigger may nest at most {} levels deep",
-            JSON_DEPTH_MAX - 4
-        );
-        return Err(Refusal::new(Code::TooDeep, message));
     }
     match serde_json::from_str::<serde_json::Value>(text) {
         Ok(_) => Ok(text.into()),

@@ -6,10 +6,10 @@
 //! field. Nesting is stored in the bits of one integer, so depth is bounded by construction, and
 //! deep input cannot exhaust the stack.
 
-use crate::limits::JSON_DEPTH_MAX;
+use crate::limits::{DATA_DEPTH_MAX, JSON_DEPTH_MAX};
 
 /// What a [`ScanError`] says about nesting.
-const TOO_DEEP: &str = "nested too deeply (at most 64 levels)";
+const TOO_DEEP: &str = "nested too deeply (at most 128 levels of data)";
 
 /// Where and why a text is not JSON that LatZero accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -117,16 +117,17 @@ impl Ahead {
 /// What is open inside a value.
 #[derive(Debug, Clone, Copy)]
 struct Nest {
-    /// How many containers are open around the value.
+    /// How many containers are open around the value: at least the message.
     base: u32,
     depth: u32,
     /// One bit per open container, the innermost lowest: 1 is an object, 0 an array.
-    open: u64,
+    open: u128,
 }
 
 impl Nest {
     #[inline]
     fn new(base: u32) -> Nest {
+        const { assert!(JSON_DEPTH_MAX - 1 <= u128::BITS) }
         Nest {
             base,
             depth: base,
@@ -252,14 +253,22 @@ pub fn array<'a, E: From<ScanError>>(
     Ok(())
 }
 
-/// Checks that `text` is exactly one JSON value of depth [`JSON_DEPTH_MAX`] or less.
+/// Checks that `text` is exactly one JSON value of depth [`DATA_DEPTH_MAX`] or less.
 ///
 /// # Errors
 /// The first place where it is not.
 pub fn value(text: &str) -> Result<(), ScanError> {
+    value_within(text, DATA_DEPTH_MAX)
+}
+
+/// The same for depth `max`, which is at most [`DATA_DEPTH_MAX`].
+///
+/// # Errors
+/// The first place where it is not.
+pub fn value_within(text: &str, max: u32) -> Result<(), ScanError> {
     let mut s = Scanner::new(text);
     s.space();
-    s.value(0)?;
+    s.value(JSON_DEPTH_MAX - max.min(DATA_DEPTH_MAX))?;
     s.end()
 }
 
@@ -379,7 +388,7 @@ impl<'a> Scanner<'a> {
                     self.at += 1;
                     depth += 1;
                     let is_object = first == b'{';
-                    open = (open << 1) | u64::from(is_object);
+                    open = (open << 1) | u128::from(is_object);
                     self.space();
                     // In ASCII each closing bracket is its opening one plus two.
                     if self.peek() == Some(first + 2) {
@@ -632,15 +641,21 @@ mod tests {
     }
 
     #[test]
-    fn depth_is_bounded_at_64() {
+    fn depth_is_bounded_at_128() {
         let nested = |n: usize| format!("{}{}", "[".repeat(n), "]".repeat(n));
-        assert!(value(&nested(64)).is_ok());
-        assert_eq!(value(&nested(65)).map_err(|e| e.offset), Err(64));
+        assert!(value(&nested(128)).is_ok());
+        assert_eq!(value(&nested(129)).map_err(|e| e.offset), Err(128));
+        assert!(value_within(&nested(60), 60).is_ok());
+        assert!(value_within(&nested(61), 60).is_err());
+        // What is outermost is remembered to the end.
+        let objects = |close: &str| format!("{}1{}{close}", "{\"a\":".repeat(128), "}".repeat(127));
+        assert!(value(&objects("}")).is_ok());
+        assert!(value(&objects("]")).is_err());
         assert!(value(&"[".repeat(1_000_000)).is_err());
         let in_object = |n: usize| format!("{{\"a\":{}}}", nested(n));
         let scan = |text: &str| object::<ScanError>(text, |_, _| Ok(()));
-        assert!(scan(&in_object(63)).is_ok());
-        assert!(scan(&in_object(64)).is_err());
+        assert!(scan(&in_object(128)).is_ok());
+        assert!(scan(&in_object(129)).is_err());
     }
 
     #[test]

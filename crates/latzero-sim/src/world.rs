@@ -1301,7 +1301,11 @@ pub fn decode(bytes: &[u8]) -> Option<(Message, usize)> {
     };
     let (Frame { json, attachment }, used) =
         frame::decode(bytes, accept).expect("the server writes frames")?;
-    let json = serde_json::from_slice(json).expect("the server writes JSON");
+    let mut json = serde_json::Deserializer::from_slice(json);
+    // Data may nest deeper than the usual limit.
+    json.disable_recursion_limit();
+    let json = json.into_iter().next().expect("the server writes JSON");
+    let json = json.expect("the server writes JSON");
     let attachment = attachment.map(<[u8]>::to_vec);
     Some((Message { json, attachment }, used))
 }

@@ -34,6 +34,16 @@ pub fn eventually(mut holds: impl FnMut() -> bool) {
     }
 }
 
+/// Reads JSON that nests deeper than `serde_json` reads by itself.
+///
+/// # Errors
+/// If it is not JSON.
+pub fn read_deep(text: &str) -> serde_json::Result<Value> {
+    let mut text = serde_json::Deserializer::from_str(text);
+    text.disable_recursion_limit();
+    text.into_iter().next().unwrap_or(Ok(Value::Null))
+}
+
 /// The most descriptors that one read receives.
 const DESCRIPTORS_MAX: usize = 64;
 

@@ -199,7 +199,7 @@ impl Peer {
             let line = self.lines.recv_timeout(left);
             let line = line.map_err(|error| format!("the peer gives no answer: {error}"))?;
             let answer: Value =
-                serde_json::from_str(&line).map_err(|_| format!("the peer printed: {line}"))?;
+                latzero_tests::read_deep(&line).map_err(|_| format!("the peer printed: {line}"))?;
             let number = answer["number"].as_u64().unwrap_or_default();
             self.early.insert(number, answer);
         }

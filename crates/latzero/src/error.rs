@@ -82,7 +82,7 @@ impl Error {
             ran: Option<String>,
             data: Option<Value>,
         }
-        let wire: Wire = match serde_json::from_str(json) {
+        let wire: Wire = match crate::payload::read_json(json) {
             Ok(wire) => wire,
             Err(e) => {
                 return Error::new(Code::HandlerError, "the error reply could not be read")

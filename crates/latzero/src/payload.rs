@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use base64::Engine as _;
-use latzero_protocol::limits::JSON_DEPTH_MAX;
+use latzero_protocol::limits::DATA_DEPTH_MAX;
 use latzero_protocol::{Code, Envelope, Ran, Raw, scan};
 
 use crate::error::Error;
@@ -155,7 +155,7 @@ impl<T: DeserializeOwned> sealed::Read for T {
     #[allow(private_interfaces, reason = "sealed: no one else can name it")]
     fn read(body: Body<'_>) -> Result<Self, serde_json::Error> {
         match body {
-            Body::Json(json) => serde_json::from_str(json),
+            Body::Json(json) => read_json(json),
             Body::None => serde_json::from_str("null"),
             Body::Bytes(bytes) => Err(serde::de::Error::custom(format!(
                 "expected JSON, received {} raw bytes; take them as latzero::Bytes",
@@ -240,23 +240,25 @@ pub(crate) fn append<T: IntoPayload + ?Sized>(
     Ok(bytes)
 }
 
+/// Reads JSON. `serde_json` refuses the 128th level, which data may have.
+pub(crate) fn read_json<T: DeserializeOwned>(json: &str) -> Result<T, serde_json::Error> {
+    serde_json::from_str(json).or_else(|error| {
+        if json.len() < 2 * DATA_DEPTH_MAX as usize || scan::value(json).is_err() {
+            return Err(error);
+        }
+        let mut deep = serde_json::Deserializer::from_str(json);
+        deep.disable_recursion_limit();
+        T::deserialize(&mut deep)
+    })
+}
+
 /// Checks JSON by the rules of the protocol, which are stricter than those of a JSON library.
 /// Invalid JSON would fail at the server.
 ///
 /// # Errors
 /// `bad_message`, with what is wrong and where.
 pub fn check_json(text: &str) -> Result<(), Error> {
-    scan::value(text).map_err(|e| not_sent(&e))?;
-    let is_bracket = |b: &&u8| matches!(b, b'{' | b'[');
-    let depth_max = JSON_DEPTH_MAX as usize;
-    // Brackets are closed too, so a short text needs no count.
-    let may_be_deep = text.len() >= 2 * depth_max
-        && text.as_bytes().iter().filter(is_bracket).count() >= depth_max;
-    if may_be_deep {
-        // The message around it adds a level to its depth.
-        scan::value(&format!("[{text}]")).map_err(|e| not_sent(&e))?;
-    }
-    Ok(())
+    scan::value(text).map_err(|e| not_sent(&e))
 }
 
 fn not_sent(why: &impl std::fmt::Display) -> Error {

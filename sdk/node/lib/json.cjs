@@ -8,8 +8,8 @@ const { isAnyArrayBuffer, isDate, isSharedArrayBuffer } = require('node:util').t
 
 const { badRequest } = require('./errors.cjs')
 
-/** A message has 64 levels at most, and is one itself. */
-const LEVELS_MAX = 63
+/** How many levels data may nest. */
+const LEVELS_MAX = 128
 const INTEGER_MIN = -(2n ** 63n)
 const INTEGER_MAX = 2n ** 64n - 1n
 

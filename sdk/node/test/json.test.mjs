@@ -124,12 +124,12 @@ test('bytes inside of JSON are refused, with their place', async (t) => {
 test('data that is too deep or no data is refused', async (t) => {
   const app = await place.app(t, 'deep', 'system')
   let deep = []
-  for (let i = 1; i < 63; i++) deep = [deep]
+  for (let i = 1; i < 128; i++) deep = [deep]
   assert.deepEqual(await app.call('echo', deep), deep)
   await assert.rejects(app.call('echo', [deep]), BadRequestError)
   const round = {}
   round.round = round
-  await assert.rejects(app.call('echo', round), /deeper than 63 levels, or contains itself/)
+  await assert.rejects(app.call('echo', round), /deeper than 128 levels, or contains itself/)
   for (const value of [() => {}, Symbol('s')]) {
     await assert.rejects(app.call('echo', value), BadRequestError)
   }

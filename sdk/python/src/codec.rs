@@ -16,8 +16,8 @@ use crate::errors::bad_request;
 use crate::handlers::Face;
 use crate::share::Share;
 
-/// How many levels the data may nest: a message has 64 at most, and is one itself.
-const DEPTH_MAX: usize = 63;
+/// How many levels the data may nest.
+const DEPTH_MAX: usize = 128;
 
 /// The path of an object in the payload, for messages.
 enum Place<'a> {
@@ -440,9 +440,17 @@ fn read_text<'py>(
     json: &str,
     lender: Option<&Lender<'_>>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let mut text = serde_json::Deserializer::from_str(json);
-    Seed(py, lender)
-        .deserialize(&mut text)
+    let read = |is_deep| {
+        let mut text = serde_json::Deserializer::from_str(json);
+        if is_deep {
+            text.disable_recursion_limit();
+        }
+        Seed(py, lender).deserialize(&mut text)
+    };
+    // `serde_json` refuses the 128th level.
+    let is_deep = || json.len() >= 2 * DEPTH_MAX && latzero::check_json(json).is_ok();
+    read(false)
+        .or_else(|e| if is_deep() { read(true) } else { Err(e) })
         .map_err(|e| bad_request(py, &format!("the JSON received could not be read: {e}")))
 }
 

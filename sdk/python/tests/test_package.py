@@ -126,10 +126,26 @@ def asynchronous(app: latzero.aio.App) -> None:
         return n
     plain("three")
     app.serve("other", plain, inline="no")
+
+def converted(app: latzero.App) -> str | None:
+    number: int = app.call("count", {"of": 1}, into=int, timeout=1.0)
+    app.submit("count", into=int).result().upper()
+    for items in app.stream("lists", into=list[int]):
+        items.clear().upper()
+    app.call("count", timeout="soon")
+    maybe: str | None = app.call("maybe", into=str | None)
+    return maybe or number
+
+async def awaited(app: latzero.aio.App) -> None:
+    (await app.call("count", into=int)).upper()
+    (await app.submit("count", into=int).result()).upper()
+    async for item in app.stream("count", into=int):
+        item.upper()
 """)
     ran = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "use.py"], cwd=tmp_path,
         capture_output=True, text=True, timeout=300,
     )
     found = [line.split(":")[1] for line in ran.stdout.splitlines() if ": error:" in line]
-    assert found == ["15", "21", "22"], ran.stdout
+    expected = ["15", "21", "22", "26", "28", "28", "29", "31", "34", "35", "37"]
+    assert found == expected, ran.stdout

@@ -50,11 +50,11 @@ def nested(levels):
 
 def test_data_nests_as_deep_as_a_message_has_room_for(latzero_server):
     with latzero.connect(latzero_server.url("deep", "system"), transient=True) as app:
-        assert app.call("echo", nested(63)) == nested(63)
+        assert app.call("echo", nested(128)) == nested(128)
         endless = {}
         endless["again"] = endless
-        for data in (nested(64), nested(500), endless):
-            with pytest.raises(latzero.BadRequest, match="deeper than 63 levels") as raised:
+        for data in (nested(129), nested(500), endless):
+            with pytest.raises(latzero.BadRequest, match="deeper than 128 levels") as raised:
                 app.call("echo", data)
             assert raised.value.ran == "no"
 

@@ -796,7 +796,7 @@ fn headers(of: Vec<(String, String)>) -> Value {
 fn show(data: Data) -> Value {
     match data {
         Data::Bytes(Bytes(bytes)) => hex(&bytes),
-        Data::Json(json) => tagged(serde_json::from_str(&json).unwrap()),
+        Data::Json(json) => tagged(latzero_tests::read_deep(&json).unwrap()),
     }
 }
 

@@ -528,6 +528,18 @@ class App:
     def __reduce__(self) -> Any:
         raise TypeError("an App can't be pickled: connect in each process")
 
+    @overload
+    def call(self, name: str, data: Any = ..., /, *, into: type[T], **options: Any) -> T: ...
+
+    @overload
+    def call(
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
+        key: str | None = None, headers: dict[str, str] | None = None,
+        idempotency_key: str | None = None, redeliver: bool = False, attempts: int | None = None,
+        privileged: bool = False, **fields: Any,
+    ) -> Any: ...
+
     def call(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
         timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
@@ -570,6 +582,20 @@ class App:
         )
         return Reply(*self._inner.reply(name, _payload(data, fields), options))
 
+    @overload
+    def submit(
+        self, name: str, data: Any = ..., /, *, into: type[T], **options: Any
+    ) -> Pending[T]: ...
+
+    @overload
+    def submit(
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
+        key: str | None = None, headers: dict[str, str] | None = None,
+        idempotency_key: str | None = None, redeliver: bool = False, attempts: int | None = None,
+        privileged: bool = False, **fields: Any,
+    ) -> Pending[Any]: ...
+
     def submit(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
         timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
@@ -600,6 +626,19 @@ class App:
         """Answers to parked calls that nobody in this process waits for, including calls of
         earlier processes of the app."""
         return _iterate(self._inner.answers(), Answer)
+
+    @overload
+    def stream(
+        self, name: str, data: Any = ..., /, *, into: type[T], **options: Any
+    ) -> Stream[T]: ...
+
+    @overload
+    def stream(
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None, window: int = 64,
+        timeout: float | timedelta | None = None, to: Destination = None, pool: str | None = None,
+        key: str | None = None, headers: dict[str, str] | None = None, privileged: bool = False,
+        **fields: Any,
+    ) -> Stream[Any]: ...
 
     def stream(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None, window: int = 64,

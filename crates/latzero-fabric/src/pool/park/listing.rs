@@ -1,7 +1,8 @@
 //! Listing and changing parked calls.
 
+use latzero_protocol::limits::FIELD_DEPTH_MAX;
 use latzero_protocol::parked::{ParkedChange, ParkedFilter, ParkedState};
-use latzero_protocol::{AppId, Body};
+use latzero_protocol::{AppId, Body, scan};
 use serde_json::{Value, json};
 
 use super::super::Pool;
@@ -178,7 +179,10 @@ impl<D: Driver> DurableCalls<'_, D> {
                 _ => None,
             };
             let size = data.map(|data| data.len().to_string());
-            let data = data.filter(|data| data.len() <= SHOWN_BYTES_MAX);
+            let data = data.filter(|data| {
+                let has_room = data.len() <= SHOWN_BYTES_MAX;
+                has_room && scan::value_within(data, FIELD_DEPTH_MAX).is_ok()
+            });
             let size = size.filter(|_| data.is_none());
             let headers = call.headers.map(|headers| headers.text().to_owned());
             [
