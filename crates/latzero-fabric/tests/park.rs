@@ -1201,3 +1201,24 @@ fn the_deepest_data_is_parked_and_outlives_the_server() {
     let text = String::from_utf8_lossy(&calls).into_owned();
     assert!(text.contains(&nested(128)), "{text}");
 }
+
+#[test]
+fn an_instance_that_holds_answers_is_told_what_became_of_its_call() {
+    for (is_full, told) in [
+        (false, "1 parked: null"),
+        (true, "1 failed: storage ran=unknown"),
+    ] {
+        let mut net = Net::new();
+        let handler = net.app("handler", r#""triggers":["t"]"#);
+        let other = net.app("caller", "");
+        let holder = net.app("caller", r#""hold_answers":true"#);
+        net.world.hold_disk(true);
+        let call = r#""park":"always","redeliver":true"#;
+        assert_eq!(net.call(holder, "1", call), "");
+        net.answer(handler, r#""status":"ok","response":7"#);
+        net.world.fill_disk(is_full);
+        net.world.hold_disk(false);
+        assert_eq!(net.sees(holder), told);
+        assert!(net.sees(other).contains("1 ok: 7"));
+    }
+}

@@ -4,10 +4,11 @@ use latzero_protocol::encode;
 use latzero_protocol::frame::Frame;
 use latzero_protocol::limits::ListBounds;
 use latzero_protocol::message::Request;
-use latzero_protocol::{Envelope, PoolName, Refusal};
+use latzero_protocol::{Envelope, PoolName, Ran, Refusal};
 
 use super::entry::StoredRegistration;
 use super::{Flow, Session};
+use crate::Pool;
 use crate::driver::Driver;
 use crate::outbox::Class;
 use crate::turn::Turn;
@@ -114,21 +115,29 @@ impl<D: Driver> Session<D> {
                 number,
                 is_new,
             }) => {
+                // The answer, if it came first, is the reply, unless another instance gets it.
+                let holds_answers = self.ready.as_ref().is_some_and(|r| r.holds_answers);
                 match result {
                     Ok(()) => {
-                        // If its answer came first, there is nothing to send.
-                        let waits =
-                            turn.with_pool(&pool, |pool, _| pool.durable().is_parked(number));
+                        let waits = holds_answers
+                            || turn.with_pool(&pool, |pool, _| pool.durable().is_parked(number));
                         if let Some(id) = id.filter(|_| waits) {
                             self.send(Class::Control, 256, turn, |out| encode::parked(out, &id));
                         }
                     }
-                    // It still waits for its answer.
-                    Err(_) if !is_new => {}
                     Err(refusal) => {
-                        if turn.with_pool(&pool, |pool, turn| pool.durable().unpark(number, turn)) {
+                        // One that was parked before still waits for its answer.
+                        let unpark = |pool: &mut Pool<D>, turn: &mut Turn<'_, D>| {
+                            is_new && pool.durable().unpark(number, turn)
+                        };
+                        if turn.with_pool(&pool, unpark) {
                             let message = format!("{}; the call was not parked", refusal.message);
                             let refusal = Refusal::new(refusal.code, message);
+                            self.refuse(id.as_deref(), &refusal, turn);
+                        } else if holds_answers {
+                            let message = format!("{}; the call may run", refusal.message);
+                            let refusal = Refusal::new(refusal.code, message);
+                            let refusal = refusal.with_ran(Ran::Unknown);
                             self.refuse(id.as_deref(), &refusal, turn);
                         }
                     }
