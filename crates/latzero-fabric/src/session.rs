@@ -48,6 +48,9 @@ use proofs::Proofs;
 /// About how many calls, waits and handlers of members that leave are ended in one step.
 const ENDED_AT_ONCE_MAX: usize = 1024;
 
+/// As how many of these the end of a membership counts.
+const MEMBERSHIP_COST: usize = 16;
+
 /// Whether a connection continues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
@@ -770,18 +773,22 @@ fn wind_down<D: Driver>(m: &Membership<D>, budget: &mut usize, turn: &mut Turn<'
     *budget > 0
 }
 
-/// Notifies instances, removes them from their pools and closes their connections. What is too much
-/// for one step ends with the connection.
+/// Notifies instances, closes their connections, which keeps calls from them, and removes them from
+/// their pools. What is too much for one step ends with the connection.
 fn expel<D: Driver>(instances: &[Instance<D>], event: &str, turn: &mut Turn<'_, D>) {
-    let mut budget = ENDED_AT_ONCE_MAX;
     for instance in instances {
         announce_departure(&instance.peer, instance.id, event, turn);
-        for membership in &instance.memberships {
-            if wind_down(membership, &mut budget, turn) {
-                leave(membership, turn);
-            }
-        }
         turn.close(&instance.peer);
+    }
+    let mut budget = ENDED_AT_ONCE_MAX;
+    for membership in instances.iter().flat_map(|i| &i.memberships) {
+        if budget == 0 {
+            break;
+        }
+        if wind_down(membership, &mut budget, turn) {
+            leave(membership, turn);
+            budget = budget.saturating_sub(MEMBERSHIP_COST);
+        }
     }
 }
 

@@ -55,6 +55,9 @@ const READ_BYTES: usize = 256 * 1024;
 /// and few enough that their handshakes are read before the limit is reached.
 const ACCEPTS_PER_TURN: usize = 16;
 
+/// How many connections a turn closes, because one message may close all of an app.
+const CLOSES_PER_TURN: usize = 64;
+
 /// How long the other loops have to read what was accepted for them, before more is accepted.
 const ACCEPT_AGAIN_MS: u64 = 1;
 
@@ -264,7 +267,8 @@ impl EventLoop {
 
     /// How long the kernel may let the loop wait.
     fn timeout(&self, now: Time) -> Option<Duration> {
-        if !self.ready.is_empty() || self.host.is_behind() {
+        let effects = &self.host.effects;
+        if !self.ready.is_empty() || !effects.closing.is_empty() || self.host.is_behind() {
             return Some(Duration::ZERO);
         }
         let timers = (self.index == 0)
@@ -588,6 +592,15 @@ impl EventLoop {
             self.connections[slot] = Some(connection);
             return;
         }
+        // What it sends is not run any more, also while others are closed before it.
+        if let Some(at) = (self.host.effects.closing.iter())
+            .position(|closing| Arc::ptr_eq(closing, &connection.peer))
+        {
+            let peer = self.host.effects.closing.swap_remove(at);
+            self.connections[slot] = Some(connection);
+            self.close_peer(now, &peer);
+            return;
+        }
         let is_handshaking = connection.is_handshaking();
         if is_handshaking && self.handshaking >= HANDSHAKES_PER_TURN {
             self.connections[slot] = Some(connection);
@@ -742,7 +755,10 @@ impl EventLoop {
             }
             self.host.flush();
             self.host.catch_up();
-            while let Some(peer) = self.host.effects.closing.pop() {
+            for _ in 0..CLOSES_PER_TURN {
+                let Some(peer) = self.host.effects.closing.pop() else {
+                    break;
+                };
                 self.close_peer(now, &peer);
             }
             if self.host.effects.resumed.is_empty() {
