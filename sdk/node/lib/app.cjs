@@ -7,7 +7,7 @@ const { basename, extname } = require('node:path')
 
 const { load, mayLoop } = require('./addon.cjs')
 const { Block, blockOptions } = require('./block.cjs')
-const { badRequest, errorOf, thrown, warn } = require('./errors.cjs')
+const { badRequest, errorOf, own, thrown, warn } = require('./errors.cjs')
 const { Request, handle } = require('./handlers.cjs')
 const { encode, parseExactly } = require('./json.cjs')
 const { checkSignal, options, pick, textOf } = require('./options.cjs')
@@ -341,9 +341,7 @@ class Connection {
     this.native.release()
     for (const request of this.running.values()) request.cancel()
     this.#ended()
-    const closed = {
-      family: 'Disconnected', code: 'disconnected', message: 'the app was closed', ran: 'no'
-    }
+    const closed = own('disconnected', 'the app was closed', 'no')
     for (const token of [...this.pending.keys()]) {
       this.#complete(token, { what: ERROR, meta: 0, payload: closed })
     }
@@ -607,4 +605,4 @@ async function connect (url, given) {
   return app
 }
 
-module.exports = { App, connect, families: addon.families }
+module.exports = { App, connect }

@@ -5,7 +5,7 @@
 const { isSharedArrayBuffer } = require('node:util').types
 
 const addon = require('./addon.cjs').load()
-const { BlockError, badRequest, errorOf, thrown } = require('./errors.cjs')
+const { badRequest, errorOf, own, thrown } = require('./errors.cjs')
 const { Sent, bytesOf, isBytes } = require('./json.cjs')
 const { checkTime, pick } = require('./options.cjs')
 const { Inflow } = require('./streams.cjs')
@@ -38,10 +38,13 @@ const OPTIONS = [
   'readableBy', 'writableBy', 'lifetime'
 ]
 
+/** The order, the kind and the size of an element. */
+const DTYPE = /^([<>|]?)([biufc])([0-9]+)$/
+
 /** A dtype in numpy's spelling, and the size of an element in bytes. */
 function dtypeOf (dtype) {
   const known = Object.keys(ARRAYS).findLast((name) => ARRAYS[name] === dtype)
-  const found = /^([<>|]?)([biufc])([0-9]+)$/.exec(known ?? dtype)
+  const found = DTYPE.exec(known ?? dtype)
   if (found === null) {
     throw new TypeError(`a dtype is like 'f4' or Float32Array, not ${String(dtype)}`)
   }
@@ -62,6 +65,15 @@ function layoutOf (shape, dtype) {
   }
   const { name, size } = dtypeOf(dtype)
   return { layout: [name, lengths], size: lengths.reduce((a, b) => a * b, size) }
+}
+
+/** The layout that a block was made with, and its size in bytes if the dtype says that. */
+function readLayout (json) {
+  const { dtype, shape } = JSON.parse(json)
+  if (typeof dtype !== 'string' || !Array.isArray(shape)) return { layout: null, size: undefined }
+  const known = DTYPE.exec(dtype)
+  const size = known === null ? undefined : shape.reduce((a, b) => a * b, Number(known[3]))
+  return { layout: { dtype, shape }, size }
 }
 
 /** What the binding opens a block with. */
@@ -278,7 +290,7 @@ class Block extends Sent {
   #memory = new Map()
   #mapping = -1
   #reads = 0
-  #layout = { json: null, parsed: null }
+  #layout = { json: null, layout: null, size: undefined }
 
   constructor (connection, native) {
     super()
@@ -308,13 +320,14 @@ class Block extends Sent {
     return this.#native.isMapped
   }
 
-  /** The dtype and the shape, or `null`. */
+  /** The dtype and the shape; `null` without a layout, and where it is not of the block's size. */
   get layout () {
     const json = this.#native.layout
     if (json === null) return null
-    if (json !== this.#layout.json) this.#layout = { json, parsed: JSON.parse(json) }
-    const { dtype, shape } = this.#layout.parsed
-    return typeof dtype === 'string' && Array.isArray(shape) ? { dtype, shape } : null
+    if (json !== this.#layout.json) this.#layout = { json, ...readLayout(json) }
+    const { layout, size } = this.#layout
+    // A block that was resized keeps the layout that it was made with.
+    return size === undefined || size === this.nbytes ? layout : null
   }
 
   get dtype () {
@@ -469,7 +482,7 @@ class Block extends Sent {
       // False if a writer was faster.
       if (native.copyTo(new Uint8Array(buffer))) return new View(native, layout, buffer)
     }
-    throw new BlockError('contended', `writers of block '${this.id}' were too busy`)
+    throw errorOf(own('contended', `writers of block '${this.id}' were too busy`))
   }
 
   /**

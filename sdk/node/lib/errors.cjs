@@ -4,6 +4,8 @@
 
 const { isNativeError } = require('node:util').types
 
+const addon = require('./addon.cjs').load()
+
 const TRACEBACK_BYTES_MAX = 16 * 1024
 
 class LatZeroError extends Error {
@@ -91,6 +93,13 @@ function errorOf ({ family, code, message, ran, data, hint }) {
   return new classes[`${family}Error`](code, message, { ran, data, hint })
 }
 
+const table = new Map(addon.codes().map(([code, family, hint]) => [code, { family, hint }]))
+
+/** An error of this library, described as the binding describes its own. */
+function own (code, message, ran = null) {
+  return { ...table.get(code), code, message, ran, data: null }
+}
+
 /** What the binding threw: its own errors are descriptions of the client's. */
 function thrown (error) {
   if (error.code === 'InvalidArg') return new TypeError(error.message)
@@ -100,10 +109,7 @@ function thrown (error) {
 
 /** A refusal of this library, before anything was sent. */
 function badRequest (message) {
-  return new BadRequestError('bad_message', message, {
-    ran: 'no',
-    hint: 'correct the request; the message says what is wrong and where'
-  })
+  return errorOf(own('bad_message', message, 'no'))
 }
 
 function text (value) {
@@ -145,6 +151,7 @@ module.exports = {
   badRequest,
   describe,
   errorOf,
+  own,
   thrown,
   warn
 }

@@ -2,7 +2,7 @@
 
 // Functions as handlers: what they get, what they answer, and items that they stream.
 
-const { CancelledError, badRequest, describe, thrown, warn } = require('./errors.cjs')
+const { badRequest, describe, errorOf, own, thrown, warn } = require('./errors.cjs')
 const { encode, withBlocks } = require('./json.cjs')
 
 const ERROR = 2
@@ -73,7 +73,7 @@ class Request {
   }
 
   #reason () {
-    return new CancelledError('cancelled', 'the caller does not want the answer any more')
+    return errorOf(own('cancelled', 'the caller does not want the answer any more'))
   }
 
   /** Reports how far the work is. */

@@ -36,7 +36,10 @@ export interface ConnectOptions {
   connectTimeoutMs?: Milliseconds
   /** How long calls may take that say nothing else (default 30,000). */
   callTimeoutMs?: Milliseconds
-  /** Read integers that a number can't hold exactly as `bigint` (default `false`). */
+  /**
+   * Read integers that a number can't hold exactly as `bigint`, if they are from −2⁶³ to 2⁶⁴−1
+   * (default `false`).
+   */
   bigint?: boolean
   /** Refuse NaN and infinities instead of writing them as `null` (default `false`). */
   strict?: boolean
@@ -255,7 +258,10 @@ export interface App {
   call<T = any>(name: string, data?: unknown, options?: CallOptions): Promise<T>
   /** As `call`, with the headers of the answer. */
   reply<T = any>(name: string, data?: unknown, options?: CallOptions): Promise<Reply<T>>
-  /** Makes a call that the server keeps on disk until it is answered. */
+  /**
+   * Makes a call that the server keeps on disk until it is answered. Resolves when it is there,
+   * also where a handler takes it at once.
+   */
   park<T = any>(name: string, data?: unknown, options?: CallOptions): Promise<Parked<T>>
   /** Answers to parked calls of this and earlier lives that nobody here waits for. */
   answers<T = any>(): Inflow<Answer<T>>
@@ -340,6 +346,7 @@ export interface Block {
   readonly isLive: boolean
   /** Whether its bytes are mapped into this process, rather than copied through the server. */
   readonly isMapped: boolean
+  /** How its arrays are read; `null` without a layout, and where a resize made it another size. */
   readonly layout: { dtype: string, shape: number[] } | null
   /** What to send to another thread or process, which opens it with `app.block(handle)`. */
   readonly handle: BlockHandle

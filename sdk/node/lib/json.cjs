@@ -4,7 +4,9 @@
 // a whole payload.
 
 const { randomUUID } = require('node:crypto')
-const { isAnyArrayBuffer, isDate, isSharedArrayBuffer } = require('node:util').types
+const {
+  isAnyArrayBuffer, isDate, isNumberObject, isSharedArrayBuffer
+} = require('node:util').types
 
 const { badRequest } = require('./errors.cjs')
 
@@ -12,6 +14,8 @@ const { badRequest } = require('./errors.cjs')
 const LEVELS_MAX = 128
 const INTEGER_MIN = -(2n ** 63n)
 const INTEGER_MAX = 2n ** 64n - 1n
+/** As long as the longest of them; a longer text need not be read as an integer. */
+const INTEGER_CHARS_MAX = 20
 
 // What a `bigint` is while `JSON.stringify` runs. Nobody else can know it.
 const MARK = `bigint-${randomUUID()}:`
@@ -20,16 +24,21 @@ const MARKED = new RegExp(`"${MARK}(-?[0-9]+)"`, 'g')
 /** Where blocks of the data that is being written go: an array, or `null` where none may be. */
 let lent
 
+function isSendable (integer) {
+  return integer >= INTEGER_MIN && integer <= INTEGER_MAX
+}
+
 function isBytes (value) {
   return ArrayBuffer.isView(value) || isAnyArrayBuffer(value)
 }
 
 /** What can't be sent, as far as `value` alone says; `undefined` if it can. */
 function fault (value, strict) {
-  if (typeof value === 'bigint' && (value < INTEGER_MIN || value > INTEGER_MAX)) {
+  if (typeof value === 'bigint' && !isSendable(value)) {
     return 'integers are from -2^63 to 2^64-1'
   }
-  if (strict && typeof value === 'number' && !Number.isFinite(value)) {
+  if (strict && (typeof value === 'number' || isNumberObject(value)) &&
+    !Number.isFinite(Number(value))) {
     return 'NaN and infinities are not JSON'
   }
   if (typeof value === 'object' && value !== null && isBytes(value)) {
@@ -38,19 +47,30 @@ function fault (value, strict) {
   return undefined
 }
 
-/** Where in `value` the first fault is, as a path. */
+/** The path of what `holder` has by the name `key`. */
+function within (path, holder, key) {
+  return Array.isArray(holder) ? `${path}[${key}]` : `${path}.${key}`
+}
+
+/** Where in `value` the first fault that `scan` finds is, as a path. */
 function place (value, strict, path) {
   if (fault(value, strict) !== undefined) return path
   if (typeof value !== 'object' || value === null) return undefined
-  const isList = Array.isArray(value)
+  if (!Array.isArray(value) && typeof value.toJSON === 'function') return undefined
   for (const key of Object.keys(value)) {
-    const found = place(value[key], strict, isList ? `${path}[${key}]` : `${path}.${key}`)
+    const found = place(value[key], strict, within(path, value, key))
     if (found !== undefined) return found
   }
   return undefined
 }
 
-class Fault extends Error {}
+/** What can't be sent, and where it is if that is known already. */
+class Fault extends Error {
+  constructor (why, path) {
+    super(why)
+    this.path = path
+  }
+}
 
 /** Checks what `JSON.stringify` would write otherwise; whether it takes the slow way. */
 function scan (value, strict, levels) {
@@ -75,7 +95,8 @@ function scan (value, strict, levels) {
     }
     return isSlow
   }
-  if (isBytes(value)) throw new Fault(fault(value, strict))
+  const why = fault(value, strict)
+  if (why !== undefined) throw new Fault(why)
   if (typeof value.toJSON === 'function') return !(isDate(value) || value instanceof Sent)
   for (const key of Object.keys(value)) {
     if (scan(value[key], strict, levels - 1)) isSlow = true
@@ -85,15 +106,25 @@ function scan (value, strict, levels) {
 
 /** What `JSON.stringify` asks for each value, where there may be more than JSON has. */
 function replacer (strict) {
+  // The way from the whole data to `value`, as what `toJSON` returned: it holds what comes next.
+  const trail = []
   return function (key, value) {
     const original = this[key]
+    while (trail.length > 0 && trail[trail.length - 1].value !== this) trail.pop()
+    trail.push({ key, value })
     for (const one of [original, value]) {
       const why = fault(one, strict)
-      if (why !== undefined) throw new Fault(why)
+      if (why !== undefined) throw new Fault(why, pathOf(trail))
     }
     if (typeof original === 'bigint') return MARK + original
     return typeof value === 'bigint' ? MARK + value : value
   }
+}
+
+function pathOf (trail) {
+  let path = 'data'
+  for (let i = 1; i < trail.length; i++) path = within(path, trail[i - 1].value, trail[i].key)
+  return path
 }
 
 /** Something that writes itself as a reference: a block. */
@@ -123,7 +154,8 @@ function encode (data, strict, blocks = null) {
     return writeJson(data, strict)
   } catch (error) {
     if (!(error instanceof Fault)) throw error
-    throw badRequest(`${place(data, strict, 'data') ?? 'data'}: ${error.message}`)
+    const path = error.path ?? place(data, strict, 'data') ?? 'data'
+    throw badRequest(`${path}: ${error.message}`)
   } finally {
     lent = before
   }
@@ -140,7 +172,7 @@ function bytesOf (data) {
 const LONG_NUMBER = /[0-9]{16}/
 const NUMBER = /-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?/y
 
-/** As `JSON.parse`, with integers that a number can't hold exactly as `bigint`. */
+/** As `JSON.parse`, with integers that can be sent and a number can't hold exactly as `bigint`. */
 function parseExactly (text) {
   if (!LONG_NUMBER.test(text)) return JSON.parse(text)
   let at = 0
@@ -167,7 +199,12 @@ function parseExactly (text) {
     at = NUMBER.lastIndex
     const number = Number(whole)
     const isInteger = fraction === undefined && exponent === undefined
-    return isInteger && !Number.isSafeInteger(number) ? BigInt(whole) : number
+    if (!isInteger || Number.isSafeInteger(number) || whole.length > INTEGER_CHARS_MAX) {
+      return number
+    }
+    const exact = BigInt(whole)
+    // As a `bigint` it could not be sent back.
+    return isSendable(exact) ? exact : number
   }
 
   function blank () {

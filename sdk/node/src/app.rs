@@ -368,7 +368,8 @@ impl NativeApp {
         }))
     }
 
-    /// Makes a call that waits on the server.
+    /// Makes a call that waits on the server: it is on disk when this is done, also where a handler
+    /// takes it at once.
     #[napi]
     pub fn park(
         &self,
@@ -378,7 +379,8 @@ impl NativeApp {
         options: Option<String>,
     ) -> Result<bool> {
         let options = options_of(options.as_deref())?;
-        let parking = self.calling(&name, &given(data), &options)?.send_parked();
+        let call = self.calling(&name, &given(data), &options)?;
+        let parking = call.always_park().send_parked();
         Ok(self.begin(token, async move {
             let parked = Parking::new(parking.await?);
             Ok(Outcome::extra(Extra::Parked(parked)))

@@ -25,11 +25,11 @@ pub fn version() -> &'static str {
     env!("CARGO_PKG_VERSION")
 }
 
-/// Every code of the protocol with the family of its error, as pairs.
+/// Every code of the protocol, with the family of its error and what to do about it.
 #[napi]
-pub fn families() -> Vec<Vec<&'static str>> {
+pub fn codes() -> Vec<Vec<&'static str>> {
     let codes = latzero::Code::ALL.iter();
     codes
-        .map(|&code| vec![code.as_str(), errors::family(code)])
+        .map(|&code| vec![code.as_str(), errors::family(code), code.remedy()])
         .collect()
 }

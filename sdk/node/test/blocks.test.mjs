@@ -358,6 +358,29 @@ test('blocks are resized, removed and closed', async (t) => {
   block.close()
 })
 
+test('the layout of a block that was resized is what its arrays have', async (t) => {
+  const [makes, opens] = await place.pair(t)
+  const plain = await makes.block('plain', { size: 40, create: true })
+  const about = ({ layout, dtype, shape }) => ({ layout, dtype, shape })
+  for (const [dtype, Typed, name] of [['f4', Float32Array, '<f4'], ['>i4', DataView, '>i4']]) {
+    const block = await makes.block(`a${dtype.length}`, { shape: [10], dtype, create: true })
+    const other = await opens.block(block.id)
+    const whole = { layout: { dtype: name, shape: [10] }, dtype: name, shape: [10] }
+    for (const one of [block, other]) assert.deepEqual(about(one), whole)
+    await block.resize(80)
+    for (const one of [block, other]) {
+      assert.deepEqual(await one.read(), new Uint8Array(80))
+      assert.deepEqual(about(one), about(plain))
+    }
+    await block.write((rows) => assert.deepEqual(rows, new Uint8Array(2)), { part: [78, 80] })
+    await block.resize(40)
+    for (const one of [block, other]) {
+      assert.ok((await one.read()) instanceof Typed)
+      assert.deepEqual(about(one), whole)
+    }
+  }
+})
+
 test('a persistent block is not mapped, and works by copies', async (t) => {
   const [makes, opens] = await place.pair(t)
   const given = { shape: [4, 2], dtype: 'i4', create: true, kind: 'persistent' }

@@ -121,10 +121,16 @@ test('errors have their families', async (t) => {
   assert.ok(error instanceof UnavailableError)
   assert.deepEqual([error.code, error.ran, error.retryable], ['no_handler', 'no', true])
   assert.ok(error.hint.length > 0 && error.name === 'UnavailableError')
-  const families = addon.families()
-  assert.ok(families.length > 30)
-  for (const [, family] of families) {
+  const codes = addon.codes()
+  assert.ok(codes.length > 30)
+  for (const [, family] of codes) {
     assert.ok(latzero[`${family}Error`].prototype instanceof LatZeroError)
+  }
+  // Those of this side say the same as those of the server.
+  const local = await calls.call('x', [Buffer.from('x')]).catch((error) => error)
+  const remote = await calls.request({ action: 5 }).catch((error) => error)
+  for (const { code, hint } of [local, remote]) {
+    assert.deepEqual([code, hint], ['bad_message', 'Fix what the message names.'])
   }
   await assert.rejects(calls.call('in valid'), { name: 'BadRequestError' })
   await assert.rejects(calls.join('bad pool'), BadRequestError)
@@ -404,6 +410,33 @@ test('parked calls', async (t) => {
   await serves.serve('later', () => 'came')
   const [late] = await Promise.all([calls.answers().next()])
   assert.deepEqual([late.value.id, late.value.result()], ['order-4', 'came'])
+})
+
+test('a parked call is stored and can be cancelled, also where a handler has it', {
+  timeout: 60_000
+}, async (t) => {
+  const [serves, calls, pool] = await place.pair(t)
+  const [inside, gone] = [promised(), promised()]
+  await serves.serve('hold', (data, { signal }) => {
+    signal.addEventListener('abort', gone.resolve)
+    inside.resolve()
+    return gone.promise
+  })
+  // The handler does not answer before this.
+  const parked = await calls.park('hold', null, { id: 'held' })
+  await inside.promise
+  parked.cancel()
+  await gone.promise
+  // Its caller disconnects, and another instance of the app gets the answer.
+  const { promise, resolve } = promised()
+  await serves.serve('later', () => promise)
+  const before = await connect(place.server.url('leaves', pool))
+  await before.park('later', null, { id: 'left' })
+  await before.close()
+  resolve('came')
+  const after = await place.app(t, 'leaves', pool)
+  const { value } = await after.answers().next()
+  assert.deepEqual([value.id, value.result()], ['left', 'came'])
 })
 
 test('a repeated call with an idempotency key runs once', async (t) => {

@@ -71,16 +71,42 @@ test('a bigint is written exactly, and read as it is asked for', async (t) => {
   }
 })
 
+test('an integer that could not be sent as a bigint is read as a number', async (t) => {
+  const exact = await place.app(t, 'exact', 'system', { bigint: true })
+  const plain = await place.app(t, 'plain', 'system')
+  await exact.join('integers')
+  await plain.join('integers')
+  await exact.serve('back', (x) => x)
+  for (const value of [1e20, -1e20, 2 ** 64, -(2 ** 63) - 2048, 123456789012345680000]) {
+    for (const app of [exact, plain]) {
+      assert.equal(await app.call('echo', value, { pool: 'system' }), value)
+      assert.deepEqual(await app.call('back', [value], { pool: 'integers' }), [value])
+    }
+  }
+  // Neither do these lose anything.
+  const longest = [-(2n ** 63n), 2n ** 64n - 1n]
+  assert.deepEqual(await exact.call('back', longest, { pool: 'integers' }), longest)
+})
+
 test('strict refuses what is no number', async (t) => {
   const app = await place.app(t, 'strict', 'system', { strict: true })
   for (const [value, at] of [
     [NaN, 'data'], [{ values: [1, 2, 3, NaN] }, 'data.values[3]'], [[-Infinity], 'data[0]'],
-    [{ toJSON: () => [Infinity] }, 'data']
+    [{ a: new Number(NaN) }, 'data.a'],
+    [[Object.assign(new Number(Infinity), { b: 1 })], 'data[0]'],
+    [{ toJSON: () => [Infinity] }, 'data[0]'], [{ toJSON: () => new Number(NaN) }, 'data'],
+    [[{ a: 1 }, { b: { toJSON: () => ({ a: [5, { c: NaN }] }) } }], 'data[1].b.a[1].c'],
+    [{ a: { toJSON: () => ({ b: 1 }), b: NaN }, c: NaN }, 'data.c'],
+    [{ a: 5n, b: [[1n], { toJSON: () => NaN }] }, 'data.b[1]']
   ]) {
     const expected = { message: `${at}: NaN and infinities are not JSON`, ran: 'no' }
     await assert.rejects(app.call('echo', value), expected)
     await assert.rejects(app.emit('echo', value), expected)
   }
+  const numbers = { a: new Number(5), b: { toJSON: () => new Number(0.5) } }
+  assert.deepEqual(await app.call('echo', numbers), { a: 5, b: 0.5 })
+  const plain = await place.app(t, 'plain', 'system')
+  assert.deepEqual(await plain.call('echo', [new Number(NaN)]), [null])
 })
 
 test('bytes travel raw', async (t) => {
@@ -113,7 +139,7 @@ test('bytes inside of JSON are refused, with their place', async (t) => {
   for (const [value, at] of [
     [{ a: Buffer.from('x') }, 'data.a'], [[new Float64Array(1)], 'data[0]'],
     [{ a: { b: [1, new ArrayBuffer(1)] } }, 'data.a.b[1]'],
-    [{ toJSON: () => ({ x: Buffer.from('x') }) }, 'data']
+    [{ toJSON: () => ({ x: Buffer.from('x') }) }, 'data.x']
   ]) {
     await assert.rejects(calls.call('nobody', value), { message: `${at}: ${message}`, ran: 'no' })
   }
