@@ -229,8 +229,10 @@ impl<D: Driver> Pool<D> {
 
     /// Whether something that was removed has not ended yet.
     fn has_removed(&self) -> bool {
-        let has_calls = self.closed && (self.calls.len() > 0 || self.parked.has_orphans());
-        has_calls || !self.retired.is_empty() || self.blocks.has_ended()
+        let has_orphans = || self.parked.has_orphans();
+        let is_ending =
+            self.closed && (self.calls.len() > 0 || self.blocks.len() > 0 || has_orphans());
+        is_ending || !self.retired.is_empty() || self.blocks.has_ended()
     }
 
     /// Sets whether its content may outlive the server. If its policy does not, calls and blocks
@@ -458,6 +460,9 @@ impl<D: Driver> Pool<D> {
         }
         self.end_retired(budget, turn);
         self.blocks().end_waits(budget, turn);
+        if self.closed {
+            self.blocks().close(budget, turn);
+        }
     }
 
     /// Another step follows if this one used up its budget.
@@ -475,7 +480,6 @@ impl<D: Driver> Pool<D> {
         self.retire_parked(turn);
         let mut budget = DUE_AT_ONCE_MAX;
         self.end_removed(&mut budget, turn);
-        self.blocks().close(turn);
         self.triggers = Triggers::default();
         let json = format!(
             "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{}\"}}",
@@ -494,8 +498,9 @@ impl<D: Driver> Pool<D> {
     /// Releases what was added to a pool when it had already been removed.
     pub fn close_held(&mut self, turn: &mut Turn<'_, D>) {
         self.retire_parked(turn);
-        self.end_retired(&mut { usize::MAX }, turn);
-        self.blocks().close(turn);
+        let mut all = usize::MAX;
+        self.end_retired(&mut all, turn);
+        self.blocks().close(&mut all, turn);
     }
 
     /// Ends waiting calls and stored answers of an encrypted pool that moves to its next epoch:
@@ -597,6 +602,6 @@ impl<D: Driver> Pool<D> {
             .chain([&self.parked])
             .for_each(ParkedCalls::check);
         self.repeats.check();
-        self.blocks.check(&self.members);
+        self.blocks.check(members);
     }
 }

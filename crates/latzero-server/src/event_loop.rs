@@ -55,9 +55,6 @@ const READ_BYTES: usize = 256 * 1024;
 /// and few enough that their handshakes are read before the limit is reached.
 const ACCEPTS_PER_TURN: usize = 16;
 
-/// How many connections a turn closes, because one message may close all of an app.
-const CLOSES_PER_TURN: usize = 64;
-
 /// How long the other loops have to read what was accepted for them, before more is accepted.
 const ACCEPT_AGAIN_MS: u64 = 1;
 
@@ -755,11 +752,13 @@ impl EventLoop {
             }
             self.host.flush();
             self.host.catch_up();
-            for _ in 0..CLOSES_PER_TURN {
-                let Some(peer) = self.host.effects.closing.pop() else {
-                    break;
-                };
+            // One message may close all connections of an app.
+            let until = Time(self.host.shared.clock.now().0 + TURN_US);
+            while let Some(peer) = self.host.effects.closing.pop() {
                 self.close_peer(now, &peer);
+                if self.host.shared.clock.now() >= until {
+                    break;
+                }
             }
             if self.host.effects.resumed.is_empty() {
                 break;

@@ -924,14 +924,14 @@ impl World {
                 "{id:?} has {in_flight} calls in flight of {in_flight_max}"
             );
         }
-        let (blocks, bytes) =
-            self.registry
-                .borrow()
-                .pools()
-                .fold((0, 0), |(blocks, bytes), (_, pool)| {
-                    let stats = pool.borrow().stats();
-                    (blocks + stats.blocks, bytes + stats.block_bytes)
-                });
+        let registry = self.registry.borrow();
+        let pools = registry.pools().map(|(_, pool)| pool);
+        let (blocks, bytes) = pools
+            .chain(&self.removed)
+            .map(|pool| pool.borrow().stats())
+            .fold((0, 0), |(blocks, bytes), stats| {
+                (blocks + stats.blocks, bytes + stats.block_bytes)
+            });
         let all = self.context.ledger.all();
         assert_eq!(
             (all.used(Resource::BlockCount), all.used(Resource::Blocks)),

@@ -3,6 +3,9 @@
 use super::*;
 use crate::pool::{DUE_AT_ONCE_MAX, park::soon};
 
+/// As how many waits the end of a block counts.
+const BLOCK_COST: usize = 4;
+
 impl<D: Driver> PoolBlocks<'_, D> {
     /// Creates a block, or attaches an existing one. The reply follows when it is ready. In a
     /// sealed pool its content is bound to `uid`.
@@ -283,12 +286,29 @@ impl<D: Driver> PoolBlocks<'_, D> {
         Ok(Some("{}".into()))
     }
 
-    /// Removes the blocks of a removed pool.
-    pub(in crate::pool) fn close(&mut self, turn: &mut Turn<'_, D>) {
-        let keys: Vec<BlockKey> = self.blocks.blocks.iter().map(|(key, _)| key).collect();
-        let mut budget = DUE_AT_ONCE_MAX;
-        for key in keys {
-            self.end_within(&mut budget, key, turn);
+    /// Removes the blocks of a removed pool. Persistent ones go at once, because they would be
+    /// there again after a crash, and so do those for which a request waits; of others as many as
+    /// `budget` allows.
+    pub(in crate::pool) fn close(&mut self, budget: &mut usize, turn: &mut Turn<'_, D>) {
+        let blocks = self.blocks.blocks.iter();
+        let is_first = |block: &Block| {
+            block.kind == Kind::Persistent
+                || matches!(block.phase, Phase::New)
+                || !block.waiting.is_empty()
+                || !block.flushing.is_empty()
+        };
+        let (first, others): (Vec<_>, Vec<_>) = blocks
+            .map(|(key, block)| (key, is_first(block)))
+            .partition(|(_, is_first)| *is_first);
+        for (key, _) in first {
+            self.end_within(budget, key, turn);
+        }
+        for (key, _) in others {
+            if *budget == 0 {
+                break;
+            }
+            self.end_within(budget, key, turn);
+            *budget = budget.saturating_sub(BLOCK_COST);
         }
         let left_out = std::mem::take(&mut self.blocks.left_out).len();
         if left_out > 0 {
