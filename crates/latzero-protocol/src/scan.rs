@@ -51,6 +51,8 @@ const LONG: usize = 4096;
 pub struct Ahead {
     at: usize,
     has_begun: bool,
+    /// Whether it is inside a key of the message.
+    in_key: bool,
     /// Where the present value begins, and what is open in it.
     inside: Option<(usize, Nest)>,
     pub(crate) long: Vec<(usize, usize)>,
@@ -58,8 +60,8 @@ pub struct Ahead {
 }
 
 impl Ahead {
-    /// Scans about `bytes` more bytes of the same `json`; true once it is done. A long string is
-    /// scanned at once.
+    /// Scans about `bytes` more bytes of the same `json`; true once it is done. Long runs of text
+    /// without escapes, of digits and of blanks are passed over at once, which is fast.
     pub fn step(&mut self, json: &[u8], bytes: usize) -> bool {
         let mut s = Scanner {
             bytes: json,
@@ -91,8 +93,15 @@ impl Ahead {
             let (from, nest) = match &mut self.inside {
                 Some(inside) => inside,
                 None => {
-                    s.space();
-                    s.key()?;
+                    if !std::mem::replace(&mut self.in_key, true) {
+                        s.space();
+                        s.open_key()?;
+                    }
+                    if !s.string_until(until)? {
+                        return Ok(false);
+                    }
+                    s.colon()?;
+                    self.in_key = false;
                     s.space();
                     self.inside.insert((s.at, Nest::new(1)))
                 }
@@ -122,6 +131,16 @@ struct Nest {
     depth: u32,
     /// One bit per open container, the innermost lowest: 1 is an object, 0 an array.
     open: u128,
+    within: Within,
+}
+
+/// Where a scan in slices stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Within {
+    /// Before a value.
+    Nothing,
+    Key,
+    Text,
 }
 
 impl Nest {
@@ -132,6 +151,7 @@ impl Nest {
             base,
             depth: base,
             open: 0,
+            within: Within::Nothing,
         }
     }
 }
@@ -272,6 +292,9 @@ pub fn value_within(text: &str, max: u32) -> Result<(), ScanError> {
     s.end()
 }
 
+/// From this many blanks on, they are skipped eight at a time.
+const LONG_RUN: usize = 32;
+
 struct Scanner<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -299,8 +322,35 @@ impl<'a> Scanner<'a> {
 
     #[inline]
     fn space(&mut self) {
+        let mut run = 0;
         while let Some(b' ' | b'\t' | b'\n' | b'\r') = self.peek() {
             self.at += 1;
+            run += 1;
+            if run == LONG_RUN {
+                self.blanks();
+                run = 0;
+            }
+        }
+    }
+
+    /// Skips blanks, eight bytes at a time.
+    #[cold]
+    fn blanks(&mut self) {
+        const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
+        const ONES: u64 = 0x0101_0101_0101_0101;
+        let rest = self.bytes.get(self.at..).unwrap_or_default();
+        for chunk in rest.as_chunks::<8>().0 {
+            let word = u64::from_le_bytes(*chunk);
+            // The high bit of each byte that is not `byte`.
+            let differs = |byte: u8| {
+                let x = word ^ (ONES * u64::from(byte));
+                ((x & LOW) + LOW) | x
+            };
+            let other = differs(b' ') & differs(b'\t') & differs(b'\n') & differs(b'\r');
+            if other & !LOW != 0 {
+                return;
+            }
+            self.at += 8;
         }
     }
 
@@ -339,16 +389,32 @@ impl<'a> Scanner<'a> {
         }
         let spelling = self.string()?;
         let key = (self.at - 1, spelling);
+        self.colon()?;
+        Ok(key)
+    }
+
+    /// The colon behind a key.
+    #[inline(always)]
+    fn colon(&mut self) -> Result<(), ScanError> {
         // A space here is rare.
         if self.peek() == Some(b':') {
             self.at += 1;
-            return Ok(key);
+            return Ok(());
         }
         self.space();
         if self.next() != Some(b':') {
             return Err(self.error_before("expected ':' after a key"));
         }
-        Ok(key)
+        Ok(())
+    }
+
+    /// The opening quote of a key.
+    fn open_key(&mut self) -> Result<(), ScanError> {
+        if self.peek() != Some(b'"') {
+            return Err(self.error("expected a string as key"));
+        }
+        self.at += 1;
+        Ok(())
     }
 
     /// One value; `depth` counts the containers that are already open around it.
@@ -358,8 +424,8 @@ impl<'a> Scanner<'a> {
         self.nested::<false>(&mut nest, usize::MAX).map(drop)
     }
 
-    /// The rest of one value. If it is `SLICED`, it stops before the first inner value behind
-    /// `until`, and returns false.
+    /// The rest of one value. If it is `SLICED`, it stops behind `until`, before an inner value or
+    /// behind an escape of a string, and returns false.
     #[inline]
     fn nested<const SLICED: bool>(
         &mut self,
@@ -370,14 +436,39 @@ impl<'a> Scanner<'a> {
             base,
             mut depth,
             mut open,
+            mut within,
         } = *nest;
         loop {
-            if SLICED && self.at >= until {
-                *nest = Nest { base, depth, open };
-                return Ok(false);
+            if SLICED {
+                let stops = match within {
+                    Within::Nothing => self.at >= until,
+                    Within::Key | Within::Text => !self.string_until(until)?,
+                };
+                if stops {
+                    *nest = Nest {
+                        base,
+                        depth,
+                        open,
+                        within,
+                    };
+                    return Ok(false);
+                }
+                if within == Within::Key {
+                    self.colon()?;
+                    within = Within::Nothing;
+                }
             }
-            self.space();
+            if !SLICED || within == Within::Nothing {
+                self.space();
+            }
             match self.peek() {
+                // A string that went over several slices is complete.
+                _ if SLICED && within == Within::Text => within = Within::Nothing,
+                Some(b'"') if SLICED => {
+                    self.at += 1;
+                    within = Within::Text;
+                    continue;
+                }
                 Some(b'"') => {
                     self.string()?;
                 }
@@ -396,7 +487,10 @@ impl<'a> Scanner<'a> {
                         depth -= 1;
                         open >>= 1;
                     } else {
-                        if is_object {
+                        if is_object && SLICED {
+                            self.open_key()?;
+                            within = Within::Key;
+                        } else if is_object {
                             self.key()?;
                         }
                         continue;
@@ -419,7 +513,12 @@ impl<'a> Scanner<'a> {
                 match (self.next(), is_object) {
                     (Some(b','), true) => {
                         self.space();
-                        self.key()?;
+                        if SLICED {
+                            self.open_key()?;
+                            within = Within::Key;
+                        } else {
+                            self.key()?;
+                        }
                         break;
                     }
                     (Some(b','), false) => break,
@@ -445,6 +544,22 @@ impl<'a> Scanner<'a> {
             return Ok(Spelling::Plain);
         }
         self.rest_of_string()
+    }
+
+    /// The rest of a string, past its closing quote; false if it stopped behind `until`.
+    fn string_until(&mut self, until: usize) -> Result<bool, ScanError> {
+        loop {
+            self.plain();
+            match self.next() {
+                Some(b'"') => return Ok(true),
+                Some(b'\\') => self.escape()?,
+                Some(_) => return Err(self.error_before("control character in a string")),
+                None => return Err(self.error_before("the JSON text ends inside a string")),
+            }
+            if self.at >= until {
+                return Ok(false);
+            }
+        }
     }
 
     /// Handles the first byte of a string that is neither ordinary text nor the closing quote.
@@ -656,6 +771,32 @@ mod tests {
         let scan = |text: &str| object::<ScanError>(text, |_, _| Ok(()));
         assert!(scan(&in_object(128)).is_ok());
         assert!(scan(&in_object(129)).is_err());
+    }
+
+    #[test]
+    fn long_runs_of_blanks_are_skipped() {
+        for blanks in ["    ", "\t\n\r ", "\n\n\n\n", " \n\t\t"] {
+            for n in 0..40 {
+                let run = &blanks.repeat(20)[..n + 40];
+                assert!(value(&format!("{run}[{run}1{run},{run}2{run}]{run}")).is_ok());
+                assert!(value(&format!("{run}\u{b}{run}1")).is_err());
+                assert!(value(&format!("[1{run}x]")).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn long_strings_and_keys_are_scanned_in_slices() {
+        let escapes = "\\n".repeat(2000);
+        let json =
+            format!("{{\"{escapes}\":{{\"{escapes}\":[\"{escapes}\",1]}},\"b\":\"{escapes}\"}}");
+        let mut ahead = Ahead::default();
+        let mut steps = 1;
+        while !ahead.step(json.as_bytes(), 1000) {
+            steps += 1;
+        }
+        assert_eq!(ahead.failed, None);
+        assert!((14..20).contains(&steps), "{steps}");
     }
 
     #[test]

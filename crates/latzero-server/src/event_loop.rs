@@ -114,6 +114,8 @@ pub(crate) struct EventLoop {
     /// Connections that have more data, or may be read again, and whether they had completed no
     /// handshake.
     ready: Turns<(usize, bool)>,
+    /// What other threads sent.
+    commands: VecDeque<Command>,
     scratch: Vec<u8>,
     /// When this turn puts off what is left to read.
     late_at: Time,
@@ -165,6 +167,7 @@ impl EventLoop {
             free: Vec::new(),
             live: 0,
             ready: Turns::default(),
+            commands: VecDeque::new(),
             scratch: vec![0; READ_BYTES],
             late_at: Time::default(),
             handshaking: Duration::ZERO,
@@ -232,6 +235,7 @@ impl EventLoop {
             for event in &events {
                 self.handle_event(now, event, &mut reads);
             }
+            self.handle_commands(now);
             if !self.ready.is_empty() {
                 // What was read so far does not wait for the others, which may take a turn's time.
                 self.host.flush();
@@ -255,6 +259,9 @@ impl EventLoop {
             self.handle_deadlines(now);
             self.finish_turn(now);
             if shared.loops.is_over.load(Relaxed) || self.drain(now) {
+                while !self.commands.is_empty() {
+                    self.handle_commands(now);
+                }
                 self.finish_turn(now);
                 while self.host.catch_up() {}
                 return Ok(());
@@ -265,7 +272,8 @@ impl EventLoop {
     /// How long the kernel may let the loop wait.
     fn timeout(&self, now: Time) -> Option<Duration> {
         let effects = &self.host.effects;
-        if !self.ready.is_empty() || !effects.closing.is_empty() || self.host.is_behind() {
+        let is_left = !self.commands.is_empty() || !effects.closing.is_empty();
+        if is_left || !self.ready.is_empty() || self.host.is_behind() {
             return Some(Duration::ZERO);
         }
         let timers = (self.index == 0)
@@ -298,9 +306,8 @@ impl EventLoop {
     fn handle_event(&mut self, now: Time, event: &Event, reads: &mut Reads) {
         let Token(token) = event.token();
         if event.token() == WAKER {
-            for command in self.host.shared.loops.mailboxes[self.index].take() {
-                self.handle_command(now, command);
-            }
+            let commands = self.host.shared.loops.mailboxes[self.index].take();
+            self.commands.extend(commands);
         } else if token & OF_PROCESS != 0 {
             self.handle_process_end((token & !OF_PROCESS) - FIRST_CONNECTION);
         } else if token < FIRST_CONNECTION {
@@ -351,6 +358,18 @@ impl EventLoop {
         {
             connection.peer.is_outlived.store(true, Relaxed);
             socket.shutdown(std::net::Shutdown::Read);
+        }
+    }
+
+    /// Handles what came from other threads, in its order. One commit of the store may answer very
+    /// many calls, so what is left after some time waits for the next turn.
+    fn handle_commands(&mut self, now: Time) {
+        let until = Time(self.host.shared.clock.now().0 + TURN_US);
+        while let Some(command) = self.commands.pop_front() {
+            self.handle_command(now, command);
+            if self.host.shared.clock.now() >= until {
+                break;
+            }
         }
     }
 
