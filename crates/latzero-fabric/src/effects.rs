@@ -76,6 +76,9 @@ pub struct Effects<D: Driver> {
     pub delivered: Vec<(D::Peer, u64)>,
     /// More answers are stored for repeats than the limit allows.
     pub(crate) is_over_repeats: bool,
+    /// A message was neither a call nor an answer, and may have taken longer than these do. The
+    /// driver takes this as a hint to read its clock.
+    pub was_request: bool,
     /// About how many bytes were appended since the last write.
     pub appended: usize,
     /// Counters of what happened.
@@ -94,6 +97,7 @@ impl<D: Driver> Default for Effects<D> {
             held: Vec::new(),
             delivered: Vec::new(),
             is_over_repeats: false,
+            was_request: false,
             appended: 0,
             tally: Counters::default(),
             buffers: Buffers::default(),

@@ -506,6 +506,9 @@ const STRANGER_PART: u64 = 2;
 /// A user that holds less than 1/8 of all outboxes counts as modest.
 const MODEST_PART: u64 = 8;
 
+/// Which part of the bytes that may wait to be written each user's answers leave to short errors.
+const ERRORS_PART: u64 = 32;
+
 /// This part of memory is reserved for answers and errors of work in progress; new work is refused.
 const RESERVED_PART: u64 = 16;
 
@@ -643,6 +646,11 @@ impl Ledger {
     pub(crate) fn is_modest(&self, account: &Arc<Account>) -> bool {
         let max = self.root.bounds.max[Resource::Outbox as usize];
         account.user().used(Resource::Outbox) < max / MODEST_PART
+    }
+
+    /// How much of its share a user's answers leave free, in bytes.
+    pub(crate) fn kept_for_errors(&self) -> u64 {
+        self.root.bounds.max[Resource::Outbox as usize] / ERRORS_PART
     }
 
     /// Whether connections must be closed to make room, because their incoming and outgoing bytes

@@ -98,7 +98,15 @@ impl<D: Driver> Link<D> {
                 self.held.force(amount);
                 true
             }
-            Class::Reply | Class::Control => self.held.resize(amount).is_ok(),
+            Class::Control => self.held.resize(amount).is_ok(),
+            // What answers leave free is for the short errors that replace answers: a connection
+            // without room for these is closed.
+            Class::Reply => {
+                let more = amount.saturating_sub(self.held.amount());
+                let room = more + ledger.kept_for_errors();
+                self.account.has_own_room(Resource::Outbox, room)
+                    && self.held.resize(amount).is_ok()
+            }
             Class::Call | Class::Emit | Class::Event => {
                 !ledger.is_short() && self.held.resize(amount).is_ok()
             }

@@ -319,6 +319,7 @@ impl<D: Driver> Session<D> {
             // Its only effect is its reply, which nobody would get.
             Ok(request) if id.is_none() && request.is_question() => Flow::Continue,
             Ok(request) => {
+                turn.driver.effects().was_request = true;
                 let result = self.request(id, request, turn);
                 self.answer_request(id, result, turn)
             }

@@ -27,8 +27,8 @@ use crate::socket::{Socket, User};
 const SLICED_BYTES_MIN: usize = 512 * 1024;
 const SLICE_BYTES: usize = 128 * 1024;
 
-/// How long one connection is handled before the others, and after how many frames the clock is
-/// read.
+/// How long one connection is handled before the others, and after how many calls and answers the
+/// clock is read.
 const TIME_BUDGET: Duration = Duration::from_micros(250);
 const FRAMES_PER_LOOK: u32 = 4;
 
@@ -500,7 +500,9 @@ impl Connection {
                 host.flush();
             }
             frames += 1;
-            if frames.is_multiple_of(FRAMES_PER_LOOK) && started.elapsed() >= TIME_BUDGET {
+            let was_request = std::mem::take(&mut host.effects.was_request);
+            let looks = was_request || frames.is_multiple_of(FRAMES_PER_LOOK);
+            if looks && started.elapsed() >= TIME_BUDGET {
                 return (used, Some(ReadOutcome::More));
             }
         }
