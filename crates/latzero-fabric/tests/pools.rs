@@ -615,13 +615,14 @@ fn answers_leave_room_for_the_errors_that_replace_them() {
     let mut net = Net::with(|limits| limits.outbox_total_bytes_max = 12_800 << 10);
     let handler = net.app("handler", r#""triggers":["t"]"#);
     let caller = net.stranger("caller", "");
-    net.world.hold_writes_of(caller, true);
-    let text = "x".repeat(100_000);
-    for id in 0..150 {
-        net.call(caller, &id.to_string(), "");
+    let text = "x".repeat(8_000);
+    for id in 0..1200 {
+        net.say(
+            caller,
+            &format!(r#"{{"action":"trigger","process":"t","id":"{id}"}}"#),
+        );
         net.answer(handler, &format!(r#""status":"ok","response":"{text}""#));
     }
-    net.world.hold_writes_of(caller, false);
     assert!(net.world.is_open(caller));
     let messages = net.messages(caller);
     let of = |code| {
@@ -630,5 +631,5 @@ fn answers_leave_room_for_the_errors_that_replace_them() {
             .filter(|m| m.json["error"]["code"] == code)
             .count()
     };
-    assert_eq!((messages.len(), of("overloaded") > 50), (150, true));
+    assert_eq!((messages.len(), of("overloaded") > 50), (1200, true));
 }
