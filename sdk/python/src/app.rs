@@ -363,7 +363,9 @@ impl PyApp {
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Op> {
-        let parking = self.calling(name, data, options)?.0.send_parked();
+        // Stored even if a handler is free, as the caller may end after this has returned.
+        let call = self.calling(name, data, options)?.0.always_park();
+        let parking = call.send_parked();
         let app = self.app.clone();
         Ok(op(&self.app, parking, move |py, parked| {
             let id = parked.id().to_owned();
@@ -588,7 +590,8 @@ impl PyParked {
     }
 
     /// Waits for the answer.
-    fn answer(&self) -> PyResult<Op> {
+    fn answer(&self, py: Python<'_>) -> PyResult<Op> {
+        check_process(py, &self.app, true)?;
         let parked = lock(&self.parked).take();
         let parked = parked
             .ok_or_else(|| PyRuntimeError::new_err("it was answered, or cancelled, before"))?;
@@ -628,12 +631,14 @@ pub(crate) fn forked() {
 /// This process; 0 until it is known to be a forked child.
 static PROCESS: AtomicU32 = AtomicU32::new(0);
 
-/// Refuses to wait for a connection of the parent process.
-pub(crate) fn check_process(py: Python<'_>, app: &App) -> PyResult<()> {
+/// Refuses to wait for a connection of the parent process. What had begun before the fork is the
+/// parent's, and nobody here can tell whether it ran.
+pub(crate) fn check_process(py: Python<'_>, app: &App, is_begun: bool) -> PyResult<()> {
     let process = PROCESS.load(Ordering::Relaxed);
     if process == 0 || process == app.process() {
         return Ok(());
     }
     let message = "this belongs to the process that this one was forked from: make it anew here";
-    Err(errors::raised(py, Code::Disconnected, message, Some("no")))
+    let ran = if is_begun { "unknown" } else { "no" };
+    Err(errors::raised(py, Code::Disconnected, message, Some(ran)))
 }

@@ -4,6 +4,8 @@ use std::cell::Cell;
 
 use latzero::{Code, Error, HandlerError};
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyString};
+use serde_json::{Value, json};
 
 use crate::codec;
 use crate::gil::{attach, detach};
@@ -80,22 +82,87 @@ pub(crate) fn raised(py: Python<'_>, code: Code, message: &str, ran: Option<&str
     make().unwrap_or_else(|e| e)
 }
 
+/// The most characters of the `repr` of data that is no JSON.
+const REPR_CHARS_MAX: usize = 1000;
+/// How much of a traceback is sent, as in `latzero._errors`.
+const TRACEBACK_BYTES_MAX: usize = 16 * 1024;
+
+/// What `str` makes of an object, as text that can be sent: surrogates are replaced.
+fn sendable(object: &Bound<'_, PyAny>) -> PyResult<String> {
+    let text = object.str()?;
+    match text.to_str() {
+        Ok(text) => Ok(text.to_owned()),
+        Err(_) => {
+            let bytes = text.call_method1("encode", ("utf-8", "replace"))?;
+            bytes.call_method0("decode")?.extract()
+        }
+    }
+}
+
+fn json_value(data: &Bound<'_, PyAny>) -> PyResult<Value> {
+    let json = codec::write_json(data)?;
+    serde_json::from_str(&json).map_err(|e| bad_request(data.py(), &e.to_string()))
+}
+
+/// The data of an error; what is no JSON becomes text, so that the error itself arrives.
+fn error_data(data: &Bound<'_, PyAny>) -> Option<Value> {
+    if data.is_none() {
+        return None;
+    }
+    let texts = || -> PyResult<Value> {
+        let mut fields = serde_json::Map::new();
+        for (name, value) in data.cast::<PyDict>()?.iter() {
+            let (name, value) = (name.cast::<PyString>()?, value.cast::<PyString>()?);
+            fields.insert(sendable(name)?, sendable(value)?.into());
+        }
+        Ok(Value::Object(fields))
+    };
+    let shown = || -> PyResult<Value> {
+        let text = sendable(data.repr()?.as_any())?;
+        Ok(text.chars().take(REPR_CHARS_MAX).collect::<String>().into())
+    };
+    let value = json_value(data).or_else(|_| texts()).or_else(|_| shown());
+    value.ok()
+}
+
 /// The answer of a handler that raised `error`.
 pub(crate) fn handler_error(py: Python<'_>, error: &PyErr, tracebacks: bool) -> HandlerError {
     let describe = || -> PyResult<HandlerError> {
         let describe = py.import("latzero._errors")?.getattr("describe")?;
         let described = describe.call1((error.value(py), tracebacks))?;
-        let (code, message, data): (String, String, Bound<'_, PyAny>) = described.extract()?;
-        let answer = HandlerError::new(code, message);
-        if data.is_none() {
-            return Ok(answer);
-        }
-        let data = codec::write_json(&data)?;
-        let data: serde_json::Value =
-            serde_json::from_str(&data).map_err(|e| bad_request(py, &e.to_string()))?;
-        Ok(answer.with_data(data))
+        type Described<'py> = (String, Bound<'py, PyAny>, Bound<'py, PyAny>);
+        let (code, message, data): Described<'_> = described.extract()?;
+        let answer = HandlerError::new(code, sendable(&message)?);
+        Ok(match error_data(&data) {
+            Some(data) => answer.with_data(data),
+            None => answer,
+        })
     };
-    describe().unwrap_or_else(|_| HandlerError::new("handler_error", error.to_string()))
+    describe().unwrap_or_else(|_| outline(py, error, tracebacks))
+}
+
+/// The answer of a handler that raised an `error` of which `str` makes no text.
+fn outline(py: Python<'_>, error: &PyErr, tracebacks: bool) -> HandlerError {
+    let name = error.get_type(py).qualname();
+    let name = name.and_then(|name| sendable(name.as_any()));
+    let name = name.unwrap_or_else(|_| "Exception".to_owned());
+    let text = sendable(error.value(py).as_any());
+    // As Python's own tracebacks call it.
+    let text = text.unwrap_or_else(|_| "<exception str() failed>".to_owned());
+    let message = format!("{name}: {text}");
+    let mut data = json!({"type": name, "message": text});
+    if tracebacks {
+        let traceback = || -> PyResult<String> {
+            let format = py.import("traceback")?.getattr("format_exception")?;
+            let lines = format.call1((error.value(py),))?;
+            sendable(&PyString::new(py, "").call_method1("join", (lines,))?)
+        };
+        if let Ok(text) = traceback() {
+            let start = text.len().saturating_sub(TRACEBACK_BYTES_MAX);
+            data["traceback"] = text[text.ceil_char_boundary(start)..].into();
+        }
+    }
+    HandlerError::new("handler_error", message).with_data(data)
 }
 
 /// Runs `work` without the GIL. Signals end its waits: what their Python handler raised is raised.

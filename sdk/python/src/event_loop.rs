@@ -20,7 +20,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
-use crate::app::{PyApp, check_process, ending};
+use crate::app::{PyApp, ending};
 use crate::codec;
 use crate::errors::exception;
 use crate::gil::detach;
@@ -467,13 +467,11 @@ impl Loop {
 
     /// Starts an operation, whose result is set on `future`; returns its number, for `cancel`.
     fn start(&self, py: Python<'_>, op: &Op, future: Py<PyAny>) -> PyResult<u64> {
-        op.app
-            .as_ref()
-            .map_or(Ok(()), |app| check_process(py, app))?;
+        op.check(py)?;
         let running = match op.take()? {
             State::Running(running) => running,
             State::Ready(result) => Box::pin(std::future::ready(result)),
-            State::Taken => return Err(taken()),
+            State::Taken | State::Dropped => return Err(taken()),
         };
         let task = Task {
             work: Work::Any(running),

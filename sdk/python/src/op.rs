@@ -2,17 +2,18 @@
 //! while a [`Loop`](crate::event_loop::Loop) polls them.
 
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
-use latzero::{App, Error};
+use latzero::{App, Code, Error};
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
 use crate::app::{PyApp, check_process, seconds};
-use crate::errors::{exception, wait_any};
+use crate::errors::{exception, raised, wait_any};
 use crate::gil::detach;
 
 /// Converts a result to a Python object.
@@ -26,7 +27,9 @@ pub(crate) struct Op {
     pub(crate) app: Option<App>,
     /// Whether polling it takes so little time that the GIL is kept.
     pub(crate) is_short: bool,
-    state: Mutex<State>,
+    /// Whether something of it may have been sent.
+    is_begun: AtomicBool,
+    place: Mutex<Place>,
 }
 
 pub(crate) enum State {
@@ -34,6 +37,16 @@ pub(crate) enum State {
     Ready(Result<Make, Error>),
     /// Its result was taken, or it runs elsewhere.
     Taken,
+    /// It was ended early.
+    Dropped,
+}
+
+/// Where an operation stays while a thread waits for it: others may end it.
+struct Place {
+    state: State,
+    is_waited_for: bool,
+    /// Wakes the thread that waits.
+    waiter: Option<Waker>,
 }
 
 pub(crate) fn lock<T>(place: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -82,7 +95,12 @@ impl Op {
         Op {
             app,
             is_short: false,
-            state: Mutex::new(State::Running(Box::pin(running))),
+            is_begun: AtomicBool::new(false),
+            place: Mutex::new(Place {
+                state: State::Running(Box::pin(running)),
+                is_waited_for: false,
+                waiter: None,
+            }),
         }
     }
 
@@ -100,10 +118,22 @@ impl Op {
     }
 
     pub(crate) fn take(&self) -> PyResult<State> {
-        match std::mem::replace(&mut *lock(&self.state), State::Taken) {
-            State::Taken => Err(taken()),
-            state => Ok(state),
+        self.is_begun.store(true, Ordering::Relaxed);
+        let mut place = lock(&self.place);
+        match &place.state {
+            State::Running(_) | State::Ready(_) if !place.is_waited_for => {
+                Ok(std::mem::replace(&mut place.state, State::Taken))
+            }
+            _ => Err(taken()),
         }
+    }
+
+    /// Refuses to go on with what belongs to the parent process.
+    pub(crate) fn check(&self, py: Python<'_>) -> PyResult<()> {
+        let is_begun = self.is_begun.load(Ordering::Relaxed);
+        self.app
+            .as_ref()
+            .map_or(Ok(()), |app| check_process(py, app, is_begun))
     }
 }
 
@@ -115,18 +145,20 @@ pub(crate) fn taken() -> PyErr {
 impl Op {
     /// Starts it without waiting; returns whether it is done.
     fn poll(&self, py: Python<'_>) -> PyResult<bool> {
-        self.app
-            .as_ref()
-            .map_or(Ok(()), |app| check_process(py, app))?;
+        self.check(py)?;
+        self.is_begun.store(true, Ordering::Relaxed);
         Ok(detach(py, || {
-            let mut state = lock(&self.state);
-            if let State::Running(running) = &mut *state {
-                let mut cx = Context::from_waker(Waker::noop());
-                if let Poll::Ready(result) = running.as_mut().poll(&mut cx) {
-                    *state = State::Ready(result);
+            let place = &mut *lock(&self.place);
+            if let State::Running(running) = &mut place.state {
+                // The last waker counts: a thread that waits must still be woken.
+                let waker = place.waiter.as_ref().unwrap_or(Waker::noop());
+                let polled = running.as_mut().poll(&mut Context::from_waker(waker));
+                if let Poll::Ready(result) = polled {
+                    place.state = State::Ready(result);
+                    place.waiter.take().into_iter().for_each(Waker::wake);
                 }
             }
-            !matches!(*state, State::Running(_))
+            !matches!(place.state, State::Running(_))
         }))
     }
 
@@ -145,33 +177,106 @@ impl Op {
         Ok(self.wait_for(py, deadline)?.map(|result| (result,)))
     }
 
-    /// Ends it early: a call is cancelled.
+    /// Ends it early, also while a thread waits for it: a call is cancelled.
     fn drop(&self, py: Python<'_>) {
-        let state = std::mem::replace(&mut *lock(&self.state), State::Taken);
-        detach(py, || drop(state));
+        // A forked child leaves the parent's as it is.
+        if self.check(py).is_ok() {
+            detach(py, || self.end());
+        }
+    }
+}
+
+/// The wait of one thread for an operation.
+struct Wait<'a>(&'a Op);
+
+impl Drop for Wait<'_> {
+    fn drop(&mut self) {
+        let mut place = lock(&self.0.place);
+        place.is_waited_for = false;
+        place.waiter = None;
+    }
+}
+
+impl Wait<'_> {
+    /// The result; `None` if another thread ended the operation.
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Make, Error>>> {
+        let place = &mut *lock(&self.0.place);
+        if let State::Running(running) = &mut place.state {
+            match running.as_mut().poll(cx) {
+                Poll::Ready(result) => place.state = State::Ready(result),
+                Poll::Pending => {
+                    place.waiter = Some(cx.waker().clone());
+                    return Poll::Pending;
+                }
+            }
+        }
+        if !matches!(place.state, State::Ready(_)) {
+            return Poll::Ready(None);
+        }
+        match std::mem::replace(&mut place.state, State::Taken) {
+            State::Ready(result) => Poll::Ready(Some(result)),
+            _ => Poll::Ready(None),
+        }
     }
 }
 
 impl Op {
+    fn end(&self) {
+        let mut place = lock(&self.place);
+        if matches!(place.state, State::Taken) {
+            return;
+        }
+        let state = std::mem::replace(&mut place.state, State::Dropped);
+        let waiter = place.waiter.take();
+        drop(place);
+        // Before the waiting thread goes on: the server is to know by then.
+        drop(state);
+        waiter.into_iter().for_each(Waker::wake);
+    }
+
+    fn begin_wait(&self, py: Python<'_>) -> PyResult<Wait<'_>> {
+        let mut place = lock(&self.place);
+        match place.state {
+            State::Running(_) | State::Ready(_) if !place.is_waited_for => {
+                place.is_waited_for = true;
+                Ok(Wait(self))
+            }
+            State::Dropped => Err(cancelled(py)),
+            _ => Err(taken()),
+        }
+    }
+
     fn wait_for(&self, py: Python<'_>, deadline: Option<Instant>) -> PyResult<Option<Py<PyAny>>> {
         let app = self.app.clone();
         let app = app.ok_or_else(|| PyRuntimeError::new_err("only an event loop can run this"))?;
-        check_process(py, &app)?;
-        let mut running = match self.take()? {
-            State::Running(running) => running,
-            State::Ready(result) => return finish(py, result).map(Some),
-            State::Taken => return Ok(None),
-        };
+        self.check(py)?;
+        self.is_begun.store(true, Ordering::Relaxed);
+        let wait = self.begin_wait(py)?;
         let app = latzero::blocking::App::from(app);
-        let waited = wait_any(py, || app.run(deadline, &mut running))?;
+        let waited = wait_any(py, || {
+            app.run(deadline, &mut std::future::poll_fn(|cx| wait.poll(cx)))
+        });
+        drop(wait);
         match waited {
-            Some(result) => finish(py, result).map(Some),
-            None => {
-                *lock(&self.state) = State::Running(running);
-                Ok(None)
+            Ok(Some(Some(result))) => finish(py, result).map(Some),
+            Ok(Some(None)) => Err(cancelled(py)),
+            Ok(None) => Ok(None),
+            Err(error) => {
+                // A signal ended the wait, and with it the call.
+                detach(py, || self.end());
+                Err(error)
             }
         }
     }
+}
+
+fn cancelled(py: Python<'_>) -> PyErr {
+    raised(
+        py,
+        Code::Cancelled,
+        "the call was cancelled",
+        Some("unknown"),
+    )
 }
 
 fn finish(py: Python<'_>, result: Result<Make, Error>) -> PyResult<Py<PyAny>> {

@@ -1,7 +1,10 @@
 //! Streams: streamed answers, events, presence, answers to parked calls, changes of the connection,
 //! and new versions of blocks.
 
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
 
 use latzero::{Answer, App, Data, Emission, Error, Events, Presence, Reply, State, States};
 use pyo3::IntoPyObjectExt;
@@ -9,11 +12,15 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
-use crate::app::headers_dict;
+use crate::app::{check_process, headers_dict};
 use crate::codec;
 use crate::errors::exception;
 use crate::gil::detach;
 use crate::op::{Op, lock, op};
+
+fn closed() -> PyErr {
+    PyRuntimeError::new_err("it was closed, or is waited for already")
+}
 
 /// A source that one operation at a time reads.
 pub(crate) struct Source<T>(Arc<Mutex<Option<T>>>);
@@ -38,20 +45,12 @@ impl<T: Send> Source<T> {
     fn take(&self) -> PyResult<Taken<T>> {
         let source = lock(&self.0).take();
         if source.is_none() {
-            return Err(PyRuntimeError::new_err(
-                "it was closed, or is waited for already",
-            ));
+            return Err(closed());
         }
         Ok(Taken {
             source,
             place: self.0.clone(),
         })
-    }
-
-    fn with<R>(&self, f: impl FnOnce(&mut T) -> R) -> PyResult<R> {
-        let mut taken = self.take()?;
-        let source = taken.source.as_mut().expect("it was just taken");
-        Ok(f(source))
     }
 
     fn close(&self, py: Python<'_>) {
@@ -66,38 +65,107 @@ impl<T> Taken<T> {
     }
 }
 
+/// The stream of a call. It stays here while somebody waits for its next item: others may cancel
+/// the call.
+struct Feed {
+    /// None once the call was cancelled.
+    stream: Option<latzero::Stream<Data>>,
+    is_waited_for: bool,
+    /// Wakes what waits for the next item.
+    waiter: Option<Waker>,
+}
+
+/// The one operation that waits for the next item.
+struct Turn(Arc<Mutex<Feed>>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut feed = lock(&self.0);
+        feed.is_waited_for = false;
+        feed.waiter = None;
+    }
+}
+
+/// What a wait for the next item comes to.
+enum Next {
+    Item(Data),
+    End,
+    Cancelled,
+}
+
+impl Turn {
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<Result<Next, Error>> {
+        let feed = &mut *lock(&self.0);
+        let Some(stream) = &mut feed.stream else {
+            return Poll::Ready(Ok(Next::Cancelled));
+        };
+        // Everything that it knows is in the stream: the future need not live on.
+        let polled = pin!(stream.next()).poll(cx);
+        if polled.is_pending() {
+            feed.waiter = Some(cx.waker().clone());
+        }
+        polled.map(|item| Ok(item.transpose()?.map_or(Next::End, Next::Item)))
+    }
+}
+
 /// A streamed answer.
 #[pyclass(name = "Items", frozen, module = "latzero._latzero")]
 pub(crate) struct PyItems {
     app: App,
-    stream: Source<latzero::Stream<Data>>,
+    /// Whether the call may have been sent: that happens with the first wait.
+    is_begun: AtomicBool,
+    feed: Arc<Mutex<Feed>>,
 }
 
 impl PyItems {
     pub(crate) fn new(app: &App, stream: latzero::Stream<Data>) -> Self {
         PyItems {
             app: app.clone(),
-            stream: Source::new(stream),
+            is_begun: AtomicBool::new(false),
+            feed: Arc::new(Mutex::new(Feed {
+                stream: Some(stream),
+                is_waited_for: false,
+                waiter: None,
+            })),
         }
+    }
+
+    /// Refuses to go on with a stream of the parent process.
+    fn check(&self, py: Python<'_>) -> PyResult<()> {
+        check_process(py, &self.app, self.is_begun.load(Ordering::Relaxed))
+    }
+
+    fn with<R>(&self, f: impl FnOnce(&mut latzero::Stream<Data>) -> R) -> PyResult<R> {
+        lock(&self.feed).stream.as_mut().map(f).ok_or_else(closed)
     }
 }
 
 #[pymethods]
 impl PyItems {
     /// The next item in a list of one; `None` at the end.
-    fn next(&self) -> PyResult<Op> {
-        let mut stream = self.stream.take()?;
-        let next = async move { stream.get().next().await.transpose() };
-        Ok(op(&self.app, next, |py, item| match item {
-            Some(item) => PyList::new(py, [codec::read(py, &item)?])?.into_py_any(py),
-            None => Ok(py.None()),
+    fn next(&self, py: Python<'_>) -> PyResult<Op> {
+        self.check(py)?;
+        self.is_begun.store(true, Ordering::Relaxed);
+        let turn = {
+            let mut feed = lock(&self.feed);
+            if feed.stream.is_none() || feed.is_waited_for {
+                return Err(closed());
+            }
+            feed.is_waited_for = true;
+            Turn(self.feed.clone())
+        };
+        let next = std::future::poll_fn(move |cx| turn.poll(cx));
+        Ok(op(&self.app, next, |py, next| match next {
+            Next::Item(item) => PyList::new(py, [codec::read(py, &item)?])?.into_py_any(py),
+            Next::End => Ok(py.None()),
+            Next::Cancelled => Err(closed()),
         }))
     }
 
     /// The newest progress report that was not read yet, else `None`.
     #[getter]
     fn progress<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let report = self.stream.with(|stream| stream.progress::<Data>())?;
+        let report = self.with(|stream| stream.progress::<Data>())?;
         match report.transpose().map_err(|e| exception(py, &e))? {
             Some(report) => codec::read(py, &report).map(Some),
             None => Ok(None),
@@ -107,7 +175,7 @@ impl PyItems {
     /// The handler's final answer after the last item.
     #[getter]
     fn end<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let end = self.stream.with(|stream| stream.end().cloned())?;
+        let end = self.with(|stream| stream.end().cloned())?;
         match end.map(Reply::into::<Data>).transpose() {
             Ok(Some(end)) => codec::read(py, &end).map(Some),
             Ok(None) => Ok(None),
@@ -115,9 +183,21 @@ impl PyItems {
         }
     }
 
-    /// Cancels the call.
+    /// Cancels the call, also while somebody waits for its next item.
     fn cancel(&self, py: Python<'_>) {
-        self.stream.close(py);
+        // A forked child leaves the parent's as it is.
+        if self.check(py).is_err() {
+            return;
+        }
+        detach(py, || {
+            let (stream, waiter) = {
+                let mut feed = lock(&self.feed);
+                (feed.stream.take(), feed.waiter.take())
+            };
+            // Before the wait ends: the server is to know by then.
+            drop(stream);
+            waiter.into_iter().for_each(Waker::wake);
+        });
     }
 }
 

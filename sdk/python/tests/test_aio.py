@@ -355,6 +355,56 @@ def test_all_that_an_app_made_belongs_to_its_loop(latzero_server):
     asyncio.run(use(*made))
 
 
+def test_events_presence_and_changes_are_async_iterators(on_loop):
+    @on_loop
+    async def test(serves, calls):
+        # Without an await it listens from the first read on.
+        async def first(items):
+            async for item in items:
+                return item
+
+        event = asyncio.ensure_future(first(serves.events("done")))
+        while not await calls.emit("done", n=1, count=True):
+            await asyncio.sleep(0.01)
+        assert (await event).data == {"n": 1}
+
+        pool = serves.joined[0]
+        seen = asyncio.ensure_future(first(calls.watch(pool)))
+        await asyncio.sleep(0.2)
+        serves.serve("served", lambda: None)
+        # Of that trigger, or of the events that nobody reads any more.
+        assert (await seen).event in ("trigger_added", "trigger_removed")
+
+        block = await serves.block("iterated", size=8, create=True)
+        version = asyncio.ensure_future(first((await calls.block("iterated")).changes()))
+        await asyncio.sleep(0.2)
+        await block.write_at(0, bytes(8))
+        assert await version == block.version
+
+        # An await returns the same one, and dropping it ends it.
+        events = serves.events("again")
+        assert not await calls.emit("again", count=True)
+        assert await events is events and await events is events
+        assert await calls.emit("again", n=2, count=True) == 1
+        assert (await anext(events)).data == {"n": 2}
+        # A wait that ends early does not end it.
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(events), 0.05)
+        assert await calls.emit("again", n=3, count=True) == 1
+        assert (await anext(events)).data == {"n": 3}
+        del events
+        gc.collect()
+        while await calls.emit("again", count=True):
+            await asyncio.sleep(0.01)
+
+        events = await serves.events("closed")
+        await events.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await anext(events)
+        while await calls.emit("closed", count=True):
+            await asyncio.sleep(0.01)
+
+
 def native_threads():
     import pathlib
 

@@ -38,6 +38,7 @@ _END_SECONDS = 1.0
 _WAIT_SECONDS = 0.1
 _current: contextvars.ContextVar[_latzero.Request] = contextvars.ContextVar("latzero_request")
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
+_GENERATOR: type = type(_ for _ in ())
 
 
 def request() -> _latzero.Request:
@@ -260,11 +261,14 @@ class Pending(Generic[T]):
             try:
                 waited = (self._op.wait(),) if seconds is None else self._op.wait_within(seconds)
             except LatZeroError as raised:
-                self._result = None, raised
+                outcome: tuple[Any, LatZeroError | None] = None, raised
             else:
                 if waited is None:
                     raise TimeoutError("the answer did not come in this time")
-                self._result = self._decode(waited[0]), None
+                outcome = self._decode(waited[0]), None
+            # Another thread may have cancelled the call in the meantime.
+            if self._result is None:
+                self._result = outcome
         value: Any = self._result[0]
         error = self._result[1]
         if error is not None:
@@ -276,10 +280,10 @@ class Pending(Generic[T]):
         return f"<latzero.Pending {'done' if self.done() else 'waits for its answer'}>"
 
     def cancel(self) -> None:
-        """Cancels the call."""
+        """Cancels the call. A thread that waits for its answer gets `Cancelled` at once."""
         if self._result is None:
-            self._op.drop()
             self._result = None, Cancelled("cancelled", "the call was cancelled", "unknown", None)
+            self._op.drop()
 
 
 class Parked:
@@ -303,6 +307,28 @@ class Parked:
     def cancel(self) -> None:
         """Cancels the call."""
         self._inner.cancel()
+
+
+def _stepped(incoming: _latzero.Request, items: Any) -> Iterator[Any]:
+    """The generator of a handler, each step of which and whose end have the request as the current
+    one."""
+    # Between the steps the thread may do something else.
+    try:
+        while True:
+            token = _current.set(incoming)
+            try:
+                item = next(items)
+            except StopIteration as end:
+                return end.value
+            finally:
+                _current.reset(token)
+            yield item
+    finally:
+        token = _current.set(incoming)
+        try:
+            items.close()
+        finally:
+            _current.reset(token)
 
 
 def _into(into: Any) -> Callable[[Any], Any]:
@@ -412,17 +438,19 @@ def _adapt(
         given, fields = arguments(incoming, data)
         token = _current.set(incoming)
         try:
-            return function(*given, **fields)
+            result = function(*given, **fields)
         finally:
             _current.reset(token)
+        return _stepped(incoming, result) if type(result) is _GENERATOR else result
 
     def run_whole(incoming: _latzero.Request, data: Any) -> Any:
         # The shortest way for a function of the payload alone.
         token = _current.set(incoming)
         try:
-            return function(data)
+            result = function(data)
         finally:
             _current.reset(token)
+        return _stepped(incoming, result) if type(result) is _GENERATOR else result
 
     def run_async(incoming: _latzero.Request, data: Any) -> Any:
         # A task has its own context, in which the request stays.
@@ -616,7 +644,8 @@ class App:
         redeliver: bool = False, attempts: int | None = None, privileged: bool = False,
         id: str | None = None, **fields: Any,
     ) -> Parked:
-        """Sends a call that the server stores on disk until a handler answers it."""
+        """Sends a call that the server stores on disk until a handler answers it; returns once
+        it is stored, also if a handler is free."""
         options = _calling(
             timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, attempts, id
         )

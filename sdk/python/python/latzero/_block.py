@@ -20,7 +20,14 @@ _IS_DEBUG = os.environ.get("LATZERO_DEBUG") == "1"
 
 
 def _seconds(time: float | timedelta | None) -> Any:
-    return time if time is None or isinstance(time, (int, float)) else time.total_seconds()
+    if time is None or isinstance(time, (int, float)):
+        return time
+    try:
+        return time.total_seconds()
+    except AttributeError:
+        raise TypeError(
+            f"a time is a number of seconds or a timedelta, not {type(time).__name__}"
+        ) from None
 
 
 class BlockInfo:

@@ -125,6 +125,10 @@ def _make(hint: Any) -> Kind:
         return _ANY
     if isinstance(hint, typing.TypeVar):
         return _ANY
+    if isinstance(hint, typing.NewType):
+        return kind(hint.__supertype__)
+    if sys.version_info >= (3, 12) and isinstance(hint, typing.TypeAliasType):
+        return kind(hint.__value__)
     if hint is None:
         hint = type(None)
     origin = typing.get_origin(hint)
@@ -158,7 +162,12 @@ def _make(hint: Any) -> Kind:
     if typing.is_typeddict(origin):
         return _typed_dict(origin)
     if issubclass(origin, dict) or origin.__module__ == "collections.abc":
-        return _dict(kind(arguments[1]) if len(arguments) == 2 else _ANY)
+        if len(arguments) != 2:
+            return _dict(_ANY, _ANY)
+        is_mapping = issubclass(origin, dict) or origin.__name__ in ("Mapping", "MutableMapping")
+        # The keys of JSON's objects are of this type anyway.
+        is_checked = is_mapping and arguments[0] is not str
+        return _dict(kind(arguments[0]) if is_checked else _ANY, kind(arguments[1]))
     return _class(origin)
 
 
@@ -256,19 +265,27 @@ def _set(of: Any, item: Kind) -> Kind:
     return Kind(lambda value, place: of(items(value, place)), schema)
 
 
-def _dict(values: Kind) -> Kind:
-    item = values.decode
+def _dict(keys: Kind, values: Kind) -> Kind:
+    name, item = keys.decode, values.decode
 
     def decode(value: Any, place: str) -> Any:
         if type(value) is not dict:
             raise _mismatch(place, "an object", value)
+        if name is not _same:
+            return {
+                name(key, f"the key {key!r} of {place}"): item(one, f"{place}.{key}")
+                for key, one in value.items()
+            }
         if item is _same:
             return value
         return {key: item(one, f"{place}.{key}") for key, one in value.items()}
 
     schema: Schema = {"type": "object"}
-    more = {"additionalProperties": values.schema} if values.schema else {}
-    return Kind(decode, {**schema, **more})
+    if keys.schema:
+        schema["propertyNames"] = keys.schema
+    if values.schema:
+        schema["additionalProperties"] = values.schema
+    return Kind(decode, schema)
 
 
 def _fields(

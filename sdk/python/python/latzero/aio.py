@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
     from ._lean import AioServeOptions, Destination
 
-__all__ = ["App", "Block", "Connecting", "Parked", "Pending", "Request", "Stream", "connect"]
+__all__ = [
+    "App", "Block", "Connecting", "Listening", "Parked", "Pending", "Request", "Stream", "connect",
+]
 
 
 # Larger copies are made on another thread.
@@ -176,13 +178,12 @@ async def _answer(
         if inspect.isasyncgen(result):
             try:
                 async for item in result:
-                    if isinstance(item, Progress):
-                        await _run(request._report(item.value))
-                    else:
-                        await _run(request._item(item))
+                    await _send(request, item)
             finally:
                 await result.aclose()
             result = None
+        elif inspect.isgenerator(result):
+            result = await _stream(request, result)
         elif inspect.isawaitable(result):
             result = await result
     except asyncio.CancelledError:
@@ -195,6 +196,27 @@ async def _answer(
             asyncio.get_running_loop().call_soon(_end_loop, error)
     else:
         loop.send(answer, result)
+
+
+async def _stream(request: Request, items: Any) -> Any:
+    """Sends what a plain generator yields; returns its final answer."""
+    try:
+        while True:
+            try:
+                item = next(items)
+            except StopIteration as end:
+                return end.value
+            await _send(request, item)
+    finally:
+        items.close()
+
+
+async def _send(request: Request, item: Any) -> None:
+    """Sends what a generator yielded."""
+    if isinstance(item, Progress):
+        await _run(request._report(item.value))
+    else:
+        await _run(request._item(item))
 
 
 def _end_loop(error: BaseException) -> None:
@@ -239,6 +261,54 @@ async def _iterate(
             yield make(item[0])
     finally:
         inflow.close()
+
+
+class Listening(Generic[T]):
+    """Arriving items: an async iterator. It begins to listen when it is awaited, which returns it,
+    or else with the first item that is asked for. Dropping it ends that."""
+
+    __slots__ = ("_work", "_begin", "_make", "_beginning", "_inflow")
+
+    def __init__(
+        self, work: _Loop, begin: Callable[[], Coroutine[Any, Any, Any]], make: Callable[[Any], T]
+    ) -> None:
+        self._work, self._make = work, make
+        self._begin: Callable[[], Coroutine[Any, Any, Any]] | None = begin
+        # Several tasks may ask for the first item at the same time.
+        self._beginning = asyncio.Lock()
+        self._inflow: _latzero.Inflow | None = None
+
+    async def _listen(self) -> Listening[T]:
+        async with self._beginning:
+            if self._begin is not None:
+                self._inflow = await self._begin()
+                # It holds the app.
+                self._begin = None
+        return self
+
+    def __await__(self) -> Generator[Any, None, Listening[T]]:
+        return self._listen().__await__()
+
+    def __aiter__(self) -> Listening[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        if self._begin is not None:
+            await self._listen()
+        item = None
+        if self._inflow is not None:
+            item = await self._work.run(self._inflow.next())
+        if item is None:
+            await self.aclose()
+            raise StopAsyncIteration
+        return self._make(item[0])
+
+    async def aclose(self) -> None:
+        """Stops listening."""
+        self._begin = None
+        if self._inflow is not None:
+            self._inflow.close()
+            self._inflow = None
 
 
 class Stream(Generic[T]):
@@ -585,10 +655,10 @@ class Block(BlockInfo):
             except Timeout:
                 continue
 
-    async def changes(self) -> AsyncIterator[int]:
-        """An iterator over new versions, from now on. If several appear between two reads, it
-        returns the newest."""
-        return _iterate(self._work, await self._work.run(self._inner.changes()), _same)
+    def changes(self) -> Listening[int]:
+        """An async iterator over new versions, from the first read on, or from now on if it is
+        awaited. If several appear between two reads, it returns the newest."""
+        return Listening(self._work, lambda: self._work.run(self._inner.changes()), _same)
 
     async def resize(self, nbytes: int) -> None:
         """Changes the size of the block, which gets a new generation."""
@@ -780,7 +850,8 @@ class App:
         redeliver: bool = False, attempts: int | None = None, privileged: bool = False,
         id: str | None = None, **fields: Any,
     ) -> Parked:
-        """Sends a call that the server stores on disk until a handler answers it."""
+        """Sends a call that the server stores on disk until a handler answers it; returns once
+        it is stored, also if a handler is free."""
         options = _calling(
             timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, attempts, id
         )
@@ -888,10 +959,10 @@ class App:
         await self.ready()
         await self._start(self._inner.unserve(name))
 
-    async def events(self, name: str) -> AsyncIterator[Event]:
-        """Emits of `name` as they arrive; listening begins with this and stops when it is
-        dropped."""
-        return _iterate(self._work, await self._start(self._inner.events(name)), Event)
+    def events(self, name: str) -> Listening[Event]:
+        """An async iterator over emits of `name` as they arrive. Listening begins with the first
+        read, or now if this is awaited, and stops when it is dropped."""
+        return Listening(self._work, lambda: self._start(self._inner.events(name)), Event)
 
     @overload
     def on(self, name: str, function: None = None) -> Callable[[F], F]: ...
@@ -951,9 +1022,10 @@ class App:
 
         return register if function is None else register(function)
 
-    async def watch(self, pool: str) -> AsyncIterator[Presence]:
-        """Apps and triggers of a pool that appear and disappear, from now on."""
-        return _iterate(self._work, await self._start(self._inner.watch(pool)), Presence)
+    def watch(self, pool: str) -> Listening[Presence]:
+        """An async iterator over apps and triggers of a pool that appear and disappear, from the
+        first read on, or from now on if this is awaited."""
+        return Listening(self._work, lambda: self._start(self._inner.watch(pool)), Presence)
 
     async def block(
         self, id: str, *, shape: int | Iterable[int] | None = None, dtype: Any = None,

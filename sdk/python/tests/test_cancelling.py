@@ -1,0 +1,318 @@
+"""Calls that are cancelled while others wait for them, parked calls whose caller goes on, calls in
+flight over a fork, and errors of handlers that can't be sent as they are."""
+
+import asyncio
+import os
+import queue
+import threading
+import time
+
+import latzero
+import latzero.aio
+import pytest
+
+# Handlers of these tests run for so long, unless their calls are cancelled.
+RUNS = 20.0
+# "At once", on a slow machine.
+SOON = 5.0
+
+
+def until_cancelled(request):
+    """Waits until the call is cancelled; returns whether it was."""
+    deadline = time.monotonic() + RUNS
+    while not request.cancelled and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return request.cancelled
+
+
+@pytest.fixture
+def held(pair):
+    """The caller's app, and queues of what two handlers note: that they run, and whether they saw
+    that they were cancelled."""
+    serves, calls = pair
+    notes = queue.Queue()
+
+    @serves.serve
+    def hold(request: latzero.Request):
+        notes.put("runs")
+        notes.put(until_cancelled(request))
+        return "ran on"
+
+    @serves.serve
+    def holds(request: latzero.Request):
+        yield 1
+        notes.put("runs")
+        notes.put(until_cancelled(request))
+
+    return calls, notes
+
+
+def in_thread(wait):
+    """Runs `wait` on a thread; returns the thread and a list for what it raises or returns."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append(wait())
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, outcome
+
+
+@pytest.mark.parametrize("timeout", [None, RUNS])
+def test_a_call_is_cancelled_while_another_thread_waits_for_its_answer(held, timeout):
+    calls, notes = held
+    pending = calls.submit("hold")
+    thread, outcome = in_thread(lambda: pending.result(timeout))
+    assert notes.get(timeout=SOON) == "runs"
+    time.sleep(0.1)  # The thread waits.
+    assert not pending.done()
+    pending.cancel()
+    assert notes.get(timeout=SOON) is True
+    thread.join(SOON)
+    assert isinstance(outcome[0], latzero.Cancelled) and outcome[0].ran == "unknown"
+    assert pending.done()
+    with pytest.raises(latzero.Cancelled):
+        pending.result()
+
+
+def test_a_thread_that_waits_gets_the_answer_though_another_asks_for_it(pair):
+    serves, calls = pair
+    may_end = threading.Event()
+    serves.serve("late", lambda: may_end.wait(RUNS))
+    pending = calls.submit("late")
+    thread, outcome = in_thread(pending.result)
+    for _ in range(20):
+        assert not pending.done()
+        time.sleep(0.01)
+    may_end.set()
+    while not pending.done():
+        time.sleep(0.001)
+    thread.join(SOON)
+    assert outcome == [True] and pending.result() is True
+
+
+def test_a_stream_is_cancelled_while_another_thread_waits_for_its_next_item(held):
+    calls, notes = held
+    stream = calls.stream("holds")
+    items = []
+    thread, outcome = in_thread(lambda: items.extend(stream))
+    assert notes.get(timeout=SOON) == "runs"
+    time.sleep(0.1)  # The thread waits.
+    assert stream.progress is None and stream.end is None
+    stream.cancel()
+    assert notes.get(timeout=SOON) is True
+    thread.join(SOON)
+    # As after a cancel by the thread itself.
+    with pytest.raises(RuntimeError) as own:
+        next(stream)
+    assert items == [1]
+    assert type(outcome[0]) is RuntimeError and str(outcome[0]) == str(own.value)
+
+
+def test_a_stream_is_cancelled_while_another_thread_reads_its_items(pair):
+    serves, calls = pair
+    seen = queue.Queue()
+
+    @serves.serve
+    def ticks(request: latzero.Request):
+        for n in range(int(RUNS / 0.01)):
+            if request.cancelled:
+                break
+            yield n
+            time.sleep(0.01)
+        seen.put(request.cancelled)
+
+    # More than one, because the cancel may come between two waits or during one.
+    for _ in range(5):
+        stream = calls.stream("ticks")
+        items = []
+
+        def read(stream=stream, items=items):
+            for item in stream:
+                items.append(item)
+
+        thread, outcome = in_thread(read)
+        while len(items) < 5:
+            time.sleep(0.001)
+        stream.cancel()
+        thread.join(SOON)
+        assert not thread.is_alive() and type(outcome[0]) is RuntimeError
+        assert items == list(range(len(items)))
+
+
+def run_on_loop(latzero_server, name, test):
+    async def main():
+        async with latzero.aio.connect(latzero_server.url(f"loop-{name}", name)) as app:
+            await asyncio.wait_for(test(app), RUNS / 2)
+
+    asyncio.run(main())
+
+
+def test_a_stream_of_asyncio_is_cancelled_while_a_task_waits_for_its_next_item(
+    held, latzero_server
+):
+    calls, notes = held
+
+    async def test(app):
+        stream = app.stream("holds")
+        assert await anext(stream) == 1
+        waits = asyncio.create_task(anext(stream))
+        await asyncio.to_thread(notes.get, timeout=SOON)
+        stream.cancel()
+        with pytest.raises(RuntimeError):
+            await asyncio.wait_for(waits, SOON)
+        assert await asyncio.to_thread(notes.get, timeout=SOON) is True
+
+        pending = app.submit("hold")
+        waits = asyncio.create_task(pending.result())
+        await asyncio.to_thread(notes.get, timeout=SOON)
+        pending.cancel()
+        with pytest.raises(latzero.Cancelled):
+            await asyncio.wait_for(waits, SOON)
+        assert await asyncio.to_thread(notes.get, timeout=SOON) is True
+
+    run_on_loop(latzero_server, calls.joined[0], test)
+
+
+def test_park_returns_once_the_call_is_stored_although_a_handler_is_free(held, latzero_server):
+    calls, notes = held
+    began = time.monotonic()
+    parked = calls.park("hold")
+    assert time.monotonic() - began < SOON
+    assert notes.get(timeout=SOON) == "runs"
+    parked.cancel()
+    assert notes.get(timeout=SOON) is True
+
+    async def test(app):
+        parked = await asyncio.wait_for(app.park("hold"), SOON)
+        assert await asyncio.to_thread(notes.get, timeout=SOON) == "runs"
+        parked.cancel()
+        assert await asyncio.to_thread(notes.get, timeout=SOON) is True
+
+    run_on_loop(latzero_server, calls.joined[0], test)
+
+
+def test_the_answer_of_a_parked_call_waits_for_the_next_life_of_its_caller(
+    pair, latzero_server
+):
+    serves, calls = pair
+    may_end = threading.Event()
+
+    @serves.serve
+    def late():
+        may_end.wait(RUNS)
+        return 7
+
+    url = latzero_server.url("comes-back", calls.joined[0])
+    with latzero.connect(url) as first:
+        first.park("late", id="job")
+    may_end.set()
+    with latzero.connect(url) as second:
+        thread, outcome = in_thread(lambda: next(second.answers()))
+        thread.join(SOON)
+    assert (outcome[0].id, outcome[0].result()) == ("job", 7)
+
+
+def in_child(work):
+    """The result of `work` in a forked child, as text."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            text = str(work())
+        except BaseException as error:
+            text = repr(error)
+        os.write(writing, text.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as result:
+        text = result.read()
+    os.waitpid(child, 0)
+    return text
+
+
+def test_what_is_in_flight_at_a_fork_may_have_run(pair):
+    serves, calls = pair
+    may_end = threading.Event()
+
+    @serves.serve
+    def slow():
+        may_end.wait(RUNS)
+        return 5
+
+    @serves.serve
+    def items():
+        yield 1
+        may_end.wait(RUNS)
+        yield 2
+
+    pending, parked, stream = calls.submit("slow"), calls.park("slow"), calls.stream("items")
+    assert next(stream) == 1
+    unsent = calls.stream("items")
+
+    def ran(wait):
+        with pytest.raises(latzero.Disconnected) as raised:
+            wait()
+        return raised.value.ran
+
+    def work():
+        found = [ran(wait) for wait in (pending.result, lambda: next(stream), parked.answer)]
+        # What a child cancels is the parent's still.
+        pending.cancel()
+        stream.cancel()
+        return [*found, ran(lambda: next(unsent))]
+
+    assert in_child(work) == str(["unknown", "unknown", "unknown", "no"])
+    may_end.set()
+    assert (pending.result(), next(stream), parked.answer()) == (5, 2, 5)
+
+
+class Silent(Exception):
+    def __str__(self):
+        raise RuntimeError("it has no text")
+
+    __repr__ = __str__
+
+
+class Odd:
+    def __repr__(self):
+        return "odd" * 10_000
+
+
+@pytest.mark.parametrize("data, arrives", [
+    ({"s": {1}}, "{'s': {1}}"), (b"raw", "b'raw'"), (Odd(), ("odd" * 1000)[:1000]),
+    ({"a": "\ud800b"}, {"a": "?b"}), (Silent(), None), ({"a": [1]}, {"a": [1]}), (None, None),
+])
+def test_a_code_of_ones_own_arrives_whatever_its_data_is(pair, data, arrives):
+    serves, calls = pair
+
+    @serves.serve
+    def fail():
+        raise latzero.Failure("mycode", "m\ud800", data=data)
+
+    with pytest.raises(latzero.HandlerFailed) as raised:
+        calls.call("fail")
+    error = raised.value
+    assert (error.code, error.message, error.data) == ("mycode", "m?", arrives)
+
+
+@pytest.mark.parametrize("error, message", [
+    (ValueError("a\ud800"), "a?"), (Silent(), "<exception str() failed>"),
+], ids=["surrogate", "silent"])
+def test_an_exception_without_a_proper_text_arrives_with_its_traceback(pair, error, message):
+    serves, calls = pair
+
+    @serves.serve
+    def fail():
+        raise error
+
+    with pytest.raises(latzero.HandlerFailed) as raised:
+        calls.call("fail")
+    data, name = raised.value.data, type(error).__name__
+    assert (raised.value.code, data["type"], data["message"]) == ("handler_error", name, message)
+    assert raised.value.message == f"{name}: {message}"
+    assert "raise error" in raised.value.remote_traceback
