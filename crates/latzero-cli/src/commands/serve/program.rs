@@ -604,7 +604,7 @@ mod tests {
 
     #[test]
     fn invalid_output_is_an_error_of_the_program() {
-        let deep = "[".repeat(100) + &"]".repeat(100);
+        let deep = "[".repeat(129) + &"]".repeat(129);
         let error = OutputKind::Auto.payload(deep.as_bytes()).unwrap_err();
         assert_eq!(error.code(), "handler_error");
     }
