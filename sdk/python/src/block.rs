@@ -32,12 +32,24 @@ impl Layout {
             let shape = shape.iter().map(Value::as_u64).collect::<Option<_>>()?;
             Some((dtype, shape))
         };
-        Layout(block.layout().and_then(read))
+        // A block that was resized keeps the layout that it was made with.
+        let fits = |(dtype, shape): &(String, Vec<u64>)| {
+            let items = shape.iter().try_fold(1, |all: u64, n| all.checked_mul(*n));
+            item_bytes(dtype)
+                .is_none_or(|n| items.and_then(|all| all.checked_mul(n)) == Some(block.size()))
+        };
+        Layout(block.layout().and_then(read).filter(fits))
     }
 
     pub(crate) fn to_python<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.0.clone().into_bound_py_any(py)
     }
+}
+
+/// The bytes of one number of a dtype; `None` for other dtypes.
+fn item_bytes(dtype: &str) -> Option<u64> {
+    let name = dtype.trim_start_matches(['<', '>', '|', '=']);
+    name.strip_prefix(['b', 'i', 'u', 'f', 'c'])?.parse().ok()
 }
 
 /// A block that the app is attached to.

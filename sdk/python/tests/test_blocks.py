@@ -172,6 +172,17 @@ def test_newer_versions_leave_copies_and_views_readable(blocks):
     assert (copy == 1).all() and array.shape == (2, 3) and (reads.read() == 3).all()
 
 
+def test_the_layout_says_what_a_read_gives(pair):
+    app = pair[0]
+    with app.block("grown", shape=(10,), dtype="f4", create="new") as block:
+        block.resize(80)
+        other = pair[1].block("grown")
+        for of in (block, other):
+            assert (of.shape, of.dtype, of.nbytes, of.read().nbytes) == (None, None, 80, 80)
+        block.resize(40)
+        assert (block.shape, block.dtype, block.read().shape) == ((10,), "<f4", (10,))
+
+
 @pytest.mark.parametrize("end", ["resized", "removed", "killed", "closed"])
 def test_what_stays_when_a_block_ends(end):
     with latzero.testing.server() as server:
