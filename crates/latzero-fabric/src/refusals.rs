@@ -168,7 +168,7 @@ refusals! {
         "the handler disconnected before it answered; repeat the call if it is safe to run twice"
     HandlerGone no_other_handler(cause) "{cause}, and no other handler took the call"
     HandlerGone pool_removed() "the pool was removed"
-    NoPool pool_removed_while_parked() "the pool was removed while the call waited"
+    NoPool pool_removed_while_parked() "the pool was removed or got new keys while the call waited"
     Timeout no_answer_in_time(ms) "no answer within the call's ttl of {ms} ms"
     Timeout never_taken() "no handler took the call within its ttl"
     Timeout no_answer() "no answer within the call's ttl"
