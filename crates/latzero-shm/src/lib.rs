@@ -28,6 +28,7 @@ mod element;
 pub mod fds;
 mod file;
 mod format;
+mod futex;
 mod geometry;
 #[cfg(feature = "heap")]
 pub mod heap;
@@ -50,5 +51,5 @@ pub use memory::{Fault, Memory};
 pub use private::PrivateMapping;
 pub use slots::{ReadError, WriteError};
 pub use view::{OwnedView, View};
-pub use wait::Waited;
+pub use wait::{Seen, Waited, Watch};
 pub use writing::{Exposed, Writing};

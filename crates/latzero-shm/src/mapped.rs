@@ -8,10 +8,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
-use rustix::thread::futex;
 
 use crate::copy::{copy_in, copy_out};
 use crate::format::Access;
+use crate::futex;
 use crate::memory::{Fault, Memory};
 
 /// A mapping of the first `length` bytes of a file. Its file must not become shorter while words of
@@ -122,7 +122,7 @@ impl Mapped {
         Ok(unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(at).cast()) })
     }
 
-    fn half(&self, at: u64) -> Result<&AtomicU32, Fault> {
+    pub(crate) fn half(&self, at: u64) -> Result<&AtomicU32, Fault> {
         let at = usize::try_from(at).map_err(|_| Fault::Short)?;
         if at % 4 != 0 || at.checked_add(4).is_none_or(|end| end > self.length) {
             return Err(Fault::Short);
@@ -153,25 +153,11 @@ impl Mapped {
 
     /// Sleeps while the 32-bit word at `at` is `value`, at most `timeout`.
     pub(crate) fn wait(&self, at: u64, value: u32, timeout: Option<Duration>) -> Result<(), Fault> {
-        let timeout = timeout.and_then(|time| rustix::fs::Timespec::try_from(time).ok());
-        // Shared, not private: the other end is another process (futex(2)).
-        match futex::wait(
-            self.half(at)?,
-            futex::Flags::empty(),
-            value,
-            timeout.as_ref(),
-        ) {
-            Ok(())
-            | Err(
-                rustix::io::Errno::AGAIN | rustix::io::Errno::INTR | rustix::io::Errno::TIMEDOUT,
-            ) => Ok(()),
-            Err(error) => Err(Fault::Io(error.into())),
-        }
+        futex::wait(self.half(at)?, value, timeout)
     }
 
     pub(crate) fn wake(&self, at: u64) -> Result<(), Fault> {
-        // An address that is no memory any more is the waiters' concern, not the waker's.
-        let _ = futex::wake(self.half(at)?, futex::Flags::empty(), i32::MAX as u32);
+        futex::wake(self.half(at)?);
         Ok(())
     }
 

@@ -11,7 +11,7 @@
 //! shared block keeps its file descriptor, one per attachment. If the process may open no more
 //! (getrlimit(2), `RLIMIT_NOFILE`), the block works but cannot be offered.
 //!
-//! Limits: 256 futures of one app wait for mapped blocks at a time ([`Block::wait_for`], else
+//! Limits: 1,024 futures of one app wait for blocks at a time ([`Block::wait_for`], else
 //! `overloaded`); 64 attempts are made to read a complete version (else `contended`); and a version
 //! of a copied block is at most as large as the server's `limits.max_frame`.
 
@@ -20,6 +20,7 @@ mod lock;
 mod sealed;
 mod shared;
 mod typed;
+mod waiter;
 mod write;
 
 use std::ops::Range;
@@ -38,7 +39,6 @@ use serde_json::{Value, json};
 
 use crate::error::Error;
 use crate::face::app::App;
-use crate::face::builder::on_thread;
 use crate::face::outgoing::Calling;
 use crate::keys::random;
 use crate::payload::{Payload, Reply};
@@ -54,12 +54,13 @@ pub use latzero_shm::{Element, Exposed, OwnedView, PrivateMapping, View, Writing
 use sealed::Edit;
 pub(crate) use shared::{BlockState, Blocks, Current};
 use shared::{Described, LockState};
+use waiter::Wait;
 
 /// How long to wait for a request that may move a whole block.
 const MOVE_TIME: Duration = Duration::from_secs(120);
 
-/// A wait on another thread checks after this time whether it is still wanted.
-const WAIT_SLICE: Duration = Duration::from_millis(100);
+/// A wait checks after this time what no wakeup tells it.
+pub(crate) const WAIT_SLICE: Duration = Duration::from_millis(100);
 
 /// The most bytes of one request if a block is copied through the server.
 const CHUNK_BYTES: usize = 4 * 1024 * 1024;
@@ -570,34 +571,20 @@ impl Block {
     }
 
     /// Waits for a version newer than `beyond`; returns it. For a mapped block the wait does not
-    /// involve the server; it is done on a thread that ends with this future or soon after.
+    /// involve the server: one thread of the app sleeps for up to 127 such waits, and ends soon
+    /// after the last one.
     ///
     /// # Errors
-    /// `timeout`; `no_block` if it was removed; `overloaded` if 256 futures wait already.
+    /// `timeout`; `no_block` if it was removed; `overloaded` if 1,024 futures wait already.
     pub async fn wait_for(&self, beyond: u64, timeout: Duration) -> Result<u64, Error> {
         let deadline = deadline(timeout);
         loop {
-            if self.readable().await?.attachment.is_none() {
-                let mut changes = self.changes().await?;
-                return changes.beyond(beyond, deadline).await;
-            }
-            let waiting = Blocks::begin_wait(self.app().core())?;
-            let wanted = Arc::new(());
-            let still_wanted = Arc::downgrade(&wanted);
-            let block = self.clone();
-            let waited = on_thread(move || {
-                let _waiting = waiting;
-                while still_wanted.strong_count() > 0 {
-                    match block.wait_slice(beyond, deadline)? {
-                        Slice::Over if Instant::now() < deadline => {}
-                        slice => return Ok(slice),
-                    }
-                }
-                Ok(Slice::Over)
-            })
-            .await?;
-            drop(wanted);
-            match waited {
+            let is_mapped = self.readable().await?.attachment.is_some();
+            let _announced = match is_mapped {
+                true => None,
+                false => Some(self.changes().await?),
+            };
+            match Wait::run(self, beyond, deadline).await? {
                 Slice::Newer(version) => return Ok(version),
                 Slice::Over => return Err(timed_out(self.id())),
                 Slice::Moved => {}
@@ -610,37 +597,40 @@ impl Block {
         Ok(self.readable().await?.attachment.is_some())
     }
 
-    /// Waits on this thread for a short time, and until `deadline` at most, using only the mapping.
-    pub(crate) fn wait_slice(&self, beyond: u64, deadline: Instant) -> Result<Slice, Error> {
+    fn attachment(&self) -> Option<Arc<Attachment>> {
+        lock(&self.shared().current).attachment.clone()
+    }
+
+    /// Waits on this thread for `time`, without a request. A version of a block that is not mapped
+    /// has to be announced.
+    pub(crate) fn wait_slice(&self, beyond: u64, time: Duration) -> Result<Slice, Error> {
         use latzero_shm::Waited;
         let held = lock(&self.shared().current).held();
-        let Some(attachment) = &held.attachment else {
-            return Ok(Slice::Moved);
+        let epoch = self.app().core().epoch_now();
+        let waited = match &held.attachment {
+            Some(attachment) => attachment.wait(beyond, Some(time)),
+            None if self.app().core().is_ended() => Waited::Closed,
+            None => match self.shared().newest.load(Ordering::Acquire) {
+                newest if newest > beyond => Waited::Newer(newest),
+                _ => Waited::TimedOut,
+            },
         };
-        let left = deadline.saturating_duration_since(Instant::now());
-        match attachment.wait(beyond, Some(left.min(WAIT_SLICE))) {
-            Waited::Newer(version) => Ok(Slice::Newer(version)),
-            Waited::Superseded => Ok(match self.app().core().is_connected() {
-                true => Slice::Moved,
-                // The newer generation is not available now: wait for the connection, since the
-                // futex no longer changes.
-                false => {
-                    std::thread::sleep(left.min(WAIT_SLICE));
-                    Slice::Over
-                }
-            }),
-            Waited::TimedOut if self.must_move(&held, self.app().core().epoch_now()) => {
-                Ok(Slice::Moved)
-            }
-            Waited::TimedOut if self.shared().is_gone.load(Ordering::Acquire) => {
-                Err(removed(self.id()))
-            }
-            Waited::TimedOut => Ok(Slice::Over),
-            Waited::Closed => {
-                self.shared().is_gone.store(true, Ordering::Release);
-                Err(removed(self.id()))
-            }
+        match waited {
+            Waited::Newer(version) => return Ok(Slice::Newer(version)),
+            Waited::Closed => self.shared().is_gone.store(true, Ordering::Release),
+            // If the newer generation is not available now, the futex no longer changes.
+            Waited::Superseded if epoch.is_none() => std::thread::sleep(time),
+            Waited::Superseded | Waited::TimedOut => {}
         }
+        let is_current = epoch.is_none_or(|epoch| epoch == held.epoch);
+        if self.shared().is_gone.load(Ordering::Acquire) && (is_current || waited == Waited::Closed)
+        {
+            return Err(removed(self.id()));
+        }
+        Ok(match epoch.is_some() && self.must_move(&held, epoch) {
+            true => Slice::Moved,
+            false => Slice::Over,
+        })
     }
 
     /// A stream of new versions. If several appear between two reads, it returns only the newest.

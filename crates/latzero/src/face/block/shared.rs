@@ -3,9 +3,9 @@
 use std::any::Any;
 use std::os::fd::OwnedFd;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
-use std::task::Waker;
+use std::task::{Context, Waker};
 
 use latzero_protocol::memory::{Access, Kind};
 use latzero_protocol::{Code, Ran};
@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::message;
 use super::sealed::{self, SealedAs, SealedBlock};
+use super::waiter::Waiters;
 use crate::drive::core::{Core, Resources};
 use crate::error::Error;
 use crate::face::app::App;
@@ -220,9 +221,6 @@ fn passes_descriptors_since(app: &App, epoch: u32) -> bool {
     link.is_some_and(|link| link.epoch != epoch && link.takes_descriptors)
 }
 
-/// Futures of one app that wait for mapped blocks at a time: each has a thread.
-const WAITS_MAX: usize = 256;
-
 /// How many lost locks are remembered; older ones belong to guards that no longer exist.
 const LOST_LOCKS_MAX: usize = 64;
 
@@ -261,6 +259,14 @@ impl BlockState {
     /// From here on it may be another block, whose versions start again.
     fn restart(&self) {
         self.newest.store(0, Ordering::Release);
+    }
+
+    /// Has a task woken at the next change.
+    pub(super) fn wake_at_change(&self, cx: &Context<'_>) {
+        let mut wakers = lock(&self.wakers);
+        if !wakers.iter().any(|waker| waker.will_wake(cx.waker())) {
+            wakers.push(cx.waker().clone());
+        }
     }
 
     /// Wakes everyone who waits for a change.
@@ -423,8 +429,7 @@ struct Known {
 #[derive(Debug, Default)]
 pub(crate) struct Blocks {
     state: Mutex<State>,
-    /// Threads that wait on a futex for a future.
-    waiting: AtomicUsize,
+    pub(super) waiters: Waiters,
 }
 
 #[derive(Debug, Default)]
@@ -493,16 +498,6 @@ impl Drop for Opening<'_> {
         if !is_silent {
             self.core.flush_soon();
         }
-    }
-}
-
-/// One of the threads that wait for futures.
-#[derive(Debug)]
-pub(super) struct AttachWaiter(Arc<Core>);
-
-impl Drop for AttachWaiter {
-    fn drop(&mut self) {
-        Blocks::of(&self.0).waiting.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -583,20 +578,6 @@ impl Blocks {
         core.append(shared.message("memory_unsubscribe", &json!({})));
         drop(state);
         core.flush_soon();
-    }
-
-    /// Room for one more thread that waits for a future.
-    pub(super) fn begin_wait(core: &Arc<Core>) -> Result<AttachWaiter, Error> {
-        let guard = AttachWaiter(core.clone());
-        if Blocks::of(core).waiting.fetch_add(1, Ordering::AcqRel) < WAITS_MAX {
-            return Ok(guard);
-        }
-        Err(Error::new(
-            Code::Overloaded,
-            format!(
-                "{WAITS_MAX} futures of this app already wait for blocks; use `changes` for more"
-            ),
-        ))
     }
 }
 

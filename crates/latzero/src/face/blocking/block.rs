@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::App;
 use crate::error::Error;
-use crate::face::block::{Slice, View, deadline, timed_out};
+use crate::face::block::{Slice, View, WAIT_SLICE, deadline, timed_out};
 
 /// Runs `future`, which depends on the app, on this thread.
 fn run<T>(app: &crate::App, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
@@ -209,8 +209,9 @@ impl Block {
     pub fn wait_for(&self, beyond: u64, timeout: Duration) -> Result<u64, Error> {
         let deadline = deadline(timeout);
         while self.run(self.0.ensure_attached())? {
-            loop {
-                match self.0.wait_slice(beyond, deadline)? {
+            while self.is_mapped() {
+                let left = deadline.saturating_duration_since(Instant::now());
+                match self.0.wait_slice(beyond, left.min(WAIT_SLICE))? {
                     Slice::Newer(version) => return Ok(version),
                     Slice::Moved => break,
                     Slice::Over if crate::interrupt::is_due() => {
