@@ -85,6 +85,17 @@ fn one_thread_waits_for_many_blocks() {
     app.block("b0").remove().unwrap();
     let error = app.run(None, &mut removed).unwrap().unwrap_err();
     assert_eq!(error.kind(), Code::NoBlock);
+    // Also of a block that was resized before, which this handle never saw.
+    let other = App::connect(&format!("{}&pool=p", server.url("other"))).unwrap();
+    let resized = other.block("b1").attach_writable().unwrap();
+    resized.resize(16).unwrap();
+    resized.remove().unwrap();
+    let mut removed: Waiting = Box::pin({
+        let block = latzero::Block::clone(&blocks[1]);
+        async move { block.wait_for(9, TIMEOUT).await }
+    });
+    let error = app.run(None, &mut removed).unwrap().unwrap_err();
+    assert_eq!(error.kind(), Code::NoBlock);
     let far = App::connect(&format!("{}&pool=p", server.tcp_url("far"))).unwrap();
     let copied = far.block("b1000").attach().unwrap();
     for block in [&copied, &common] {
