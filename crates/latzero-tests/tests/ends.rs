@@ -7,9 +7,12 @@
 
 use std::io::{Read, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc;
 
+use latzero::blocking::{self, App};
+use latzero::{Code, Ran};
 use latzero_protocol::frame;
-use latzero_tests::{Server, Via, Wire};
+use latzero_tests::{Server, TIMEOUT, Via, Wire};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -266,4 +269,34 @@ fn an_app_is_offline_when_its_process_ends_even_if_a_child_has_the_socket() {
     // The child had the socket all the time, and could not use it after the owner's end.
     child.write_all(b"x").expect("the child lives");
     drop(next);
+}
+
+#[test]
+fn a_call_that_is_pending_when_its_app_closes_says_so() {
+    let server = Server::start();
+    let serving = App::connect(&server.0.url("serving")).unwrap();
+    let (entered, inside) = mpsc::channel();
+    let slow = move |request: blocking::Request| {
+        entered.send(()).ok();
+        while !request.is_cancelled() {
+            std::thread::yield_now();
+        }
+        Ok(1)
+    };
+    serving.serve("slow", slow).unwrap();
+    let app = App::connect(&server.0.url("caller")).unwrap();
+    let error = std::thread::scope(|scope| {
+        let call = scope.spawn(|| app.call("slow", &()).send::<Value>().unwrap_err());
+        inside.recv_timeout(TIMEOUT).unwrap();
+        app.close().unwrap();
+        call.join().unwrap()
+    });
+    assert_eq!(
+        (error.kind(), error.ran(), error.to_string().as_str()),
+        (
+            Code::Disconnected,
+            Some(Ran::Unknown),
+            "disconnected: the app was closed"
+        )
+    );
 }

@@ -609,7 +609,14 @@ impl Core {
 
     /// The reply to a call.
     pub(crate) fn poll_reply(&self, key: Key, cx: &mut Context<'_>) -> Poll<Result<Reply, Error>> {
-        lock(&self.pending).poll(key, cx)
+        let reply = lock(&self.pending).poll(key, cx);
+        reply.map_err(|e| match e.kind() {
+            // The server cancels the calls of an app that leaves.
+            Code::Cancelled if self.is_closing.load(Ordering::Acquire) => {
+                Self::closed_error().with_ran(Ran::Unknown)
+            }
+            _ => e,
+        })
     }
 
     /// A connection was lost: ends its calls, except those that the server has stored, and
