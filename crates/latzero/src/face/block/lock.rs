@@ -16,8 +16,9 @@ use crate::face::outgoing::Calling;
 use crate::payload::Reply;
 use crate::sync::lock;
 
-/// How much longer than its wait the answer to a request for a lock may take.
-const GRACE: Duration = Duration::from_secs(5);
+/// How much longer than its wait a request for a lock may take: while the app reconnects, and until
+/// it is answered.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// A block's lock. Dropping it releases the lock; the lock is lost when the connection ends.
 #[derive(Debug)]
