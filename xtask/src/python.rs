@@ -57,7 +57,7 @@ pub(crate) fn install(python: &Path) -> Done {
 /// Tests the wheel as an installation would have it, with the program inside it.
 fn test_wheel(python: &Path) -> Done {
     install(python)?;
-    println!("$ mypy and pytest, in sdk/python");
+    println!("$ mypy, pyright and pytest, in sdk/python");
     let tool = |name: &str| {
         let mut command = Command::new(python);
         command.args(["-m", name]).current_dir(folder());
@@ -68,6 +68,29 @@ fn test_wheel(python: &Path) -> Done {
     // The stub of the binding must match the binding.
     let stubs = ["--ignore-disjoint-bases", "latzero._latzero"];
     run(tool("mypy.stubtest").args(stubs))?;
+    let pyright = || {
+        let mut pyright = tool("pyright");
+        // It finds the installed packages by the interpreter on the path, and would warn of newer
+        // versions of itself.
+        let bin = python.parent().unwrap_or(python).to_path_buf();
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let path = std::env::join_paths(std::iter::once(bin).chain(std::env::split_paths(&path)));
+        pyright.env("PATH", path.unwrap_or_default());
+        pyright.env("PYRIGHT_PYTHON_IGNORE_WARNINGS", "1");
+        pyright
+    };
+    // It is a program for Node, which its package installs with npm when it first runs.
+    match quiet(pyright().arg("--version")) {
+        Ok(_) => {
+            run(&mut pyright())?;
+            // The types of all public names are declared.
+            run(pyright().args(["--ignoreexternal", "--verifytypes", "latzero"]))?;
+        }
+        Err(why) if std::env::var_os("CI").is_some() => {
+            return Err(format!("pyright must run here: {why}"));
+        }
+        Err(why) => println!("LEFT OUT: the checks by pyright: {why}"),
+    }
     run(&mut tool("pytest"))
 }
 

@@ -292,7 +292,7 @@ pub struct Permissions {
 /// The type of a block's content: an array in numpy's notation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
-    /// The element type, such as `<f4`.
+    /// The element type, such as `<f4`. `bf16` is bfloat16, little-endian.
     pub dtype: String,
     /// The length of each dimension.
     pub shape: Vec<u64>,
@@ -319,7 +319,7 @@ impl Layout {
         let fields = Fields::of(raw.text())?;
         let dtype = fields.required_string("dtype")?.into_owned();
         if item_size(&dtype).is_none() {
-            let expected = "one of numpy's simple types, such as \"<f4\", \"|u1\" or \">i8\"";
+            let expected = "one of numpy's simple types, such as \"<f4\" or \"|u1\", or \"bf16\"";
             return Err(mistyped(
                 "dtype",
                 expected,
@@ -386,8 +386,12 @@ impl Layout {
     }
 }
 
-/// Bytes of one element of a simple type in numpy's notation (its array interface, `typestr`).
+/// Bytes of one element of a simple type in numpy's notation (its array interface, `typestr`), or
+/// of `bf16`, for which numpy has no name.
 fn item_size(dtype: &str) -> Option<u64> {
+    if dtype == "bf16" {
+        return Some(2);
+    }
     let rest = dtype.strip_prefix(['<', '>', '|', '='])?;
     let kind = rest.chars().next()?;
     let bytes: u64 = rest.get(1..)?.parse().ok()?;
@@ -759,6 +763,14 @@ mod tests {
         ] {
             check(empty, "size: 0, kind: Shared");
         }
+        check(
+            r#"{"action":"memory_create","block_id":"f","size":8,"layout":{"dtype":"bf16","shape":[2,2],"fields":["x","y"]}}"#,
+            r#"Layout { dtype: "bf16", shape: [2, 2], fields: ["x", "y"] }"#,
+        );
+        check(
+            r#"{"action":"memory_create","block_id":"f","size":8,"layout":{"dtype":"bf16","shape":[8]}}"#,
+            "layout",
+        );
         check(
             r#"{"action":"memory_write","block_id":"f","data":"AP8=","lock":"7"}"#,
             "offset: 0, data: [0, 255], if_version: None, lock: Some(7)",

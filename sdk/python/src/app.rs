@@ -1,15 +1,16 @@
 //! Connections: calls, emits, handlers, events and requests to the server.
 
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use latzero::{
-    App, Call, Calling, Code, Data, Driver, Emit, InstanceId, Parked, Reply, SCHEMA_BYTES_MAX,
-    Strategy,
+    App, Call, Calling, Code, Data, Driver, Emit, InstanceId, Reply, SCHEMA_BYTES_MAX, Strategy,
 };
 use pyo3::IntoPyObjectExt;
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 use serde_json::Value;
@@ -19,10 +20,10 @@ use crate::codec;
 use crate::errors::{self, exception, wait};
 use crate::event_loop::Loop;
 use crate::handlers::{Trigger, answer, hand_over, run_on};
-use crate::op::{Op, done, lock, op, plain};
+use crate::op::{Op, cancelled, done, lock, op, plain};
 use crate::pool::Pool;
 use crate::share::Lent;
-use crate::streams::{Inflow, PyItems};
+use crate::streams::{Feed, Inflow, PyItems};
 
 pub(crate) fn seconds(value: f64) -> PyResult<Duration> {
     Duration::try_from_secs_f64(value).map_err(|e| PyValueError::new_err(format!("timeout: {e}")))
@@ -369,8 +370,8 @@ impl PyApp {
         let app = self.app.clone();
         Ok(op(&self.app, parking, move |py, parked| {
             let id = parked.id().to_owned();
-            let parked = Mutex::new(Some(parked));
-            PyParked { app, id, parked }.into_py_any(py)
+            let feed = Feed::new(&app, Some(parked.answer()));
+            PyParked { app, id, feed }.into_py_any(py)
         }))
     }
 
@@ -579,7 +580,8 @@ impl PyApp {
 pub(crate) struct PyParked {
     app: App,
     id: String,
-    parked: Mutex<Option<Parked>>,
+    /// None once the answer was taken.
+    feed: Feed<Option<Calling<Data>>>,
 }
 
 #[pymethods]
@@ -589,19 +591,37 @@ impl PyParked {
         &self.id
     }
 
-    /// Waits for the answer.
+    /// Waits for the answer. A wait that ends early may be repeated.
     fn answer(&self, py: Python<'_>) -> PyResult<Op> {
         check_process(py, &self.app, true)?;
-        let parked = lock(&self.parked).take();
-        let parked = parked
-            .ok_or_else(|| PyRuntimeError::new_err("it was answered, or cancelled, before"))?;
-        let read = |py: Python<'_>, data| Ok(codec::read(py, &data)?.unbind());
-        Ok(op(&self.app, parked.answer::<Data>(), read))
+        let id = self.id.clone();
+        self.feed.next(
+            |call, cx| {
+                let Some(calling) = call else {
+                    return Poll::Ready(Ok(None));
+                };
+                let answer = ready!(Pin::new(calling).poll(cx));
+                *call = None;
+                Poll::Ready(answer.map(Some))
+            },
+            move |py, answer| match answer.ok_or_else(|| cancelled(py))? {
+                Some(data) => Ok(codec::read(py, &data)?.unbind()),
+                None => {
+                    let message = format!(
+                        "the answer of the parked call '{id}' was taken: keep what the first \
+                         `answer` returned"
+                    );
+                    Err(errors::raised(py, Code::BadMessage, &message, None))
+                }
+            },
+        )
     }
 
-    fn cancel(&self) {
-        if let Some(parked) = lock(&self.parked).take() {
-            parked.cancel();
+    /// Cancels the call, also while somebody waits for its answer.
+    fn cancel(&self, py: Python<'_>) {
+        if self.feed.with(|call| call.is_some()) == Some(true) {
+            self.feed
+                .close(py, |call| call.into_iter().for_each(Calling::cancel_call));
         }
     }
 }

@@ -20,9 +20,9 @@ use crate::op::{Op, done, lock, op, plain};
 use crate::share::Share;
 use crate::streams::Inflow;
 
-/// How the bytes of a block are read: a dtype of numpy, and a shape.
+/// How the bytes of a block are read: a dtype, a shape, and the names of the last dimension.
 #[derive(Debug, Clone)]
-pub(crate) struct Layout(pub(crate) Option<(String, Vec<u64>)>);
+pub(crate) struct Layout(pub(crate) Option<(String, Vec<u64>, Vec<String>)>);
 
 impl Layout {
     fn of(block: &Block) -> Layout {
@@ -30,10 +30,12 @@ impl Layout {
             let dtype = layout["dtype"].as_str()?.to_owned();
             let shape = layout["shape"].as_array()?;
             let shape = shape.iter().map(Value::as_u64).collect::<Option<_>>()?;
-            Some((dtype, shape))
+            let fields = layout["fields"].as_array().into_iter().flatten();
+            let fields = fields.filter_map(|name| Some(name.as_str()?.to_owned()));
+            Some((dtype, shape, fields.collect()))
         };
         // A block that was resized keeps the layout that it was made with.
-        let fits = |(dtype, shape): &(String, Vec<u64>)| {
+        let fits = |(dtype, shape, _): &(String, Vec<u64>, Vec<String>)| {
             let items = shape.iter().try_fold(1, |all: u64, n| all.checked_mul(*n));
             item_bytes(dtype)
                 .is_none_or(|n| items.and_then(|all| all.checked_mul(n)) == Some(block.size()))
@@ -41,13 +43,26 @@ impl Layout {
         Layout(block.layout().and_then(read).filter(fits))
     }
 
+    /// The dtype and the shape of the array. Names of the last dimension become part of the dtype.
     pub(crate) fn to_python<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        self.0.clone().into_bound_py_any(py)
+        let Some((dtype, shape, fields)) = &self.0 else {
+            return Ok(py.None().into_bound(py));
+        };
+        match shape.split_last() {
+            Some((_, outer)) if !fields.is_empty() => {
+                let named: Vec<_> = fields.iter().map(|name| (name, dtype)).collect();
+                (named, outer).into_bound_py_any(py)
+            }
+            _ => (dtype, shape).into_bound_py_any(py),
+        }
     }
 }
 
 /// The bytes of one number of a dtype; `None` for other dtypes.
 fn item_bytes(dtype: &str) -> Option<u64> {
+    if dtype == "bf16" {
+        return Some(2);
+    }
     let name = dtype.trim_start_matches(['<', '>', '|', '=']);
     name.strip_prefix(['b', 'i', 'u', 'f', 'c'])?.parse().ok()
 }
@@ -66,9 +81,12 @@ pub(crate) fn open(app: &App, id: &str, options: &Bound<'_, PyDict>) -> PyResult
     if let Some(pool) = text(options, "pool")? {
         name = name.pool(&pool);
     }
-    let layout: Option<(String, Vec<u64>)> = codec::take(options, "layout")?.extract()?;
-    if let Some((dtype, shape)) = &layout {
-        name = name.layout(dtype, shape);
+    if let Layout(Some((dtype, shape, fields))) = Layout(codec::take(options, "layout")?.extract()?)
+    {
+        name = name.layout(&dtype, &shape);
+        if !fields.is_empty() {
+            name = name.fields(&fields);
+        }
     }
     let wrap = |py: Python<'_>, block: Block| PyBlock::new(block).into_py_any(py);
     let create = text(options, "create")?;

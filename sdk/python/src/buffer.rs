@@ -75,7 +75,7 @@ impl Form {
     /// The form of `length` bytes with this layout; `None` if they are to be seen as bytes, because
     /// the `struct` module has no such type or the size does not fit.
     pub(crate) fn of(layout: &Layout, length: u64) -> Option<Form> {
-        let (dtype, lengths) = layout.0.as_ref()?;
+        let (dtype, lengths, _) = layout.0.as_ref()?;
         let (format, itemsize) = match dtype.strip_prefix(['<', '|']).unwrap_or(dtype) {
             "b1" => (c"?", 1),
             "i1" => (c"b", 1),

@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use latzero::{Bytes, Data};
 use pyo3::exceptions::{PyKeyError, PyTypeError};
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::types::{
     PyBool, PyByteArray, PyBytes, PyDict, PyFloat, PyInt, PyList, PyMemoryView, PyString, PyTuple,
 };
@@ -116,6 +117,82 @@ fn append_block(object: &PyBlock, is_writable: bool, out: &mut Out) {
     }
 }
 
+/// JSON text that another library wrote.
+#[pyclass(name = "Json", frozen, module = "latzero._latzero")]
+pub(crate) struct PyJson(Py<PyString>);
+
+#[pymethods]
+impl PyJson {
+    #[new]
+    fn new(text: Py<PyString>) -> Self {
+        PyJson(text)
+    }
+}
+
+fn append_json(object: &Bound<'_, PyString>, out: &mut Out, place: &Place<'_>) -> PyResult<()> {
+    let (py, json, depth) = (object.py(), text(object, place)?, place.depth());
+    // Only a long text can be too deep together with what is around it.
+    let checked = if depth > 0 && json.len() >= 2 * DEPTH_MAX.saturating_sub(depth) {
+        let nested = format!("{}{json}{}", "[".repeat(depth), "]".repeat(depth));
+        latzero::check_json(&nested)
+    } else {
+        latzero::check_json(json)
+    };
+    checked.map_err(|e| place.refuse(py, e.message()))?;
+    if has_large_integer(json.as_bytes()) {
+        return Err(place.refuse(py, INTEGER_RANGE));
+    }
+    out.json.push_str(json);
+    Ok(())
+}
+
+/// The fewest digits of an integer that 64 bits may not hold.
+const LONG: usize = 19;
+
+/// Whether an integer of valid JSON is beyond 64 bits.
+fn has_large_integer(mut json: &[u8]) -> bool {
+    // A look at one byte in so many finds whatever digits there may be of it.
+    let is_in_long = |at: usize| {
+        let (before, after) = json.split_at(at);
+        let after = after.iter().take_while(|c| c.is_ascii_digit()).count();
+        let before = before.iter().rev().take_while(|c| c.is_ascii_digit());
+        after > 0 && after + before.count() >= LONG
+    };
+    if !(LONG - 1..json.len()).step_by(LONG).any(is_in_long) {
+        return false;
+    }
+    while let Some((&first, rest)) = json.split_first() {
+        json = rest;
+        if first == b'"' {
+            while let Some((&c, rest)) = json.split_first() {
+                json = rest;
+                match c {
+                    b'"' => break,
+                    b'\\' => json = &json[1..],
+                    _ => {}
+                }
+            }
+        } else if first == b'-' || first.is_ascii_digit() {
+            let is_part = |c: &u8| matches!(c, b'0'..=b'9' | b'+' | b'-' | b'.' | b'e' | b'E');
+            let end = json.iter().take_while(|c| is_part(c)).count();
+            if end + 1 >= LONG {
+                let number = [&[first], &json[..end]].concat();
+                let number = String::from_utf8_lossy(&number);
+                if !number.contains(['.', 'e', 'E'])
+                    && number.parse::<i64>().is_err()
+                    && number.parse::<u64>().is_err()
+                {
+                    return true;
+                }
+            }
+            json = &json[end..];
+        }
+    }
+    false
+}
+
+const INTEGER_RANGE: &str = "integers reach from -2**63 to 2**64-1";
+
 fn append(object: &Bound<'_, PyAny>, out: &mut Out, place: &Place<'_>) -> PyResult<()> {
     let py = object.py();
     if let Ok(string) = object.cast::<PyString>() {
@@ -132,7 +209,7 @@ fn append(object: &Bound<'_, PyAny>, out: &mut Out, place: &Place<'_>) -> PyResu
             Err(_) => match number.extract::<u64>() {
                 Ok(value) => buffer.format(value),
                 Err(_) => {
-                    return Err(place.refuse(py, "integers reach from -2**63 to 2**64-1"));
+                    return Err(place.refuse(py, INTEGER_RANGE));
                 }
             },
         };
@@ -172,9 +249,12 @@ fn append(object: &Bound<'_, PyAny>, out: &mut Out, place: &Place<'_>) -> PyResu
         append_block(block.get(), false, out);
     } else if let Ok(block) = object.cast::<PyWritable>() {
         append_block(block.get().0.get(), true, out);
+    } else if let Ok(json) = object.cast::<PyJson>() {
+        append_json(json.get().0.bind(py), out, place)?;
     } else {
         // What the standard library and users define is turned into what JSON has by the face.
-        let plain = py.import("latzero._encode")?.getattr("plain")?;
+        static PLAIN: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+        let plain = PLAIN.import(py, "latzero._encode", "plain")?;
         match plain.call1((object,)) {
             Ok(plain) => append(&plain, out, place)?,
             Err(e) if e.is_instance_of::<PyTypeError>(py) => {

@@ -47,6 +47,7 @@ fn _latzero(module: &Bound<'_, PyModule>) -> PyResult<()> {
     )?;
     module.add_class::<event_loop::Loop>()?;
     module.add_class::<op::Op>()?;
+    module.add_class::<codec::PyJson>()?;
     module.add_class::<streams::Inflow>()?;
     module.add_class::<streams::PyItems>()?;
     module.add_function(wrap_pyfunction!(app::connect, module)?)?;

@@ -270,7 +270,7 @@ impl Op {
     }
 }
 
-fn cancelled(py: Python<'_>) -> PyErr {
+pub(crate) fn cancelled(py: Python<'_>) -> PyErr {
     raised(
         py,
         Code::Cancelled,

@@ -18,125 +18,115 @@ use crate::errors::exception;
 use crate::gil::detach;
 use crate::op::{Op, lock, op};
 
-fn closed() -> PyErr {
-    PyRuntimeError::new_err("it was closed, or is waited for already")
+/// What items are read from. It stays here while somebody waits for the next item: others may close
+/// it.
+pub(crate) struct Feed<T> {
+    app: App,
+    place: Arc<Mutex<Place<T>>>,
 }
 
-/// A source that one operation at a time reads.
-pub(crate) struct Source<T>(Arc<Mutex<Option<T>>>);
-
-/// A source that is in use, and is put back when this is dropped.
-struct Taken<T> {
+struct Place<T> {
+    /// None once it was closed.
     source: Option<T>,
-    place: Arc<Mutex<Option<T>>>,
-}
-
-impl<T> Drop for Taken<T> {
-    fn drop(&mut self) {
-        *lock(&self.place) = self.source.take();
-    }
-}
-
-impl<T: Send> Source<T> {
-    pub(crate) fn new(source: T) -> Self {
-        Source(Arc::new(Mutex::new(Some(source))))
-    }
-
-    fn take(&self) -> PyResult<Taken<T>> {
-        let source = lock(&self.0).take();
-        if source.is_none() {
-            return Err(closed());
-        }
-        Ok(Taken {
-            source,
-            place: self.0.clone(),
-        })
-    }
-
-    fn close(&self, py: Python<'_>) {
-        let source = lock(&self.0).take();
-        detach(py, || drop(source));
-    }
-}
-
-impl<T> Taken<T> {
-    fn get(&mut self) -> &mut T {
-        self.source.as_mut().expect("it is released by the end")
-    }
-}
-
-/// The stream of a call. It stays here while somebody waits for its next item: others may cancel
-/// the call.
-struct Feed {
-    /// None once the call was cancelled.
-    stream: Option<latzero::Stream<Data>>,
     is_waited_for: bool,
     /// Wakes what waits for the next item.
     waiter: Option<Waker>,
 }
 
 /// The one operation that waits for the next item.
-struct Turn(Arc<Mutex<Feed>>);
+struct Turn<T>(Arc<Mutex<Place<T>>>);
 
-impl Drop for Turn {
+impl<T> Drop for Turn<T> {
     fn drop(&mut self) {
-        let mut feed = lock(&self.0);
-        feed.is_waited_for = false;
-        feed.waiter = None;
+        let mut place = lock(&self.0);
+        place.is_waited_for = false;
+        place.waiter = None;
     }
 }
 
-/// What a wait for the next item comes to.
-enum Next {
-    Item(Data),
-    End,
-    Cancelled,
-}
-
-impl Turn {
-    fn poll(&self, cx: &mut Context<'_>) -> Poll<Result<Next, Error>> {
-        let feed = &mut *lock(&self.0);
-        let Some(stream) = &mut feed.stream else {
-            return Poll::Ready(Ok(Next::Cancelled));
-        };
-        // Everything that it knows is in the stream: the future need not live on.
-        let polled = pin!(stream.next()).poll(cx);
-        if polled.is_pending() {
-            feed.waiter = Some(cx.waker().clone());
-        }
-        polled.map(|item| Ok(item.transpose()?.map_or(Next::End, Next::Item)))
-    }
-}
-
-/// A streamed answer.
-#[pyclass(name = "Items", frozen, module = "latzero._latzero")]
-pub(crate) struct PyItems {
-    app: App,
-    /// Whether the call may have been sent: that happens with the first wait.
-    is_begun: AtomicBool,
-    feed: Arc<Mutex<Feed>>,
-}
-
-impl PyItems {
-    pub(crate) fn new(app: &App, stream: latzero::Stream<Data>) -> Self {
-        PyItems {
+impl<T: Send + 'static> Feed<T> {
+    pub(crate) fn new(app: &App, source: T) -> Self {
+        Feed {
             app: app.clone(),
-            is_begun: AtomicBool::new(false),
-            feed: Arc::new(Mutex::new(Feed {
-                stream: Some(stream),
+            place: Arc::new(Mutex::new(Place {
+                source: Some(source),
                 is_waited_for: false,
                 waiter: None,
             })),
         }
     }
 
-    /// Refuses to go on with a stream of the parent process.
-    fn check(&self, py: Python<'_>) -> PyResult<()> {
-        check_process(py, &self.app, self.is_begun.load(Ordering::Relaxed))
+    /// An operation that polls the source; `read` converts what that comes to, which is `None` if
+    /// the source was closed.
+    pub(crate) fn next<R: Send + 'static>(
+        &self,
+        poll: impl Fn(&mut T, &mut Context<'_>) -> Poll<Result<R, Error>> + Send + 'static,
+        read: impl FnOnce(Python<'_>, Option<R>) -> PyResult<Py<PyAny>> + Send + 'static,
+    ) -> PyResult<Op> {
+        if std::mem::replace(&mut lock(&self.place).is_waited_for, true) {
+            let message = "another thread or task waits for it already";
+            return Err(PyRuntimeError::new_err(message));
+        }
+        let turn = Turn(self.place.clone());
+        let next = std::future::poll_fn(move |cx| {
+            let place = &mut *lock(&turn.0);
+            let Some(source) = &mut place.source else {
+                return Poll::Ready(Ok(None));
+            };
+            let polled = poll(source, cx);
+            if polled.is_pending() {
+                place.waiter = Some(cx.waker().clone());
+            }
+            polled.map_ok(Some)
+        });
+        Ok(op(&self.app, next, read))
+    }
+
+    /// What `f` returns; `None` if the source was closed.
+    pub(crate) fn with<R>(&self, f: impl FnOnce(&mut T) -> R) -> Option<R> {
+        lock(&self.place).source.as_mut().map(f)
+    }
+
+    /// Closes the source, also while somebody waits for its next item.
+    pub(crate) fn close(&self, py: Python<'_>, end: impl FnMut(T) + Send) {
+        // A forked child leaves the parent's as it is.
+        if check_process(py, &self.app, true).is_err() {
+            return;
+        }
+        detach(py, || {
+            let (source, waiter) = {
+                let mut place = lock(&self.place);
+                (place.source.take(), place.waiter.take())
+            };
+            // Before the wait ends: the server is to know by then.
+            source.into_iter().for_each(end);
+            waiter.into_iter().for_each(Waker::wake);
+        });
+    }
+}
+
+fn cancelled() -> PyErr {
+    PyRuntimeError::new_err("the stream was cancelled")
+}
+
+/// A streamed answer.
+#[pyclass(name = "Items", frozen, module = "latzero._latzero")]
+pub(crate) struct PyItems {
+    feed: Feed<latzero::Stream<Data>>,
+    /// Whether the call may have been sent: that happens with the first wait.
+    is_begun: AtomicBool,
+}
+
+impl PyItems {
+    pub(crate) fn new(app: &App, stream: latzero::Stream<Data>) -> Self {
+        PyItems {
+            feed: Feed::new(app, stream),
+            is_begun: AtomicBool::new(false),
+        }
     }
 
     fn with<R>(&self, f: impl FnOnce(&mut latzero::Stream<Data>) -> R) -> PyResult<R> {
-        lock(&self.feed).stream.as_mut().map(f).ok_or_else(closed)
+        self.feed.with(f).ok_or_else(cancelled)
     }
 }
 
@@ -144,22 +134,16 @@ impl PyItems {
 impl PyItems {
     /// The next item in a list of one; `None` at the end.
     fn next(&self, py: Python<'_>) -> PyResult<Op> {
-        self.check(py)?;
+        check_process(py, &self.feed.app, self.is_begun.load(Ordering::Relaxed))?;
         self.is_begun.store(true, Ordering::Relaxed);
-        let turn = {
-            let mut feed = lock(&self.feed);
-            if feed.stream.is_none() || feed.is_waited_for {
-                return Err(closed());
-            }
-            feed.is_waited_for = true;
-            Turn(self.feed.clone())
-        };
-        let next = std::future::poll_fn(move |cx| turn.poll(cx));
-        Ok(op(&self.app, next, |py, next| match next {
-            Next::Item(item) => PyList::new(py, [codec::read(py, &item)?])?.into_py_any(py),
-            Next::End => Ok(py.None()),
-            Next::Cancelled => Err(closed()),
-        }))
+        self.feed.next(
+            // Everything that it knows is in the stream: the future need not live on.
+            |stream, cx| pin!(stream.next()).poll(cx).map(Option::transpose),
+            |py, item| match item.ok_or_else(cancelled)? {
+                Some(item) => PyList::new(py, [codec::read(py, &item)?])?.into_py_any(py),
+                None => Ok(py.None()),
+            },
+        )
     }
 
     /// The newest progress report that was not read yet, else `None`.
@@ -183,21 +167,9 @@ impl PyItems {
         }
     }
 
-    /// Cancels the call, also while somebody waits for its next item.
+    /// Cancels the call.
     fn cancel(&self, py: Python<'_>) {
-        // A forked child leaves the parent's as it is.
-        if self.check(py).is_err() {
-            return;
-        }
-        detach(py, || {
-            let (stream, waiter) = {
-                let mut feed = lock(&self.feed);
-                (feed.stream.take(), feed.waiter.take())
-            };
-            // Before the wait ends: the server is to know by then.
-            drop(stream);
-            waiter.into_iter().for_each(Waker::wake);
-        });
+        self.feed.close(py, drop);
     }
 }
 
@@ -221,18 +193,12 @@ enum Item {
 
 /// Events of some kind, one after the other.
 #[pyclass(name = "Inflow", frozen, module = "latzero._latzero")]
-pub(crate) struct Inflow {
-    app: App,
-    source: Source<Inner>,
-}
+pub(crate) struct Inflow(Feed<Inner>);
 
 macro_rules! inflow_of {
     ($($name:ident($type:ty) = $variant:ident;)*) => {
         $(pub(crate) fn $name(app: &App, source: $type) -> Inflow {
-            Inflow {
-                app: app.clone(),
-                source: Source::new(Inner::$variant(source)),
-            }
+            Inflow(Feed::new(app, Inner::$variant(source)))
         })*
     };
 }
@@ -312,18 +278,19 @@ fn read_reply(py: Python<'_>, reply: Result<Reply, Error>) -> PyResult<Py<PyAny>
 
 #[pymethods]
 impl Inflow {
-    /// The next item in a list of one; `None` at the end.
+    /// The next item in a list of one; `None` at the end, and once it was closed.
     fn next(&self) -> PyResult<Op> {
-        let mut source = self.source.take()?;
-        let next = async move { Ok::<_, Error>(source.get().next().await) };
-        Ok(op(&self.app, next, |py, item| match item {
-            Some(item) => PyList::new(py, [item.read(py)?])?.into_py_any(py),
-            None => Ok(py.None()),
-        }))
+        self.0.next(
+            |source, cx| pin!(source.next()).poll(cx).map(Ok),
+            |py, item| match item.flatten() {
+                Some(item) => PyList::new(py, [item.read(py)?])?.into_py_any(py),
+                None => Ok(py.None()),
+            },
+        )
     }
 
     /// Stops listening.
     fn close(&self, py: Python<'_>) {
-        self.source.close(py);
+        self.0.close(py, drop);
     }
 }

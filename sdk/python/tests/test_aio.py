@@ -114,6 +114,27 @@ def test_a_refusal_is_raised_later(on_loop):
         serves.serve("not a name\n", lambda: None)
         with pytest.raises(latzero.BadRequest):
             await serves.ready()
+        serves.serve("not a name\n", lambda: None)
+        with pytest.raises(latzero.BadRequest):
+            await serves.run()
+
+
+def test_run_serves_until_the_app_is_closed(on_loop):
+    @on_loop
+    async def test(serves, calls):
+        serves.serve("served", lambda: 1)
+        runs = asyncio.create_task(serves.run())
+        await asyncio.sleep(0)
+        # Both wait for the registration, and one that gives up leaves it to the other.
+        gives_up = asyncio.create_task(serves.ready())
+        await asyncio.sleep(0)
+        gives_up.cancel()
+        await serves.ready()
+        assert await calls.call("served", timeout=10) == 1
+        assert not runs.done()
+        serves.serve("late", lambda: None)
+        await serves.close()
+        await asyncio.wait_for(runs, 10)
 
 
 def test_cancelling_a_task_cancels_the_call_and_its_handler(on_loop):
@@ -617,6 +638,83 @@ def test_the_fixture_connects_on_the_test_s_loop(latzero_aio_app):
     asyncio.run(main())
 
 
+def test_it_runs_under_anyio_on_asyncio(latzero_server):
+    anyio = pytest.importorskip("anyio")
+
+    async def main():
+        async with latzero.aio.connect(latzero_server.url("anyio", "anyio")) as app:
+
+            @app.serve
+            async def slow(n: int):
+                await anyio.sleep(0.01)
+                return n * 2
+
+            @app.serve
+            async def hangs():
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    ended.set()
+
+            ended = anyio.Event()
+            await app.ready()
+            got = []
+
+            async def call(n):
+                got.append(await app.call("slow", n=n))
+
+            async with anyio.create_task_group() as group:
+                for n in range(10):
+                    group.start_soon(call, n)
+            assert sorted(got) == list(range(0, 20, 2))
+
+            # The end of a scope cancels its call, and that its handler.
+            with anyio.move_on_after(0.1) as scope:
+                await app.call("hangs")
+            assert scope.cancelled_caught
+            with anyio.fail_after(10):
+                await ended.wait()
+
+    anyio.run(main, backend="asyncio")
+
+
+def test_two_event_loops_of_a_process_call_each_other(latzero_server):
+    both = threading.Barrier(2)
+    failed = []
+
+    async def main(name, other):
+        async with latzero.aio.connect(latzero_server.url(name, "two-loops")) as app:
+
+            @app.serve(name)
+            async def serves(n: int):
+                await asyncio.sleep(0)
+                return [threading.current_thread().name, n]
+
+            await app.ready()
+            await asyncio.to_thread(both.wait, 20)
+            calls = (app.call(other, n=n) for n in range(500))
+            got = await asyncio.wait_for(asyncio.gather(*calls), 20)
+            assert got == [[other, n] for n in range(500)]
+            await asyncio.to_thread(both.wait, 20)
+
+    def run(name, other):
+        try:
+            asyncio.run(main(name, other))
+        except BaseException as error:
+            failed.append(error)
+            both.abort()
+
+    names = ("one-loop", "other-loop")
+    threads = [
+        threading.Thread(target=run, args=pair, name=pair[0]) for pair in (names, names[::-1])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failed and not any(thread.is_alive() for thread in threads)
+
+
 def test_uvloop_is_an_event_loop_like_others(latzero_server):
     uvloop = pytest.importorskip("uvloop")
 
@@ -675,7 +773,7 @@ print("end")
 
 
 # Names in one interface that the other lacks, and why.
-ONLY_IN_AIO = {("App", "ready")}
+ONLY_IN_AIO = {("App", "ready"), ("App", "run")}
 # Differences between single methods.
 PARAMETERS_ONLY_IN_AIO = {("App", "serve"): {"inline"}}
 

@@ -183,6 +183,73 @@ def test_the_layout_says_what_a_read_gives(pair):
         assert (block.shape, block.dtype, block.read().shape) == ((10,), "<f4", (10,))
 
 
+def test_named_fields_are_read_as_a_structured_dtype(pair):
+    app, other = pair
+    point = np.dtype([("x", "f4"), ("y", "f4")])
+    block = app.block("points", shape=(3, 4), dtype=point, create="new")
+    info = block.info()["layout"]
+    assert info == {"dtype": "<f4", "shape": [3, 4, 2], "fields": ["x", "y"]}
+    with block.write() as a:
+        assert a.dtype == point and a.shape == (3, 4)
+        a["y"][1] = 5
+    # As others make it, and as it is asked for again.
+    same = other.block("points", shape=block.shape, dtype=block.dtype)
+    for of in (block, same):
+        assert (of.shape, of.dtype) == ((3, 4), [("x", "<f4"), ("y", "<f4")])
+        copy = of.read()
+        assert copy.dtype == point and (copy["y"][1] == 5).all() and not copy["x"].any()
+    with same.view() as a:
+        assert a.dtype == point and a.shape == (3, 4) and a["y"].sum() == 20
+        # The buffer has one more dimension: few consumers know named fields.
+        assert np.asarray(same.view()).shape == (3, 4, 2)
+    with block.write(part=slice(1, 2)) as a:
+        assert a.shape == (1, 4) and a["y"].sum() == 20
+    with pytest.raises(latzero.BlockError) as raised:
+        other.block("points", shape=(3, 4), dtype=[("x", "f4"), ("z", "f4")])
+    assert raised.value.code == "layout_mismatch"
+
+    shared = app.share(np.zeros(2, point))
+    assert shared.dtype == [("x", "<f4"), ("y", "<f4")]
+
+    # Others stay bytes of their size.
+    many = np.dtype([(f"a field with number {n}", "u1") for n in range(100)])
+    for n, odd in enumerate([
+        np.dtype([("x", "f4"), ("y", "f8")]), np.dtype([("x", "f4", 2)]), many,
+        np.dtype({"names": ["x", "y"], "formats": ["f4", "f4"], "offsets": [4, 0]}),
+    ]):
+        block = app.block(f"odd-{n}", shape=5, dtype=odd, create="new")
+        assert (block.dtype, block.shape) == (f"|V{odd.itemsize}", (5,))
+        assert block.read().dtype == np.dtype(f"V{odd.itemsize}")
+
+
+def test_named_fields_are_one_more_dimension_without_numpy(monkeypatch):
+    monkeypatch.setattr(latzero._arrays, "numpy", lambda: None)
+    layout = ([("x", "<f4"), ("y", "<f4")], [3])
+    array = latzero._arrays.array(bytearray(24), layout)
+    assert (array.shape, array.format) == ((3, 2), "f")
+    assert latzero._arrays.layout_of([2, 2], "bf16") == (("bf16", [2, 2], []), 8)
+
+
+def test_bf16_is_read_as_two_bytes_each(pair):
+    class bfloat16:
+        """As ml_dtypes calls the class of its elements."""
+
+    app, other = pair
+    for n, dtype in enumerate(["bf16", "bfloat16", bfloat16]):
+        block = app.block(f"bf16-{n}", shape=(2, 3), dtype=dtype, create="new")
+        assert (block.dtype, block.shape, block.nbytes) == ("bf16", (2, 3), 12)
+        assert block.info()["layout"] == {"dtype": "bf16", "shape": [2, 3]}
+        with block.write() as a:
+            assert a.dtype == np.dtype("V2")
+            a.view("u2")[:] = 0x3F80
+        read = other.block(f"bf16-{n}", shape=(2, 3), dtype=block.dtype).read()
+        assert read.dtype == np.dtype("V2") and read.shape == (2, 3)
+        assert ((read.view("u2").astype("u4") << 16).view("f4") == 1.0).all()
+    block.resize(24)
+    assert (block.shape, block.dtype) == (None, None)
+    assert app.block("bf16-none", shape=(0, 3), dtype="bf16", create=True).read().shape == (0, 3)
+
+
 @pytest.mark.parametrize("end", ["resized", "removed", "killed", "closed"])
 def test_what_stays_when_a_block_ends(end):
     with latzero.testing.server() as server:
@@ -414,7 +481,7 @@ def test_many_blocks_leave_nothing(latzero_app):
 
     use()
     before = count()
-    for _ in range(300):
+    for _ in range(10_000):
         use()
     after = count()
     assert after[0] <= before[0] + 2 and after[1] <= before[1] + 4

@@ -178,6 +178,152 @@ def test_a_stream_of_asyncio_is_cancelled_while_a_task_waits_for_its_next_item(
     run_on_loop(latzero_server, calls.joined[0], test)
 
 
+# How each iterator is made, of an app and a block of it. In asyncio, some are awaited.
+LISTENINGS = {
+    "events": lambda app, block: app.events("quiet"),
+    "watch": lambda app, block: app.watch(app.joined[0]),
+    "answers": lambda app, block: app.answers(),
+    "changes": lambda app, block: block.changes(),
+}
+
+
+def rest(items):
+    """Reads items until the end; returns how that came."""
+    for _ in items:
+        pass
+    return "the end"
+
+
+@pytest.mark.parametrize("kind", LISTENINGS)
+def test_an_iterator_is_closed_while_another_thread_waits_for_its_next_item(pair, kind):
+    serves, calls = pair
+    items = LISTENINGS[kind](calls, calls.block("closes", size=8, create=True))
+    thread, outcome = in_thread(lambda: rest(items))
+    time.sleep(0.1)  # The thread waits.
+    items.close()
+    thread.join(SOON)
+    assert outcome == ["the end"]
+    assert next(items, None) is None
+    if kind == "events":
+        assert not serves.emit("quiet", count=True)
+
+
+def test_a_listener_of_states_ends_with_its_source(latzero_app):
+    states = latzero._block.Listening(latzero_app._inner.states(), str)
+    thread, outcome = in_thread(lambda: rest(states))
+    time.sleep(0.1)  # The thread waits.
+    with pytest.raises(RuntimeError, match="another thread or task waits"):
+        next(states)
+    states.close()
+    thread.join(SOON)
+    assert outcome == ["the end"]
+
+
+@pytest.mark.parametrize("kind", [*LISTENINGS, "states"])
+def test_an_iterator_of_asyncio_is_closed_while_a_task_waits_for_its_next_item(
+    latzero_server, kind
+):
+    async def test(app):
+        block = await app.block("closes", size=8, create=True)
+        if kind == "states":
+            items = latzero.aio.Listening(app._work, None, str, app._inner.states())
+        else:
+            items = LISTENINGS[kind](app, block)
+
+        async def read():
+            async for _ in await items:
+                pass
+            return "the end"
+
+        waits = asyncio.create_task(read())
+        await asyncio.sleep(0.1)  # The task waits.
+        await items.aclose()
+        assert await asyncio.wait_for(waits, SOON) == "the end"
+        assert await anext(items, None) is None
+        if kind == "events":
+            assert not await app.emit("quiet", count=True)
+
+    run_on_loop(latzero_server, f"closes-{kind}", test)
+
+
+def test_an_iterator_that_is_closed_as_it_begins_does_not_listen(latzero_server):
+    async def test(app):
+        items = app.events("quiet")
+        begins = asyncio.create_task(anext(items, "the end"))
+        await asyncio.sleep(0)
+        await items.aclose()
+        assert await asyncio.wait_for(begins, SOON) == "the end"
+        assert not await app.emit("quiet", count=True)
+
+    run_on_loop(latzero_server, "closes-early", test)
+
+
+# Asks for the calls of the app that the server has.
+STORED = {"action": "parked_list"}
+
+
+def test_a_parked_call_is_cancelled_while_a_thread_waits_for_its_answer(held):
+    calls, notes = held
+    for name in ("hold", "nobody-serves-it"):
+        parked = calls.park(name, id=f"waits-{name}")
+        thread, outcome = in_thread(parked.answer)
+        if name == "hold":
+            assert notes.get(timeout=SOON) == "runs"
+        time.sleep(0.1)  # The thread waits.
+        parked.cancel()
+        thread.join(SOON)
+        assert isinstance(outcome[0], latzero.Cancelled)
+        with pytest.raises(latzero.Cancelled):
+            parked.answer()
+        if name == "hold":
+            assert notes.get(timeout=SOON) is True
+    deadline = time.monotonic() + SOON
+    while calls.request(STORED)["parked"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_parked_call_of_asyncio_is_cancelled_while_a_task_waits(held, latzero_server):
+    calls, notes = held
+
+    async def test(app):
+        parked = await app.park("hold")
+        # A wait that ends early may be repeated.
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(parked.answer(), 0.1)
+        waits = asyncio.create_task(parked.answer())
+        assert await asyncio.to_thread(notes.get, timeout=SOON) == "runs"
+        parked.cancel()
+        with pytest.raises(latzero.Cancelled):
+            await asyncio.wait_for(waits, SOON)
+        assert await asyncio.to_thread(notes.get, timeout=SOON) is True
+        with pytest.raises(latzero.Cancelled):
+            await parked.answer()
+        while (await app.request(STORED))["parked"]:
+            await asyncio.sleep(0.01)
+
+    run_on_loop(latzero_server, calls.joined[0], test)
+
+
+def test_the_answer_of_a_parked_call_is_taken_once(pair, latzero_server):
+    serves, calls = pair
+    serves.serve("seven", lambda: 7)
+    parked = calls.park("seven", id="once")
+    assert parked.answer() == 7
+    parked.cancel()  # Too late.
+    with pytest.raises(latzero.BadRequest, match="'once' was taken") as raised:
+        parked.answer()
+    assert raised.value.ran is None
+
+    async def test(app):
+        parked = await app.park("seven", id="once")
+        assert await parked.answer() == 7
+        with pytest.raises(latzero.BadRequest, match="'once' was taken"):
+            await parked.answer()
+
+    run_on_loop(latzero_server, calls.joined[0], test)
+
+
 def test_park_returns_once_the_call_is_stored_although_a_handler_is_free(held, latzero_server):
     calls, notes = held
     began = time.monotonic()

@@ -145,7 +145,7 @@ def test_the_request_of_a_generator_stays_in_its_steps():
             ends.append(latzero.request())
 
     ends = []
-    run, _ = _adapt(handler)
+    run, _ = _adapt(handler, False)
     first, second = object(), object()
     one, other = run(first, None), run(second, None)
     assert (next(one), next(other)) == (first, second)
@@ -184,7 +184,16 @@ def test_generators_of_asyncio_have_their_request(latzero_server):
                 yield 1
                 raise latzero.Failure("broken", "it broke")
 
+            @app.serve(inline=True)
+            def awaited(n: int):
+                async def later():
+                    await asyncio.sleep(0.01)
+                    return [latzero.request().name, n]
+
+                return later()
+
             await app.ready()
+            assert await app.call("awaited", n=5) == ["awaited", 5]
             assert [item async for item in app.stream("plain")] == ["plain"]
             items = app.stream("inline", n=200)
             assert [item async for item in items] == ["inline"] * 200

@@ -615,6 +615,49 @@ def test_models_of_other_libraries_are_data(pair):
         calls.call("take", model=model, struct={"id": "seven"})
 
 
+def test_models_are_sent_as_the_text_that_they_write(latzero_server):
+    pydantic = pytest.importorskip("pydantic")
+
+    class Model(pydantic.BaseModel):
+        text: str = "a\"\\\u00e4\n" + "9" * 40
+        number: typing.Any = 1.5
+        inner: typing.Any = None
+
+        @pydantic.field_serializer("inner", when_used="json")
+        def inner_text(self, value):
+            return value
+
+    class Constants(Model):
+        model_config = pydantic.ConfigDict(ser_json_inf_nan="constants")
+
+    class Many(pydantic.RootModel[list[int]]):
+        pass
+
+    url = latzero_server.url("models", "system")
+    with latzero.connect(url, transient=True) as app:
+        for model in (
+            Model(), Model(number=2**64 - 1), Model(number=-(2**63)), Model(number=1e300),
+            Model(inner={"a": [Model()]}), Many([1, 2]), Model(inner=nested(127)),
+        ):
+            plain = model.model_dump(mode="json")
+            assert app.call("echo", model) == plain
+        assert app.call("echo", {"a": [Model(), Many([])]}) == {"a": [Model().model_dump(), []]}
+        # What the configuration says.
+        assert app.call("echo", Model(number=float("nan")))["number"] is None
+
+        for data, place in (
+            (Constants(number=float("nan")), "data: "),
+            ({"in": [1, Constants(number=float("inf"))]}, r"data\.in\[1\]: "),
+            ([Model(number=2**64)], r"data\[0\]: integers reach"),
+            ({"in": Model(number=-(2**63) - 1)}, "data.in: integers reach"),
+            (Model(inner=nested(128)), "data: .*levels"),
+            ([[Model(inner=nested(126))]], r"data\[0\]\[0\]: .*levels"),
+        ):
+            with pytest.raises(latzero.BadRequest, match=f"^bad_message: {place}") as raised:
+                app.call("echo", data)
+            assert raised.value.ran == "no"
+
+
 def test_models_are_described_with_their_definitions(pair):
     pydantic, msgspec = pytest.importorskip("pydantic"), pytest.importorskip("msgspec")
 

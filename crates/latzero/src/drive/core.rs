@@ -637,10 +637,15 @@ impl Core {
         };
         link.end();
         wake.into_iter().for_each(Waker::wake);
-        let error = Error::new(
-            Code::Disconnected,
-            format!("the connection to the server was lost ({why}); the app reconnects by itself"),
-        );
+        let error = match is_closing {
+            true => Self::closed_error(),
+            false => Error::new(
+                Code::Disconnected,
+                format!(
+                    "the connection to the server was lost ({why}); the app reconnects by itself"
+                ),
+            ),
+        };
         self.end_calls(link.epoch, attempted, &error);
         if self.is_ended() {
             return;

@@ -101,6 +101,15 @@ impl BlockName {
         self
     }
 
+    /// Adds names for the elements of the last dimension to the layout, which is set before:
+    /// `layout("<f4", &[1000, 2]).fields(&["x", "y"])`.
+    pub fn fields<T: AsRef<str>>(mut self, names: &[T]) -> Self {
+        if let Some(layout) = &mut self.layout {
+            layout["fields"] = names.iter().map(AsRef::as_ref).collect();
+        }
+        self
+    }
+
     /// Creates the block, with `size` bytes.
     pub fn create(self, size: u64) -> CreateBlock {
         let mut request = json!({"size": size});

@@ -229,7 +229,8 @@ impl Drop for Outgoing {
     }
 }
 
-/// A call whose answer is awaited. Dropping it cancels the call, unless it belongs to a [`Parked`].
+/// A call whose answer is awaited. Dropping it cancels the call, unless it is that of a [`Parked`]:
+/// [`Calling::cancel_call`] cancels either.
 #[derive(Debug)]
 #[must_use = "a call is sent when it is awaited"]
 pub struct Calling<R> {
@@ -277,6 +278,14 @@ impl<R> Calling<R> {
             core.cancel(&call);
         }
         true
+    }
+
+    /// Cancels the call, also one that the server stores: it is removed, or cancelled at its
+    /// handler. If there is no connection, the cancel is sent over the next one.
+    pub fn cancel_call(mut self) {
+        if let Stage::Sent(sent) = &mut self.outgoing.0 {
+            sent.at_drop = AtDrop::Cancel;
+        }
     }
 
     /// Waits for the answer on this thread.
@@ -358,12 +367,9 @@ impl Parked {
         }
     }
 
-    /// Cancels the call: the server removes it, or cancels it at its handler. If there is no
-    /// connection, the cancel is sent over the next one.
-    pub fn cancel(mut self) {
-        if let Stage::Sent(sent) = &mut self.outgoing.0 {
-            sent.at_drop = AtDrop::Cancel;
-        }
+    /// Cancels the call; see [`Calling::cancel_call`].
+    pub fn cancel(self) {
+        self.reply().cancel_call();
     }
 }
 

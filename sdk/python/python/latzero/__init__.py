@@ -10,7 +10,7 @@ from . import _latzero
 from ._app import (
     Answer, App, Event, Parked, Pending, Presence, Progress, Reply, Stream, connect, request,
 )
-from ._block import Block, writable
+from ._block import Block, Listening, writable
 from ._errors import (
     BadRequest, BlockError, Cancelled, CryptoFailed, Disconnected, Failure, Forbidden,
     HandlerFailed, LatZeroError, ServerFailed, Timeout, Unavailable,
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer", "App", "BadRequest", "Block", "BlockError", "Cancelled", "CryptoFailed",
-    "Disconnected", "Event", "Failure", "Forbidden", "HandlerFailed", "LatZeroError", "Parked",
-    "Pending", "Presence", "Progress", "Reply", "Request", "ServerFailed", "Stream", "Timeout",
-    "Unavailable", "View", "__version__", "aio", "connect", "find_program", "request", "writable",
+    "Disconnected", "Event", "Failure", "Forbidden", "HandlerFailed", "LatZeroError", "Listening",
+    "Parked", "Pending", "Presence", "Progress", "Reply", "Request", "ServerFailed", "Stream",
+    "Timeout", "Unavailable", "View", "__version__", "aio", "connect", "find_program", "request",
+    "writable",
 ]
 
 __version__ = "0.1.0"

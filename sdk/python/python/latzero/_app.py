@@ -10,7 +10,9 @@ import weakref
 
 from . import _latzero
 from ._arrays import flat, numpy
-from ._block import Block, Shares, _seconds, is_ours_alone, options as _block_options
+from ._block import (
+    Block, Listening, Shares, _same, _seconds, is_ours_alone, options as _block_options,
+)
 from ._errors import BadRequest, Cancelled, Disconnected, LatZeroError
 from ._lean import TYPE_CHECKING, F, Generic, T, overload
 
@@ -51,6 +53,8 @@ class Progress:
 
     __slots__ = ("value",)
 
+    value: Any
+
     def __init__(self, value: Any) -> None:
         self.value = value
 
@@ -59,6 +63,9 @@ class Reply:
     """An answer with its headers."""
 
     __slots__ = ("data", "headers")
+
+    data: Any
+    headers: dict[str, str]
 
     def __init__(self, data: Any, headers: dict[str, str]) -> None:
         self.data, self.headers = data, headers
@@ -77,6 +84,13 @@ class Event:
 
     __slots__ = ("name", "pool", "data", "origin", "headers", "lost")
 
+    name: str
+    pool: str
+    data: Any
+    origin: tuple[str, str]
+    headers: dict[str, str]
+    lost: int
+
     def __init__(self, fields: tuple[Any, ...]) -> None:
         self.name, self.pool, self.data, self.origin, self.headers, self.lost = fields
 
@@ -89,6 +103,13 @@ class Presence:
     how many before it were dropped."""
 
     __slots__ = ("event", "pool", "app_id", "instance", "fields", "lost")
+
+    event: str
+    pool: str | None
+    app_id: str | None
+    instance: str | None
+    fields: dict[str, Any]
+    lost: int
 
     def __init__(self, fields: tuple[Any, ...]) -> None:
         self.event, self.pool, self.app_id, self.instance, self.fields, self.lost = fields
@@ -103,6 +124,10 @@ class Answer:
     before it were dropped."""
 
     __slots__ = ("id", "pool", "lost", "_reply", "_error")
+
+    id: str
+    pool: str | None
+    lost: int
 
     def __init__(self, fields: tuple[Any, ...]) -> None:
         self.id, self.pool, reply, self._error, self.lost = fields
@@ -158,13 +183,14 @@ def _calling(
 
 
 def _serving(
-    app: Any, function: Callable[..., Any], pools: list[str] | None, strategy: str,
-    concurrency: int | None, doc: str | None, schema: dict[str, Any] | bool, privileged: bool,
+    app: Any, function: Callable[..., Any], is_task: bool, pools: list[str] | None,
+    strategy: str, concurrency: int | None, doc: str | None, schema: dict[str, Any] | bool,
+    privileged: bool,
 ) -> tuple[Callable[[_latzero.Request, Any], Any], dict[str, Any]]:
     """`function` and the options of a handler, as the binding takes them."""
     import inspect
 
-    run, derived = _adapt(function)
+    run, derived = _adapt(function, is_task)
     about = doc if doc is not None else (inspect.getdoc(function) or "").split("\n\n")[0]
     return run, {
         "pools": pools, "strategy": strategy, "concurrency": concurrency, "doc": about or None,
@@ -174,16 +200,7 @@ def _serving(
     }
 
 
-def _iterate(inflow: _latzero.Inflow, make: Callable[[Any], T]) -> Iterator[T]:
-    """An iterator over arriving items, until it is closed; dropping it closes it."""
-    try:
-        while (item := inflow.next().wait()) is not None:
-            yield make(item[0])
-    finally:
-        inflow.close()
-
-
-def _listen(items: Iterator[Any], function: F, thread: str) -> F:
+def _listen(items: Iterable[Any], function: F, thread: str) -> F:
     """Calls `function` with each item, on a thread of this name."""
     import threading
 
@@ -301,11 +318,12 @@ class Parked:
         return self._inner.id
 
     def answer(self) -> Any:
-        """Waits for the answer."""
+        """Waits for the answer, which is returned once: after that this raises `BadRequest`. A
+        wait that Ctrl-C ends may be repeated."""
         return self._inner.answer().wait()
 
     def cancel(self) -> None:
-        """Cancels the call."""
+        """Cancels the call. A thread that waits for its answer gets `Cancelled` at once."""
         self._inner.cancel()
 
 
@@ -350,22 +368,17 @@ def _into(into: Any) -> Callable[[Any], Any]:
     return read
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 def _adapt(
-    function: Callable[..., Any],
+    function: Callable[..., Any], is_task: bool
 ) -> tuple[Callable[[_latzero.Request, Any], Any], dict[str, Any]]:
-    """`function` as the binding calls it, with the request and the payload; and the schema of the
-    payload."""
+    """`function` as the binding calls it, with the request and the payload, in a task of its own if
+    `is_task`; and the schema of the payload."""
     import inspect
 
     from ._decode import Mismatch, kind, lift_definitions, parameters
     from ._decode import _same as _any
 
     signature = inspect.signature(function, eval_str=True)
-    is_async = _is_async(function)
     whole: str | None = None
     wants_request: dict[str, bool] = {}
     defaults: dict[str, Any] = {}
@@ -452,14 +465,14 @@ def _adapt(
             _current.reset(token)
         return _stepped(incoming, result) if type(result) is _GENERATOR else result
 
-    def run_async(incoming: _latzero.Request, data: Any) -> Any:
-        # A task has its own context, in which the request stays.
+    def run_task(incoming: _latzero.Request, data: Any) -> Any:
+        # A task has its own context, in which the request stays, also for what is awaited.
         given, fields = arguments(incoming, data)
         _current.set(incoming)
         return function(*given, **fields)
 
-    if is_async:
-        return run_async, schema
+    if is_task:
+        return run_task, schema
     takes_all = whole is not None and not wants_request and decoders[whole] is _any
     return run_whole if takes_all else run, schema
 
@@ -651,10 +664,10 @@ class App:
         )
         return Parked(self._inner.park(name, _payload(data, fields), options).wait())
 
-    def answers(self) -> Iterator[Answer]:
+    def answers(self) -> Listening[Answer]:
         """Answers to parked calls that nobody in this process waits for, including calls of
         earlier processes of the app."""
-        return _iterate(self._inner.answers(), Answer)
+        return Listening(self._inner.answers(), Answer)
 
     @overload
     def stream(
@@ -715,10 +728,11 @@ class App:
             name, function = None, name
 
         def register(function: F) -> F:
+            is_task = _is_async(function)
             run, options = _serving(
-                self, function, pools, strategy, concurrency, doc, schema, privileged
+                self, function, is_task, pools, strategy, concurrency, doc, schema, privileged
             )
-            loop = self._async_loop() if _is_async(function) else None
+            loop = self._async_loop() if is_task else None
             self._inner.serve(name or function.__name__, run, options, loop).wait()
             return function
 
@@ -737,9 +751,9 @@ class App:
         """Stops serving `name`. Running calls are finished."""
         self._inner.unserve(name).wait()
 
-    def events(self, name: str) -> Iterator[Event]:
+    def events(self, name: str) -> Listening[Event]:
         """Emits of `name` as they arrive; listening begins now and stops when this is dropped."""
-        return _iterate(self._inner.events(name).wait(), Event)
+        return Listening(self._inner.events(name).wait(), Event)
 
     @overload
     def on(self, name: str, function: None = None) -> Callable[[F], F]: ...
@@ -767,13 +781,13 @@ class App:
         is a decorator. Exceptions are reported to `threading.excepthook`."""
 
         def register(function: F) -> F:
-            return _listen(_iterate(self._inner.states(), _same), function, "latzero-on-state")
+            return _listen(Listening(self._inner.states(), _same), function, "latzero-on-state")
 
         return register if function is None else register(function)
 
-    def watch(self, pool: str) -> Iterator[Presence]:
+    def watch(self, pool: str) -> Listening[Presence]:
         """Apps and triggers of a pool that appear and disappear, from now on."""
-        return _iterate(self._inner.watch(pool).wait(), Presence)
+        return Listening(self._inner.watch(pool).wait(), Presence)
 
     def block(
         self, id: str, *, shape: int | Iterable[int] | None = None, dtype: Any = None,
@@ -901,7 +915,7 @@ def _shared(array: Any, pool: str | None) -> tuple[_ShareKey, memoryview]:
     if module is not None and isinstance(array, module.ndarray):
         array = module.ascontiguousarray(array)
         data = memoryview(array.reshape(-1).view("u1"))
-        return (pool, array.shape, array.dtype.str, len(data)), data
+        return (pool, array.shape, array.dtype, len(data)), data
     data = memoryview(array).cast("B")
     return (pool, None, None, len(data)), data
 

@@ -8,7 +8,12 @@ from ._lean import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
-Layout = tuple[str, list[int]]
+    # The dtype, in numpy's notation, and the shape. The dtype of named fields is a list of their
+    # names and types.
+    Layout = tuple[Any, list[int]]
+
+# A longer list of names has no place in the layout of a block.
+_FIELDS_BYTES_MAX = 1024
 
 # What `memoryview` calls the element types that it knows.
 _FORMATS = {
@@ -26,8 +31,9 @@ def numpy() -> Any:
     return numpy
 
 
-def layout_of(shape: Any, dtype: Any) -> tuple[Layout, int] | None:
-    """The layout, and its size in bytes; `None` if neither is given."""
+def layout_of(shape: Any, dtype: Any) -> tuple[tuple[str, list[int], list[str]], int] | None:
+    """The layout as it is sent, with the names of the last dimension; and its size in bytes.
+    `None` if neither is given."""
     if shape is None and dtype is None:
         return None
     if shape is None or dtype is None:
@@ -35,8 +41,13 @@ def layout_of(shape: Any, dtype: Any) -> tuple[Layout, int] | None:
     import re
 
     shape = [shape] if isinstance(shape, int) else [int(length) for length in shape]
+    fields: list[str] = []
     found = re.fullmatch(r"([<|]?)([biufc])(\d+)", dtype) if isinstance(dtype, str) else None
-    if found:
+    called = dtype if isinstance(dtype, str) else getattr(dtype, "name", None)
+    # That of ml_dtypes may also be the class of its elements.
+    if (called or getattr(dtype, "__name__", None)) in ("bf16", "bfloat16"):
+        name, size = "bf16", 2
+    elif found:
         size = int(found[3])
         name = f"{found[1] or ('|' if size == 1 else '<')}{found[2]}{size}"
     else:
@@ -45,7 +56,18 @@ def layout_of(shape: Any, dtype: Any) -> tuple[Layout, int] | None:
             raise TypeError(f"without numpy a dtype is written as '<f4', not {dtype!r}")
         described = module.dtype(dtype)
         name, size = described.str, described.itemsize
-    return (name, shape), size * _product(shape)
+        fields = list(described.names or ())
+        each = described[0] if fields else described
+        in_order = [(name, each.str) for name in fields]
+        # Numbers of one type without gaps: as one more dimension, whose places have names.
+        if (
+            fields and each.kind in "biufc" and len(repr(fields).encode()) <= _FIELDS_BYTES_MAX
+            and described == module.dtype(in_order)
+        ):
+            name, size, shape = each.str, each.itemsize, [*shape, len(fields)]
+        else:
+            fields = []
+    return (name, shape, fields), size * _product(shape)
 
 
 def _product(lengths: list[int]) -> int:
@@ -67,20 +89,27 @@ def array(buffer: Any, layout: Layout | None) -> Any:
         return module.ndarray((view.nbytes,), "u1", buffer)
     if layout is None or view.nbytes == 0:
         return view
-    format: Any = _FORMATS.get(layout[0].lstrip("<|"))
-    if format is None or layout[0].startswith(">"):
+    name, shape = layout
+    if isinstance(name, list):
+        # Named fields are a dimension more.
+        name, shape = name[0][1], [*shape, len(name)]
+    format: Any = _FORMATS.get(name.lstrip("<|"))
+    if format is None or name.startswith(">"):
         return view
     flat = view.cast("B").cast(format)
-    return flat.cast("B").cast(format, layout[1]) if len(flat) == _product(layout[1]) else view
+    return flat.cast("B").cast(format, shape) if len(flat) == _product(shape) else view
 
 
 def _dtype(module: Any, layout: Layout, nbytes: int) -> Any:
     try:
-        return module.dtype(layout[0])
+        # numpy has no bf16: its elements are two bytes each.
+        return module.dtype("V2" if layout[0] == "bf16" else layout[0])
     except TypeError:
-        # A type that numpy has no name for, such as bf16: as bytes of its size.
+        # Another type that it has no name for, as bytes of its size.
         count = _product(layout[1])
         return module.dtype(f"V{nbytes // count}") if count and nbytes % count == 0 else None
+    except ValueError:
+        return None  # Two fields have the same name.
 
 
 def empty(nbytes: int, layout: Layout | None) -> Any:

@@ -6,10 +6,10 @@ import os
 
 from . import _arrays, _latzero
 from ._errors import BlockError, Timeout
-from ._lean import TYPE_CHECKING
+from ._lean import TYPE_CHECKING, Generic, T
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
     from datetime import timedelta
     from typing import Any
 
@@ -28,6 +28,32 @@ def _seconds(time: float | timedelta | None) -> Any:
         raise TypeError(
             f"a time is a number of seconds or a timedelta, not {type(time).__name__}"
         ) from None
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+class Listening(Generic[T]):
+    """Arriving items: an iterator. Dropping it ends that, and so does `close`."""
+
+    __slots__ = ("_inflow", "_make")
+
+    def __init__(self, inflow: _latzero.Inflow, make: Callable[[Any], T]) -> None:
+        self._inflow, self._make = inflow, make
+
+    def __iter__(self) -> Listening[T]:
+        return self
+
+    def __next__(self) -> T:
+        item = self._inflow.next().wait()
+        if item is None:
+            raise StopIteration
+        return self._make(item[0])
+
+    def close(self) -> None:
+        """Stops listening. A thread that waits for the next item gets the end of the iteration."""
+        self._inflow.close()
 
 
 class BlockInfo:
@@ -68,8 +94,9 @@ class BlockInfo:
         return tuple(layout[1]) if layout else None
 
     @property
-    def dtype(self) -> str | None:
-        """The element type in numpy's notation, if it has a layout."""
+    def dtype(self) -> str | list[tuple[str, str]] | None:
+        """The element type in numpy's notation, if it has a layout: a list of pairs if it has named
+        fields. `bf16` is read as two bytes each (`V2`)."""
         layout = self._inner.layout
         return layout[0] if layout else None
 
@@ -421,16 +448,10 @@ class Block(BlockInfo):
             except Timeout:
                 continue
 
-    def changes(self) -> Iterator[int]:
+    def changes(self) -> Listening[int]:
         """An iterator over new versions. If several appear between two reads, it returns the
         newest."""
-        inflow = self._inner.changes().wait()
-
-        def iterate() -> Iterator[int]:
-            while (item := inflow.next().wait()) is not None:
-                yield item[0]
-
-        return iterate()
+        return Listening(self._inner.changes().wait(), _same)
 
     def resize(self, nbytes: int) -> None:
         """Changes the size of the block, which gets a new generation."""

@@ -9,11 +9,12 @@ import uuid
 from types import GeneratorType
 from typing import Any
 
+from . import _latzero
 from ._block import BlockInfo
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON's types; `TypeError` if its type is not supported."""
+    """`value` as JSON's types, or as JSON text; `TypeError` if its type is not supported."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, uuid.UUID):
@@ -25,8 +26,9 @@ def plain(value: Any) -> Any:
         import dataclasses
 
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if hasattr(type(value), "model_dump"):
-        return value.model_dump(mode="json")
+    # Of pydantic, which is faster than a walk over what it would return.
+    if hasattr(type(value), "model_dump_json"):
+        return _latzero.Json(value.model_dump_json())
     if hasattr(type(value), "__struct_fields__") and "msgspec" in sys.modules:
         return sys.modules["msgspec"].to_builtins(value)
     if isinstance(value, BlockInfo):

@@ -105,6 +105,10 @@ class CryptoFailed(LatZeroError):
 class Failure(Exception):
     """Raised by a handler to answer with a code of its own."""
 
+    code: str
+    message: str
+    data: Any
+
     def __init__(self, code: str, message: str = "", *, data: Any = None) -> None:
         super().__init__(code, message)
         self.code, self.message, self.data = code, message, data

@@ -11,18 +11,18 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _latzero
 from ._app import (
     _MISSING, _NO_OPTIONS, Answer, Event, Presence, Progress, Reply, _calling, _close_quietly,
-    _described, _describing, _into, _is_async, _live, _new_share, _options, _payload, _same,
-    _serving, _shared,
+    _described, _describing, _into, _is_async, _live, _new_share, _options, _payload, _serving,
+    _shared,
 )
 from ._arrays import flat
-from ._block import BlockInfo, Filling, Shares, _seconds, begin, is_ours_alone
+from ._block import BlockInfo, Filling, Shares, _same, _seconds, begin, is_ours_alone
 from ._block import options as _block_options
 from ._errors import Cancelled, LatZeroError, Timeout
 from ._latzero import AioRequest as Request
@@ -49,7 +49,7 @@ class _Loop:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         # Weak: the event loop refers to this by its readers.
         self._weak_loop = weakref.ref(loop)
-        self.inner = _latzero.Loop(weakref.ref(self))
+        self.inner: _latzero.Loop = _latzero.Loop(weakref.ref(self))
         self._tasks: set[asyncio.Task[None]] = set()
         loop.add_reader(self.inner.fileno(), self.inner.rung)
 
@@ -227,6 +227,7 @@ class LoopThread:
     """An event loop on a separate thread, for the async handlers of a blocking app."""
 
     def __init__(self, name: str) -> None:
+        self.inner: _latzero.Loop
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -252,36 +253,27 @@ class LoopThread:
             self._thread.join(within)
 
 
-async def _iterate(
-    work: _Loop, inflow: _latzero.Inflow, make: Callable[[Any], T]
-) -> AsyncIterator[T]:
-    """An iterator over arriving items, until it is closed."""
-    try:
-        while (item := await work.run(inflow.next())) is not None:
-            yield make(item[0])
-    finally:
-        inflow.close()
-
-
 class Listening(Generic[T]):
     """Arriving items: an async iterator. It begins to listen when it is awaited, which returns it,
-    or else with the first item that is asked for. Dropping it ends that."""
+    or else with the first item that is asked for. Dropping it ends that, and so does `aclose`."""
 
     __slots__ = ("_work", "_begin", "_make", "_beginning", "_inflow")
 
     def __init__(
-        self, work: _Loop, begin: Callable[[], Coroutine[Any, Any, Any]], make: Callable[[Any], T]
+        self, work: _Loop, begin: Callable[[], Coroutine[Any, Any, Any]] | None,
+        make: Callable[[Any], T], inflow: _latzero.Inflow | None = None,
     ) -> None:
-        self._work, self._make = work, make
-        self._begin: Callable[[], Coroutine[Any, Any, Any]] | None = begin
+        self._work, self._begin, self._make, self._inflow = work, begin, make, inflow
         # Several tasks may ask for the first item at the same time.
         self._beginning = asyncio.Lock()
-        self._inflow: _latzero.Inflow | None = None
 
     async def _listen(self) -> Listening[T]:
         async with self._beginning:
             if self._begin is not None:
-                self._inflow = await self._begin()
+                inflow = await self._begin()
+                # It may have been closed in the meantime.
+                if self._begin is not None:
+                    self._inflow = inflow
                 # It holds the app.
                 self._begin = None
         return self
@@ -304,7 +296,7 @@ class Listening(Generic[T]):
         return self._make(item[0])
 
     async def aclose(self) -> None:
-        """Stops listening."""
+        """Stops listening. A task that waits for the next item gets the end of the iteration."""
         self._begin = None
         if self._inflow is not None:
             self._inflow.close()
@@ -397,11 +389,12 @@ class Parked:
         return self._inner.id
 
     async def answer(self) -> Any:
-        """Waits for the answer."""
+        """Waits for the answer, which is returned once: after that this raises `BadRequest`. A
+        wait that was cancelled may be repeated."""
         return await self._work.run(self._inner.answer())
 
     def cancel(self) -> None:
-        """Cancels the call."""
+        """Cancels the call. A task that waits for its answer gets `Cancelled` at once."""
         self._inner.cancel()
 
 
@@ -858,10 +851,10 @@ class App:
         op = self._inner.park(name, _payload(data, fields), options)
         return Parked(self._work, await self._start(op))
 
-    def answers(self) -> AsyncIterator[Answer]:
+    def answers(self) -> Listening[Answer]:
         """Answers to parked calls that nobody in this process waits for, including calls of
         earlier processes of the app."""
-        return _iterate(self._work, self._inner.answers(), Answer)
+        return Listening(self._work, None, Answer, self._inner.answers())
 
     @overload
     def stream(
@@ -916,18 +909,19 @@ class App:
         schema: dict[str, Any] | bool = True, privileged: bool = False, inline: bool = False,
     ) -> Any:
         """Serves a trigger: `@app.serve`, `@app.serve("name")` or `app.serve("name", function)`.
-        `async` functions run as tasks of the loop, others on threads, or on the loop with
-        `inline`. It is registered in the background; `await app.ready()` waits for that. The
-        trigger's `doc` and `schema`, which other apps see, come from the docstring and the hints,
-        unless they are given here; `schema=False` is none."""
+        `async` functions run as tasks of the loop, others on threads, or with `inline` on the
+        loop, which also awaits what they return. It is registered in the background; `await
+        app.ready()` waits for that. The trigger's `doc` and `schema`, which other apps see, come
+        from the docstring and the hints, unless they are given here; `schema=False` is none."""
         if callable(name):
             name, function = None, name
 
         def register(function: F) -> F:
+            is_task = inline or _is_async(function)
             run, options = _serving(
-                self, function, pools, strategy, concurrency, doc, schema, privileged
+                self, function, is_task, pools, strategy, concurrency, doc, schema, privileged
             )
-            on_loop = self._work.inner if inline or _is_async(function) else None
+            on_loop = self._work.inner if is_task else None
             self._register(
                 self._inner.serve(name or function.__name__, run, options, on_loop)
             )
@@ -940,8 +934,10 @@ class App:
 
     async def ready(self) -> None:
         """Waits until everything is registered; raises the error if the server refuses."""
+        # Several tasks may wait for that, and one that no longer does leaves it to the others.
         while self._registering:
-            await self._registering.pop()
+            await asyncio.wait(self._registering)
+            self._raise_refusal()
 
     def _start(self, op: _latzero.Op) -> Coroutine[Any, Any, Any]:
         # A refusal is raised by the next thing that is awaited.
@@ -952,7 +948,10 @@ class App:
     def _raise_refusal(self) -> None:
         for future in [f for f in self._registering if f.done()]:
             self._registering.discard(future)
-            future.result()
+            error = None if future.cancelled() else future.exception()
+            # What the end of the app ended is no refusal.
+            if error is not None and not self._closed.is_set():
+                raise error
 
     async def unserve(self, name: str) -> None:
         """Stops serving `name`. Running calls are finished."""
@@ -983,7 +982,8 @@ class App:
                     inflow = await asyncio.shield(listening)
                 except LatZeroError:
                     return  # `ready` raises it.
-                await self._listen(_iterate(self._work, inflow, Event), function, repr(name))
+                events = Listening(self._work, None, Event, inflow)
+                await self._listen(events, function, repr(name))
 
             self._work.spawn(run())
             return function
@@ -991,7 +991,7 @@ class App:
         return register if function is None else register(function)
 
     async def _listen(
-        self, items: AsyncIterator[Any], function: Callable[..., Any], what: str
+        self, items: Listening[Any], function: Callable[..., Any], what: str
     ) -> None:
         """Calls `function` with each item."""
         async for item in items:
@@ -1016,7 +1016,7 @@ class App:
         is a decorator. Exceptions are reported to the loop's exception handler."""
 
         def register(function: F) -> F:
-            states = _iterate(self._work, self._inner.states(), _same)
+            states = Listening(self._work, None, _same, self._inner.states())
             self._work.spawn(self._listen(states, function, "the state"))
             return function
 
@@ -1107,6 +1107,11 @@ class App:
         ended = self._connection.end_error
         if ended is not None and not self._closed.is_set():
             raise ended
+
+    async def run(self) -> None:
+        """Serves until the app is closed: waits until what `serve` and `on` began is registered,
+        and then as `wait` does."""
+        await self.wait()
 
     async def close(self) -> None:
         """Closes the connection, after waiting up to five seconds for running handlers."""

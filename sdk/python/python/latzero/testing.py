@@ -27,7 +27,7 @@ class Server:
 
     def __init__(self, *args: str) -> None:
         self._args = args
-        self.data_dir = tempfile.mkdtemp(prefix="latzero-")
+        self.data_dir: str = tempfile.mkdtemp(prefix="latzero-")
         try:
             self._start()
         except BaseException:

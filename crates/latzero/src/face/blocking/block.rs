@@ -51,6 +51,11 @@ impl BlockName {
         BlockName(self.0, self.1.layout(dtype, shape))
     }
 
+    /// Adds names for the elements of the last dimension to the layout, which is set before.
+    pub fn fields<T: AsRef<str>>(self, names: &[T]) -> Self {
+        BlockName(self.0, self.1.fields(names))
+    }
+
     /// Creates the block, with `size` bytes.
     pub fn create(self, size: u64) -> CreateBlock {
         CreateBlock(self.0, self.1.create(size))
