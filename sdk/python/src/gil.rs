@@ -78,6 +78,15 @@ pub(crate) fn attach<T>(work: impl FnOnce(Python<'_>) -> T) -> Option<T> {
     guarded(|| Python::try_attach(|py| guarded(|| work(py))))
 }
 
+unsafe extern "C-unwind" {
+    /// The function of CPython. `pyo3::ffi` declares that it does not unwind, and an optimized
+    /// build would then leave out what `guarded` does.
+    fn PyObject_CallObject(
+        callable: *mut ffi::PyObject,
+        arguments: *mut ffi::PyObject,
+    ) -> *mut ffi::PyObject;
+}
+
 /// Calls Python code that may run for long, and so while the interpreter ends.
 pub(crate) fn call<'py>(
     function: &Bound<'py, PyAny>,
@@ -87,7 +96,7 @@ pub(crate) fn call<'py>(
     // SAFETY: both are live objects, the second is a tuple, and the interpreter is attached, since
     // they are bound to it.
     let result =
-        guarded(|| unsafe { ffi::PyObject_CallObject(function.as_ptr(), arguments.as_ptr()) });
+        guarded(|| unsafe { PyObject_CallObject(function.as_ptr(), arguments.as_ptr()) });
     drop(ManuallyDrop::into_inner(arguments));
     // SAFETY: the call returned a reference of its own, or null with an exception set.
     unsafe { Bound::from_owned_ptr_or_err(function.py(), result) }
