@@ -477,6 +477,7 @@ impl PyApp {
             handler,
             owner: codec::take(options, "owner")?.unbind(),
             tracebacks: self.tracebacks,
+            is_async: codec::take(options, "is_async")?.is_truthy()?,
         });
         let _ = py;
         Ok(match (on_loop, self.pool.clone()) {

@@ -24,7 +24,7 @@ use crate::app::{PyApp, ending};
 use crate::codec;
 use crate::errors::exception;
 use crate::gil::detach;
-use crate::handlers::{Incoming, PyAnswer};
+use crate::handlers::{Incoming, PyAnswer, Trigger};
 use crate::op::{Make, Op, Running, State, lock, taken};
 
 /// What the event loop has to do.
@@ -398,18 +398,29 @@ impl Loop {
         done
     }
 
-    /// Makes the task of a handler, a request, its payload and the place for the answer.
+    /// Calls a handler with a request and its payload. Returns the task that awaits its result, or
+    /// `None` if the answer is already in its place.
     pub(crate) fn begin<'py>(
         &self,
-        handler: &Bound<'py, PyAny>,
+        trigger: &Trigger,
         request: Bound<'py, PyAny>,
         data: Bound<'py, PyAny>,
         answer: &Bound<'py, PyAnswer>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = answer.py();
-        let arguments = (handler, request, data, answer);
-        self.owner(py)?
-            .call_method1(intern!(py, "_begin"), arguments)
+        let begin = match trigger.is_async {
+            true => intern!(py, "_begin_async"),
+            false => intern!(py, "_begin"),
+        };
+        let arguments = (trigger.handler.bind(py), request, data, answer);
+        self.owner(py)?.call_method1(begin, arguments)
+    }
+
+    /// Cancels the task of a handler.
+    pub(crate) fn cancel_handler(&self, task: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = task.py();
+        let told = self.owner(py)?.call_method1(intern!(py, "_cancel"), (task,));
+        told.map(drop)
     }
 }
 

@@ -5,7 +5,6 @@ use std::task::{Wake, Waker};
 
 use latzero::{Data, HandlerError, Request, Unanswered};
 use pyo3::exceptions::PyStopIteration;
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyIterator, PyTuple, PyType};
@@ -26,6 +25,8 @@ pub(crate) struct Trigger {
     /// A weak reference to the Python app.
     pub(crate) owner: Py<PyAny>,
     pub(crate) tracebacks: bool,
+    /// Whether it is an `async` function, which runs as a task.
+    pub(crate) is_async: bool,
 }
 
 /// Runs a plain function on the thread that took the request.
@@ -290,9 +291,7 @@ impl Incoming {
     pub(crate) fn begin(self, py: Python<'_>, on: &Loop) -> PyResult<()> {
         let Begun { call, trigger } = match self {
             Incoming::Begin(begun) => begun,
-            Incoming::Cancel(task) => {
-                return task.call_method0(py, intern!(py, "cancel")).map(drop);
-            }
+            Incoming::Cancel(task) => return on.cancel_handler(task.bind(py)),
         };
         let request = call.request().clone();
         if request.is_cancelled() {
@@ -311,8 +310,10 @@ impl Incoming {
             tracebacks: trigger.tracebacks,
         };
         let place = Bound::new(py, place)?;
-        let task = on.begin(trigger.handler.bind(py), request, data, &place)?;
-        if let Some(call) = &*lock(&place.get().call) {
+        let task = on.begin(&trigger, request, data, &place)?;
+        if let Some(call) = &*lock(&place.get().call)
+            && !task.is_none()
+        {
             let bell = CancelBell {
                 mailbox: on.mailbox.clone(),
                 task: Mutex::new(Some(task.unbind())),

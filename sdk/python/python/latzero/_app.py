@@ -183,20 +183,20 @@ def _calling(
 
 
 def _serving(
-    app: Any, function: Callable[..., Any], is_task: bool, pools: list[str] | None,
+    app: Any, function: Callable[..., Any], is_async: bool, pools: list[str] | None,
     strategy: str, concurrency: int | None, doc: str | None, schema: dict[str, Any] | bool,
     privileged: bool,
 ) -> tuple[Callable[[_latzero.Request, Any], Any], dict[str, Any]]:
     """`function` and the options of a handler, as the binding takes them."""
     import inspect
 
-    run, derived = _adapt(function, is_task)
+    run, derived = _adapt(function, is_async)
     about = doc if doc is not None else (inspect.getdoc(function) or "").split("\n\n")[0]
     return run, {
         "pools": pools, "strategy": strategy, "concurrency": concurrency, "doc": about or None,
         "schema": None if isinstance(schema, bool) else schema,
         "derived_schema": (derived or None) if schema is True else None,
-        "privileged": privileged, "owner": weakref.ref(app),
+        "privileged": privileged, "owner": weakref.ref(app), "is_async": is_async,
     }
 
 
@@ -369,10 +369,10 @@ def _into(into: Any) -> Callable[[Any], Any]:
 
 
 def _adapt(
-    function: Callable[..., Any], is_task: bool
+    function: Callable[..., Any], is_async: bool
 ) -> tuple[Callable[[_latzero.Request, Any], Any], dict[str, Any]]:
-    """`function` as the binding calls it, with the request and the payload, in a task of its own if
-    `is_task`; and the schema of the payload."""
+    """`function` as the binding calls it, with the request and the payload; and the schema of the
+    payload."""
     import inspect
 
     from ._decode import Mismatch, kind, lift_definitions, parameters
@@ -465,15 +465,14 @@ def _adapt(
             _current.reset(token)
         return _stepped(incoming, result) if type(result) is _GENERATOR else result
 
-    def run_task(incoming: _latzero.Request, data: Any) -> Any:
-        # A task has its own context, in which the request stays, also for what is awaited.
+    def run_async(incoming: _latzero.Request, data: Any) -> Any:
+        # The event loop has set the current request.
         given, fields = arguments(incoming, data)
-        _current.set(incoming)
         return function(*given, **fields)
 
-    if is_task:
-        return run_task, schema
     takes_all = whole is not None and not wants_request and decoders[whole] is _any
+    if is_async:
+        return (lambda _, data: function(data)) if takes_all else run_async, schema
     return run_whole if takes_all else run, schema
 
 
@@ -728,11 +727,11 @@ class App:
             name, function = None, name
 
         def register(function: F) -> F:
-            is_task = _is_async(function)
+            is_async = _is_async(function)
             run, options = _serving(
-                self, function, is_task, pools, strategy, concurrency, doc, schema, privileged
+                self, function, is_async, pools, strategy, concurrency, doc, schema, privileged
             )
-            loop = self._async_loop() if is_task else None
+            loop = self._async_loop() if is_async else None
             self._inner.serve(name or function.__name__, run, options, loop).wait()
             return function
 

@@ -13,13 +13,14 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from datetime import timedelta
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _latzero
 from ._app import (
     _MISSING, _NO_OPTIONS, Answer, Event, Presence, Progress, Reply, _calling, _close_quietly,
-    _described, _describing, _into, _is_async, _live, _new_share, _options, _payload, _serving,
-    _shared,
+    _current, _described, _describing, _into, _is_async, _live, _new_share, _options, _payload,
+    _serving, _shared,
 )
 from ._arrays import flat
 from ._block import BlockInfo, Filling, Shares, _same, _seconds, begin, is_ours_alone
@@ -41,6 +42,8 @@ __all__ = [
 # Larger copies are made on another thread.
 _COPY_BYTES = 256 * 1024
 _LONG = 3600.0
+# A task that does not wait costs no turn of the loop.
+_EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
 
 class _Loop:
@@ -50,7 +53,8 @@ class _Loop:
         # Weak: the event loop refers to this by its readers.
         self._weak_loop = weakref.ref(loop)
         self.inner: _latzero.Loop = _latzero.Loop(weakref.ref(self))
-        self._tasks: set[asyncio.Task[None]] = set()
+        # What keeps them until they end.
+        self._tasks: dict[object, asyncio.Task[None]] = {}
         loop.add_reader(self.inner.fileno(), self.inner.rung)
 
     @property
@@ -123,26 +127,74 @@ class _Loop:
     def _begin(
         self, handler: Callable[[Any, Any], Any], request: Request, data: Any,
         answer: _latzero.Answer,
+    ) -> asyncio.Task[None] | None:
+        """Calls a plain handler. Returns a task if its result is to be awaited."""
+        token = _current.set(request)
+        try:
+            result = handler(request, data)
+            if type(result) in _PLAIN or not _is_pending(result):
+                self.inner.send(answer, result)
+                return None
+            return self._begin_async(lambda *_: result, request, data, answer)
+        except asyncio.CancelledError:
+            return None
+        except BaseException as error:
+            self._fail(answer, error)
+            return None
+        finally:
+            _current.reset(token)
+
+    def _begin_async(
+        self, handler: Callable[[Any, Any], Any], request: Request, data: Any,
+        answer: _latzero.Answer,
     ) -> asyncio.Task[None]:
-        return self.spawn(_answer(self.inner, handler, request, data, answer))
+        """Begins the task of an `async` handler."""
+        # The task has a copy of this context.
+        token = _current.set(request)
+        try:
+            return self._spawn(_answer(self, handler, request, data, answer), answer)
+        finally:
+            _current.reset(token)
+
+    def _fail(self, answer: _latzero.Answer, error: BaseException) -> None:
+        self.inner.fail(answer, error)
+        if not isinstance(error, Exception):
+            # Ends the loop, as it does in a callback. A task that raised it as it was created, as
+            # those of Python 3.12 may, would be reported as never retrieved too.
+            self._loop.call_soon(_end_loop, error)
+
+    def _cancel(self, task: asyncio.Task[None]) -> None:
+        """Cancels the task of a handler."""
+        work: Any = task.get_coro()
+        if inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
+            # It will not begin, and so not end itself.
+            for key in [key for key, other in self._tasks.items() if other is task]:
+                self.ended(key)
+        task.cancel()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that is kept until it ends."""
-        if sys.version_info >= (3, 12):
-            task = asyncio.Task(work, loop=self._loop, eager_start=True)
-        else:
-            task = self._loop.create_task(work)
-        if not task.done():
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        task = self._spawn(work, work)
+        task.add_done_callback(lambda _: self.ended(work))
         return task
+
+    def _spawn(self, work: Coroutine[Any, Any, None], key: object) -> asyncio.Task[None]:
+        """A task that is kept until `ended(key)`."""
+        # Without a name, each would make one of its number.
+        task = asyncio.Task(work, loop=self._weak_loop(), name="latzero", **_EAGER)
+        if not task.done():
+            self._tasks[key] = task
+        return task
+
+    def ended(self, key: object) -> None:
+        self._tasks.pop(key, None)
 
     def close(self) -> None:
         """Releases everything."""
         if not self._loop.is_closed():
             self._loop.remove_reader(self.inner.fileno())
         self.inner.close()
-        for task in list(self._tasks):
+        for task in list(self._tasks.values()):
             task.cancel()
 
 
@@ -168,14 +220,27 @@ def _run(op: _latzero.Op) -> asyncio.Future[Any]:
     return _of_running_loop().start(op)
 
 
+# Results that are not awaited.
+_PLAIN = frozenset((dict, list, str, int, float, bool, bytes, tuple, type(None)))
+
+
+def _is_pending(result: Any) -> bool:
+    """Whether a handler's result is to be awaited."""
+    return (
+        inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result)
+    )
+
+
 async def _answer(
-    loop: _latzero.Loop, handler: Callable[[Any, Any], Any], request: Request, data: Any,
+    work: _Loop, handler: Callable[[Any, Any], Any], request: Request, data: Any,
     answer: _latzero.Answer,
 ) -> None:
-    """Runs one handler."""
+    """Runs one handler that is to be awaited."""
     try:
         result = handler(request, data)
-        if inspect.isasyncgen(result):
+        if type(result) is CoroutineType:
+            result = await result
+        elif inspect.isasyncgen(result):
             try:
                 async for item in result:
                     await _send(request, item)
@@ -184,18 +249,15 @@ async def _answer(
             result = None
         elif inspect.isgenerator(result):
             result = await _stream(request, result)
-        elif inspect.isawaitable(result):
+        else:
             result = await result
+        work.inner.send(answer, result)
     except asyncio.CancelledError:
         raise
     except BaseException as error:
-        loop.fail(answer, error)
-        if not isinstance(error, Exception):
-            # Ends the loop, as it does in a callback. A task that raised it as it was created, as
-            # those of Python 3.12 may, would be reported as never retrieved too.
-            asyncio.get_running_loop().call_soon(_end_loop, error)
-    else:
-        loop.send(answer, result)
+        work._fail(answer, error)
+    finally:
+        work.ended(answer)
 
 
 async def _stream(request: Request, items: Any) -> Any:
@@ -917,11 +979,11 @@ class App:
             name, function = None, name
 
         def register(function: F) -> F:
-            is_task = inline or _is_async(function)
+            is_async = _is_async(function)
             run, options = _serving(
-                self, function, is_task, pools, strategy, concurrency, doc, schema, privileged
+                self, function, is_async, pools, strategy, concurrency, doc, schema, privileged
             )
-            on_loop = self._work.inner if is_task else None
+            on_loop = self._work.inner if inline or is_async else None
             self._register(
                 self._inner.serve(name or function.__name__, run, options, on_loop)
             )
