@@ -8,6 +8,7 @@ mod dev;
 mod examples;
 mod node;
 mod python;
+mod reference;
 mod tidy;
 mod vectors;
 
@@ -40,6 +41,7 @@ cargo xtask COMMAND
   hostile [ARGS]       run an innocent client beside each kind of hostile one: --seconds N,
                        --only TEXT, --json
   crash [ARGS]         kill and restart processes and check the result: --rounds N, --seed S
+  reference            build the reference of the crate and the packages: target/reference
   wheel                build the wheel of the Python package, with the program in it
   npm                  make the npm packages of this platform, with the program in them
   wheel --target NAME, npm --target NAME
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
         ["test", "--examples"] => examples::test(),
         ["npm", rest @ ..] => Target::of_args(rest).and_then(|to| node::pack(to.as_ref())),
         ["wheel", rest @ ..] => Target::of_args(rest).and_then(|to| python::wheel(to.as_ref())),
+        ["reference"] => reference::build(),
         ["lint"] => lint(),
         ["lint", "--fix"] => lint_fix(),
         ["coverage", rest @ ..] => coverage(rest),

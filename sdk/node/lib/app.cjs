@@ -25,6 +25,7 @@ const REQUEST_JSON = 8
 const REQUEST_EXTRA = 9
 
 const INTERNAL = Symbol('internal')
+const UNCLONEABLE = Symbol('an App of latzero: each thread and process connects by itself')
 const DAYS = 0x7fffffff
 
 const SEND = [
@@ -38,6 +39,9 @@ const CONNECT = [
   'connectTimeoutMs', 'callTimeoutMs'
 ]
 const OURS = ['bigint', 'strict', 'tracebacks']
+
+/** What operations come to that an app is closed before. */
+const CLOSED = { what: ERROR, meta: 0, payload: own('disconnected', 'the app was closed', 'no') }
 
 /** What is done after the code that runs now. */
 const SOON = Promise.resolve()
@@ -204,6 +208,8 @@ class Connection {
       const entry = { resolve, off: undefined }
       this.pending.set(token, entry)
       this.hold()
+      // Nothing ends it any more.
+      if (!isDone && !this.isOpen) this.endEarly(token, CLOSED)
       if (signal !== undefined && !isDone) {
         const abort = () => {
           if (!this.pending.delete(token)) return
@@ -225,10 +231,14 @@ class Connection {
 
   /** Closes a source of the binding, and ends the operation that reads it. */
   stop (source) {
-    const token = source.close()
+    this.endEarly(source.close(), { what: OVER, meta: 0, payload: undefined })
+  }
+
+  /** Ends an operation with `item`, unless `token` is `null`. */
+  endEarly (token, item) {
     if (token === null) return
     this.native.cancel(token)
-    this.#complete(token, { what: OVER, meta: 0, payload: undefined })
+    this.#complete(token, item)
   }
 
   /** Does what is ready. Nothing of a user's runs before this has returned. */
@@ -341,10 +351,7 @@ class Connection {
     this.native.release()
     for (const request of this.running.values()) request.cancel()
     this.#ended()
-    const closed = own('disconnected', 'the app was closed', 'no')
-    for (const token of [...this.pending.keys()]) {
-      this.#complete(token, { what: ERROR, meta: 0, payload: closed })
-    }
+    for (const token of [...this.pending.keys()]) this.#complete(token, CLOSED)
     clearInterval(this.#timer)
   }
 }
@@ -365,6 +372,8 @@ class App {
     if (key !== INTERNAL) throw new TypeError('an app is made by connect()')
     Object.defineProperty(this, INTERNAL, { value: new Connection(this, url, json, ours) })
     this.appId = undefined
+    // What structuredClone() and postMessage() say instead of making an empty object.
+    this.uncloneable = UNCLONEABLE
   }
 
   get #connection () {

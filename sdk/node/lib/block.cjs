@@ -12,6 +12,8 @@ const { Inflow } = require('./streams.cjs')
 
 const ERROR = 2
 
+const UNCLONEABLE = Symbol('a Block of latzero: send block.handle, for app.block(handle)')
+
 /** How often a version is copied anew that was written over. */
 const TRIES_MAX = 64
 
@@ -38,19 +40,29 @@ const OPTIONS = [
   'readableBy', 'writableBy', 'lifetime'
 ]
 
-/** The order, the kind and the size of an element. */
-const DTYPE = /^([<>|]?)([biufc])([0-9]+)$/
+/** The order and the kind of an element, and its size in bytes. */
+const DTYPE = /^([<>|=]?)([biufcmMSV])([0-9]+)$/
+
+/** What a dtype says; `null` if it is none. */
+function elementOf (dtype) {
+  // It has no order, since numpy has no name for it.
+  if (dtype === 'bf16') return { order: '', kind: dtype, size: 2 }
+  const found = DTYPE.exec(dtype)
+  if (found === null) return null
+  const [, order, kind, digits] = found
+  const size = Number(digits)
+  const hasOrder = size > 1 && kind !== 'S' && kind !== 'V'
+  return { order: !hasOrder ? '|' : order === '>' ? '>' : '<', kind: kind + digits, size }
+}
 
 /** A dtype in numpy's spelling, and the size of an element in bytes. */
 function dtypeOf (dtype) {
   const known = Object.keys(ARRAYS).findLast((name) => ARRAYS[name] === dtype)
-  const found = DTYPE.exec(known ?? dtype)
+  const found = elementOf(known ?? dtype)
   if (found === null) {
     throw new TypeError(`a dtype is like 'f4' or Float32Array, not ${String(dtype)}`)
   }
-  const size = Number(found[3])
-  const order = size === 1 ? '|' : found[1] === '>' ? '>' : '<'
-  return { name: order + found[2] + found[3], size }
+  return { name: found.order + found.kind, size: found.size }
 }
 
 /** The layout that is asked for, with its size in bytes; `undefined` if there is none. */
@@ -71,9 +83,8 @@ function layoutOf (shape, dtype) {
 function readLayout (json) {
   const { dtype, shape } = JSON.parse(json)
   if (typeof dtype !== 'string' || !Array.isArray(shape)) return { layout: null, size: undefined }
-  const known = DTYPE.exec(dtype)
-  const size = known === null ? undefined : shape.reduce((a, b) => a * b, Number(known[3]))
-  return { layout: { dtype, shape }, size }
+  const size = elementOf(dtype)?.size
+  return { layout: { dtype, shape }, size: size && shape.reduce((a, b) => a * b, size) }
 }
 
 /** What the binding opens a block with. */
@@ -112,8 +123,8 @@ function blockOptions (given) {
 /** Memory as the layout says; as bytes where it is not of that size. */
 function arrayOf (buffer, layout) {
   if (layout === null) return new Uint8Array(buffer)
-  const [, order, kind] = /^([<>|]?)(.*)$/.exec(layout.dtype)
-  const Typed = order === '>' ? undefined : ARRAYS[kind]
+  const element = elementOf(layout.dtype)
+  const Typed = element === null || element.order === '>' ? undefined : ARRAYS[element.kind]
   if (Typed === undefined) return new DataView(buffer)
   const count = layout.shape.reduce((a, b) => a * b, 1)
   if (count * Typed.BYTES_PER_ELEMENT !== buffer.byteLength) return new Uint8Array(buffer)
@@ -285,19 +296,32 @@ class Writer {
 /** A memory block that the app takes part in. */
 class Block extends Sent {
   #connection
-  #native
+  /** What the binding has of it; `null` when it was closed. */
+  #handle
   /** The arrays' memory, by the place of a view. */
   #memory = new Map()
   #mapping = -1
   #reads = 0
   #layout = { json: null, layout: null, size: undefined }
+  /** The layout of what was read in place last, and the mapping where that lay. */
+  #read = { layout: null, mapping: -1 }
 
   constructor (connection, native) {
     super()
     this.#connection = connection
-    this.#native = native
+    this.#handle = native
     this.id = native.id
     this.pool = native.pool
+    // What structuredClone() and postMessage() say instead of making an empty object.
+    this.uncloneable = UNCLONEABLE
+  }
+
+  get #native () {
+    if (this.#handle === null) {
+      const text = `block '${this.id}' was closed here: open it again`
+      throw errorOf(own('no_block', text, 'no'))
+    }
+    return this.#handle
   }
 
   get nbytes () {
@@ -380,21 +404,24 @@ class Block extends Sent {
    */
   async read (fn) {
     if (fn === undefined) return arrayOf((await this.#copy()).buffer, this.layout)
+    // It ends a read also where `fn` closed the block.
+    const native = this.#native
     for (let runs = 0; runs < RUNS_MAX; runs++) {
       const number = this.#reads++ >>> 0
-      const buffer = this.#beginRead(number)
-      if (buffer === null) break
+      const begun = this.#beginRead(number)
+      if (begun === null) break
+      const [buffer, version, mapping] = begun
       let result
       let error
       let isFailed = false
       try {
-        result = await fn(arrayOf(buffer, this.layout), this.#native.readVersion(number))
+        result = await fn(arrayOf(buffer, this.#layoutIn(mapping, buffer)), version)
       } catch (fault) {
         isFailed = true
         error = fault
       }
       // What it saw may have been half of one version and half of another, also if it threw.
-      if (!this.#native.endRead(number, buffer)) continue
+      if (!native.endRead(number, buffer)) continue
       if (isFailed) throw error
       return result
     }
@@ -435,6 +462,15 @@ class Block extends Sent {
     const buffer = await this.#connection.run(
       (native, token) => this.#native.readAt(native, token, offset, length))
     return Buffer.from(buffer)
+  }
+
+  /** The layout of a mapping of this number: to ask for it takes longer than to read. */
+  #layoutIn (mapping, buffer) {
+    if (mapping === this.#read.mapping) return this.#read.layout
+    const { layout } = this
+    // Not of a generation that came meanwhile.
+    if (buffer.byteLength === this.nbytes) this.#read = { layout, mapping }
+    return layout
   }
 
   #beginRead (number) {
@@ -581,7 +617,8 @@ class Block extends Sent {
   /** Lets go of it here. */
   close () {
     this.#memory.clear()
-    this.#native.close()
+    this.#handle?.close()
+    this.#handle = null
   }
 
   [Symbol.dispose ?? Symbol.for('Symbol.dispose')] () {

@@ -3,20 +3,23 @@
 /// <reference types="node" />
 
 /** Milliseconds. */
-type Milliseconds = number
+export type Milliseconds = number
 
 /** Bytes that travel raw, as the whole payload. */
-type Bytes = ArrayBufferView | ArrayBuffer | SharedArrayBuffer
+export type Bytes = ArrayBufferView | ArrayBuffer | SharedArrayBuffer
 
 /** An app, or one instance of it. */
-export type Destination = string | { appId: string, instance: string }
+export type Destination = string | Origin
 
 /** Who calls or emits, as the server vouches for. */
 export interface Origin {
+  /** Its AppID. */
   appId: string
+  /** The id of its connection. */
   instance: string
 }
 
+/** How an app connects. */
 export interface ConnectOptions {
   /** Further pools to join. */
   pools?: string[]
@@ -47,6 +50,7 @@ export interface ConnectOptions {
   tracebacks?: boolean
 }
 
+/** How a call is made. */
 export interface CallOptions {
   /** How long the answer may take. */
   timeoutMs?: Milliseconds
@@ -72,16 +76,21 @@ export interface CallOptions {
   privileged?: boolean
 }
 
+/** How a streamed answer is asked for. */
 export interface StreamOptions extends CallOptions {
   /** Items that may be under way (default 64). */
   window?: number
 }
 
+/** How an emit is made. */
 export interface EmitOptions {
   /** The app whose handlers alone get it. */
   to?: Destination
+  /** The pool; needed where the app is in several. */
   pool?: string
+  /** The key of a sticky trigger. */
   key?: string
+  /** Passed to the handlers untouched. */
   headers?: Record<string, string>
   /** Only one handler gets it. */
   one?: boolean
@@ -91,6 +100,7 @@ export interface EmitOptions {
   privileged?: boolean
 }
 
+/** How a trigger is offered. */
 export interface ServeOptions {
   /** Serve in these pools alone. */
   pools?: string[]
@@ -117,22 +127,31 @@ export type State = 'connected' | 'disconnected' | 'displaced' | 'closed'
 
 /** By which another thread or process opens a block. It may be sent to any of them. */
 export interface BlockHandle {
+  /** Its name. */
   readonly id: string
+  /** Its pool. */
   readonly pool: string
 }
 
 /** An answer with its headers. */
 export interface Reply<T = unknown> {
+  /** What the handler answered. */
   data: T
+  /** What the handler sent along. */
   headers: Record<string, string>
 }
 
 /** An emit that arrived. */
 export interface Event<T = unknown> {
+  /** The name that was emitted. */
   name: string
+  /** The pool where. */
   pool: string
+  /** What was emitted. */
   data: T
+  /** Who emitted it. */
   origin: Origin
+  /** What was sent along, untouched. */
   headers: Record<string, string>
   /** How many were dropped just before this one, because nobody took them. */
   lost: number
@@ -142,18 +161,25 @@ export interface Event<T = unknown> {
 export interface Presence {
   /** `app_online`, `app_offline`, `trigger_added`, … */
   event: string
+  /** The pool where; `null` where it is of none. */
   pool: string | null
+  /** The app that it is about. */
   appId: string | null
+  /** The instance that it is about. */
   instance: string | null
   /** The whole message. */
   fields: Record<string, unknown>
+  /** How many were dropped just before this one, because nobody took them. */
   lost: number
 }
 
 /** The answer to a call that nobody in this process waits for. */
 export interface Answer<T = unknown> {
+  /** The call's id. */
   id: string
+  /** The call's pool, if it is known. */
   pool: string | null
+  /** How many were dropped just before this one, because nobody took them. */
   lost: number
   /** What the handler answered; throws what it failed with. */
   result(): T
@@ -161,6 +187,7 @@ export interface Answer<T = unknown> {
 
 /** A call that the server keeps until it is answered. */
 export interface Parked<T = unknown> {
+  /** By which `answers()` knows the call, also after a restart. */
   readonly id: string
   /** Waits for the answer. If `signal` ends the wait, the call goes on. */
   answer(options?: { signal?: AbortSignal }): Promise<T>
@@ -176,10 +203,13 @@ export interface Stream<T = unknown> extends AsyncIterableIterator<T> {
   readonly progress: unknown
   /** What the handler answered behind the last item. */
   readonly end: unknown
+  /** Cancels the call, if it has not ended. */
   return(value?: unknown): Promise<IteratorResult<T>>
   /** Cancels the call. */
   cancel(): void
+  /** The stream itself. */
   [Symbol.asyncIterator](): Stream<T>
+  /** Cancels the call, if it has not ended. */
   [Symbol.asyncDispose](): Promise<void>
 }
 
@@ -189,36 +219,49 @@ export interface Inflow<T> extends AsyncIterableIterator<T> {
   readonly ready: Promise<void>
   /** Stops listening. */
   return(value?: unknown): Promise<IteratorResult<T>>
+  /** The source itself. */
   [Symbol.asyncIterator](): Inflow<T>
+  /** Stops listening. */
   [Symbol.asyncDispose](): Promise<void>
 }
 
 /** A trigger that an app serves. */
 export interface Served {
+  /** The name of the trigger. */
   readonly name: string
   /** Serves it no longer. Calls that run are finished. */
   close(): Promise<void>
+  /** As `close`. */
   [Symbol.asyncDispose](): Promise<void>
 }
 
 /** A function that is called with emits. */
 export interface Subscription {
+  /** What is listened to. */
   readonly name: string
+  /** Stops listening. */
   close(): Promise<void>
+  /** As `close`. */
   [Symbol.asyncDispose](): Promise<void>
 }
 
 /** A call as its handler sees it. */
 export interface Request {
+  /** The app that serves. */
   readonly app: App
+  /** The name of the trigger. */
   readonly name: string
+  /** The pool where it is served. */
   readonly pool: string
+  /** Who calls. */
   readonly origin: Origin
   /** Whether it is an emit, whose answer nobody receives. */
   readonly isEmit: boolean
   /** How many emits were dropped just before this one: 1024 waited or were worked on. */
   readonly lost: number
+  /** What the caller sent along, untouched. */
   readonly headers: Record<string, string>
+  /** The key of a sticky trigger. */
   readonly key: string | null
   /** 1, or more where a handler may have run before. */
   readonly attempt: number
@@ -237,7 +280,9 @@ export interface Request {
 /** Answers a value, a promise of one, or an iterator, whose items are streamed. */
 export type Handler<D = any> = (data: D, request: Request) => unknown
 
+/** A connection to the server, as an app. */
 export interface App {
+  /** The AppID. */
   readonly appId: string
   /** The id of the live connection; another one after a reconnect. */
   readonly instance: string | undefined
@@ -267,6 +312,7 @@ export interface App {
   answers<T = any>(): Inflow<Answer<T>>
   /** Tells every handler of the trigger `name`. */
   emit(name: string, data: unknown, options: EmitOptions & { count: true }): Promise<number>
+  /** Tells every handler of the trigger `name`. */
   emit(name: string, data?: unknown, options?: EmitOptions): Promise<void>
   /** Calls the trigger `name` for a streamed answer. */
   stream<T = any>(name: string, data?: unknown, options?: StreamOptions): Stream<T>
@@ -282,7 +328,9 @@ export interface App {
   block(id: string | BlockHandle, options?: BlockOptions): Promise<Block>
   /** The blocks of a pool, as the server describes them. */
   blocks(pool?: string): Promise<Array<Record<string, any>>>
+  /** Joins a pool. */
   join(pool: string): Promise<void>
+  /** Leaves a pool. */
   leave(pool: string): Promise<void>
   /** The apps that the server knows, as it describes them. */
   apps(): Promise<Record<string, any>>
@@ -303,13 +351,17 @@ export interface App {
   ref(): this
   /** Never keeps the process alive. */
   unref(): this
+  /** As `close`. */
   [Symbol.asyncDispose](): Promise<void>
 }
 
+/** A class of typed arrays. */
 export interface NumberArrayConstructor {
+  /** The size of an element. */
   readonly BYTES_PER_ELEMENT: number
 }
 
+/** How a block is made or opened. */
 export interface BlockOptions {
   /** The lengths; with `dtype`. */
   shape?: number | number[]
@@ -321,14 +373,28 @@ export interface BlockOptions {
   create?: boolean | 'new'
   /** Open it for writing; by default if that is allowed. */
   write?: boolean
+  /** The pool; needed where the app is in several. */
   pool?: string
+  /** `persistent`: a file that outlives the machine's restarts (default `shared`). */
   kind?: 'shared' | 'persistent'
+  /** `raw`: one slot, written in place (default `snapshot`). */
   consistency?: 'snapshot' | 'raw'
+  /** How many versions have a place of their own (default 2). */
   slots?: number
+  /** The apps that may read it. */
   readableBy?: string[]
+  /** The apps that may write it. */
   writableBy?: string[]
   /** `attached`: it goes when nobody has it open any more. */
   lifetime?: 'pool' | 'attached'
+}
+
+/** How the bytes of a block are read. */
+export interface BlockLayout {
+  /** The type of an element, in numpy's spelling: `'<f4'`. */
+  dtype: string
+  /** The lengths. */
+  shape: number[]
 }
 
 /** What the bytes of a block are read as; by its dtype. */
@@ -338,19 +404,27 @@ export type BlockArray =
 
 /** A memory block that the app takes part in. */
 export interface Block {
+  /** Its name. */
   readonly id: string
+  /** Its pool. */
   readonly pool: string
+  /** Its size in bytes. */
   readonly nbytes: number
+  /** The number of its newest version. */
   readonly version: number
+  /** The number of its memory: a resize gives it another. */
   readonly generation: number
+  /** Whether the server is connected and has it. */
   readonly isLive: boolean
   /** Whether its bytes are mapped into this process, rather than copied through the server. */
   readonly isMapped: boolean
   /** How its arrays are read; `null` without a layout, and where a resize made it another size. */
-  readonly layout: { dtype: string, shape: number[] } | null
+  readonly layout: BlockLayout | null
   /** What to send to another thread or process, which opens it with `app.block(handle)`. */
   readonly handle: BlockHandle
+  /** The type of an element, in numpy's spelling; `null` as `layout`. */
   readonly dtype: string | null
+  /** The lengths; `null` as `layout`. */
   readonly shape: number[] | null
   /** A private copy of the newest version. */
   read<A extends BlockArray = any>(): Promise<A>
@@ -395,6 +469,7 @@ export interface Block {
   close(): void
 }
 
+/** How a version is written. */
 export interface WriteOptions {
   /** Begin as the version before (default); else it holds old bytes, and all must be written. */
   keep?: boolean
@@ -408,6 +483,7 @@ export interface WriteOptions {
 export interface Writer {
   /** Larger than that of every lock of this block before. */
   readonly fence: number
+  /** Whether the lock is held, as far as is known here. */
   readonly isHeld: boolean
   /** Hands the next version to `fn` and publishes it; its number. */
   write<A extends BlockArray = any>(
@@ -415,10 +491,13 @@ export interface Writer {
   ): Promise<number>
   /** Gives the lock back, after the versions that were begun. */
   close(): Promise<void>
+  /** As `close`. */
   [Symbol.asyncDispose](): Promise<void>
 }
 
+/** How a lock is taken. */
 export interface LockOptions {
+  /** Others may have it too, if theirs is shared. */
   shared?: boolean
   /** How long to wait for it (default 1,000). */
   waitMs?: Milliseconds
@@ -430,9 +509,13 @@ export interface LockOptions {
 export interface Lock {
   /** Larger than that of every lock of this block before. */
   readonly fence: number
+  /** Whether it is held, as far as is known here. */
   readonly isHeld: boolean
+  /** Holds it for so long from now on, or as long as the connection. */
   renew(leaseMs?: Milliseconds): Promise<void>
+  /** Gives it back. */
   unlock(): Promise<void>
+  /** As `unlock`. */
   [Symbol.asyncDispose](): Promise<void>
 }
 
@@ -441,17 +524,21 @@ export interface Lock {
  * the same place, and `valid` is false from then on. Writing the array changes nothing for others.
  */
 export interface View {
+  /** The memory where it lies. */
   readonly buffer: ArrayBuffer
+  /** The number of the version. */
   readonly version: number
   /** Whether the block's memory still has this version; ask after the array was read. */
   readonly valid: boolean
   /** Whether the block was resized or removed since. */
   readonly stale: boolean
+  /** The version as a typed array; always the same. */
   array<A extends BlockArray = any>(): A
 }
 
 /** A block that the handler of a call may write. */
 export interface Writable {
+  /** What tells it from the block itself. */
   readonly isWritable: true
 }
 
@@ -463,13 +550,16 @@ export function writable(block: Block): Writable
 
 /** An error. `code` is one of docs/errors.md, or one that a handler chose. */
 export class LatZeroError extends Error {
+  /** As the package makes them. */
   constructor(code: string, message: string, more?: {
     ran?: 'no' | 'unknown' | null, data?: unknown, hint?: string | null
   })
 
+  /** One of docs/errors.md, or one that a handler chose. */
   readonly code: string
   /** Whether the handler ran; `null` where it says so itself. */
   readonly ran: 'no' | 'unknown' | null
+  /** What a handler told besides. */
   readonly data: any
   /** What to do. */
   readonly hint: string | null
@@ -505,7 +595,10 @@ export class CryptoFailedError extends LatZeroError {}
 
 /** Thrown by a handler to answer with a code of its own. */
 export class Failure extends Error {
+  /** `code` is the word for it, and `data` is told besides the message. */
   constructor(code: string, message?: string, data?: unknown)
+  /** What the caller gets as `code`. */
   readonly code: string
+  /** What the caller gets as `data`. */
   readonly data: unknown
 }

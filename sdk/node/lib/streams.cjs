@@ -2,7 +2,7 @@
 
 // What comes bit by bit, as async iterables.
 
-const { errorOf } = require('./errors.cjs')
+const { errorOf, own } = require('./errors.cjs')
 
 const ERROR = 2
 const END_JSON = 3
@@ -106,6 +106,7 @@ class Inflow {
   #native
   #read
   #last
+  #stop
   #isOver = false
 
   /** `begin` resolves with the source of the binding, `read` makes an event of what it gives. */
@@ -115,7 +116,9 @@ class Inflow {
     this.ready = this.#begin(begin)
     // Who does not wait for it gets its error with the first item.
     this.ready.catch(() => {})
-    this.#last = this.ready
+    // It ends at once also while the server has not answered.
+    this.#last = Promise.race([this.ready, new Promise((resolve) => { this.#stop = resolve })])
+    this.#last.catch(() => {})
   }
 
   async #begin (begin) {
@@ -144,6 +147,7 @@ class Inflow {
   /** Stops listening. */
   async return (value) {
     this.#isOver = true
+    this.#stop()
     if (this.#native !== undefined) this.#connection.stop(this.#native)
     return { done: true, value }
   }
@@ -178,12 +182,17 @@ class Parked {
 
   /** Lets go of it: the call goes on, and its answer goes to `answers()`. */
   leave () {
-    this.#native.leave()
+    this.#end(this.#native.leave(), 'the answer is left to answers()')
   }
 
   /** Ends the call. */
   cancel () {
-    this.#native.cancel()
+    this.#end(this.#native.cancel(), 'the call was cancelled here')
+  }
+
+  /** Ends the wait for the answer, if there is one. */
+  #end (token, why) {
+    this.#connection.endEarly(token, { what: ERROR, meta: 0, payload: own('cancelled', why) })
   }
 }
 

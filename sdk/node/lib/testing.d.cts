@@ -2,6 +2,7 @@
 
 /** A running server with a data directory and a port of its own. */
 export interface Server {
+  /** The directory of its data. */
   readonly dataDir: string
   /** Host and port. */
   readonly address: string
@@ -17,6 +18,7 @@ export interface Server {
   restart(): Promise<void>
   /** Kills the server and removes its data. */
   close(): Promise<void>
+  /** As `close`. */
   [Symbol.asyncDispose](): Promise<void>
 }
 

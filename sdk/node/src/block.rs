@@ -12,7 +12,7 @@ use latzero::{
     App, Block, BlockLock, BlockWriter, Code, Draft, Error, LockMode, OwnedView, PrivateMapping,
     Writing,
 };
-use napi::bindgen_prelude::{ArrayBuffer, Uint8ArraySlice};
+use napi::bindgen_prelude::{Array, ArrayBuffer, Uint8ArraySlice};
 use napi::{Env, Result};
 use napi_derive::napi;
 use serde::Deserialize;
@@ -20,7 +20,7 @@ use serde::Deserialize;
 use crate::app::NativeApp;
 use crate::batch::Outcome;
 use crate::errors::{misuse, thrown};
-use crate::memory::{Extra, lend, may_share, share};
+use crate::memory::{Extra, lend, may_share, restore, share};
 use crate::options::time;
 use crate::streams::Inflow;
 
@@ -337,14 +337,11 @@ impl NativeBlock {
         }))
     }
 
-    /// Begins to read the newest version where it lies, as the read of this number: its memory.
-    /// Nothing where there is none, or that would have to wait.
+    /// Begins to read the newest version where it lies, as the read of this number: its memory, its
+    /// number, and how many mappings there were: in one mapping the layout is the same. Nothing
+    /// where there is no such memory, or that would have to wait.
     #[napi]
-    pub fn begin_read<'env>(
-        &self,
-        env: &'env Env,
-        number: u32,
-    ) -> Result<Option<ArrayBuffer<'env>>> {
+    pub fn begin_read<'env>(&self, env: &'env Env, number: u32) -> Result<Option<Array<'env>>> {
         let block = self.get()?;
         if !may_share() || !block.is_viewable() {
             return Ok(None);
@@ -353,22 +350,18 @@ impl NativeBlock {
         let Some(view) = view.transpose().map_err(|e| thrown(&e))? else {
             return Ok(None);
         };
-        let Some(mapping) = self.mapping(&view).filter(|it| it.restore(&view).is_ok()) else {
+        let Some(mapping) = self.mapping(&view).filter(|it| restore(it, &view)) else {
             return Ok(None);
         };
-        let memory = lend(env, &mapping, &view)?;
-        if memory.is_some() {
-            self.reads.borrow_mut().insert(number, view);
-        }
-        Ok(memory)
-    }
-
-    /// The version that a read has.
-    #[napi]
-    pub fn read_version(&self, number: u32) -> f64 {
-        let reads = self.reads.borrow();
-        let view = reads.get(&number);
-        view.map_or(0.0, |view| version(view.get().version()))
+        let Some(memory) = lend(env, &mapping, &view)? else {
+            return Ok(None);
+        };
+        let mut begun = env.create_array(3)?;
+        begun.set(0, memory)?;
+        begun.set(1, version(view.get().version()))?;
+        begun.set(2, self.mappings.get())?;
+        self.reads.borrow_mut().insert(number, view);
+        Ok(Some(begun))
     }
 
     /// Ends a read, and takes its memory back; whether the version was whole until now.
@@ -394,7 +387,7 @@ impl NativeBlock {
     #[napi]
     pub fn place(&self, view: &NativeView) -> Option<u32> {
         let mapping = self.mapping(&view.0).filter(|_| may_share())?;
-        mapping.restore(&view.0).ok()?;
+        restore(&mapping, &view.0).then_some(())?;
         let slot = view.0.slot();
         (slot < PLACES).then(|| self.mappings.get().wrapping_mul(PLACES) + slot)
     }

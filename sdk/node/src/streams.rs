@@ -1,11 +1,15 @@
 //! What comes bit by bit: streamed answers, events, presence, answers to parked calls, changes of
 //! the connection, and new versions of blocks.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::pin::Pin;
 use std::rc::Rc;
+use std::task::Poll;
 
 use latzero::{
-    Answer, Answers, Data, Emission, Error, Events, ItemOrProgress, Parked, Presence, States,
+    Answer, Answers, Calling, Data, Emission, Events, ItemOrProgress, Parked, Presence, Reply,
+    States,
 };
 use napi::Result;
 use napi_derive::napi;
@@ -222,18 +226,33 @@ impl Inflow {
     }
 }
 
+/// The wait for the answer of a parked call, until it ends or somebody takes it.
+type Waiting = Rc<RefCell<Option<Calling<Reply>>>>;
+
 /// A call that the server keeps until it is answered.
 #[napi(js_name = "Parked")]
 pub struct Parking {
     id: String,
-    parked: RefCell<Option<Parked>>,
+    waiting: Waiting,
+    /// The operation that waits for the answer.
+    token: Cell<Option<i64>>,
+}
+
+/// Lets go of the call when the wait ends early.
+struct LeftAtDrop(Waiting);
+
+impl Drop for LeftAtDrop {
+    fn drop(&mut self) {
+        self.0.take();
+    }
 }
 
 impl Parking {
     pub(crate) fn new(parked: Parked) -> Parking {
         Parking {
             id: parked.id().to_owned(),
-            parked: RefCell::new(Some(parked)),
+            waiting: Rc::new(RefCell::new(Some(parked.reply()))),
+            token: Cell::default(),
         }
     }
 }
@@ -249,26 +268,36 @@ impl Parking {
     /// Waits for the answer.
     #[napi]
     pub fn answer(&self, app: &NativeApp, token: i64) -> Result<bool> {
-        let parked = self.parked.take();
-        let parked = parked.ok_or_else(|| misuse("it was cancelled, or is waited for already"))?;
-        let reply = parked.reply();
+        if self.waiting.borrow().is_none() {
+            return Err(misuse("it was answered, left or cancelled before"));
+        }
+        if self.token.get().is_some() {
+            return Err(misuse("its answer is waited for already"));
+        }
+        self.token.set(Some(token));
+        let waits = LeftAtDrop(self.waiting.clone());
         Ok(app.begin(token, async move {
-            let reply: std::result::Result<_, Error> = reply.await;
-            Ok(Outcome::Value(Payload::Reply(reply?), None))
+            let reply = poll_fn(|cx| match waits.0.borrow_mut().as_mut() {
+                Some(calling) => Pin::new(calling).poll(cx),
+                // The operation is being ended.
+                None => Poll::Pending,
+            });
+            Ok(Outcome::Value(Payload::Reply(reply.await?), None))
         }))
     }
 
-    /// Lets go of it: the call goes on, and its answer goes to `answers`.
+    /// Lets go of it: the call goes on, and its answer goes to `answers`. Returns the operation
+    /// that waits for it, which is then to be ended.
     #[napi]
-    pub fn leave(&self) {
-        drop(self.parked.take());
+    pub fn leave(&self) -> Option<i64> {
+        drop(self.waiting.take()?);
+        self.token.get()
     }
 
-    /// Ends the call.
+    /// Ends the call. Returns the operation that waits for it, which is then to be ended.
     #[napi]
-    pub fn cancel(&self) {
-        if let Some(parked) = self.parked.take() {
-            parked.cancel();
-        }
+    pub fn cancel(&self) -> Option<i64> {
+        self.waiting.take()?.cancel_call();
+        self.token.get()
     }
 }

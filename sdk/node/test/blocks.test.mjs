@@ -4,6 +4,7 @@ import assert from 'node:assert/strict'
 import { execFileSync } from 'node:child_process'
 import { fileURLToPath } from 'node:url'
 import { test } from 'node:test'
+import { Worker } from 'node:worker_threads'
 
 import { BlockError, writable } from 'latzero'
 import { promised, withServer } from './helpers.mjs'
@@ -112,9 +113,19 @@ test('dtypes are typed arrays', async (t) => {
       assert.deepEqual(await block.read(), new Kind(2).fill(one))
     }
   }
-  for (const dtype of ['>f4', 'c8']) {
-    const block = await makes.block(`b-${dtype.slice(1)}`, { shape: 2, dtype, create: true })
-    assert.ok(await block.read() instanceof DataView)
+  const names = {
+    '>f4': '>f4', '=f4': '<f4', b1: '|b1', S5: '|S5', V4: '|V4', M8: '<M8', m8: '<m8', c8: '<c8',
+    c16: '<c16', f16: '<f16', bf16: 'bf16'
+  }
+  for (const [dtype, name] of Object.entries(names)) {
+    const Kind = { '=f4': Float32Array, b1: Uint8Array }[dtype] ?? DataView
+    const id = `c-${Object.keys(names).indexOf(dtype)}`
+    const block = await makes.block(id, { shape: [2, 2], dtype, create: true })
+    await block.write((array) => assert.ok(array instanceof Kind))
+    const array = await (await makes.block(id, { shape: [2, 2], dtype })).read()
+    assert.ok(array instanceof Kind)
+    assert.equal(array.byteLength, block.nbytes)
+    assert.deepEqual(block.layout, { dtype: name, shape: [2, 2] })
   }
   const plain = await makes.block('plain', { size: 5, create: 'new' })
   assert.deepEqual(await plain.read(), new Uint8Array(5))
@@ -352,10 +363,56 @@ test('blocks are resized, removed and closed', async (t) => {
   assert.equal(other.nbytes, 16)
   await other.remove()
   await assert.rejects(makes.block('a'), { code: 'no_block' })
+})
+
+test('a closed block says so, whatever it is asked', async (t) => {
+  const [makes] = await place.pair(t)
+  const block = await makes.block('a', { shape: 4, dtype: 'u1', create: true })
+  await block.write(fill(1))
+  const view = await block.view()
+  const closed = (error) => {
+    assert.ok(error instanceof BlockError, error.stack)
+    assert.match(error.message, /'a' was closed/)
+    return error.code === 'no_block' && error.ran === 'no'
+  }
+  // It is closed by who reads it, for whom the memory stays.
+  const seen = await block.read((array) => { block.close(); return [...array] })
+  assert.deepEqual(seen, [1, 1, 1, 1])
+  assert.deepEqual(view.array(), new Uint8Array(4).fill(1))
+  assert.ok(view.valid && !view.stale)
+  for (const name of [
+    'nbytes', 'version', 'generation', 'isLive', 'isMapped', 'layout', 'dtype', 'shape'
+  ]) {
+    assert.throws(() => block[name], closed, name)
+  }
+  const bytes = new Uint8Array(4)
+  const asks = {
+    read: [[], [(array) => array]], readInto: [[bytes]], readAt: [[0, 1]], view: [[]],
+    write: [[fill(2)]], writer: [[]], writeAt: [[0, bytes]], cas: [[0, bytes, bytes]], wait: [[]],
+    lock: [[]], resize: [[8]], flush: [[]], remove: [[]], info: [[]]
+  }
+  for (const [name, all] of Object.entries(asks)) {
+    for (const given of all) await assert.rejects(async () => block[name](...given), closed, name)
+  }
+  await assert.rejects(block.changes().next(), closed)
+  await assert.rejects(makes.call('f', { block }), closed)
+  assert.deepEqual(block.handle, { id: 'a', pool: block.pool })
   block.close()
-  assert.throws(() => block.version, /closed/)
-  await assert.rejects(block.read(), /closed/)
-  block.close()
+})
+
+test('an app and a block are no data of a clone', async (t) => {
+  const [makes] = await place.pair(t)
+  const block = await makes.block('a', { size: 4, create: true })
+  const { port1, port2 } = new MessageChannel()
+  for (const [value, what] of [[block, /send block\.handle/], [makes, /connects by itself/]]) {
+    for (const send of [structuredClone, (data) => port1.postMessage(data)]) {
+      assert.throws(() => send({ value }), { name: 'DataCloneError', message: what })
+    }
+    const work = () => new Worker('', { eval: true, workerData: value })
+    assert.throws(work, { name: 'DataCloneError', message: what })
+  }
+  assert.deepEqual(structuredClone(block.handle), { id: 'a', pool: block.pool })
+  port2.close()
 })
 
 test('the layout of a block that was resized is what its arrays have', async (t) => {

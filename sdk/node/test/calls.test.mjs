@@ -412,6 +412,64 @@ test('parked calls', async (t) => {
   assert.deepEqual([late.value.id, late.value.result()], ['order-4', 'came'])
 })
 
+test('a wait for an answer ends at once', async (t) => {
+  const [serves, calls] = await place.pair(t)
+  const ends = {
+    cancelled: (parked) => parked.cancel(),
+    left: (parked) => parked.leave(),
+    aborted: (parked, abort) => abort()
+  }
+  for (const [id, end] of Object.entries(ends)) {
+    const parked = await calls.park('later', id, { id })
+    const [first, second] = [new AbortController(), new AbortController()]
+    const waits = parked.answer({ signal: first.signal })
+    await assert.rejects(parked.answer({ signal: second.signal }), /waited for already/)
+    end(parked, () => first.abort())
+    await assert.rejects(waits, id === 'aborted' ? { name: 'AbortError' } : (error) => {
+      assert.ok(error instanceof CancelledError, error.stack)
+      return error.code === 'cancelled'
+    })
+    await assert.rejects(parked.answer(), { name: 'TypeError', message: /before/ })
+    parked.cancel()
+    parked.leave()
+  }
+  // Only the one that was cancelled is gone.
+  await serves.serve('later', (id) => id)
+  const answers = calls.answers()
+  const found = [await answers.next(), await answers.next()].map(({ value }) => value.result())
+  assert.deepEqual(found.sort(), ['aborted', 'left'])
+})
+
+test('what is waited for ends at once when it is closed', async (t) => {
+  const [calls, other, pool] = await place.pair(t)
+  const block = await other.block('a', { size: 4, create: true })
+  for (const open of [
+    () => calls.events('e'), () => calls.watch(pool), () => calls.answers(),
+    () => block.changes(), () => calls.stream('nobody-yet')
+  ]) {
+    for (const isReady of [true, false]) {
+      const source = open()
+      if (isReady) await source.ready
+      const waits = [source.next(), source.next()]
+      await source.return()
+      for (const one of waits) assert.deepEqual(await one, { done: true, value: undefined })
+      assert.equal((await source.next()).done, true)
+    }
+  }
+})
+
+test('what waits for a server that does not answer ends at once when it is closed', async (t) => {
+  const local = await server()
+  t.after(() => local.close())
+  const app = await connect(local.url('alone'))
+  await local.kill()
+  const events = app.events('e')
+  const waits = events.next()
+  await events.return()
+  assert.deepEqual(await waits, { done: true, value: undefined })
+  await app.close()
+})
+
 test('a parked call is stored and can be cancelled, also where a handler has it', {
   timeout: 60_000
 }, async (t) => {
@@ -480,6 +538,8 @@ test('after close everything fails, and closing twice is fine', async () => {
   await events.ready
   const next = events.next()
   const served = await app.serve('f', () => 1)
+  const block = await app.block('a', { size: 4, create: true })
+  const lock = await block.lock()
   await Promise.all([app.close(), app.close()])
   await app.close()
   // The server cancels it, or the connection ends before it can say so.
@@ -489,7 +549,8 @@ test('after close everything fails, and closing twice is fine', async () => {
   for (const after of [
     () => app.call('x'), () => app.emit('x'), () => app.serve('x', () => {}), () => app.ping(),
     () => app.events('x').next(), () => app.stream('x').next(), () => app.block('x'),
-    () => app.answers().next(), () => app.park('x')
+    () => app.answers().next(), () => app.park('x'), () => block.write(() => {}),
+    () => block.wait(), () => block.info(), () => block.changes().next(), () => lock.renew()
   ]) {
     await assert.rejects(async () => after(), (error) => {
       assert.ok(error instanceof DisconnectedError, error.stack)
