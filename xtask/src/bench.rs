@@ -1,6 +1,6 @@
 //! Benchmarks, with what they need besides the programs of this workspace.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::{Done, cargo, node, python, quiet, read, root};
@@ -31,8 +31,14 @@ fn packages() -> Result<Vec<String>, String> {
     let mut named = Vec::new();
     match python::environment() {
         Ok(tools) => {
-            let python = python_with_peers(&tools)?;
+            let wheel = python::wheel_of(&tools, "release")?;
+            let python = python_with_peers("bench", &mut Command::new("python3"), &wheel)?;
             named.extend(["--python".to_owned(), python.display().to_string()]);
+            if let Some(version) = python::newest() {
+                let mut newest = python::interpreter(version);
+                let python = python_with_peers("bench-newest", &mut newest, &wheel)?;
+                named.extend(["--newest-python".to_owned(), python.display().to_string()]);
+            }
         }
         Err(why) => println!("LEFT OUT: Python: {why}"),
     }
@@ -48,13 +54,12 @@ fn packages() -> Result<Vec<String>, String> {
 
 /// An environment with the optimized wheel and what it is compared with. Where an interpreter's
 /// package can't be installed, its lines are left out.
-fn python_with_peers(tools: &std::path::Path) -> Result<PathBuf, String> {
-    let dir = root().join("target/python/bench");
+fn python_with_peers(name: &str, from: &mut Command, wheel: &Path) -> Result<PathBuf, String> {
+    let dir = root().join("target/python").join(name);
     let python = dir.join("bin/python");
     if !python.exists() {
-        quiet(Command::new("python3").args(["-m", "venv"]).arg(&dir))?;
+        quiet(from.args(["-m", "venv"]).arg(&dir))?;
     }
-    let wheel = python::wheel_of(tools, "release")?;
     let install = ["install", "--quiet", "--no-index", "--no-deps"];
     quiet(
         python::pip(&python)

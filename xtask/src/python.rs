@@ -45,8 +45,14 @@ pub(crate) fn installed() -> Result<PathBuf, String> {
 
 /// Builds the wheel for tests, and installs it.
 pub(crate) fn install(python: &Path) -> Done {
-    cargo(&["build", "--package", "latzero-cli"])?;
-    let wheel = wheel_of(python, "debug")?;
+    install_as(python, "debug")
+}
+
+fn install_as(python: &Path, profile: &str) -> Done {
+    let mut build = vec!["build", "--package", "latzero-cli"];
+    build.extend((profile == "release").then_some("--release"));
+    cargo(&build)?;
+    let wheel = wheel_of(&environment()?, profile)?;
     let install = ["install", "--quiet", "--no-index", "--no-deps"];
     run(pip(python)
         .args(install)
@@ -94,30 +100,38 @@ fn test_wheel(python: &Path) -> Done {
     run(&mut tool("pytest"))
 }
 
-/// Runs the tests on the newest Python of this machine too: the wheel is the same for all.
+/// Runs the tests on the newest Python of this machine too, with the optimized wheel: the same for
+/// all, but not always the same behaviour as the one that is not optimized.
 fn test_newest() -> Done {
-    let runs = |version: &str| quiet(interpreter(version).arg("--version")).is_ok();
-    let Some(version) = NEWER.into_iter().find(|version| runs(version)) else {
-        println!("LEFT OUT: the tests of the Python package on a Python after 3.11");
+    let what = "the tests of the Python package on a Python after 3.11";
+    let Some(version) = newest() else {
+        println!("LEFT OUT: {what}: there is none");
         return Ok(());
     };
     let requirements = folder().join("requirements.txt");
     let python = match environment_with(|| interpreter(version), version, &requirements) {
         Ok(python) => python,
         Err(why) => {
-            println!("LEFT OUT: the tests of the Python package on Python {version}: {why}");
+            println!("LEFT OUT: {what}: {why}");
             return Ok(());
         }
     };
-    install(&python)?;
-    println!("$ pytest with Python {version}, in sdk/python");
+    install_as(&python, "release")?;
+    println!("$ pytest with Python {version} and the optimized wheel, in sdk/python");
     let mut pytest = Command::new(python);
     pytest.args(["-m", "pytest"]).current_dir(folder());
     run(pytest.env_remove("LATZERO_BIN"))
 }
 
+/// The version of the newest Python of this machine, if it is newer than the oldest that the
+/// package runs on.
+pub(crate) fn newest() -> Option<&'static str> {
+    let runs = |version: &str| quiet(interpreter(version).arg("--version")).is_ok();
+    NEWER.into_iter().find(|version| runs(version))
+}
+
 /// The interpreter of a version, also where pyenv chooses among several.
-fn interpreter(version: &str) -> Command {
+pub(crate) fn interpreter(version: &str) -> Command {
     let mut python = Command::new(format!("python{version}"));
     python.env("PYENV_VERSION", version);
     python

@@ -9,7 +9,7 @@ import { createInterface } from 'node:readline'
 // The package as it lies in this checkout.
 const { connect } = createRequire(import.meta.url)('../../../sdk/node/lib/index.cjs')
 
-const DATA = { n: 12345, text: 'forty bytes of text that are not special' }
+const DATA = { id: 1234, name: 'sensor-a', values: [1.5, 2.5, 3.5], ok: true }
 const POOL = 'bench'
 const clock = process.hrtime.bigint
 
@@ -63,7 +63,7 @@ async function handler (path, trigger) {
   say('ready')
 }
 
-// A client as one writes it by hand: frames of JSON, nothing checked.
+// A client as one writes it by hand: frames of JSON, answers found by their ids, errors thrown.
 
 function frame (message) {
   const text = Buffer.from(JSON.stringify(message))
@@ -101,14 +101,17 @@ async function bareCaller (path, trigger) {
         resolve(socket)
         return
       }
-      pending.get(message.in_reply_to)(message.response)
+      const call = pending.get(message.in_reply_to)
+      if (call === undefined) return
       pending.delete(message.in_reply_to)
+      if (message.status === 'error') call.reject(new Error(message.error.message))
+      else call.resolve(message.response)
     })
   })
-  await obey(() => new Promise((resolve) => {
+  await obey(() => new Promise((resolve, reject) => {
     const id = String(++next)
-    pending.set(id, resolve)
-    socket.write(frame({ action: 'trigger', id, process: trigger, data: DATA }))
+    pending.set(id, { resolve, reject })
+    socket.write(frame({ action: 'trigger', id, process: trigger, data: DATA, ttl: 30_000 }))
   }))
 }
 

@@ -19,7 +19,7 @@ import threading
 import time
 from typing import Any
 
-DATA = {"n": 12345, "text": "forty bytes of text that are not special"}
+DATA = {"id": 1234, "name": "sensor-a", "values": [1.5, 2.5, 3.5], "ok": True}
 POOL = "bench"
 clock = time.perf_counter_ns
 
@@ -179,11 +179,11 @@ def inline_handler(path: str, trigger: str) -> None:
     aio_handler(path, trigger, inline=True)
 
 
-# A client as one writes it by hand: frames of JSON, nothing checked.
+# A client as one writes it by hand: frames of JSON, answers found by their ids, errors raised.
 
 
 def frame(message: Any) -> bytes:
-    text = json.dumps(message).encode()
+    text = json.dumps(message, separators=(",", ":")).encode()
     return struct.pack(">I", len(text)) + text
 
 
@@ -191,31 +191,45 @@ def handshake(app: str) -> bytes:
     return frame({"action": "handshake", "app_id": app, "pools": [POOL], "transient": True})
 
 
+def call_of(id: str, trigger: str) -> Any:
+    return {"action": "trigger", "id": id, "process": trigger, "data": DATA, "ttl": 30_000}
+
+
+def response_of(message: Any) -> Any:
+    if message.get("status") == "error":
+        raise RuntimeError(message["error"])
+    return message.get("response")
+
+
 class Bare:
     def __init__(self, path: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.connect(path)
-        self.received = b""
+        self.received = bytearray()
         self.next = 0
         self.socket.sendall(handshake("bare-caller"))
         self.receive()
 
     def receive(self) -> Any:
-        while len(self.received) < 4 or len(self.received) < 4 + self.length():
-            self.received += self.socket.recv(65536)
-        end = 4 + self.length()
-        message = json.loads(self.received[4:end])
-        self.received = self.received[end:]
+        received = self.received
+        while len(received) < 4 or len(received) < 4 + int.from_bytes(received[:4]):
+            arrived = self.socket.recv(65536)
+            if not arrived:
+                raise EOFError
+            received += arrived
+        end = 4 + int.from_bytes(received[:4])
+        message = json.loads(bytes(received[4:end]))
+        del received[:end]
         return message
-
-    def length(self) -> int:
-        return int.from_bytes(self.received[:4])
 
     def call(self, trigger: str) -> Any:
         self.next += 1
-        call = {"action": "trigger", "id": str(self.next), "process": trigger, "data": DATA}
-        self.socket.sendall(frame(call))
-        return self.receive()["response"]
+        id = str(self.next)
+        self.socket.sendall(frame(call_of(id, trigger)))
+        while True:
+            message = self.receive()
+            if message.get("in_reply_to") == id:
+                return response_of(message)
 
 
 def bare_caller(path: str, trigger: str) -> None:
@@ -248,17 +262,19 @@ class BareLoop(asyncio.Protocol):
             message = json.loads(self.received[start + 4:end])
             start = end
             future = self.pending.pop(message.get("in_reply_to"), None)
-            if future is not None and not future.done():
-                future.set_result(message.get("response"))
+            if future is None or future.done():
+                continue
+            try:
+                future.set_result(response_of(message))
+            except RuntimeError as error:
+                future.set_exception(error)
         self.received = self.received[start:]
 
     def call(self, trigger: str) -> Any:
         self.next += 1
         id = str(self.next)
         future = self.pending[id] = self.loop.create_future()
-        self.transport.write(frame(
-            {"action": "trigger", "id": id, "process": trigger, "data": DATA}
-        ))
+        self.transport.write(frame(call_of(id, trigger)))
         return future
 
 

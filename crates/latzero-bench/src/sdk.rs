@@ -38,6 +38,9 @@ pub(crate) struct SdkArgs {
     /// A Python in which the package `latzero` is installed; `cargo xtask bench sdk` makes one
     #[arg(long)]
     python: Option<PathBuf>,
+    /// A newer Python with the package, whose tasks start eagerly
+    #[arg(long)]
+    newest_python: Option<PathBuf>,
     /// The program `node`
     #[arg(long)]
     node: Option<PathBuf>,
@@ -152,6 +155,30 @@ const CELLS: &[Cell] = &[
         "asyncio to asyncio",
         "python aio_caller",
         Some("python aio_handler"),
+        "in_flight",
+    ),
+    cell(
+        "newest asyncio handler in flight",
+        "rust caller",
+        Some("newest aio_handler"),
+        "in_flight",
+    ),
+    cell(
+        "newest inline handler in flight",
+        "rust caller",
+        Some("newest inline_handler"),
+        "in_flight",
+    ),
+    cell(
+        "newest asyncio to asyncio",
+        "newest aio_caller",
+        Some("newest aio_handler"),
+        "in_flight",
+    ),
+    cell(
+        "newest nats-py in flight",
+        "newest nats_caller",
+        Some("newest nats_handler"),
         "in_flight",
     ),
     cell(
@@ -281,7 +308,13 @@ const LINES: &[Line] = &[
         Rates(0.7),
     ),
     line(
-        "… ÷ Rust handler",
+        "… with eager tasks",
+        "newest asyncio handler in flight",
+        "newest inline handler in flight",
+        Rates(0.7),
+    ),
+    line(
+        "async def handler ÷ Rust handler",
         "asyncio handler in flight",
         "rust in flight",
         Rates(0.33),
@@ -364,6 +397,12 @@ const LINES: &[Line] = &[
         "asyncio ↔ asyncio: 64 in flight ÷ nats-py",
         "asyncio to asyncio",
         "nats-py in flight",
+        Rates(4.0),
+    ),
+    line(
+        "… with eager tasks",
+        "newest asyncio to asyncio",
+        "newest nats-py in flight",
         Rates(4.0),
     ),
     line(

@@ -133,11 +133,13 @@ impl PyRequest {
 
 #[pymethods]
 impl PyRequest {
+    /// The name of the trigger.
     #[getter]
     fn name(&self) -> &str {
         self.request.name()
     }
 
+    /// The pool of the trigger.
     #[getter]
     fn pool(&self) -> &str {
         self.request.pool()
@@ -150,11 +152,13 @@ impl PyRequest {
         (origin.app_id, origin.instance)
     }
 
+    /// The headers of the call: strings.
     #[getter]
     fn headers<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         headers_dict(py, self.request.headers())
     }
 
+    /// The caller's `key`.
     #[getter]
     fn key(&self) -> Option<String> {
         self.request.key()
@@ -166,6 +170,8 @@ impl PyRequest {
         self.request.is_emit()
     }
 
+    /// The number of this attempt at the call. More than 1 means that a handler may have run before
+    /// and died, or that the server was restarted in between.
     #[getter]
     fn attempt(&self) -> u32 {
         self.request.attempt()
@@ -183,6 +189,7 @@ impl PyRequest {
         self.request.time_left().map(|time| time.as_secs_f64())
     }
 
+    /// Whether the caller no longer wants the answer.
     #[getter]
     fn cancelled(&self) -> bool {
         self.request.is_cancelled()

@@ -49,7 +49,7 @@ pub(crate) fn play(args: &RoleArgs) -> Result<(), Failure> {
         return serve();
     }
     let app = app("rust-caller")?;
-    let data = json!({"n": 12345, "text": "forty bytes of text that are not special"});
+    let data = json!({"id": 1234, "name": "sensor-a", "values": [1.5, 2.5, 3.5], "ok": true});
     let call = || -> Result<(), Failure> {
         let answer = app.call(trigger, &data).send::<Value>();
         answer.map(drop).map_err(failed)

@@ -35,8 +35,12 @@ pub(super) fn command(args: &SdkArgs, kind: &str) -> Result<Command, String> {
             command.arg("sdk-role").arg(kind);
             Ok(command)
         }
-        "python" => {
-            let python = args.python.as_ref().ok_or("no Python was named")?;
+        "python" | "newest" => {
+            let python = match language {
+                "python" => &args.python,
+                _ => &args.newest_python,
+            };
+            let python = python.as_ref().ok_or("no such Python was named")?;
             let mut command = tied(python)?;
             command.arg(here.join("worker.py")).arg(kind);
             Ok(command)

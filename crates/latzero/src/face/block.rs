@@ -557,7 +557,7 @@ impl Block {
     }
 
     /// The newest version in place, for as long as the result is kept. Newer versions may overwrite
-    /// it, which [`OwnedView::is_valid`] reports.
+    /// it, which [`View::is_valid`] reports.
     ///
     /// # Errors
     /// `contended` if writers were too busy; `storage` if the block is not mapped, or is sealed:

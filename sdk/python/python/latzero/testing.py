@@ -18,16 +18,20 @@ _READY = re.compile(r"latzero ready .*?(?: pin (\S+))? (?:tcp|tls)://(\S+) unix:
 
 
 class Server:
-    """A running server with its own data directory and port. `pin` is that of its certificate, if
-    it was started with `--tls`."""
+    """A running server with its own data directory and port."""
 
     address: str
+    """Its TCP address: host and port."""
     socket: str
+    """The path of its Unix socket."""
     pin: str | None
+    """The pin of its certificate, if it was started with `--tls`."""
+    data_dir: str
+    """Its data directory, which is removed with it."""
 
     def __init__(self, *args: str) -> None:
         self._args = args
-        self.data_dir: str = tempfile.mkdtemp(prefix="latzero-")
+        self.data_dir = tempfile.mkdtemp(prefix="latzero-")
         try:
             self._start()
         except BaseException:
