@@ -419,7 +419,9 @@ impl Loop {
     /// Cancels the task of a handler.
     pub(crate) fn cancel_handler(&self, task: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = task.py();
-        let told = self.owner(py)?.call_method1(intern!(py, "_cancel"), (task,));
+        let told = self
+            .owner(py)?
+            .call_method1(intern!(py, "_cancel"), (task,));
         told.map(drop)
     }
 }

@@ -95,8 +95,7 @@ pub(crate) fn call<'py>(
     let arguments = ManuallyDrop::new(arguments);
     // SAFETY: both are live objects, the second is a tuple, and the interpreter is attached, since
     // they are bound to it.
-    let result =
-        guarded(|| unsafe { PyObject_CallObject(function.as_ptr(), arguments.as_ptr()) });
+    let result = guarded(|| unsafe { PyObject_CallObject(function.as_ptr(), arguments.as_ptr()) });
     drop(ManuallyDrop::into_inner(arguments));
     // SAFETY: the call returned a reference of its own, or null with an exception set.
     unsafe { Bound::from_owned_ptr_or_err(function.py(), result) }
