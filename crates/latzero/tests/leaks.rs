@@ -80,12 +80,13 @@ fn threads_and_descriptors_end_with_the_last_handle() {
             let left = runtime.block_on(async {
                 let server = latzero::App::connect(&fake.url("server")).await.unwrap();
                 server
-                    .serve("double", |req| async move { Ok(req.data::<i64>()? * 2) })
+                    // Not the name from above: that app may be connecting again as it ends.
+                    .serve("twice", |req| async move { Ok(req.data::<i64>()? * 2) })
                     .await
                     .unwrap();
                 let caller = latzero::App::connect(&fake.url("caller")).await.unwrap();
-                assert_eq!(caller.call("double", &4).send::<i64>().await.unwrap(), 8);
-                drop(caller.call("double", &4).send::<i64>());
+                assert_eq!(caller.call("twice", &4).send::<i64>().await.unwrap(), 8);
+                drop(caller.call("twice", &4).send::<i64>());
                 server
             });
             drop(runtime);

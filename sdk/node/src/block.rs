@@ -20,7 +20,7 @@ use serde::Deserialize;
 use crate::app::NativeApp;
 use crate::batch::Outcome;
 use crate::errors::{misuse, thrown};
-use crate::memory::{Extra, lend, may_share, restore, share};
+use crate::memory::{Extra, lend, may_share, share};
 use crate::options::time;
 use crate::streams::Inflow;
 
@@ -350,7 +350,7 @@ impl NativeBlock {
         let Some(view) = view.transpose().map_err(|e| thrown(&e))? else {
             return Ok(None);
         };
-        let Some(mapping) = self.mapping(&view).filter(|it| restore(it, &view)) else {
+        let Some(mapping) = self.mapping(&view).filter(|it| it.restore(&view).is_ok()) else {
             return Ok(None);
         };
         let Some(memory) = lend(env, &mapping, &view)? else {
@@ -387,7 +387,7 @@ impl NativeBlock {
     #[napi]
     pub fn place(&self, view: &NativeView) -> Option<u32> {
         let mapping = self.mapping(&view.0).filter(|_| may_share())?;
-        restore(&mapping, &view.0).then_some(())?;
+        mapping.restore(&view.0).ok()?;
         let slot = view.0.slot();
         (slot < PLACES).then(|| self.mappings.get().wrapping_mul(PLACES) + slot)
     }

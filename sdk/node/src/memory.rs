@@ -9,8 +9,6 @@
     reason = "memory that is not V8's is given to it as a pointer"
 )]
 
-use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -109,65 +107,6 @@ pub(crate) fn lend<'env>(
     // bytes may exist at a time: they are used only on this thread.
     let lent = unsafe { ArrayBuffer::from_external(env, start, length, kept, |_, m| drop(m)) }?;
     Ok(unless_copied(lent, start))
-}
-
-/// Makes the bytes of a view those of the block, if some of them may have been written by mistake;
-/// whether they are.
-pub(crate) fn restore(mapping: &PrivateMapping, view: &OwnedView) -> bool {
-    let start = mapping.as_mut_ptr(view);
-    start.is_some_and(|start| is_unwritten(start, view.get().len()))
-        || mapping.restore(view).is_ok()
-}
-
-/// `struct pm_scan_arg` of `linux/fs.h`.
-#[repr(C)]
-#[derive(Default)]
-struct Scan {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-/// Whether no page of a private mapping is a copy that this process made by writing. To drop pages
-/// and to map them again takes longer than to look. Linux before 6.7 can't tell.
-fn is_unwritten(start: *const u8, length: u64) -> bool {
-    const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
-    const PAGE_IS_FILE: u64 = 1 << 2;
-    const PAGE_IS_PRESENT: u64 = 1 << 3;
-    const PAGE_IS_SWAPPED: u64 = 1 << 4;
-    static PAGES: OnceLock<Option<File>> = OnceLock::new();
-    let Some(pages) = PAGES.get_or_init(|| File::open("/proc/self/pagemap").ok()) else {
-        return false;
-    };
-    // SAFETY: it only returns a number.
-    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.unsigned_abs();
-    let mut found = [0_u64; 3];
-    let start = start.addr() as u64;
-    let mut scan = Scan {
-        size: size_of::<Scan>() as u64,
-        start: start - start % page,
-        end: start + length,
-        vec: (&raw mut found).addr() as u64,
-        vec_len: 1,
-        max_pages: 1,
-        category_inverted: PAGE_IS_FILE,
-        category_mask: PAGE_IS_FILE,
-        category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-        return_mask: PAGE_IS_FILE,
-        ..Scan::default()
-    };
-    // SAFETY: the argument is of the type that the kernel takes, and has room for one range. What
-    // is looked at are addresses, whose bytes are not used.
-    unsafe { libc::ioctl(pages.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) == 0 }
 }
 
 /// Takes the memory from an `ArrayBuffer`: its length is 0 from then on.
