@@ -297,7 +297,7 @@ impl Parking {
     /// Ends the call. Returns the operation that waits for it, which is then to be ended.
     #[napi]
     pub fn cancel(&self) -> Option<i64> {
-        self.waiting.take()?.cancel_call();
+        self.waiting.take()?.cancel();
         self.token.get()
     }
 }

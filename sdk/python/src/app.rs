@@ -622,7 +622,7 @@ impl PyParked {
     fn cancel(&self, py: Python<'_>) {
         if self.feed.with(|call| call.is_some()) == Some(true) {
             self.feed
-                .close(py, |call| call.into_iter().for_each(Calling::cancel_call));
+                .close(py, |call| call.into_iter().for_each(Calling::cancel));
         }
     }
 }

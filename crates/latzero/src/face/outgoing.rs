@@ -230,7 +230,7 @@ impl Drop for Outgoing {
 }
 
 /// A call whose answer is awaited. Dropping it cancels the call, unless it is that of a [`Parked`]:
-/// [`Calling::cancel_call`] cancels either.
+/// [`Calling::cancel`] cancels either.
 #[derive(Debug)]
 #[must_use = "a call is sent when it is awaited"]
 pub struct Calling<R> {
@@ -268,7 +268,7 @@ impl<R> Calling<R> {
     }
 
     /// Cancels the request but still waits for its answer; false if it was not sent.
-    pub(crate) fn cancel(&self) -> bool {
+    pub(crate) fn send_cancel(&self) -> bool {
         let Some((app, key)) = self.outgoing.sent() else {
             return false;
         };
@@ -282,7 +282,7 @@ impl<R> Calling<R> {
 
     /// Cancels the call, also one that the server stores: it is removed, or cancelled at its
     /// handler. If there is no connection, the cancel is sent over the next one.
-    pub fn cancel_call(mut self) {
+    pub fn cancel(mut self) {
         if let Stage::Sent(sent) = &mut self.outgoing.0 {
             sent.at_drop = AtDrop::Cancel;
         }
@@ -367,9 +367,9 @@ impl Parked {
         }
     }
 
-    /// Cancels the call; see [`Calling::cancel_call`].
+    /// Cancels the call; see [`Calling::cancel`].
     pub fn cancel(self) {
-        self.reply().cancel_call();
+        self.reply().cancel();
     }
 }
 

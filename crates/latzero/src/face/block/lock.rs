@@ -244,7 +244,7 @@ impl Drop for LockRequest {
         let Some((block, calling)) = self.0.take() else {
             return;
         };
-        if calling.cancel() {
+        if calling.send_cancel() {
             Arc::new(Unwanted(Mutex::new(Some((block, calling))))).wake();
         }
     }
