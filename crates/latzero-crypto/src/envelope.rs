@@ -295,7 +295,7 @@ impl Opened {
     pub fn body(&self) -> Body<'_> {
         let bytes = &self.plain[self.meta.as_ref().map_or(0, |range| range.end)..];
         match std::str::from_utf8(bytes) {
-            _ if bytes.is_empty() => Body::Empty,
+            _ if bytes.is_empty() && !self.raw => Body::Empty,
             Ok(text) if !self.raw => Body::Json(text),
             _ => Body::Bytes(bytes),
         }

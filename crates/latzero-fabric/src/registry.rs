@@ -163,10 +163,24 @@ impl<D: Driver> Membership<D> {
     /// `forbidden` if it would not be served.
     pub(crate) fn check_named(&self, spec: &TriggerSpec) -> Result<(), Refusal> {
         let names_it = || spec.pools.is_some() && spec.is_for(&self.name);
-        if self.grant.is_none() || !names_it() || self.served_as(spec).is_some() {
+        match self.grant.is_some() && names_it() {
+            true => self.check_served(spec),
+            false => Ok(()),
+        }
+    }
+
+    /// Checks that a trigger would be served here.
+    ///
+    /// # Errors
+    /// `forbidden` if not.
+    pub(crate) fn check_served(&self, spec: &TriggerSpec) -> Result<(), Refusal> {
+        if self.served_as(spec).is_some() {
             return Ok(());
         }
         self.check_right(Right::Serve)?;
+        if self.grant.is_none() {
+            return Err(refusals::privileged_in_plain_pool(&spec.name, &self.name));
+        }
         self.check_roles(match spec.concurrency {
             Some(0) => Roles::Read,
             _ => Roles::Write,

@@ -83,13 +83,18 @@ fn a_block_is_made_written_and_read() {
         assert_eq!(part, model[65_534..65_538]);
         assert_eq!(kind(reader.read_into(size, &mut part)), Code::OutOfRange);
         let version = block.version();
-        assert_eq!(reader.cas(0, &model[..1], &[9]).unwrap(), Ok(version + 1));
-        assert_eq!(reader.cas(0, &[7], &[8]).unwrap(), Err(vec![9]));
+        assert_eq!(kind(reader.cas(0, &[1], &[9])), Code::Forbidden);
+        assert_eq!(kind(reader.write_if(version, 0, &[1])), Code::Forbidden);
+        assert_eq!(kind(reader.write_at(0, &[1])), Code::Forbidden);
+        assert_eq!(kind(reader.write(NOW)), Code::Forbidden);
+        let writer = b.block("frame").attach_writable().unwrap();
+        assert_eq!(writer.cas(0, &model[..1], &[9]).unwrap(), Ok(version + 1));
+        assert_eq!(writer.cas(0, &[7], &[8]).unwrap(), Err(vec![9]));
         assert_eq!(
-            kind(reader.write_if(version, 0, &[1])),
+            kind(writer.write_if(version, 0, &[1])),
             Code::VersionConflict
         );
-        assert_eq!(reader.write_at(0, &[1]).unwrap(), version + 2);
+        assert_eq!(writer.write_at(0, &[1]).unwrap(), version + 2);
         assert_eq!(a.blocks(None).unwrap()[0]["block_id"], "frame");
         assert_eq!(kind(a.block("frame").create(1).send()), Code::BlockExists);
         assert_eq!(kind(a.block("none").attach()), Code::NoBlock);

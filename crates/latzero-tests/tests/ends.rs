@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc;
 
 use latzero::blocking::{self, App};
-use latzero::{Code, Ran};
+use latzero::{Code, HandlerError, Ran};
 use latzero_protocol::frame;
 use latzero_tests::{Server, TIMEOUT, Via, Wire};
 use rustix::process::{Pid, Signal, kill_process};
@@ -299,4 +299,34 @@ fn a_call_that_is_pending_when_its_app_closes_says_so() {
             "disconnected: the app was closed"
         )
     );
+}
+
+#[test]
+fn what_does_not_fit_fails_its_own_call_only() {
+    let server = Server::start();
+    let serving = App::connect(&server.0.url("serving")).unwrap();
+    let large = "x".repeat(17 << 20);
+    let text = large.clone();
+    serving.serve("answer", move |_| Ok(text.clone())).unwrap();
+    let fail = move |request: blocking::Request| -> Result<(), HandlerError> {
+        Err(match request.data::<String>()?.as_str() {
+            "message" => HandlerError::new("own", &large),
+            _ => HandlerError::new("own", "short").with_data(&*large),
+        })
+    };
+    serving.serve("fail", fail).unwrap();
+    let app = App::connect(&server.0.url("caller")).unwrap();
+    // The handler ran, although its answer is lost.
+    let error = app.call("answer", &()).send::<Value>().unwrap_err();
+    assert_eq!(
+        (error.kind(), error.ran()),
+        (Code::TooLarge, Some(Ran::Unknown))
+    );
+    for part in ["message", "data"] {
+        let error = app.call("fail", part).send::<Value>().unwrap_err();
+        assert_eq!(error.code(), "own");
+        assert!(error.to_string().contains("its data was left out"));
+    }
+    assert_eq!(serving.lost(), 0);
+    assert!(serving.is_connected());
 }

@@ -1243,3 +1243,17 @@ fn proofs_from_another_pid_namespace_are_accepted_only_if_that_is_allowed() {
         assert_eq!(join(pid), "ok");
     }
 }
+
+#[test]
+fn empty_bytes_are_bytes_in_an_encrypted_pool_too() {
+    let (server, set) = vault();
+    let worker = member(&server, "worker", keys(&set, WRITE));
+    worker.serve("echo", |r| r.data::<latzero::Data>()).unwrap();
+    let caller = member(&server, "caller", keys(&set, WRITE));
+    let answer = caller.call("echo", &Bytes::default()).send::<Bytes>();
+    assert_eq!(answer.unwrap(), Bytes::default());
+    assert_eq!(
+        caller.call("echo", &()).send::<Value>().unwrap(),
+        Value::Null
+    );
+}

@@ -14,7 +14,7 @@ use super::{ENDED_AT_ONCE_MAX, Session, leave, wind_down};
 use crate::driver::{Driver, Transport};
 use crate::effects::Audit;
 use crate::refusals;
-use crate::registry::{NewPool, View, dedup_triggers, remove_triggers};
+use crate::registry::{Membership, NewPool, View, dedup_triggers, remove_triggers};
 use crate::turn::Turn;
 
 impl<D: Driver> Session<D> {
@@ -26,6 +26,9 @@ impl<D: Driver> Session<D> {
         for m in &self.memberships {
             specs.iter().try_for_each(|spec| m.check_named(spec))?;
         }
+        specs
+            .iter()
+            .try_for_each(|spec| self.check_anywhere(spec))?;
         let peer = self.peer.clone();
         let ready = self.ready.as_mut().expect("only a ready session gets here");
         let transport = self.terms.transport;
@@ -80,6 +83,15 @@ impl<D: Driver> Session<D> {
             reply,
             PendingReply::Registration,
         ))
+    }
+
+    /// Refuses a trigger for all pools that none of the session's pools lets it serve: its app
+    /// would wait in vain.
+    fn check_anywhere(&self, spec: &TriggerSpec) -> Result<(), Refusal> {
+        let own = |m: &&Membership<D>| m.name.as_str() != SYSTEM_POOL;
+        let pools = self.memberships.iter().filter(own);
+        let served = pools.map(|m| m.check_served(spec)).reduce(Result::or);
+        served.filter(|_| spec.pools.is_none()).unwrap_or(Ok(()))
     }
 
     pub(super) fn unregister(

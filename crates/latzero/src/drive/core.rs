@@ -32,7 +32,7 @@ use crate::wire::input::Input;
 use crate::wire::link::{Ack, Link};
 use crate::wire::message::Message;
 use crate::wire::outbox::{By, Flushed, Outbox, Phase, Submitted};
-use crate::wire::pending::{InFlight, Key, Pending};
+use crate::wire::pending::{InFlight, Key, Next, Pending};
 use crate::wire::sealed::{SealedCall, SealedPool, is_sealed};
 
 /// How often deadlines are checked that the server itself does not enforce.
@@ -610,13 +610,27 @@ impl Core {
     /// The reply to a call.
     pub(crate) fn poll_reply(&self, key: Key, cx: &mut Context<'_>) -> Poll<Result<Reply, Error>> {
         let reply = lock(&self.pending).poll(key, cx);
-        reply.map_err(|e| match e.kind() {
-            // The server cancels the calls of an app that leaves.
+        reply.map_err(|e| self.unless_closing(e))
+    }
+
+    /// The next item or report of a streamed call.
+    pub(crate) fn poll_next(&self, key: Key, cx: &mut Context<'_>) -> Poll<Next> {
+        lock(&self.pending)
+            .poll_next(key, cx)
+            .map(|next| match next {
+                Next::End(Err(e)) => Next::End(Err(self.unless_closing(e))),
+                next => next,
+            })
+    }
+
+    /// The server cancels the calls of an app that leaves.
+    fn unless_closing(&self, e: Error) -> Error {
+        match e.kind() {
             Code::Cancelled if self.is_closing.load(Ordering::Acquire) => {
                 Self::closed_error().with_ran(Ran::Unknown)
             }
             _ => e,
-        })
+        }
     }
 
     /// A connection was lost: ends its calls, except those that the server has stored, and

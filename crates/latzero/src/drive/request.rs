@@ -10,7 +10,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use latzero_protocol::encode::append_str;
-use latzero_protocol::{Code, Envelope, InstanceId, Raw, Refusal, encode, frame};
+use latzero_protocol::{Code, Envelope, InstanceId, Ran, Raw, Refusal, encode, frame};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -505,12 +505,45 @@ fn seal(sealed: &SealedReply, outcome: Outcome) -> Outcome {
     }
 }
 
+/// Bytes of a message that are kept of an error that does not fit.
+const MESSAGE_BYTES_KEPT: usize = 1024;
+
+/// An error that fits into a message with so much room for it. Otherwise its data is left out, and
+/// the end of its message.
+fn fitting(mut error: HandlerError, room: usize) -> HandlerError {
+    let data = error.data.as_ref().map_or(0, |data| data.to_string().len());
+    let message = match error.message.len() {
+        // A control character takes six bytes in JSON.
+        bytes if bytes <= room / 8 => bytes * 6,
+        _ => Value::from(error.message.as_str()).to_string().len(),
+    };
+    if message + data > room {
+        let mut end = MESSAGE_BYTES_KEPT.min(error.message.len());
+        while !error.message.is_char_boundary(end) {
+            end -= 1;
+        }
+        error.message.truncate(end);
+        error.message.push_str(
+            " (the error does not fit into a message, limits.max_frame: its data was left out)",
+        );
+        error.data = None;
+    }
+    error
+}
+
 /// Appends a handler's answer, which is sent with the next flush.
 pub(crate) fn answer(core: &Core, ticket: &Ticket, outcome: Outcome) {
     let Some(id) = ticket.id() else {
         return;
     };
-    let outcome = match ticket.sealed.get() {
+    let sealed = ticket.sealed.get();
+    let room = core.outbox.link().map_or(usize::MAX, |link| {
+        let room = link.max_frame.saturating_sub(ENVELOPE_BYTES_MAX);
+        // A sealed error is text in base64.
+        if sealed.is_some() { room / 2 } else { room }
+    });
+    let outcome = outcome.map_err(|error| fitting(error, room));
+    let outcome = match sealed {
         Some(sealed) => seal(sealed, outcome),
         None => outcome,
     };
@@ -524,12 +557,13 @@ pub(crate) fn answer(core: &Core, ticket: &Ticket, outcome: Outcome) {
     core.outbox.append(ticket.epoch, |out, link| match outcome {
         Ok(payload) if payload.len() + ENVELOPE_BYTES_MAX > link.max_frame => {
             let text = format!(
-                "the handler's answer of {} bytes is over the server's limit of {} bytes \
+                "the handler's answer of {} bytes does not fit into a message of {} bytes \
                 (limits.max_frame)",
                 payload.len(),
                 link.max_frame
             );
-            encode::refusal(out, Some(id), &Refusal::new(Code::TooLarge, text));
+            let refusal = Refusal::new(Code::TooLarge, text).with_ran(Ran::Unknown);
+            encode::refusal(out, Some(id), &refusal);
         }
         Ok(Payload::Bytes(bytes)) => {
             let mut message = Message::new("response");

@@ -312,30 +312,33 @@ impl App {
     /// # Errors
     /// If the name is not valid or the server refuses.
     pub async fn on(&self, name: &str) -> Result<Events<Emission>, Error> {
-        let (events, calling) = self.listening(name)?;
-        if let Some(calling) = calling {
-            calling.await?;
+        check_name(name)?;
+        let queue = Arc::new(Queue::new());
+        let events = Events {
+            queue: queue.clone(),
+            app: self.clone(),
+        };
+        if self.core().handlers.listen(name, &queue) == Registered::New {
+            let triggers = json!([listener(name)]);
+            self.ask_until_answered(|| self.triggers("trigger_register", &triggers))
+                .await?;
         }
         Ok(events)
     }
 
-    pub(crate) fn listening(
-        &self,
-        name: &str,
-    ) -> Result<(Events<Emission>, Option<Calling<()>>), Error> {
-        check_name(name)?;
-        let queue = Arc::new(Queue::new());
-        let registered = self.core().handlers.listen(name, &queue);
-        let must_tell = registered == Registered::New;
-        let calling =
-            must_tell.then(|| self.triggers("trigger_register", &json!([listener(name)])));
-        Ok((
-            Events {
-                queue,
-                app: self.clone(),
-            },
-            calling,
-        ))
+    /// Asks again if the connection was lost before the answer, within the time of a call. What is
+    /// asked for may be there twice.
+    async fn ask_until_answered(&self, ask: impl Fn() -> Calling<()>) -> Result<(), Error> {
+        let deadline = Instant::now() + self.core().config.call_timeout;
+        loop {
+            match ask().await {
+                Err(e)
+                    if e.kind() == Code::Disconnected
+                        && Instant::now() < deadline
+                        && !self.core().is_ended() => {}
+                answered => return answered,
+            }
+        }
     }
 
     pub(crate) fn triggers(&self, action: &str, triggers: &Value) -> Calling<()> {
@@ -354,8 +357,21 @@ impl App {
     /// # Errors
     /// If the server refuses.
     pub async fn watch(&self, pool: &str) -> Result<Events<Presence>, Error> {
-        let (events, calling) = self.watching(pool);
-        calling.await?;
+        let queue = Arc::new(Queue::new());
+        let events = Events {
+            queue: queue.clone(),
+            app: self.clone(),
+        };
+        lock(&self.core().watchers)
+            .entry(pool.into())
+            .or_default()
+            .push(Arc::downgrade(&queue));
+        self.ask_until_answered(|| {
+            let mut message = Message::new("watch");
+            message.string("pool", pool);
+            self.asking(message)
+        })
+        .await?;
         Ok(events)
     }
 
@@ -373,25 +389,6 @@ impl App {
             queue,
             app: self.clone(),
         }
-    }
-
-    pub(crate) fn watching(&self, pool: &str) -> (Events<Presence>, Calling<()>) {
-        let queue = Arc::new(Queue::new());
-        let mut watchers = lock(&self.core().watchers);
-        watchers
-            .entry(pool.into())
-            .or_default()
-            .push(Arc::downgrade(&queue));
-        drop(watchers);
-        let mut message = Message::new("watch");
-        message.string("pool", pool);
-        (
-            Events {
-                queue,
-                app: self.clone(),
-            },
-            self.asking(message),
-        )
     }
 
     /// The answers to parked calls that nobody in this process waits for: those of earlier
@@ -602,7 +599,7 @@ pub(crate) fn described(mut info: Value) -> Option<Value> {
     info["triggers"].get_mut(0).map(Value::take)
 }
 
-fn check_name(name: &str) -> Result<(), Error> {
+pub(super) fn check_name(name: &str) -> Result<(), Error> {
     TriggerName::check(name)
         .map_err(|e| Error::new(Code::InvalidName, e.to_string()).with_ran(Ran::No))
 }
@@ -614,7 +611,7 @@ fn check_name(name: &str) -> Result<(), Error> {
 #[derive(Debug)]
 #[must_use = "nothing is served before `serve`"]
 pub struct Handler {
-    app: App,
+    pub(super) app: App,
     name: String,
     spec: Spec,
 }
@@ -684,9 +681,7 @@ impl Handler {
             let running = handler(request);
             Box::pin(async move { write(&running.await?) })
         }));
-        let (app, name) = (self.app.clone(), self.name.clone());
-        let registered = self.register(kind)?.await;
-        undo_failed(&app, &name, registered)
+        self.register(kind).await
     }
 
     /// Serves the trigger with a handler that blocks; see [`crate::blocking::App::serve`].
@@ -697,9 +692,7 @@ impl Handler {
         self,
         handler: impl Fn(blocking::Request) -> Result<T, HandlerError> + Send + Sync + 'static,
     ) -> Result<(), Error> {
-        let (app, name) = (self.app.clone(), self.name.clone());
-        let registered = self.register(blocking_kind(handler))?.await;
-        undo_failed(&app, &name, registered)
+        self.register(blocking_kind(handler)).await
     }
 
     /// Serves the trigger with a function that takes each call and returns at once, for programs
@@ -713,42 +706,29 @@ impl Handler {
         self,
         take: impl Fn(Unanswered) + Send + Sync + 'static,
     ) -> Result<(), Error> {
-        let (app, name) = (self.app.clone(), self.name.clone());
-        let kind = Kind::Detached(Box::new(take));
-        let registered = self.register(kind)?.await;
-        undo_failed(&app, &name, registered)
+        self.register(Kind::Detached(Box::new(take))).await
     }
 
-    /// Like [`Handler::serve_blocking`], but waits on this thread.
-    pub(crate) fn serve_from_here<T: IntoPayload>(
-        self,
-        handler: impl Fn(blocking::Request) -> Result<T, HandlerError> + Send + Sync + 'static,
-    ) -> Result<(), Error> {
-        let (app, name) = (self.app.clone(), self.name.clone());
-        let registered = self.register(blocking_kind(handler))?.wait();
-        undo_failed(&app, &name, registered)
-    }
-
-    fn register(self, kind: Kind) -> Result<Calling<()>, Error> {
-        check_name(&self.name)?;
-        let spec = self.spec.to_json(&self.name);
+    async fn register(self, kind: Kind) -> Result<(), Error> {
+        let Handler { app, name, spec } = self;
+        check_name(&name)?;
+        let triggers = json!([spec.to_json(&name)]);
         // Registered before the request is sent: the first call may follow right after its reply.
-        self.app.core().handlers.add(Entry {
-            name: self.name.into(),
-            spec: self.spec,
+        app.core().handlers.add(Entry {
+            name: name.as_str().into(),
+            spec,
             kind,
             emits: Arc::default(),
             is_slow: AtomicBool::new(true),
         });
-        Ok(self.app.triggers("trigger_register", &json!([spec])))
+        let registered = app
+            .ask_until_answered(|| app.triggers("trigger_register", &triggers))
+            .await;
+        if registered.is_err() {
+            app.core().handlers.remove(&name);
+        }
+        registered
     }
-}
-
-fn undo_failed(app: &App, name: &str, registered: Result<(), Error>) -> Result<(), Error> {
-    if registered.is_err() {
-        app.core().handlers.remove(name);
-    }
-    registered
 }
 
 fn write<T: IntoPayload>(answer: &T) -> Result<Payload, HandlerError> {

@@ -687,6 +687,7 @@ impl Block {
         mut if_version: Option<u64>,
         fence: Option<u64>,
     ) -> Result<u64, Error> {
+        self.check_writable()?;
         if let Some(sealed) = self.sealed() {
             let edit = Edit {
                 writes: &[(offset, bytes.to_vec())],
@@ -728,6 +729,7 @@ impl Block {
         expected: &[u8],
         bytes: &[u8],
     ) -> Result<Result<u64, Vec<u8>>, Error> {
+        self.check_writable()?;
         if let Some(sealed) = self.sealed() {
             return self.cas_sealed(sealed, offset, expected, bytes).await;
         }
@@ -908,11 +910,20 @@ impl Block {
         }
     }
 
+    /// What was attached for reading is not written, also through the server.
+    fn check_writable(&self) -> Result<(), Error> {
+        match self.inner.access {
+            Access::Write => Ok(()),
+            Access::Read => Err(read_only(self.id())),
+        }
+    }
+
     /// The state to write to.
     async fn writable(&self) -> Result<LockState, Error> {
         if self.shared().is_gone.load(Ordering::Acquire) {
             return Err(removed(self.id()));
         }
+        self.check_writable()?;
         self.readable().await
     }
 
@@ -1081,6 +1092,11 @@ fn read_error(id: &str, error: latzero_shm::ReadError) -> Error {
     }
 }
 
+fn read_only(id: &str) -> Error {
+    let text = format!("block '{id}' was attached, or passed, for reading only");
+    Error::new(Code::Forbidden, text).with_ran(Ran::No)
+}
+
 fn write_error(id: &str, error: latzero_shm::WriteError) -> Error {
     use latzero_shm::WriteError;
     match error {
@@ -1093,10 +1109,7 @@ fn write_error(id: &str, error: latzero_shm::WriteError) -> Error {
             format!("the lock of block '{id}' was lost; the version was not published"),
         )
         .with_ran(Ran::No),
-        WriteError::ReadOnly => Error::new(
-            Code::Forbidden,
-            format!("block '{id}' was attached for reading; attach it with `attach_writable`"),
-        ),
+        WriteError::ReadOnly => read_only(id),
         WriteError::Contended | WriteError::Conflict { .. } => contended(id),
         WriteError::Fault(fault) => Error::new(
             Code::Storage,

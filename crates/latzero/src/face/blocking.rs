@@ -158,9 +158,7 @@ impl App {
     /// # Errors
     /// If the name is not valid or the server refuses.
     pub fn on(&self, name: &str) -> Result<Events<Emission>, Error> {
-        let (events, calling) = self.0.listening(name)?;
-        calling.map_or(Ok(()), crate::Calling::wait)?;
-        Ok(Events(events))
+        block::run(&self.0, self.0.on(name)).map(Events)
     }
 
     /// Receives the events of a pool: apps and triggers that appear and disappear.
@@ -168,9 +166,7 @@ impl App {
     /// # Errors
     /// If the server refuses.
     pub fn watch(&self, pool: &str) -> Result<Events<Presence>, Error> {
-        let (events, calling) = self.0.watching(pool);
-        calling.wait()?;
-        Ok(Events(events))
+        block::run(&self.0, self.0.watch(pool)).map(Events)
     }
 
     /// The answers to parked calls that nobody in this process waits for, including calls of
@@ -695,7 +691,8 @@ impl Handler {
         self,
         handler: impl Fn(Request) -> Result<T, HandlerError> + Send + Sync + 'static,
     ) -> Result<(), Error> {
-        self.0.serve_from_here(handler)
+        let app = self.0.app.clone();
+        block::run(&app, self.0.serve_blocking(handler))
     }
 }
 

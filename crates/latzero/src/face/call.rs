@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::drive::core::Leave;
 use crate::error::Error;
-use crate::face::app::App;
+use crate::face::app::{App, check_name};
 use crate::face::block::Block;
 use crate::face::outgoing::{Calling, Outgoing, Parking, Stage};
 use crate::face::stream::Stream;
@@ -308,7 +308,10 @@ pub struct Emit(Box<Unsent>);
 
 impl Emit {
     pub(crate) fn new<T: IntoPayload + ?Sized>(app: &App, name: &str, data: &T) -> Self {
-        Emit(Unsent::with_data(app, "emit", name, data))
+        let mut unsent = Unsent::with_data(app, "emit", name, data);
+        // The server's refusal of an emit reaches nobody.
+        unsent.failure = unsent.failure.or(check_name(name).err());
+        Emit(unsent)
     }
 
     /// Sends it only to this app.

@@ -95,7 +95,7 @@ impl<R: FromPayload> Stream<R> {
             }
         };
         let next = loop {
-            let next = std::task::ready!(lock(&self.app.core().pending).poll_next(key, cx));
+            let next = std::task::ready!(self.app.core().poll_next(key, cx));
             // In an encrypted pool nobody but the server could have sent a report.
             if !(matches!(next, Next::Progress(_)) && self.outgoing.sealed().is_some()) {
                 break next;

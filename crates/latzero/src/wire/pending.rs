@@ -215,9 +215,15 @@ struct Items {
 
 #[derive(Debug)]
 enum State {
-    Free { next: u32 },
+    Free {
+        next: u32,
+    },
     Waiting(OpenCall),
-    Done(Result<Reply, Error>),
+    Done {
+        result: Result<Reply, Error>,
+        /// Whether the server had stored it before.
+        was_parked: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -382,7 +388,9 @@ impl Pending {
     ) -> Poll<Result<(), Error>> {
         match self.find(key).map(|slot| &mut slot.state) {
             Some(State::Waiting(call)) if call.is_parked => Poll::Ready(Ok(())),
-            Some(State::Done(Ok(_))) => Poll::Ready(Ok(())),
+            Some(State::Done { result, was_parked }) if *was_parked || result.is_ok() => {
+                Poll::Ready(Ok(()))
+            }
             _ => self.poll(key, cx).map(|result| result.map(drop)),
         }
     }
@@ -401,7 +409,7 @@ impl Pending {
                 wake.extend(self.queue.pop_front());
                 None
             }
-            State::Done(result) => Some(result),
+            State::Done { result, .. } => Some(result),
             State::Free { .. } => None,
         }
     }
@@ -442,8 +450,8 @@ impl Pending {
                 set_waker(&mut waiting.waker, cx.waker());
                 Poll::Pending
             }
-            Some(State::Done(_)) => match self.release(key) {
-                State::Done(result) => Poll::Ready(result),
+            Some(State::Done { .. }) => match self.release(key) {
+                State::Done { result, .. } => Poll::Ready(result),
                 _ => unreachable!("it was just seen"),
             },
             _ => unreachable!("a call is polled only by its owner, and not after its end"),
@@ -473,8 +481,8 @@ impl Pending {
                 }
                 Poll::Ready(Next::End(end))
             }
-            Some(State::Done(_)) => match self.release(key) {
-                State::Done(end) => Poll::Ready(Next::End(end)),
+            Some(State::Done { .. }) => match self.release(key) {
+                State::Done { result, .. } => Poll::Ready(Next::End(result)),
                 _ => unreachable!("it was just seen"),
             },
             _ => unreachable!("a stream is polled only by its owner, and not after its end"),
@@ -521,13 +529,15 @@ impl Pending {
         }
         // The id is free for another call once the answer has arrived.
         let chosen = waiting.chosen.take();
-        if let Some(items) = waiting.items.as_deref_mut().filter(|i| !i.queue.is_empty()) {
-            // The end follows the items that wait to be read.
+        let was_parked = waiting.is_parked;
+        let is_unread = |i: &&mut Items| !i.queue.is_empty() || i.progress.is_some();
+        if let Some(items) = waiting.items.as_deref_mut().filter(is_unread) {
+            // The end follows what waits to be read.
             if items.end.is_none() {
                 items.end = Some(result);
             }
         } else {
-            slot.state = State::Done(result);
+            slot.state = State::Done { result, was_parked };
             self.waiting -= 1;
             wake.extend(self.queue.pop_front());
         }
@@ -729,6 +739,32 @@ mod tests {
         assert!(matches!(next(&mut p, a), Some(Next::Item(Payload::Json(n))) if n == "1"));
         assert!(matches!(next(&mut p, a), Some(Next::End(Ok(_)))));
         assert_eq!(p.waiting(), 0);
+    }
+
+    #[test]
+    fn a_report_comes_before_an_end_that_follows_at_once() {
+        let (mut p, mut wake) = (Pending::new(), Vec::new());
+        let a = p.insert(call(1, Some(2), Name::Slot));
+        p.progress(a, Payload::None, &mut wake);
+        p.complete(a, reply(9), &mut wake);
+        assert!(matches!(next(&mut p, a), Some(Next::Progress(_))));
+        assert!(matches!(next(&mut p, a), Some(Next::End(Ok(_)))));
+        assert_eq!(p.waiting(), 0);
+    }
+
+    #[test]
+    fn a_stored_call_is_parked_also_if_it_has_failed_by_then() {
+        let (mut p, mut wake) = (Pending::new(), Vec::new());
+        let cx = &mut Context::from_waker(Waker::noop());
+        let failed = || Err(Error::new(Code::Timeout, "it took too long"));
+        let stored = p.insert(call(1, None, Name::Durable));
+        p.parked(stored, &mut wake);
+        p.complete(stored, failed(), &mut wake);
+        assert!(matches!(p.poll_parked(stored, cx), Poll::Ready(Ok(()))));
+        assert!(poll(&mut p, stored).unwrap().is_err());
+        let refused = p.insert(call(2, None, Name::Durable));
+        p.complete(refused, failed(), &mut wake);
+        assert!(matches!(p.poll_parked(refused, cx), Poll::Ready(Err(_))));
     }
 
     #[test]

@@ -12,7 +12,10 @@ use crate::error::Error;
 use crate::face::block::{Slice, View, WAIT_SLICE, deadline, timed_out};
 
 /// Runs `future`, which depends on the app, on this thread.
-fn run<T>(app: &crate::App, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+pub(super) fn run<T>(
+    app: &crate::App,
+    future: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
     let mut future = pin!(future);
     app.core()
         .block_on(None, |cx| future.as_mut().poll(cx))
