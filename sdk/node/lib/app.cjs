@@ -10,7 +10,7 @@ const { Block, blockOptions } = require('./block.cjs')
 const { badRequest, errorOf, own, thrown, warn } = require('./errors.cjs')
 const { Request, handle } = require('./handlers.cjs')
 const { encode, parseExactly } = require('./json.cjs')
-const { checkSignal, options, pick, textOf } = require('./options.cjs')
+const { onAbort, options, pick, textFrom, textOf } = require('./options.cjs')
 const { Inflow, Parked, Stream } = require('./streams.cjs')
 
 const addon = load()
@@ -30,7 +30,7 @@ const DAYS = 0x7fffffff
 
 const SEND = [
   'timeoutMs', 'to', 'pool', 'key', 'headers', 'idempotencyKey', 'redeliver', 'attempts', 'id',
-  'privileged'
+  'privileged', 'signal'
 ]
 const EMIT = ['to', 'pool', 'key', 'headers', 'one', 'count', 'privileged']
 const SERVE = ['pools', 'strategy', 'concurrency', 'doc', 'schema', 'privileged']
@@ -121,7 +121,10 @@ class Connection {
   running = new Map()
   triggers = new Map()
   served = new Map()
+  /** Operations that wait for versions of blocks, with their blocks. */
+  waits = new Map()
   isOpen = true
+  hasEnded = false
   #next = 1
   #holds = 0
   #mode = 'auto'
@@ -217,8 +220,7 @@ class Connection {
           this.unhold()
           reject(signal.reason)
         }
-        signal.addEventListener('abort', abort, { once: true })
-        entry.off = () => signal.removeEventListener('abort', abort)
+        entry.off = onAbort(signal, abort)
       }
       if (isDone) this.drain()
     })
@@ -227,6 +229,29 @@ class Connection {
   /** As `op`; its value. */
   async run (begin, signal) {
     return valueOf(await this.op(begin, signal))
+  }
+
+  /** As `op`, of `block`: it ends with `atEnd` when the app has ended, and at `endWaits`. */
+  async wait (begin, block, signal, atEnd = CLOSED) {
+    if (this.hasEnded) return atEnd
+    let number
+    try {
+      return await this.op((native, token) => {
+        const isDone = begin(native, token)
+        number = token
+        this.waits.set(token, { block, atEnd })
+        return isDone
+      }, signal)
+    } finally {
+      this.waits.delete(number)
+    }
+  }
+
+  /** Ends what waits for `block`. */
+  endWaits (block, error) {
+    for (const [token, one] of [...this.waits]) {
+      if (one.block === block) this.endEarly(token, { what: ERROR, meta: 0, payload: error })
+    }
   }
 
   /** Closes a source of the binding, and ends the operation that reads it. */
@@ -338,8 +363,10 @@ class Connection {
     return new Subscription('state', { return: () => this.stop(states) })
   }
 
-  /** The app has ended, for whatever reason: what is served keeps nothing alive any more. */
+  /** The app has ended, for whatever reason: nothing of it keeps the process alive any more. */
   #ended () {
+    this.hasEnded = true
+    for (const [token, { atEnd }] of [...this.waits]) this.endEarly(token, atEnd)
     for (const end of [...this.served.values()]) end()
   }
 
@@ -385,10 +412,9 @@ class App {
     let signal, json
     // Most calls have no options.
     if (given !== undefined && given !== null) {
-      const { signal: theirs, ...rest } = given
-      checkSignal(theirs)
+      const { signal: theirs, ...rest } = pick(given, allowed)
       signal = theirs
-      json = options(rest, allowed)
+      json = textFrom(rest)
     }
     const blocks = []
     const payload = encode(data, this.#connection.strict, blocks)
@@ -497,7 +523,7 @@ class App {
   }
 
   blocks (pool) {
-    return this.#connection.run((native, token) => native.blocks(token, pool))
+    return this.#connection.run((native, token) => native.blocks(token, pool && textOf(pool)))
   }
 
   async join (pool) {
@@ -608,7 +634,7 @@ async function connect (url, given) {
   const { bigint, strict, tracebacks, ...rest } = pick(given, [...CONNECT, ...OURS])
   if (address.isMade) rest.transient = true
   const ours = { bigint, strict, tracebacks }
-  const app = new App(INTERNAL, address.url, options(rest, CONNECT) ?? '{}', ours)
+  const app = new App(INTERNAL, address.url, textFrom(rest) ?? '{}', ours)
   await app[INTERNAL].connect()
   app.appId = app[INTERNAL].native.appId
   return app

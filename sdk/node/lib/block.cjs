@@ -7,10 +7,11 @@ const { isSharedArrayBuffer } = require('node:util').types
 const addon = require('./addon.cjs').load()
 const { badRequest, errorOf, own, thrown } = require('./errors.cjs')
 const { Sent, bytesOf, isBytes } = require('./json.cjs')
-const { checkTime, pick } = require('./options.cjs')
+const { check, checkWhole, pick, textFrom } = require('./options.cjs')
 const { Inflow } = require('./streams.cjs')
 
 const ERROR = 2
+const OVER = { what: 7, meta: 0, payload: undefined }
 
 const UNCLONEABLE = Symbol('a Block of latzero: send block.handle, for app.block(handle)')
 
@@ -94,18 +95,13 @@ function blockOptions (given) {
     consistency = 'snapshot', slots = 2, readableBy = null, writableBy = null, lifetime = 'pool'
   } = pick(given, OPTIONS)
   const found = layoutOf(shape, dtype)
-  const isKnown = create === false || create === true || create === 'new'
-  if (!isKnown) throw new TypeError(`create is false, true or 'new', not ${String(create)}`)
-  if (size !== undefined && !(Number.isSafeInteger(size) && size >= 0)) {
-    throw new TypeError('size is a number of bytes')
-  }
   if (found !== undefined && size !== undefined && size !== found.size) {
     throw new TypeError(`size is ${size}, but the layout takes ${found.size} bytes`)
   }
   if (create !== false && found === undefined && size === undefined) {
     throw new TypeError('a new block takes `shape` and `dtype`, or `size`')
   }
-  return JSON.stringify({
+  return textFrom({
     layout: found?.layout ?? null,
     size: size ?? found?.size ?? 0,
     create: create === true ? 'attach' : create === 'new' ? 'new' : null,
@@ -163,7 +159,7 @@ class Lock {
   }
 
   async renew (leaseMs) {
-    if (leaseMs !== undefined) checkTime('leaseMs', leaseMs)
+    if (leaseMs !== undefined) check('leaseMs', leaseMs)
     await this.#connection.run((native, token) => this.#native.renew(native, token, leaseMs))
   }
 
@@ -266,7 +262,7 @@ class Writer {
   async write (fn, given) {
     if (typeof fn !== 'function') throw new TypeError('write takes a function')
     const { keep = true, part } = pick(given, ['keep', 'part'])
-    const written = this.#turn.then(() => this.#next(fn, part, Boolean(keep)))
+    const written = this.#turn.then(() => this.#next(fn, part, keep))
     this.#turn = written.catch(() => {})
     return written
   }
@@ -317,11 +313,12 @@ class Block extends Sent {
   }
 
   get #native () {
-    if (this.#handle === null) {
-      const text = `block '${this.id}' was closed here: open it again`
-      throw errorOf(own('no_block', text, 'no'))
-    }
+    if (this.#handle === null) throw errorOf(this.#closed())
     return this.#handle
+  }
+
+  #closed () {
+    return own('no_block', `block '${this.id}' was closed here: open it again`, 'no')
   }
 
   get nbytes () {
@@ -459,6 +456,8 @@ class Block extends Sent {
 
   /** Some bytes of the newest version. */
   async readAt (offset, length) {
+    checkWhole('offset', offset)
+    checkWhole('length', length)
     const buffer = await this.#connection.run(
       (native, token) => this.#native.readAt(native, token, offset, length))
     return Buffer.from(buffer)
@@ -530,7 +529,7 @@ class Block extends Sent {
     const { keep = true, part, waitMs = 1000 } = pick(given, ['keep', 'part', 'waitMs'])
     const draft = await this.#connection.run(
       (native, token) => this.#native.draft(native, token, waitMs))
-    await this.#fill(draft, fn, part, Boolean(keep))
+    await this.#fill(draft, fn, part, keep)
     return this.#connection.run((native, token) => draft.commit(native, token))
   }
 
@@ -558,6 +557,7 @@ class Block extends Sent {
 
   /** Writes bytes through the server; the version. */
   async writeAt (offset, data, given) {
+    checkWhole('offset', offset)
     const { ifVersion } = pick(given, ['ifVersion'])
     const bytes = checkBytes(data)
     return this.#connection.run(
@@ -566,6 +566,7 @@ class Block extends Sent {
 
   /** Writes `data` where `expected` stands: `undefined`. Else the bytes that stand there. */
   async cas (offset, expected, data) {
+    checkWhole('offset', offset)
     const [before, after] = [checkBytes(expected), checkBytes(data)]
     const found = await this.#connection.run(
       (native, token) => this.#native.cas(native, token, offset, before, after))
@@ -574,28 +575,34 @@ class Block extends Sent {
 
   /** Waits for a version newer than `beyond`, or than the one now; the version. */
   async wait (beyond = this.version, given = undefined) {
+    checkWhole('beyond', beyond)
     const { timeoutMs, signal } = pick(given, ['timeoutMs', 'signal'])
-    return this.#connection.run(
-      (native, token) => this.#native.wait(native, token, beyond, timeoutMs), signal)
+    const item = await this.#connection.wait(
+      (native, token) => this.#native.wait(native, token, beyond, timeoutMs), this, signal)
+    if (item.what === ERROR) throw errorOf(item.payload)
+    return item.payload
   }
 
   /** The versions to come: each time the newest of those that came since the last look. */
   changes () {
     const begin = () => this.#connection.run(
       (native, token) => this.#native.changes(native, token))
-    return new Inflow(this.#connection, begin, ({ payload }) => payload)
+    const wait = (next) => this.#connection.wait(
+      (native, token) => this.#native && next(native, token), this, undefined, OVER)
+    return new Inflow(this.#connection, begin, ({ payload }) => payload, wait)
   }
 
   /** Takes the lock. */
   async lock (given) {
     const { shared = false, waitMs = 1000, leaseMs } = pick(given, ['shared', 'waitMs', 'leaseMs'])
     const native = await this.#connection.run(
-      (native, token) => this.#native.lock(native, token, Boolean(shared), waitMs, leaseMs))
+      (native, token) => this.#native.lock(native, token, shared, waitMs, leaseMs))
     return new Lock(this.#connection, native)
   }
 
   /** Gives it another size: a new generation, with which everybody goes on. */
   async resize (nbytes) {
+    checkWhole('nbytes', nbytes)
     await this.#connection.run((native, token) => this.#native.resize(native, token, nbytes))
   }
 
@@ -619,6 +626,7 @@ class Block extends Sent {
     this.#memory.clear()
     this.#handle?.close()
     this.#handle = null
+    this.#connection.endWaits(this, this.#closed())
   }
 
   [Symbol.dispose ?? Symbol.for('Symbol.dispose')] () {

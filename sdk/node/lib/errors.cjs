@@ -112,35 +112,46 @@ function badRequest (message) {
   return errorOf(own('bad_message', message, 'no'))
 }
 
-function text (value) {
+/** What `read` gives; `undefined` if it throws: anything can be thrown, also what can't be read. */
+function tried (read) {
   try {
-    return String(value)
+    return read()
   } catch {
-    return 'an object without text'
+    return undefined
   }
+}
+
+function text (read) {
+  return tried(() => String(read())) ?? 'an object without text'
 }
 
 /** Code, message and data of the answer of a handler that threw `error`. */
 function describe (error, tracebacks) {
-  if (error instanceof Failure || error instanceof LatZeroError) {
-    return { code: text(error.code), message: text(error.message), data: error.data }
+  if (tried(() => error instanceof Failure || error instanceof LatZeroError)) {
+    return {
+      code: text(() => error.code),
+      message: text(() => error.message),
+      data: tried(() => error.data)
+    }
   }
-  const isError = error instanceof Error || isNativeError(error)
-  const type = isError ? text(error.constructor?.name || error.name) : typeof error
-  const message = isError ? text(error.message) : text(error)
+  const isError = isNativeError(error) || tried(() => error instanceof Error)
+  const type = isError ? text(() => error.constructor?.name || error.name) : typeof error
+  const message = text(() => isError ? error.message : error)
   const data = { type, message }
-  if (tracebacks && isError && typeof error.stack === 'string') {
-    const bytes = Buffer.from(error.stack)
+  const stack = isError ? tried(() => error.stack) : undefined
+  if (tracebacks && typeof stack === 'string') {
+    const bytes = Buffer.from(stack)
     data.traceback = bytes.length > TRACEBACK_BYTES_MAX
       ? bytes.toString('utf8', 0, TRACEBACK_BYTES_MAX)
-      : error.stack
+      : stack
   }
   return { code: 'handler_error', message: `${type}: ${message}`, data }
 }
 
 /** Says on the process what nobody waits for. */
 function warn (message, error) {
-  const detail = typeof error?.stack === 'string' ? error.stack : text(error)
+  const stack = tried(() => error?.stack)
+  const detail = typeof stack === 'string' ? stack : text(() => error)
   process.emitWarning(message, { type: 'LatZeroWarning', detail })
 }
 
@@ -152,6 +163,7 @@ module.exports = {
   describe,
   errorOf,
   own,
+  text,
   thrown,
   warn
 }

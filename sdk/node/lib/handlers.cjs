@@ -2,11 +2,17 @@
 
 // Functions as handlers: what they get, what they answer, and items that they stream.
 
-const { badRequest, describe, errorOf, own, thrown, warn } = require('./errors.cjs')
-const { encode, withBlocks } = require('./json.cjs')
+const { describe, errorOf, own, text, thrown, warn } = require('./errors.cjs')
+const { encode, mend, withBlocks } = require('./json.cjs')
 
 const ERROR = 2
 const OVER = 7
+
+/** What the sending of an item fails with when nobody waits for it any more. */
+const GONE = ['cancelled', 'disconnected']
+
+/** Instead of what a promise resolves to, when the caller is gone. */
+const LEFT = Symbol('left')
 
 /** A call as its handler sees it. */
 class Request {
@@ -98,12 +104,13 @@ class Request {
       : payload
   }
 
-  /** Sends an item or a report; whether anybody waits for more. */
+  /** Sends an item or a report; whether anybody waits for more. What can't be sent is thrown. */
   async send (data, isReport) {
     const payload = encode(data, this.#connection.strict)
-    const item = await this.#connection.op(
+    const { what, payload: fault } = await this.#connection.op(
       (native, token) => native.partial(token, this.#number, payload, isReport))
-    return item.what !== ERROR && item.what !== OVER
+    if (what === ERROR && !GONE.includes(fault.code)) throw errorOf(fault)
+    return what !== ERROR && what !== OVER
   }
 
   /** The caller is gone. */
@@ -118,11 +125,11 @@ class Request {
     })
   }
 
-  /** As `promise`, or `undefined` when the caller is gone. */
+  /** As `promise`, or `LEFT` when the caller is gone. */
   orGone (promise) {
     return new Promise((resolve, reject) => {
-      this.#gone = resolve
-      if (this.cancelled) resolve()
+      this.#gone = () => resolve(LEFT)
+      if (this.cancelled) this.#gone()
       Promise.resolve(promise).then(resolve, reject)
     })
   }
@@ -139,13 +146,11 @@ class Request {
     let json = null
     let note = ''
     try {
-      if (data !== null && data !== undefined) json = encode(data, strict)
-      if (json !== null && typeof json !== 'string') throw badRequest('bytes are no data of errors')
+      if (data !== null && data !== undefined) json = mend(data, strict)
     } catch (fault) {
-      json = null
-      note = ` (its data can't be sent: ${fault.message})`
+      note = ` (its data can't be sent: ${text(() => fault.message)})`
     }
-    native.fail(this.#number, code, message + note, json)
+    native.fail(this.#number, code.toWellFormed(), (message + note).toWellFormed(), json)
     this.#end()
   }
 
@@ -170,12 +175,18 @@ async function stream (request, iterator) {
   try {
     for (;;) {
       const next = await request.orGone(iterator.next())
-      if (next === undefined) return undefined
+      if (next === LEFT) return undefined
+      if (typeof next !== 'object' || next === null) {
+        throw new TypeError('next() of an iterator gives an object')
+      }
       if (next.done) {
         isOver = true
         return next.value
       }
-      if (!await request.send(next.value, false)) return undefined
+      // A plain generator may yield promises, as in `for await`.
+      const isPromise = typeof next.value?.then === 'function'
+      const value = isPromise ? await request.orGone(next.value) : next.value
+      if (value === LEFT || !await request.send(value, false)) return undefined
     }
   } finally {
     // Not awaited: a generator that waits itself returns after that. It has `signal` to end it.

@@ -24,6 +24,11 @@ const MARKED = new RegExp(`"${MARK}(-?[0-9]+)"`, 'g')
 /** Where blocks of the data that is being written go: an array, or `null` where none may be. */
 let lent
 
+/** Whether lone surrogates are written all the same, as escapes. */
+let mends = false
+/** An escape of `JSON.stringify`: of a lone surrogate, or of something else. */
+const ESCAPE = /\\(ud[0-9a-f]{3}|.)/g
+
 function isSendable (integer) {
   return integer >= INTEGER_MIN && integer <= INTEGER_MAX
 }
@@ -34,6 +39,9 @@ function isBytes (value) {
 
 /** What can't be sent, as far as `value` alone says; `undefined` if it can. */
 function fault (value, strict) {
+  if (typeof value === 'string') {
+    return value.isWellFormed() || mends ? undefined : 'lone surrogates cannot be sent'
+  }
   if (typeof value === 'bigint' && !isSendable(value)) {
     return 'integers are from -2^63 to 2^64-1'
   }
@@ -52,13 +60,20 @@ function within (path, holder, key) {
   return Array.isArray(holder) ? `${path}[${key}]` : `${path}.${key}`
 }
 
+/** What `JSON.stringify` writes for a string or an integer that is an object. */
+function unboxed (value) {
+  return value instanceof String || value instanceof BigInt ? value.valueOf() : value
+}
+
 /** Where in `value` the first fault that `scan` finds is, as a path. */
-function place (value, strict, path) {
+function place (given, strict, path) {
+  const value = unboxed(given)
   if (fault(value, strict) !== undefined) return path
   if (typeof value !== 'object' || value === null) return undefined
   if (!Array.isArray(value) && typeof value.toJSON === 'function') return undefined
   for (const key of Object.keys(value)) {
-    const found = place(value[key], strict, within(path, value, key))
+    const inside = within(path, value, key)
+    const found = fault(key) === undefined ? place(value[key], strict, inside) : inside
     if (found !== undefined) return found
   }
   return undefined
@@ -72,14 +87,22 @@ class Fault extends Error {
   }
 }
 
+function check (value, strict) {
+  const why = fault(value, strict)
+  if (why !== undefined) throw new Fault(why)
+}
+
 /** Checks what `JSON.stringify` would write otherwise; whether it takes the slow way. */
 function scan (value, strict, levels) {
   switch (typeof value) {
     case 'bigint':
-      if (fault(value, strict) !== undefined) throw new Fault(fault(value, strict))
+      check(value, strict)
       return true
     case 'number':
-      if (strict && !Number.isFinite(value)) throw new Fault(fault(value, strict))
+      if (strict) check(value, strict)
+      return false
+    case 'string':
+      check(value)
       return false
     case 'object':
       break
@@ -87,6 +110,7 @@ function scan (value, strict, levels) {
       return false
   }
   if (value === null) return false
+  if (unboxed(value) !== value) return scan(unboxed(value), strict, levels)
   if (levels === 0) throw badRequest(`data is deeper than ${LEVELS_MAX} levels, or contains itself`)
   let isSlow = false
   if (Array.isArray(value)) {
@@ -95,10 +119,10 @@ function scan (value, strict, levels) {
     }
     return isSlow
   }
-  const why = fault(value, strict)
-  if (why !== undefined) throw new Fault(why)
+  check(value, strict)
   if (typeof value.toJSON === 'function') return !(isDate(value) || value instanceof Sent)
   for (const key of Object.keys(value)) {
+    check(key)
     if (scan(value[key], strict, levels - 1)) isSlow = true
   }
   return isSlow
@@ -108,11 +132,11 @@ function scan (value, strict, levels) {
 function replacer (strict) {
   // The way from the whole data to `value`, as what `toJSON` returned: it holds what comes next.
   const trail = []
-  return function (key, value) {
-    const original = this[key]
+  return function (key, given) {
+    const [original, value] = [unboxed(this[key]), unboxed(given)]
     while (trail.length > 0 && trail[trail.length - 1].value !== this) trail.pop()
     trail.push({ key, value })
-    for (const one of [original, value]) {
+    for (const one of [key, original, value]) {
       const why = fault(one, strict)
       if (why !== undefined) throw new Fault(why, pathOf(trail))
     }
@@ -122,7 +146,7 @@ function replacer (strict) {
 }
 
 function pathOf (trail) {
-  let path = 'data'
+  let path = ''
   for (let i = 1; i < trail.length; i++) path = within(path, trail[i - 1].value, trail[i].key)
   return path
 }
@@ -144,8 +168,11 @@ function writeJson (data, strict) {
   return isSlow ? json.replace(MARKED, '$1') : json
 }
 
-/** A payload as the binding takes it: JSON text, or bytes. Blocks in it are put into `blocks`. */
-function encode (data, strict, blocks = null) {
+/**
+ * A payload as the binding takes it: JSON text, or bytes. Blocks in it are put into `blocks`, and
+ * `root` is what messages call it.
+ */
+function encode (data, strict, blocks = null, root = 'data') {
   if (data === undefined || data === null) return 'null'
   if (typeof data === 'object' && isBytes(data)) return bytesOf(data)
   const before = lent
@@ -154,10 +181,22 @@ function encode (data, strict, blocks = null) {
     return writeJson(data, strict)
   } catch (error) {
     if (!(error instanceof Fault)) throw error
-    const path = error.path ?? place(data, strict, 'data') ?? 'data'
-    throw badRequest(`${path}: ${error.message}`)
+    const path = root + (error.path ?? place(data, strict, '') ?? '')
+    throw badRequest(`${path.toWellFormed()}: ${error.message}`)
   } finally {
     lent = before
+  }
+}
+
+/** As `encode`, of the data of an error: with replacement characters for lone surrogates. */
+function mend (data, strict) {
+  mends = true
+  try {
+    const json = encode(data, strict)
+    if (typeof json !== 'string') throw badRequest('bytes are no data of errors')
+    return json.replace(ESCAPE, (escape, { length }) => length > 1 ? '\ufffd' : escape)
+  } finally {
+    mends = false
   }
 }
 
@@ -277,4 +316,4 @@ function withBlocks (data, ids, block) {
   return data
 }
 
-module.exports = { Sent, bytesOf, encode, isBytes, parseExactly, withBlocks }
+module.exports = { Sent, bytesOf, encode, isBytes, mend, parseExactly, withBlocks }

@@ -3,6 +3,7 @@
 // What comes bit by bit, as async iterables.
 
 const { errorOf, own } = require('./errors.cjs')
+const { onAbort, pick } = require('./options.cjs')
 
 const ERROR = 2
 const END_JSON = 3
@@ -31,8 +32,7 @@ class Stream {
     // A signal that lives on does not keep the stream.
     const weak = new WeakRef(native)
     const abort = () => weak.deref()?.close()
-    signal.addEventListener('abort', abort, { once: true })
-    this.#off = () => signal.removeEventListener('abort', abort)
+    this.#off = onAbort(signal, abort)
     if (signal.aborted) abort()
   }
 
@@ -105,12 +105,17 @@ class Inflow {
   #connection
   #native
   #read
+  #wait
   #last
   #stop
   #isOver = false
 
-  /** `begin` resolves with the source of the binding, `read` makes an event of what it gives. */
-  constructor (connection, begin, read) {
+  /**
+   * `begin` resolves with the source of the binding, `read` makes an event of what it gives, and
+   * `wait` runs the operation that waits for it.
+   */
+  constructor (connection, begin, read, wait = (next) => connection.op(next)) {
+    this.#wait = wait
     this.#connection = connection
     this.#read = read
     this.ready = this.#begin(begin)
@@ -135,7 +140,7 @@ class Inflow {
 
   async #step () {
     if (this.#isOver) return DONE
-    const item = await this.#connection.op((native, token) => this.#native.next(native, token))
+    const item = await this.#wait((native, token) => this.#native.next(native, token))
     if (item.what === ERROR) throw errorOf(item.payload)
     if (item.what === OVER) {
       this.#isOver = true
@@ -173,7 +178,8 @@ class Parked {
   }
 
   /** Waits for the answer; with a signal the wait may end, and the call goes on. */
-  async answer ({ signal } = {}) {
+  async answer (given) {
+    const { signal } = pick(given, ['signal'])
     const item = await this.#connection.op((native, token) => this.#native.answer(native, token),
       signal)
     if (item.what === ERROR) throw errorOf(item.payload)

@@ -31,8 +31,14 @@ class Server {
   }
 
   async start () {
+    // It is private: nothing that is meant for another server or app says how it runs.
+    const env = { ...process.env }
+    for (const name of Object.keys(env)) {
+      if (name.startsWith('LATZERO_') && name !== 'LATZERO_BIN') delete env[name]
+    }
     const args = ['start', '--port', '0', '--log-level', 'warn', '--data-dir', this.dataDir]
     const child = spawn(findProgram(), [...args, ...this.#args], {
+      env,
       stdio: ['ignore', 'pipe', 'inherit']
     })
     this.#child = child

@@ -252,15 +252,16 @@ impl NativeBlock {
         let block = self.get()?;
         let (offset, length) = (unsigned(offset)?, unsigned(length)?);
         Ok(app.begin(token, async move {
-            // Checked before memory is asked for.
-            let length = match offset.checked_add(length) {
-                Some(end) if end <= block.size() => usize::try_from(length).unwrap_or(0),
-                _ => 0,
-            };
-            let offset = if length == 0 { u64::MAX } else { offset };
-            let mut bytes = vec![0; length];
-            let number = block.read_into(offset, &mut bytes).await?;
-            Ok(Outcome::memory(bytes, number))
+            loop {
+                // One byte past the end is enough to be refused, and takes no memory.
+                let room = block.size().saturating_sub(offset).saturating_add(1);
+                let mut bytes = vec![0; usize::try_from(length.min(room)).unwrap_or(0)];
+                let number = block.read_into(offset, &mut bytes).await?;
+                // Else it has grown meanwhile.
+                if length <= room {
+                    return Ok(Outcome::memory(bytes, number));
+                }
+            }
         }))
     }
 

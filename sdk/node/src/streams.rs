@@ -269,7 +269,9 @@ impl Parking {
     #[napi]
     pub fn answer(&self, app: &NativeApp, token: i64) -> Result<bool> {
         if self.waiting.borrow().is_none() {
-            return Err(misuse("it was answered, left or cancelled before"));
+            return Err(misuse(
+                "it was answered, left (also by a signal) or cancelled before",
+            ));
         }
         if self.token.get().is_some() {
             return Err(misuse("its answer is waited for already"));

@@ -6,13 +6,89 @@ import { fileURLToPath } from 'node:url'
 import { test } from 'node:test'
 import { Worker } from 'node:worker_threads'
 
-import { BlockError, writable } from 'latzero'
+import { BlockError, connect, writable } from 'latzero'
 import { promised, withServer } from './helpers.mjs'
 
 const place = withServer()
 /** Whether arrays may be of the blocks' own memory. */
 const isMapped = process.env.LATZERO_NO_EXTERNAL !== '1'
 const fill = (value) => (array) => { array.fill(value) }
+
+test('what waits for a block ends when it is closed, and when the app has ended', async (t) => {
+  const app = await place.app(t, 'waits')
+  const block = await app.block('waits', { size: 8, create: true })
+  const changes = block.changes()
+  await changes.ready
+  const waits = [changes.next(), changes.next(), block.wait()]
+  await app.ping()
+  block.close()
+  const closed = { name: 'BlockError', code: 'no_block' }
+  for (const wait of waits) await assert.rejects(wait, closed)
+  for (const later of [() => changes.next(), () => block.wait(0), () => block.changes().next()]) {
+    await assert.rejects(later(), closed)
+  }
+  // Another instance takes the place of this one, which has then ended.
+  const first = await place.app(t, 'once', 'default', { exclusive: true })
+  const kept = await first.block('waits')
+  const ended = Promise.allSettled([kept.changes().next(), kept.wait()])
+  await first.ping()
+  const second = await place.app(t, 'once', 'default', { exclusive: true, takeover: true })
+  const [over, failed] = await ended
+  assert.deepEqual([over.value?.done, failed.reason?.code], [true, 'disconnected'])
+  await assert.rejects(kept.wait(), { code: 'disconnected' })
+  assert.ok(second.isConnected)
+})
+
+test('a part past the end is refused with its offset, and no bytes are read', async (t) => {
+  const app = await place.app(t, 'parts')
+  const block = await app.block('parts', { size: 8, create: true })
+  const remote = await connect(`latzero://far@${place.server.address}?pool=default`)
+  t.after(() => remote.close())
+  for (const one of [block, await remote.block('parts')]) {
+    for (const [offset, length] of [[0, 0], [4, 0], [8, 0]]) {
+      assert.deepEqual(await one.readAt(offset, length), Buffer.alloc(0))
+    }
+    assert.deepEqual(await one.readAt(4, 4), Buffer.alloc(4))
+    for (const [offset, length] of [[5, 4], [9, 1], [0, 2 ** 50], [2 ** 50, 1]]) {
+      await assert.rejects(one.readAt(offset, length), ({ code, message }) => {
+        assert.equal(code, 'out_of_range')
+        assert.doesNotMatch(message, /18446744073709551615/)
+        return true
+      })
+    }
+  }
+  const reader = await app.block('parts', { write: false })
+  await assert.rejects(reader.write(() => {}), ({ message }) => {
+    assert.match(message, /for reading only: open it with `write: true`/)
+    return true
+  })
+})
+
+test('numbers that are none are refused, and nothing is changed', async (t) => {
+  const app = await place.app(t, 'numbers')
+  const block = await app.block('numbers', { size: 8, create: true })
+  const one = new Uint8Array([1])
+  await block.write((bytes) => bytes.fill(7))
+  for (const wrong of [NaN, -1, 1.9, Infinity, '1', null, 2 ** 60, 1n]) {
+    for (const [name, call] of [
+      ['nbytes', () => block.resize(wrong)], ['offset', () => block.readAt(wrong, 1)],
+      ['length', () => block.readAt(0, wrong)], ['offset', () => block.writeAt(wrong, one)],
+      ['offset', () => block.cas(wrong, one, one)], ['beyond', () => block.wait(wrong)],
+      ['ifVersion', () => block.writeAt(0, one, { ifVersion: wrong })]
+    ]) {
+      const message = new RegExp(`^${name} is a whole`)
+      await assert.rejects(call(), { name: 'TypeError', message })
+    }
+  }
+  for (const given of [{ keep: 0 }, { keep: null }, { part: 5 }, { waitMs: NaN }]) {
+    await assert.rejects(block.write(() => {}, given), TypeError)
+  }
+  for (const given of [{ shared: 1 }, { waitMs: -1 }, { leaseMs: NaN }]) {
+    await assert.rejects(block.lock(given), TypeError)
+  }
+  assert.deepEqual(await block.read(), new Uint8Array(8).fill(7))
+  assert.deepEqual([block.version, block.generation], [1, 1])
+})
 
 test('a block is read and written', async (t) => {
   const [makes, opens, pool] = await place.pair(t)

@@ -144,7 +144,40 @@ test('mistakes in options are found before anything is sent', async (t) => {
     await assert.rejects(app.call('x', {}, { timeoutMs }), TypeError)
   }
   await assert.rejects(app.call('x', {}, { headers: { a: 1 } }), TypeError)
-  await assert.rejects(app.call('x', {}, { to: 5 }), TypeError)
+  const wrong = [
+    ...[NaN, -1, 1.5, 0, 2 ** 40, '2'].map((attempts) => ({ attempts })),
+    ...[NaN, -1, 1.5, 1e300].map((window) => ({ window })),
+    ...[-1, 1e300].map((timeoutMs) => ({ timeoutMs })),
+    ...[{}, null, 5, { appId: 'a' }].map((to) => ({ to })),
+    ...[new Map([['a', 'b']]), [], null, new Headers(), { a: 1 }].map((headers) => ({ headers })),
+    { pool: null }, { key: 5 }, { id: {} }, { redeliver: 1 }, { privileged: 'no' }, { signal: {} }
+  ]
+  for (const given of wrong) {
+    const [name] = Object.keys(given)
+    const expected = { name: 'TypeError', message: new RegExp(`^${name} is .*, not `) }
+    assert.throws(() => app.stream('x', {}, given), expected)
+  }
+  for (const call of [
+    () => app.serve('x', () => 1, { concurrency: NaN }), () => app.serve('x', () => 1, { doc: 1 }),
+    () => app.serve('x', () => 1, { pools: 'a' }), () => app.emit('x', 1, { count: 1 }),
+    () => app.emit('x', 1, { headers: [] }), () => app.block('x', { slots: 1.5, size: 1 }),
+    () => app.block('x', { write: 1 }), () => connect(place.server.url('x'), { strict: 'no' }),
+    () => connect(place.server.url('x'), { bigint: 'false' }),
+    () => connect(place.server.url('x'), { tracebacks: 0 }),
+    () => connect(`latzero://x@${place.server.address}`, { connectTimeoutMs: 0 })
+  ]) {
+    await assert.rejects(call(), { name: 'TypeError', message: /^\w+ is .*, not / })
+  }
+  for (const given of [5, () => 1, 'x', [1]]) {
+    await assert.rejects(app.call('x', 1, given), { message: 'options are an object' })
+  }
+  await assert.rejects(app.call('x', 1, { sginal: 1 }), /there are timeoutMs, .*, signal/)
+  // Those that an object inherits count, too.
+  class Given { get headers () { return 5 } }
+  await assert.rejects(app.call('x', 1, new Given()), /^TypeError: headers is/)
+  await assert.rejects(app.call('x', 1, Object.create({ timeoutMs: NaN })), TypeError)
+  const headers = Object.assign(Object.create(null), { a: 'b' })
+  await assert.rejects(app.call('x', 1, { headers }), { code: 'no_handler' })
   await assert.rejects(app.call('x', {}, { signal: {} }), TypeError)
   await assert.rejects(app.call(5), TypeError)
   await assert.rejects(app.serve('x', 5), TypeError)
@@ -224,6 +257,123 @@ test('streams', async (t) => {
   await serves.serve('one', () => 7)
   const empty = calls.stream('one')
   assert.deepEqual([await all(empty), empty.end], [[], 7])
+})
+
+test('iterators of all kinds are streamed', async (t) => {
+  const [serves, calls] = await place.pair(t)
+  await serves.serve('promises', function * () {
+    yield Promise.resolve(5)
+    yield * [6, Promise.resolve(7)]
+    return Promise.resolve('end')
+  })
+  const stream = calls.stream('promises')
+  assert.deepEqual([await all(stream), stream.end], [[5, 6, 7], 'end'])
+  await serves.serve('rejects', function * () { yield Promise.reject(new RangeError('x')) })
+  await assert.rejects(all(calls.stream('rejects')), { type: 'RangeError' })
+  for (const what of [undefined, 5, null]) {
+    const iterator = { next: async () => what, [Symbol.asyncIterator]: () => iterator }
+    await serves.serve('wrong', () => iterator)
+    await assert.rejects(all(calls.stream('wrong')), { type: 'TypeError' })
+  }
+})
+
+test('the newest report stays when a stream has ended', async (t) => {
+  const [serves, calls] = await place.pair(t)
+  await serves.serve('reports', async (data, request) => {
+    for (let i = 1; i <= 100; i++) await request.progress(i)
+    return 'end'
+  })
+  const stream = calls.stream('reports')
+  assert.deepEqual([await all(stream), stream.progress, stream.end], [[], 100, 'end'])
+  await serves.serve('lone', (data, request) => request.progress('\ud800'))
+  await assert.rejects(all(calls.stream('lone')), { code: 'bad_message' })
+})
+
+test('one signal may be for many calls', async (t) => {
+  const [serves, calls] = await place.pair(t)
+  await serves.serve('wait', () => new Promise(() => {}))
+  const warnings = []
+  const warned = ({ name }) => warnings.push(name)
+  process.on('warning', warned)
+  t.after(() => process.removeListener('warning', warned))
+  const controller = new AbortController()
+  const { signal } = controller
+  const waits = Array.from({ length: 20 }, () => calls.call('wait', null, { signal }))
+  const streams = Array.from({ length: 20 }, () => calls.stream('wait', null, { signal }).next())
+  await calls.ping()
+  controller.abort()
+  for (const one of await Promise.allSettled([...waits, ...streams])) {
+    assert.equal(one.reason?.name, 'AbortError')
+  }
+  await new Promise((resolve) => setImmediate(resolve))
+  assert.deepEqual(warnings, [])
+})
+
+test('whatever a handler throws is answered', async (t) => {
+  const [serves, calls] = await place.pair(t)
+  const hidden = () => { throw new Error('hidden') }
+  const withGetter = (name) => Object.defineProperty(new RangeError('x'), name, { get: hidden })
+  const revoked = Proxy.revocable({}, {})
+  revoked.revoke()
+  const things = [
+    withGetter('stack'), withGetter('message'), withGetter('constructor'),
+    Object.assign(new Error('x'), { message: Symbol('s'), name: Symbol('n') }), revoked.proxy,
+    Object.create(null), Symbol('s'), { toString: hidden }, undefined, null, 5
+  ]
+  await serves.serve('throws', (n) => { throw things[n] })
+  await serves.serve('streams', function * (n) { throw things[n] })
+  for (const n of things.keys()) {
+    for (const name of ['throws', 'streams']) {
+      await assert.rejects(calls.call(name, n), { code: 'handler_error', ran: null })
+    }
+  }
+  await assert.rejects(calls.call('throws', 0), { type: 'RangeError', message: 'RangeError: x' })
+  await serves.serve('own', () => {
+    throw new Failure('own', 'x', { toJSON: () => { throw revoked.proxy } })
+  })
+  await assert.rejects(calls.call('own'), { code: 'own', message: /^x \(its data can't be sent/ })
+  const before = Error.prepareStackTrace
+  await serves.serve('trace', () => {
+    Error.prepareStackTrace = hidden
+    throw new TypeError('x')
+  })
+  try {
+    await assert.rejects(calls.call('trace'), { type: 'TypeError' })
+  } finally {
+    Error.prepareStackTrace = before
+  }
+  // Of an emit it is a warning.
+  const warned = promised()
+  const listen = ({ message }) => { if (message.includes("'throws'")) warned.resolve() }
+  process.on('warning', listen)
+  t.after(() => process.removeListener('warning', listen))
+  await calls.emit('throws', 4)
+  await warned.promise
+})
+
+test('what is too large for a stream fails it', async (t) => {
+  const [serves, calls] = await place.pair(t)
+  const huge = 'x'.repeat(17 * 1024 * 1024)
+  let closed = 0
+  await serves.serve('huge', async function * (data, request) {
+    try {
+      yield 1
+      if (data === 'item') yield huge
+      await request.progress(huge)
+      yield 2
+    } finally {
+      closed++
+    }
+  })
+  for (const what of ['item', 'report']) {
+    const stream = calls.stream('huge', what)
+    assert.equal((await stream.next()).value, 1)
+    await assert.rejects(stream.next(), { name: 'BadRequestError', code: 'too_large' })
+  }
+  assert.equal(closed, 2)
+  // A function may go on without the report.
+  await serves.serve('goes-on', (data, request) => request.progress(huge).catch(({ code }) => code))
+  assert.equal(await calls.call('goes-on'), 'too_large')
 })
 
 test('a stream is not read ahead of its window', async (t) => {

@@ -3,7 +3,7 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 
-import { BadRequestError } from 'latzero'
+import { BadRequestError, Failure } from 'latzero'
 import { withServer } from './helpers.mjs'
 
 const place = withServer()
@@ -40,7 +40,8 @@ test('what JSON.stringify leaves out or changes', async (t) => {
     [-0, 0],
     ['\ud83d\ude00', '\u{1f600}'],
     [new Map([[1, 2]]), {}],
-    [{ toJSON: () => ({ n: 5n }) }, { n: 5 }]
+    [{ toJSON: () => ({ n: 5n }) }, { n: 5 }],
+    [[Object(5n), new String('\u{1f600}'), new Number(2)], [5, '\u{1f600}', 2]]
   ]
   for (const [value, expected] of rows) {
     assert.deepEqual(await app.call('echo', value), expected)
@@ -64,7 +65,10 @@ test('a bigint is written exactly, and read as it is asked for', async (t) => {
   const hostile = JSON.parse('{"__proto__": 1, "n": 1}')
   const back = await exact.call('echo', { hostile, n: 2n ** 60n })
   assert.deepEqual([Object.keys(back.hostile), back.n], [['__proto__', 'n'], 2n ** 60n])
-  for (const [value, at] of [[2n ** 64n, 'data'], [{ a: [1, -(2n ** 63n) - 1n] }, 'data.a[1]']]) {
+  for (const [value, at] of [
+    [2n ** 64n, 'data'], [{ a: [1, -(2n ** 63n) - 1n] }, 'data.a[1]'],
+    [[Object(2n ** 64n)], 'data[0]']
+  ]) {
     await assert.rejects(exact.call('echo', value), {
       name: 'BadRequestError', ran: 'no', message: `${at}: integers are from -2^63 to 2^64-1`
     })
@@ -145,6 +149,66 @@ test('bytes inside of JSON are refused, with their place', async (t) => {
   }
   await serves.serve('f', () => ({ a: new Uint8Array(1) }))
   await assert.rejects(calls.call('f'), { code: 'bad_message', message: `data.a: ${message}` })
+})
+
+const LONE = 'a\ud800'
+
+test('lone surrogates are refused, with their place', async (t) => {
+  const app = await place.app(t, 'lone', 'system')
+  const refused = (at) => ({
+    name: 'BadRequestError', ran: 'no', message: `${at}: lone surrogates cannot be sent`
+  })
+  for (const [value, at] of [
+    [LONE, 'data'], [{ a: LONE }, 'data.a'], [[1, ['\udc00b']], 'data[1][0]'],
+    [[new String(LONE)], 'data[0]'],
+    [{ b: [{ [LONE]: 1 }] }, 'data.b[0].a\ufffd'], [{ at: { toJSON: () => LONE } }, 'data.at'],
+    [{ n: 2n ** 60n, text: '\udbff\ud800\udc00' }, 'data.text']
+  ]) {
+    await assert.rejects(app.call('echo', value), refused(at))
+    await assert.rejects(app.emit('echo', value), refused(at))
+    assert.throws(() => app.stream('echo', value), refused(at))
+  }
+  for (const given of [{ key: LONE }, { pool: LONE }, { to: LONE }, { idempotencyKey: LONE }]) {
+    const [name] = Object.keys(given)
+    await assert.rejects(app.call('echo', 1, given), refused(`options.${name}`))
+  }
+  await assert.rejects(app.call('echo', 1, { headers: { h: LONE } }), refused('options.headers.h'))
+  await assert.rejects(app.call('echo', 1, { headers: { [LONE]: '' } }),
+    refused('options.headers.a\ufffd'))
+  await assert.rejects(app.serve('x', () => 1, { doc: LONE }), refused('options.doc'))
+  for (const call of [
+    () => app.call(LONE), () => app.serve(LONE, () => 1), () => app.join(LONE),
+    () => app.block(LONE), () => app.events(LONE).ready, () => app.blocks(LONE)
+  ]) {
+    await assert.rejects(call(), refused("'a\ufffd'"))
+  }
+  await assert.rejects(app.block('b', { pool: LONE }), refused('options.pool'))
+  // These only look like them.
+  for (const value of ['\\ud800', '\\\\ud800', '"\\ud800"', { '\\ud800': '\ud800\udc00' }]) {
+    assert.deepEqual(await app.call('echo', value), value)
+  }
+})
+
+test('an error with lone surrogates arrives with all that it has', async (t) => {
+  const [serves, calls] = await place.pair(t)
+  await serves.serve('throws', () => { throw new RangeError(LONE) })
+  const error = await calls.call('throws').catch((error) => error)
+  assert.deepEqual([error.name, error.type, error.message, error.data.message],
+    ['HandlerFailedError', 'RangeError', 'RangeError: a\ufffd', 'a\ufffd'])
+  assert.match(error.remoteTraceback, /^RangeError: a\ufffd\n +at /)
+  const text = '\\ud800\\\\'
+  await serves.serve('fails', () => {
+    throw new Failure('own', LONE, { [LONE]: [LONE, text + LONE], text, n: 1 })
+  })
+  await assert.rejects(calls.call('fails'), {
+    code: 'own',
+    message: 'a\ufffd',
+    data: { 'a\ufffd': ['a\ufffd', `${text}a\ufffd`], text, n: 1 }
+  })
+  await serves.serve('answers', () => [LONE])
+  await assert.rejects(calls.call('answers'), {
+    code: 'bad_message', message: 'data[0]: lone surrogates cannot be sent'
+  })
 })
 
 test('data that is too deep or no data is refused', async (t) => {

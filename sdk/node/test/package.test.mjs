@@ -7,6 +7,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { test } from 'node:test'
 
+import { findProgram, server } from 'latzero/testing'
+
 const packages = process.env.NODE_PACKAGES
 const skip = packages === undefined && 'NODE_PACKAGES names no tarballs'
 const tarballs = skip ? [] : readdirSync(packages).filter((name) => name.endsWith('.tgz')).sort()
@@ -27,6 +29,23 @@ function installed (t, names) {
   execFileSync('npm', install, { cwd: folder, env, stdio: 'inherit' })
   return folder
 }
+
+test('a server for tests does not see what is meant for others', async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'latzero-private-'))
+  const [seen, program] = [join(folder, 'seen'), join(folder, 'program')]
+  const script = `#!/bin/sh\nenv > '${seen}'\nexec '${findProgram()}' "$@"\n`
+  writeFileSync(program, script, { mode: 0o755 })
+  const before = { ...process.env }
+  t.after(() => {
+    process.env = before
+    rmSync(folder, { recursive: true, force: true })
+  })
+  Object.assign(process.env, { LATZERO_BIN: program, LATZERO_PORT: 'none', LATZERO_URL: 'none' })
+  const local = await server()
+  await local.close()
+  const names = readFileSync(seen, 'utf8').match(/^LATZERO_[A-Z_]*/gm)
+  assert.deepEqual(names, ['LATZERO_BIN'])
+})
 
 test('there is a tarball of the package and one of the platform', { skip }, () => {
   assert.equal(tarballs.length, 2)
