@@ -448,10 +448,7 @@ impl PyWriter {
             return Ok(None);
         }
         let writing = writer.begin().map_err(|e| exception(py, &e))?;
-        Ok(Some(PyVersion {
-            writer,
-            writing: Mutex::new(Some(writing)),
-        }))
+        Ok(Some(PyVersion(Mutex::new(Some((writer, writing))))))
     }
 
     /// Writes one version by copying; returns its number.
@@ -469,32 +466,30 @@ impl PyWriter {
     }
 }
 
-/// A version that a [`PyWriter`] is writing.
+/// A version that a [`PyWriter`] is writing, and its writer, whose lock it holds until its end.
 #[pyclass(name = "Version", frozen, module = "latzero._latzero")]
-pub(crate) struct PyVersion {
-    writer: Arc<BlockWriter>,
-    writing: Mutex<Option<Writing>>,
-}
+pub(crate) struct PyVersion(Mutex<Option<(Arc<BlockWriter>, Writing)>>);
 
 #[pymethods]
 impl PyVersion {
     fn expose(&self, py: Python<'_>, offset: u64, length: u64, keeps: bool) -> PyResult<PySlot> {
         let exposed = detach(py, || {
-            let mut writing = lock(&self.writing);
-            let writing = writing.as_mut()?;
-            Some(self.writer.expose(writing, offset, length, keeps))
+            let mut version = lock(&self.0);
+            let (writer, writing) = version.as_mut()?;
+            Some(writer.expose(writing, offset, length, keeps))
         });
         let exposed = exposed.ok_or_else(|| not_open(py))?;
         exposed.map(PySlot::new).map_err(|e| exception(py, &e))
     }
 
     fn publish(&self, py: Python<'_>) -> PyResult<u64> {
-        let writing = lock(&self.writing).take().ok_or_else(|| not_open(py))?;
-        detach(py, || self.writer.publish(writing)).map_err(|e| exception(py, &e))
+        let version = lock(&self.0).take();
+        let (writer, writing) = version.ok_or_else(|| not_open(py))?;
+        detach(py, || writer.publish(writing)).map_err(|e| exception(py, &e))
     }
 
     fn abandon(&self) {
-        drop(lock(&self.writing).take());
+        drop(lock(&self.0).take());
     }
 }
 

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::fmt::Write as _;
 
-use latzero::{Bytes, Data};
+use latzero::{Bytes, Code, Data};
 use pyo3::exceptions::{PyKeyError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -13,7 +13,7 @@ use pyo3::types::{
 use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
 use crate::block::{PyBlock, PyWritable};
-use crate::errors::bad_request;
+use crate::errors::{bad_request, raised};
 use crate::handlers::Face;
 use crate::share::Share;
 
@@ -531,7 +531,11 @@ fn read_text<'py>(
     let is_deep = || json.len() >= 2 * DEPTH_MAX && latzero::check_json(json).is_ok();
     read(false)
         .or_else(|e| if is_deep() { read(true) } else { Err(e) })
-        .map_err(|e| bad_request(py, &format!("the JSON received could not be read: {e}")))
+        .map_err(|e| {
+            // Whoever sent it has run.
+            let message = format!("the JSON received could not be read: {e}");
+            raised(py, Code::BadMessage, &message, Some("unknown"))
+        })
 }
 
 /// A Python object of a payload.

@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use latzero::{Code, Error, HandlerError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString};
+use pyo3::types::PyString;
 use serde_json::{Value, json};
 
 use crate::codec;
@@ -82,8 +82,6 @@ pub(crate) fn raised(py: Python<'_>, code: Code, message: &str, ran: Option<&str
     make().unwrap_or_else(|e| e)
 }
 
-/// The most characters of the `repr` of data that is no JSON.
-const REPR_CHARS_MAX: usize = 1000;
 /// How much of a traceback is sent, as in `latzero._errors`.
 const TRACEBACK_BYTES_MAX: usize = 16 * 1024;
 
@@ -104,27 +102,6 @@ fn json_value(data: &Bound<'_, PyAny>) -> PyResult<Value> {
     serde_json::from_str(&json).map_err(|e| bad_request(data.py(), &e.to_string()))
 }
 
-/// The data of an error; what is no JSON becomes text, so that the error itself arrives.
-fn error_data(data: &Bound<'_, PyAny>) -> Option<Value> {
-    if data.is_none() {
-        return None;
-    }
-    let texts = || -> PyResult<Value> {
-        let mut fields = serde_json::Map::new();
-        for (name, value) in data.cast::<PyDict>()?.iter() {
-            let (name, value) = (name.cast::<PyString>()?, value.cast::<PyString>()?);
-            fields.insert(sendable(name)?, sendable(value)?.into());
-        }
-        Ok(Value::Object(fields))
-    };
-    let shown = || -> PyResult<Value> {
-        let text = sendable(data.repr()?.as_any())?;
-        Ok(text.chars().take(REPR_CHARS_MAX).collect::<String>().into())
-    };
-    let value = json_value(data).or_else(|_| texts()).or_else(|_| shown());
-    value.ok()
-}
-
 /// The answer of a handler that raised `error`.
 pub(crate) fn handler_error(py: Python<'_>, error: &PyErr, tracebacks: bool) -> HandlerError {
     let describe = || -> PyResult<HandlerError> {
@@ -132,10 +109,18 @@ pub(crate) fn handler_error(py: Python<'_>, error: &PyErr, tracebacks: bool) -> 
         let described = describe.call1((error.value(py), tracebacks))?;
         type Described<'py> = (String, Bound<'py, PyAny>, Bound<'py, PyAny>);
         let (code, message, data): Described<'_> = described.extract()?;
-        let answer = HandlerError::new(code, sendable(&message)?);
-        Ok(match error_data(&data) {
-            Some(data) => answer.with_data(data),
-            None => answer,
+        let message = sendable(&message)?;
+        if data.is_none() {
+            return Ok(HandlerError::new(code, message));
+        }
+        Ok(match json_value(&data) {
+            Ok(data) => HandlerError::new(code, message).with_data(data),
+            Err(error) => {
+                let error = error.value(py);
+                let why = error.getattr("message").unwrap_or(error.clone().into_any());
+                let why = sendable(&why).unwrap_or_default();
+                HandlerError::new(code, format!("{message} (its data can't be sent: {why})"))
+            }
         })
     };
     describe().unwrap_or_else(|_| outline(py, error, tracebacks))

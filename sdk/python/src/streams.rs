@@ -8,7 +8,7 @@ use std::task::{Context, Poll, Waker};
 
 use latzero::{Answer, App, Data, Emission, Error, Events, Presence, Reply, State, States};
 use pyo3::IntoPyObjectExt;
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyBaseException, PyRuntimeError};
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
@@ -124,10 +124,6 @@ impl PyItems {
             is_begun: AtomicBool::new(false),
         }
     }
-
-    fn with<R>(&self, f: impl FnOnce(&mut latzero::Stream<Data>) -> R) -> PyResult<R> {
-        self.feed.with(f).ok_or_else(cancelled)
-    }
 }
 
 #[pymethods]
@@ -149,7 +145,7 @@ impl PyItems {
     /// The newest progress report that was not read yet, else `None`.
     #[getter]
     fn progress<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let report = self.with(|stream| stream.progress::<Data>())?;
+        let report = self.feed.with(|stream| stream.progress::<Data>()).flatten();
         match report.transpose().map_err(|e| exception(py, &e))? {
             Some(report) => codec::read(py, &report).map(Some),
             None => Ok(None),
@@ -159,7 +155,7 @@ impl PyItems {
     /// The handler's final answer after the last item.
     #[getter]
     fn end<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let end = self.with(|stream| stream.end().cloned())?;
+        let end = self.feed.with(|stream| stream.end().cloned()).flatten();
         match end.map(Reply::into::<Data>).transpose() {
             Ok(Some(end)) => codec::read(py, &end).map(Some),
             Ok(None) => Ok(None),
@@ -167,8 +163,11 @@ impl PyItems {
         }
     }
 
-    /// Cancels the call.
+    /// Cancels the call, unless it has ended.
     fn cancel(&self, py: Python<'_>) {
+        if self.feed.with(|stream| stream.end().is_some()) == Some(true) {
+            return;
+        }
         self.feed.close(py, drop);
     }
 }
@@ -230,13 +229,15 @@ impl Item {
     fn read(self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         match self {
             Item::Emission(event) => {
-                let data: Data = event.data().map_err(|e| exception(py, &e))?;
+                let data = event.data::<Data>().map_err(|e| exception(py, &e));
+                let (data, error) = outcome(py, data.and_then(|data| codec::read(py, &data)));
                 let origin = event.origin();
                 let headers = headers_dict(py, event.headers())?;
                 (
                     event.name(),
                     event.pool(),
-                    codec::read(py, &data)?,
+                    data,
+                    error,
                     (&origin.app_id, &origin.instance),
                     headers,
                     event.lost(),
@@ -258,14 +259,20 @@ impl Item {
             Item::Answer(answer) => {
                 let (id, lost) = (answer.id().to_owned(), answer.lost());
                 let pool = answer.pool().map(str::to_owned);
-                match read_reply(py, answer.into_reply()) {
-                    Ok(reply) => (id, pool, reply, py.None(), lost).into_py_any(py),
-                    Err(error) => (id, pool, py.None(), error.value(py), lost).into_py_any(py),
-                }
+                let (reply, error) = outcome(py, read_reply(py, answer.into_reply()));
+                (id, pool, reply, error, lost).into_py_any(py)
             }
             Item::State(state) => state.as_str().into_py_any(py),
             Item::Version(version) => version.into_py_any(py),
         }
+    }
+}
+
+/// What was read, or else the exception: whoever uses the item raises it, and the next ones arrive.
+fn outcome<T>(py: Python<'_>, read: PyResult<T>) -> (Option<T>, Option<Py<PyBaseException>>) {
+    match read {
+        Ok(read) => (Some(read), None),
+        Err(error) => (None, Some(error.into_value(py))),
     }
 }
 

@@ -697,3 +697,59 @@ def test_models_are_described_with_their_definitions(pair):
         pass
 
     assert schema_of(calls, "ambiguous") is None
+
+
+def test_what_cannot_be_read_is_raised_where_it_is_used_and_the_rest_arrives(latzero_server):
+    # Python has no such number; others send it as they like.
+    unreadable = "1e999"
+    with (
+        latzero.connect(latzero_server.url("listens"), transient=True) as app,
+        latzero.connect(latzero_server.url("sends"), transient=True) as other,
+    ):
+        heard = queue.Queue()
+        app.on("news", lambda event: heard.put(event.data))
+        events = app.events("news")
+        reported = queue.Queue()
+        before, threading.excepthook = threading.excepthook, reported.put
+        try:
+            program = [latzero.find_program(), "emit", "default/news"]
+            at = ["--socket", latzero_server.socket]
+            subprocess.run([*program, unreadable, *at], check=True, timeout=30)
+            other.emit("news", 2)
+            assert heard.get(timeout=30) == 2
+        finally:
+            threading.excepthook = before
+        assert isinstance(reported.get(timeout=30).exc_value, latzero.BadRequest)
+        first = next(events)
+        with pytest.raises(latzero.BadRequest, match="could not be read"):
+            first.data
+        assert next(events).data == 2
+        events.close()
+
+
+def test_an_answer_that_cannot_be_read_says_that_the_handler_may_have_run(latzero_server):
+    with latzero.connect(latzero_server.url("asks"), transient=True) as app:
+        serving = subprocess.Popen(
+            [latzero.find_program(), "serve", "default/huge", "--socket", latzero_server.socket,
+             "--", "echo", "1e999"],
+            stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )
+        try:
+            deadline = time.monotonic() + 30
+            while app.trigger("default", "huge") is None and time.monotonic() < deadline:
+                pass
+            with pytest.raises(latzero.BadRequest) as caught:
+                app.call("huge")
+            assert caught.value.ran == "unknown"
+        finally:
+            serving.kill()
+            serving.wait()
+
+
+def test_the_server_of_a_test_takes_no_settings_from_the_environment(monkeypatch, tmp_path):
+
+    monkeypatch.setenv("LATZERO_SOCKET", str(tmp_path / "other.sock"))
+    monkeypatch.setenv("LATZERO_ENABLE_TLS", "true")
+    with latzero.testing.server() as server:
+        assert server.socket.startswith(server.data_dir)
+        assert server.pin is None

@@ -37,6 +37,7 @@ use latzero_protocol::{BlockId, Code, Ran, Raw};
 use latzero_shm::Attachment;
 use serde_json::{Value, json};
 
+use crate::drive::core::Core;
 use crate::error::Error;
 use crate::face::app::App;
 use crate::face::outgoing::Calling;
@@ -618,7 +619,6 @@ impl Block {
         let epoch = self.app().core().epoch_now();
         let waited = match &held.attachment {
             Some(attachment) => attachment.wait(beyond, Some(time)),
-            None if self.app().core().is_ended() => Waited::Closed,
             None => match self.shared().newest.load(Ordering::Acquire) {
                 newest if newest > beyond => Waited::Newer(newest),
                 _ => Waited::TimedOut,
@@ -626,6 +626,7 @@ impl Block {
         };
         match waited {
             Waited::Newer(version) => return Ok(Slice::Newer(version)),
+            _ if self.app().core().is_ended() => return Err(Core::closed_error()),
             Waited::Closed => self.shared().is_gone.store(true, Ordering::Release),
             // If the newer generation is not available now, the futex no longer changes.
             Waited::Superseded if epoch.is_none() => std::thread::sleep(time),

@@ -82,20 +82,28 @@ class Reply:
 class Event:
     """An emit as it arrived. `lost` is how many before it were dropped."""
 
-    __slots__ = ("name", "pool", "data", "origin", "headers", "lost")
+    __slots__ = ("name", "pool", "origin", "headers", "lost", "_data", "_error")
 
     name: str
     pool: str
-    data: Any
     origin: tuple[str, str]
     headers: dict[str, str]
     lost: int
 
     def __init__(self, fields: tuple[Any, ...]) -> None:
-        self.name, self.pool, self.data, self.origin, self.headers, self.lost = fields
+        self.name, self.pool, self._data, self._error, *rest = fields
+        self.origin, self.headers, self.lost = rest
+
+    @property
+    def data(self) -> Any:
+        """What was sent; raises `BadRequest` if it can't be read."""
+        if self._error is not None:
+            raise self._error
+        return self._data
 
     def __repr__(self) -> str:
-        return f"<latzero.Event {self.pool}/{self.name} from {self.origin[0]}: {self.data!r}>"
+        data = repr(self._data) if self._error is None else str(self._error)
+        return f"<latzero.Event {self.pool}/{self.name} from {self.origin[0]}: {data}>"
 
 
 class Presence:
@@ -933,6 +941,8 @@ def _options(
     connect_timeout: float | timedelta, call_timeout: float | timedelta, tracebacks: bool,
 ) -> tuple[str, dict[str, Any]]:
     """The address and the options for the binding."""
+    if isinstance(pools, str):
+        raise TypeError(f"pools is a list of names, such as [{pools!r}]")
     if url is None:
         url = os.environ.get("LATZERO_URL")
     if url is None:

@@ -121,10 +121,15 @@ def describe(error: BaseException, tracebacks: bool) -> tuple[str, str, Any]:
     """Code, message and data of the answer of a handler that raised `error`."""
     if isinstance(error, (Failure, LatZeroError)):
         return error.code, error.message, error.data
-    data = {"type": type(error).__qualname__, "message": str(error)}
+    data = {"type": _sendable(type(error).__qualname__), "message": _sendable(str(error))}
     if tracebacks:
         import traceback
 
-        text = "".join(traceback.format_exception(error)).encode(errors="replace")
+        text = _sendable("".join(traceback.format_exception(error))).encode()
         data["traceback"] = text[-_TRACEBACK_BYTES_MAX:].decode(errors="ignore")
-    return "handler_error", f"{data['type']}: {error}", data
+    return "handler_error", f"{data['type']}: {data['message']}", data
+
+
+def _sendable(text: str) -> str:
+    """`text` without surrogates, which UTF-8 has not."""
+    return text.encode(errors="replace").decode()

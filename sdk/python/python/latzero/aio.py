@@ -25,7 +25,7 @@ from ._app import (
 from ._arrays import flat
 from ._block import BlockInfo, Filling, Shares, _same, _seconds, begin, is_ours_alone
 from ._block import options as _block_options
-from ._errors import Cancelled, LatZeroError, Timeout
+from ._errors import Cancelled, Failure, LatZeroError, Timeout
 from ._latzero import AioRequest as Request
 from ._lean import F, Generic, T, overload
 
@@ -49,7 +49,9 @@ _EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) el
 class _Loop:
     """The LatZero operations and apps of an event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, is_own: bool = False) -> None:
+        # Whether the loop is of the package, and runs for other handlers too.
+        self._is_own = is_own
         # Weak: the event loop refers to this by its readers.
         self._weak_loop = weakref.ref(loop)
         self.inner: _latzero.Loop = _latzero.Loop(weakref.ref(self))
@@ -136,8 +138,6 @@ class _Loop:
                 self.inner.send(answer, result)
                 return None
             return self._begin_async(lambda *_: result, request, data, answer)
-        except asyncio.CancelledError:
-            return None
         except BaseException as error:
             self._fail(answer, error)
             return None
@@ -157,14 +157,22 @@ class _Loop:
             _current.reset(token)
 
     def _fail(self, answer: _latzero.Answer, error: BaseException) -> None:
+        """Answers with what a handler raised."""
+        if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+            # Nobody waits for that if it was the caller who cancelled.
+            ended = Failure("handler_error", "the handler was cancelled before it answered")
+            self.inner.fail(answer, ended)
+            return
         self.inner.fail(answer, error)
-        if not isinstance(error, Exception):
+        if not isinstance(error, Exception) and not self._is_own:
             # Ends the loop, as it does in a callback. A task that raised it as it was created, as
             # those of Python 3.12 may, would be reported as never retrieved too.
             self._loop.call_soon(_end_loop, error)
 
     def _cancel(self, task: asyncio.Task[None]) -> None:
         """Cancels the task of a handler."""
+        if task.done():
+            return
         work: Any = task.get_coro()
         if inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
             # It will not begin, and so not end itself.
@@ -252,10 +260,10 @@ async def _answer(
         else:
             result = await result
         work.inner.send(answer, result)
-    except asyncio.CancelledError:
-        raise
     except BaseException as error:
         work._fail(answer, error)
+        if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+            raise
     finally:
         work.ended(answer)
 
@@ -298,7 +306,7 @@ class LoopThread:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        loop = _loops[self._loop] = _Loop(self._loop)
+        loop = _loops[self._loop] = _Loop(self._loop, is_own=True)
         self.inner = loop.inner
         self._ready.set()
         self._loop.run_forever()

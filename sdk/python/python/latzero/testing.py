@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,14 @@ __all__ = ["Server", "find_program", "server"]
 
 # What a server prints when it is ready: its pin if it speaks TLS, its address and its socket.
 _READY = re.compile(r"latzero ready .*?(?: pin (\S+))? (?:tcp|tls)://(\S+) unix:(\S+)")
+
+
+def _environment() -> dict[str, str]:
+    """The environment without settings of servers, such as the socket of another one."""
+    return {
+        name: value for name, value in os.environ.items()
+        if name == "LATZERO_BIN" or not name.startswith("LATZERO_")
+    }
 
 
 class Server:
@@ -42,7 +51,7 @@ class Server:
         self._child = subprocess.Popen(
             [find_program(), "start", "--port", "0", "--log-level", "warn", "--data-dir",
              self.data_dir, *self._args],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+            env=_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
         )
         assert self._child.stdout is not None
         for line in self._child.stdout:
