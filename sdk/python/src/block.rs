@@ -75,6 +75,11 @@ pub(crate) struct PyBlock {
     pub(crate) share: Option<Share>,
 }
 
+fn no_such(option: &str, given: Option<&str>, known: &str) -> PyErr {
+    let given = given.unwrap_or("None");
+    PyValueError::new_err(format!("{option} is {known}, not {given}"))
+}
+
 /// Opens a block: creates it, or attaches to it.
 pub(crate) fn open(app: &App, id: &str, options: &Bound<'_, PyDict>) -> PyResult<Op> {
     let mut name = app.block(id);
@@ -111,23 +116,17 @@ pub(crate) fn open(app: &App, id: &str, options: &Bound<'_, PyDict>) -> PyResult
     match text(options, "kind")?.as_deref() {
         Some("shared") => {}
         Some("persistent") => making = making.persistent(),
-        other => return Err(PyValueError::new_err(format!("no such kind: {other:?}"))),
+        other => return Err(no_such("kind", other, "shared or persistent")),
     }
     match text(options, "consistency")?.as_deref() {
         Some("snapshot") => making = making.slots(codec::take(options, "slots")?.extract()?),
         Some("raw") => making = making.raw(),
-        other => {
-            let message = format!("no such consistency: {other:?}");
-            return Err(PyValueError::new_err(message));
-        }
+        other => return Err(no_such("consistency", other, "snapshot or raw")),
     }
     match text(options, "lifetime")?.as_deref() {
         Some("pool") => {}
         Some("attached") => making = making.while_attached(),
-        other => {
-            let message = format!("no such lifetime: {other:?}");
-            return Err(PyValueError::new_err(message));
-        }
+        other => return Err(no_such("lifetime", other, "pool or attached")),
     }
     let apps = |name: &str| codec::take(options, name)?.extract::<Option<Vec<String>>>();
     if let Some(apps) = apps("writable_by")? {

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::fmt::Write as _;
 
 use latzero::{Bytes, Code, Data};
-use pyo3::exceptions::{PyKeyError, PyTypeError};
+use pyo3::exceptions::{PyException, PyKeyError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{
@@ -260,6 +260,12 @@ fn append(object: &Bound<'_, PyAny>, out: &mut Out, place: &Place<'_>) -> PyResu
             Err(e) if e.is_instance_of::<PyTypeError>(py) => {
                 let name = object.get_type().name()?;
                 return Err(place.refuse(py, &format!("a {name} can't be written as JSON")));
+            }
+            // Such as that of a model which pydantic can't write.
+            Err(e) if e.is_instance_of::<PyException>(py) => {
+                let refused = place.refuse(py, &e.value(py).to_string());
+                refused.set_cause(py, Some(e));
+                return Err(refused);
             }
             Err(e) => return Err(e),
         }

@@ -611,3 +611,33 @@ except ZeroDivisionError:
 print(b.read().tolist(), b.version)
 """, "debug-else")
     assert (out, err) == ("[2, 5, 7, 5] 3\n", "")
+
+
+def test_read_fills_no_array_of_another_type(latzero_server):
+    with latzero.connect(latzero_server.url("fills"), transient=True) as app:
+        block = app.block("filled", shape=3, dtype="i4", create=True)
+        for wrong in ["f4", ">i4"]:
+            with pytest.raises(ValueError, match="has the type"):
+                block.read(out=np.zeros(3, wrong))
+        assert block.read(out=np.zeros(3, "i4")).dtype == "i4"
+        assert block.read(out=np.zeros(12, "u1")).nbytes == 12
+        assert block.read(out=bytearray(12)) == bytes(12)
+
+
+@pytest.mark.parametrize("options", [
+    {"kind": "zz"}, {"consistency": "zz"}, {"lifetime": "zz"},
+], ids=str)
+def test_a_word_that_an_option_does_not_have_is_named(latzero_server, options):
+    with latzero.connect(latzero_server.url("words"), transient=True) as app:
+        name, = options
+        with pytest.raises(ValueError, match=f"{name} is [a-z ]+, not zz"):
+            app.block("worded", size=8, create=True, **options)
+
+
+@pytest.mark.parametrize("time", [-1, float("nan"), float("inf")])
+def test_a_time_is_a_number_from_0_on(latzero_server, time):
+    with latzero.connect(latzero_server.url("times"), transient=True) as app:
+        with pytest.raises(ValueError, match="from 0 on"):
+            app.call("any", timeout=time)
+        with pytest.raises(ValueError, match="from 0 on"):
+            latzero.connect(latzero_server.url("times-too"), connect_timeout=time)

@@ -212,3 +212,15 @@ def test_generators_of_asyncio_have_their_request(latzero_server):
                 await anext(items)
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_model_that_can_not_be_written_is_a_bad_request(latzero_server):
+    pydantic = pytest.importorskip("pydantic")
+
+    class Raw(pydantic.BaseModel):
+        v: bytes
+
+    with latzero.connect(latzero_server.url("models"), transient=True) as app:
+        with pytest.raises(latzero.BadRequest, match=r"^bad_message: data\.m: ") as raised:
+            app.call("any", m=Raw(v=b"\xff"))
+        assert type(raised.value.__cause__).__name__ == "PydanticSerializationError"

@@ -128,6 +128,18 @@ def flat(target: Any) -> Any:
     return memoryview(target).cast("B")
 
 
+def check_type(target: Any, nbytes: int, layout: Layout | None) -> None:
+    """Refuses an array of numbers of another type than the layout's. Bytes take anything."""
+    module = numpy()
+    if layout is None or module is None or not isinstance(target, module.ndarray):
+        return
+    wanted = _dtype(module, layout, nbytes)
+    if wanted is None or "V" in (wanted.kind, target.dtype.kind):
+        return
+    if target.dtype not in (wanted, module.dtype("u1")):
+        raise ValueError(f"`out` has the type {target.dtype.str}, the block has {wanted.str}")
+
+
 def close(target: Any) -> None:
     """Makes a later write through `target` an error."""
     if isinstance(target, memoryview):

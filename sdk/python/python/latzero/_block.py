@@ -19,11 +19,18 @@ _LONG = 3600.0
 _IS_DEBUG = os.environ.get("LATZERO_DEBUG") == "1"
 
 
+# Longer than any wait, and less than what the binding takes.
+_SECONDS_MAX = 1e15
+
+
 def _seconds(time: float | timedelta | None) -> Any:
-    if time is None or isinstance(time, (int, float)):
-        return time
+    if time is None:
+        return None
     try:
-        return time.total_seconds()
+        seconds = time if isinstance(time, (int, float)) else time.total_seconds()
+        if not 0 <= seconds <= _SECONDS_MAX:
+            raise ValueError(f"a time is a number of seconds from 0 on, not {seconds}")
+        return seconds
     except AttributeError:
         raise TypeError(
             f"a time is a number of seconds or a timedelta, not {type(time).__name__}"
@@ -139,6 +146,7 @@ class BlockInfo:
             place = _arrays.flat(target)
             if place.nbytes != nbytes:
                 raise ValueError(f"`out` has {place.nbytes} bytes, the block has {nbytes}")
+            _arrays.check_type(out, nbytes, layout)
             try:
                 inner.read_into(0, place)
             except BlockError as error:
