@@ -53,10 +53,11 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> CommandResult {
     let mut departures = connection.app.as_async().departures();
     let mut listening = Vec::new();
     for target in targets {
+        // Before the check, which registers too: what arrives from then on has its place.
+        let events = block_on(connection.app.as_async().on(&target.trigger))?;
         if let Some(pool) = &target.pool {
             check_may_listen(&connection, pool, &target.trigger)?;
         }
-        let events = block_on(connection.app.as_async().on(&target.trigger))?;
         listening.push(Listening { target, events });
     }
     // Shared with the thread that reports losses when a signal ends the command.
@@ -91,11 +92,15 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> CommandResult {
 }
 
 /// Checks that the server serves events of a pool to this app. It refuses a registration that names
-/// the pool, and would not serve the client's, which names none, without a word.
+/// the pool; of the client's, which names none, it leaves out what may not be served.
 fn check_may_listen(connection: &Connection, pool: &str, trigger: &str) -> Result<(), Failure> {
-    let listener = json!({"name": trigger, "concurrency": 0, "pools": [pool]});
-    let request = json!({"action": "trigger_register", "triggers": [listener]});
-    let _: Value = connection.app.request(&request)?;
+    let everywhere = json!({"name": trigger, "concurrency": 0});
+    let mut there = everywhere.clone();
+    there["pools"] = json!([pool]);
+    for listener in [there, everywhere] {
+        let request = json!({"action": "trigger_register", "triggers": [listener]});
+        let _: Value = connection.app.request(&request)?;
+    }
     Ok(())
 }
 

@@ -223,7 +223,7 @@ fn a_command_runs_under_the_lock() {
     ]));
     assert_eq!(held.line(), "held");
     server
-        .run(&["block", "lock", "alpha/f", "--wait", "10ms", "--", "true"])
+        .run(&["block", "lock", "alpha/f", "--wait", "500ms", "--", "true"])
         .ended_with(5)
         .said("locked");
     let info = server.run(&["block", "info", "alpha/f"]).json();
