@@ -511,7 +511,8 @@ impl Vault {
         if action == "response" {
             self.apps[at].parked.remove(&of);
         }
-        // Its own words come back to it, in refusals; that of a trigger names a pool that it was in.
+        // Its own words come back to it, in refusals; that of a trigger names a pool that it was
+        // in.
         let is_about_own = !is_ok && matches!(kind, "v" | "c" | "leave" | "t") || action == "error";
         if proved.is_none() && !is_about_own && (text.contains(POOL) || text.contains(SEALED)) {
             return Err("it has proved nothing".into());
