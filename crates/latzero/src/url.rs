@@ -51,7 +51,7 @@ fn bad(url: &str, why: &str) -> Error {
         Code::BadMessage,
         format!(
             "the address '{url}' {why}; expected latzero://APP_ID[@HOST[:PORT]][?socket=PATH][?tls]\
-             [&pool=NAME]"
+             [&pool=NAME[&keys=FILE]]"
         ),
     )
 }
