@@ -53,16 +53,16 @@ fn builder(
     url: &str,
     options: &Bound<'_, PyDict>,
 ) -> PyResult<(latzero::Builder, bool)> {
-    let flag = |name: &str| codec::take(options, name)?.extract::<bool>();
-    let time = |name: &str| seconds(codec::take(options, name)?.extract()?);
-    let pools: Vec<String> = codec::take(options, "pools")?.extract()?;
+    let flag = |name: &str| codec::option::<bool>(options, name);
+    let time = |name: &str| seconds(codec::option(options, name)?);
+    let pools: Vec<String> = codec::option(options, "pools")?;
     let mut builder = App::builder(url)
         .exclusive(flag("exclusive")?)
         .takeover(flag("takeover")?)
         .rehydrate(flag("rehydrate")?)
         .transient(flag("transient")?)
         .pools(pools)
-        .handler_threads(codec::take(options, "handler_threads")?.extract()?)
+        .handler_threads(codec::option(options, "handler_threads")?)
         .connect_timeout(time("connect_timeout")?)
         .call_timeout(time("call_timeout")?)
         .reconnect(latzero::Reconnect {
@@ -100,7 +100,7 @@ macro_rules! address {
         {
             $sending = match to.extract::<(String, String)>() {
                 Ok((app_id, instance)) => $sending.to_instance(&app_id, instance_id(&instance)?),
-                Err(_) => $sending.to(&to.extract::<String>()?),
+                Err(_) => $sending.to(&codec::named::<String>("to", &to)?),
             };
         }
         if let Some(pool) = text($options, "pool")? {
@@ -113,7 +113,8 @@ macro_rules! address {
             && !headers.is_none()
         {
             for (name, value) in headers.cast::<PyDict>()?.iter() {
-                let (name, value): (String, String) = (name.extract()?, value.extract()?);
+                let name: String = codec::named("headers", &name)?;
+                let value: String = codec::named("headers", &value)?;
                 $sending = $sending.header(&name, &value);
             }
         }
@@ -135,7 +136,7 @@ fn flag(options: &Bound<'_, PyDict>, name: &str) -> PyResult<bool> {
 
 pub(crate) fn text(options: &Bound<'_, PyDict>, name: &str) -> PyResult<Option<String>> {
     match options.get_item(name)? {
-        Some(value) => value.extract(),
+        Some(value) => codec::named(name, &value),
         None => Ok(None),
     }
 }
@@ -210,7 +211,7 @@ impl PyApp {
         if let Some(timeout) = options.get_item("timeout")?
             && !timeout.is_none()
         {
-            call = call.timeout(seconds(timeout.extract()?)?);
+            call = call.timeout(seconds(codec::named("timeout", &timeout)?)?);
         }
         if let Some(key) = text(options, "idempotency_key")? {
             call = call.idempotency_key(&key);
@@ -223,7 +224,7 @@ impl PyApp {
         if let Some(attempts) = options.get_item("attempts")?
             && !attempts.is_none()
         {
-            call = call.attempts(attempts.extract()?);
+            call = call.attempts(codec::named("attempts", &attempts)?);
         }
         if let Some(id) = text(options, "id")? {
             call = call.id(&id);
@@ -447,11 +448,11 @@ impl PyApp {
         options: &Bound<'_, PyDict>,
         on_loop: Option<&Loop>,
     ) -> PyResult<Op> {
-        let strategy: String = codec::take(options, "strategy")?.extract()?;
+        let strategy: String = codec::option(options, "strategy")?;
         let strategy = Strategy::parse(&strategy)
             .ok_or_else(|| PyValueError::new_err(format!("no such strategy: {strategy:?}")))?;
         let mut serving = self.app.handler(name).strategy(strategy);
-        let concurrency: Option<u32> = codec::take(options, "concurrency")?.extract()?;
+        let concurrency: Option<u32> = codec::option(options, "concurrency")?;
         if let Some(concurrency) = concurrency {
             serving = serving.concurrency(concurrency);
         }
@@ -469,7 +470,7 @@ impl PyApp {
             // A server may refuse one that is longer.
             serving = serving.schema(schema);
         }
-        let pools: Option<Vec<String>> = codec::take(options, "pools")?.extract()?;
+        let pools: Option<Vec<String>> = codec::option(options, "pools")?;
         if let Some(pools) = pools {
             serving = serving.pools(pools);
         }
@@ -631,7 +632,7 @@ impl PyParked {
 #[pyfunction]
 pub(crate) fn connecting(py: Python<'_>, url: &str, options: &Bound<'_, PyDict>) -> PyResult<Op> {
     let (builder, tracebacks) = builder(py, url, options)?;
-    let threads = codec::take(options, "handler_threads")?.extract()?;
+    let threads = codec::option(options, "handler_threads")?;
     Ok(Op::connecting(async move {
         let (app, driver) = builder.connect_driven().await?;
         Ok(PyApp {

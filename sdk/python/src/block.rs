@@ -86,8 +86,7 @@ pub(crate) fn open(app: &App, id: &str, options: &Bound<'_, PyDict>) -> PyResult
     if let Some(pool) = text(options, "pool")? {
         name = name.pool(&pool);
     }
-    if let Layout(Some((dtype, shape, fields))) = Layout(codec::take(options, "layout")?.extract()?)
-    {
+    if let Layout(Some((dtype, shape, fields))) = Layout(codec::option(options, "layout")?) {
         name = name.layout(&dtype, &shape);
         if !fields.is_empty() {
             name = name.fields(&fields);
@@ -96,7 +95,7 @@ pub(crate) fn open(app: &App, id: &str, options: &Bound<'_, PyDict>) -> PyResult
     let wrap = |py: Python<'_>, block: Block| PyBlock::new(block).into_py_any(py);
     let create = text(options, "create")?;
     let Some(create) = create else {
-        let write: Option<bool> = codec::take(options, "write")?.extract()?;
+        let write: Option<bool> = codec::option(options, "write")?;
         let attach = async move {
             match write {
                 Some(true) => name.attach_writable().await,
@@ -109,7 +108,7 @@ pub(crate) fn open(app: &App, id: &str, options: &Bound<'_, PyDict>) -> PyResult
         };
         return Ok(op(app, attach, wrap));
     };
-    let mut making = name.create(codec::take(options, "size")?.extract()?);
+    let mut making = name.create(codec::option(options, "size")?);
     if create == "attach" {
         making = making.or_attach();
     }
@@ -119,7 +118,7 @@ pub(crate) fn open(app: &App, id: &str, options: &Bound<'_, PyDict>) -> PyResult
         other => return Err(no_such("kind", other, "shared or persistent")),
     }
     match text(options, "consistency")?.as_deref() {
-        Some("snapshot") => making = making.slots(codec::take(options, "slots")?.extract()?),
+        Some("snapshot") => making = making.slots(codec::option(options, "slots")?),
         Some("raw") => making = making.raw(),
         other => return Err(no_such("consistency", other, "snapshot or raw")),
     }
@@ -128,7 +127,7 @@ pub(crate) fn open(app: &App, id: &str, options: &Bound<'_, PyDict>) -> PyResult
         Some("attached") => making = making.while_attached(),
         other => return Err(no_such("lifetime", other, "pool or attached")),
     }
-    let apps = |name: &str| codec::take(options, name)?.extract::<Option<Vec<String>>>();
+    let apps = |name: &str| codec::option::<Option<Vec<String>>>(options, name);
     if let Some(apps) = apps("writable_by")? {
         making = making.writable_by(&apps.iter().map(String::as_str).collect::<Vec<_>>());
     }

@@ -4,7 +4,10 @@ use std::cell::RefCell;
 use std::fmt::Write as _;
 
 use latzero::{Bytes, Code, Data};
-use pyo3::exceptions::{PyException, PyKeyError, PyTypeError};
+use pyo3::conversion::FromPyObjectOwned;
+use pyo3::exceptions::{
+    PyException, PyKeyError, PyOverflowError, PyTypeError, PyUnicodeEncodeError, PyValueError,
+};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{
@@ -565,6 +568,32 @@ pub(crate) fn read_request<'py>(
     // Most requests have no blocks.
     let lender = (!request.block_ids().is_empty()).then_some(&lender);
     read_text(py, request.json().unwrap_or("null"), lender)
+}
+
+/// The value of an option; an error names the option.
+pub(crate) fn named<'py, T: FromPyObjectOwned<'py>>(
+    name: &str,
+    value: &Bound<'py, PyAny>,
+) -> PyResult<T> {
+    value.extract().map_err(|e: T::Error| {
+        let (py, e) = (value.py(), e.into());
+        if e.is_instance_of::<PyOverflowError>(py) {
+            PyValueError::new_err(format!("{name} is out of range: {value}"))
+        } else if e.is_instance_of::<PyUnicodeEncodeError>(py) {
+            let why = "the text has lone surrogates, which UTF-8 has not";
+            bad_request(py, &format!("{name}: {why}"))
+        } else {
+            PyTypeError::new_err(format!("{name}: {}", e.value(py)))
+        }
+    })
+}
+
+/// A required option.
+pub(crate) fn option<'py, T: FromPyObjectOwned<'py>>(
+    options: &Bound<'py, PyDict>,
+    name: &str,
+) -> PyResult<T> {
+    named(name, &take(options, name)?)
 }
 
 /// A required item of a dict of options.

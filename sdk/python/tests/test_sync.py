@@ -753,3 +753,19 @@ def test_the_server_of_a_test_takes_no_settings_from_the_environment(monkeypatch
     with latzero.testing.server() as server:
         assert server.socket.startswith(server.data_dir)
         assert server.pin is None
+
+
+@pytest.mark.parametrize("options, error, message", [
+    ({"attempts": -1}, ValueError, "attempts is out of range: -1"),
+    ({"attempts": 2**40}, ValueError, "attempts is out of range"),
+    ({"to": ("a",)}, TypeError, "to: "),
+    ({"to": ["a", "b"]}, TypeError, "to: "),
+    ({"key": "\ud800"}, latzero.BadRequest, "key: the text has lone surrogates"),
+    ({"pool": "\ud800"}, latzero.BadRequest, "pool: the text has lone surrogates"),
+    ({"headers": {"a": "\ud800"}}, latzero.BadRequest, "headers: the text has lone surrogates"),
+    ({"headers": {"a": 1}}, TypeError, "headers: "),
+], ids=str)
+def test_a_wrong_option_is_named(latzero_server, options, error, message):
+    with latzero.connect(latzero_server.url("options"), transient=True) as app:
+        with pytest.raises(error, match=message):
+            app.call("any", **options)
