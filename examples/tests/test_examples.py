@@ -24,6 +24,9 @@ RUST = Path(os.environ["EXAMPLES_PROGRAMS"])
 PACKAGES = Path(os.environ["EXAMPLES_PACKAGES"])
 SECONDS = 120
 
+# A shell starts its background jobs with SIGINT ignored, which the programs would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
