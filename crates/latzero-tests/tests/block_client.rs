@@ -337,10 +337,9 @@ fn a_block_is_an_argument_of_a_call() {
             let sum: u64 = call().block_writable(&block).send().unwrap();
             assert_eq!(sum, 6, "{caller_via:?} {handler_via:?}");
             assert_eq!(block.read().unwrap().0[0], 100);
-            assert_eq!(
-                call().block(&block).send::<u64>().unwrap_err().kind(),
-                Code::Forbidden
-            );
+            let error = call().block(&block).send::<u64>().unwrap_err();
+            assert_eq!(error.kind(), Code::HandlerError);
+            assert!(error.message().starts_with("forbidden: "), "{error}");
             assert_eq!(kind(handler.block("arg").attach()), Code::Forbidden);
             // Only the caller is still attached.
             assert_eq!(block.info().unwrap()["attachments_total"], 1);

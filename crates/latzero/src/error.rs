@@ -1,13 +1,13 @@
 //! What can go wrong, for callers ([`Error`]) and for handlers ([`HandlerError`]).
 
-use std::any::Any;
+use std::any::type_name;
 use std::borrow::Cow;
 use std::fmt;
 
 use latzero_crypto::text::redact;
 use latzero_protocol::{Code, Ran};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Why an operation failed. One pointer in size.
 #[derive(Clone)]
@@ -167,8 +167,9 @@ impl std::error::Error for Error {
     }
 }
 
-/// An error that a handler answers with. Any error converts into one with `?`, with the code
-/// `handler_error`; a [`latzero::Error`](Error) keeps its code.
+/// An error that a handler answers with. Any error converts into one with `?`: with the code
+/// `handler_error`, and its type and message as data. So does a [`latzero::Error`](Error) of a call
+/// that the handler made: its code would tell the caller that its own call had failed that way.
 #[derive(Debug, Clone)]
 pub struct HandlerError {
     pub(crate) code: Cow<'static, str>,
@@ -215,14 +216,9 @@ impl fmt::Display for HandlerError {
 // `HandlerError` is not a `std::error::Error`, so that this can be implemented for all others.
 impl<E: std::error::Error + 'static> From<E> for HandlerError {
     fn from(error: E) -> Self {
-        match (&error as &dyn Any).downcast_ref::<Error>() {
-            Some(ours) => HandlerError {
-                code: Cow::Owned(ours.code().to_owned()),
-                message: ours.message().to_owned(),
-                data: ours.data().cloned(),
-            },
-            None => HandlerError::new("handler_error", error.to_string()),
-        }
+        let message = error.to_string();
+        let data = json!({"type": type_name::<E>(), "message": message});
+        HandlerError::new("handler_error", message).with_data(data)
     }
 }
 
@@ -240,7 +236,7 @@ mod tests {
             (e.kind(), e.code(), e.ran()),
             (Code::HandlerError, "mine", None)
         );
-        assert_eq!(e.data(), Some(&serde_json::json!({"x":1})));
+        assert_eq!(e.data(), Some(&json!({"x":1})));
         assert_eq!(Error::from_wire("{}").code(), "handler_error");
         assert_eq!(std::mem::size_of::<Error>(), std::mem::size_of::<usize>());
     }
@@ -248,8 +244,10 @@ mod tests {
     #[test]
     fn errors_turn_into_handler_errors() {
         let e = HandlerError::from(Error::new(Code::NoHandler, "nobody"));
-        assert_eq!((e.code(), e.message()), ("no_handler", "nobody"));
-        let e = HandlerError::from(std::io::Error::other("disk"));
-        assert_eq!((e.code(), e.message()), ("handler_error", "disk"));
+        assert_eq!(e.to_string(), "handler_error: no_handler: nobody");
+        let e = HandlerError::from(std::fmt::Error);
+        assert_eq!(e.code(), "handler_error");
+        let data = json!({"type": "core::fmt::Error", "message": e.message()});
+        assert_eq!(e.data, Some(data));
     }
 }

@@ -127,7 +127,7 @@ function text (read) {
 
 /** Code, message and data of the answer of a handler that threw `error`. */
 function describe (error, tracebacks) {
-  if (tried(() => error instanceof Failure || error instanceof LatZeroError)) {
+  if (tried(() => error instanceof Failure)) {
     return {
       code: text(() => error.code),
       message: text(() => error.message),

@@ -2,7 +2,7 @@
 
 // Functions as handlers: what they get, what they answer, and items that they stream.
 
-const { describe, errorOf, own, text, thrown, warn } = require('./errors.cjs')
+const { LatZeroError, describe, errorOf, own, text, thrown, warn } = require('./errors.cjs')
 const { encode, mend, withBlocks } = require('./json.cjs')
 
 const ERROR = 2
@@ -13,6 +13,16 @@ const GONE = ['cancelled', 'disconnected']
 
 /** Instead of what a promise resolves to, when the caller is gone. */
 const LEFT = Symbol('left')
+
+/** What a handler answers. The caller's request is not to blame if that can't be encoded. */
+function encodeAnswer (data, strict) {
+  try {
+    return encode(data, strict)
+  } catch (error) {
+    if (!(error instanceof LatZeroError)) throw error
+    throw new TypeError(`the answer can't be sent: ${error.message}`, { cause: error })
+  }
+}
 
 /** A call as its handler sees it. */
 class Request {
@@ -106,7 +116,8 @@ class Request {
 
   /** Sends an item or a report; whether anybody waits for more. What can't be sent is thrown. */
   async send (data, isReport) {
-    const payload = encode(data, this.#connection.strict)
+    const { strict } = this.#connection
+    const payload = isReport ? encode(data, strict) : encodeAnswer(data, strict)
     const { what, payload: fault } = await this.#connection.op(
       (native, token) => native.partial(token, this.#number, payload, isReport))
     if (what === ERROR && !GONE.includes(fault.code)) throw errorOf(fault)
@@ -136,7 +147,7 @@ class Request {
 
   answer (data) {
     const { native, strict } = this.#connection
-    native.answer(this.#number, encode(data, strict))
+    native.answer(this.#number, encodeAnswer(data, strict))
     this.#end()
   }
 

@@ -42,20 +42,14 @@ pub(crate) fn family(code: Code) -> &'static str {
     }
 }
 
-/// How a message of the client about a block that is only read ends, and what to do about it.
-const READ_ONLY: &str = "for reading only";
-const ADVICE: &str = ": open it with `write: true`, or have the caller send `writable(block)`";
-
 /// What the face makes an error of.
 pub(crate) fn describe(error: &Error) -> Value {
     let kind = error.kind();
     let is_own = error.code() != kind.as_str();
-    let is_read_only = kind == Code::Forbidden && error.message().ends_with(READ_ONLY);
-    let advice = if is_read_only { ADVICE } else { "" };
     json!({
         "family": family(kind),
         "code": error.code(),
-        "message": format!("{}{advice}", error.message()),
+        "message": error.message(),
         "ran": error.ran().map(latzero::Ran::as_str),
         "data": error.data(),
         "hint": (!is_own).then(|| kind.remedy()),

@@ -112,7 +112,32 @@ test('handlers may throw anything', async (t) => {
   await serves.serve('odd', () => { throw new Failure('odd', 'm', { a: 2n ** 80n }) })
   await assert.rejects(calls.call('odd'), { code: 'odd', message: /its data can't be sent/ })
   await serves.serve('answers', () => () => {})
-  await assert.rejects(calls.call('answers'), { code: 'bad_message' })
+  await assert.rejects(calls.call('answers'), { code: 'handler_error', type: 'TypeError' })
+})
+
+test('an answer that cannot be sent is a failure of the handler', async (t) => {
+  const [serves, calls] = await place.pair(t)
+  await serves.serve('answers', () => ({ v: [new Uint8Array(1)] }))
+  await serves.serve('streams', async function * () {
+    yield { v: [new Uint8Array(1)] }
+  })
+  const fails = { name: 'HandlerFailedError', code: 'handler_error', type: 'TypeError' }
+  const why = /the answer can't be sent: data\.v\[0\]/
+  for (const call of [() => calls.call('answers'), () => all(calls.stream('streams'))]) {
+    await assert.rejects(call, { ...fails, message: why })
+  }
+})
+
+test("the error of a handler's own call is thrown like any other", async (t) => {
+  const [serves, calls] = await place.pair(t)
+  await serves.serve('late', () => serves.call('nothing'))
+  await assert.rejects(calls.call('late'), {
+    name: 'HandlerFailedError', code: 'handler_error', type: 'UnavailableError'
+  })
+  await serves.serve('passes_on', () => serves.call('nothing').catch((error) => {
+    throw new Failure(error.code, error.message)
+  }))
+  await assert.rejects(calls.call('passes_on'), { name: 'UnavailableError', code: 'no_handler' })
 })
 
 test('errors have their families', async (t) => {
@@ -286,7 +311,7 @@ test('the newest report stays when a stream has ended', async (t) => {
   const stream = calls.stream('reports')
   assert.deepEqual([await all(stream), stream.progress, stream.end], [[], 100, 'end'])
   await serves.serve('lone', (data, request) => request.progress('\ud800'))
-  await assert.rejects(all(calls.stream('lone')), { code: 'bad_message' })
+  await assert.rejects(all(calls.stream('lone')), { type: 'BadRequestError' })
 })
 
 test('one signal may be for many calls', async (t) => {
@@ -368,7 +393,7 @@ test('what is too large for a stream fails it', async (t) => {
   for (const what of ['item', 'report']) {
     const stream = calls.stream('huge', what)
     assert.equal((await stream.next()).value, 1)
-    await assert.rejects(stream.next(), { name: 'BadRequestError', code: 'too_large' })
+    await assert.rejects(stream.next(), { code: 'handler_error', type: 'BadRequestError' })
   }
   assert.equal(closed, 2)
   // A function may go on without the report.

@@ -148,7 +148,9 @@ test('bytes inside of JSON are refused, with their place', async (t) => {
     await assert.rejects(calls.call('nobody', value), { message: `${at}: ${message}`, ran: 'no' })
   }
   await serves.serve('f', () => ({ a: new Uint8Array(1) }))
-  await assert.rejects(calls.call('f'), { code: 'bad_message', message: `data.a: ${message}` })
+  await assert.rejects(calls.call('f'), {
+    code: 'handler_error', message: `TypeError: the answer can't be sent: data.a: ${message}`
+  })
 })
 
 const LONE = 'a\ud800'
@@ -207,7 +209,8 @@ test('an error with lone surrogates arrives with all that it has', async (t) => 
   })
   await serves.serve('answers', () => [LONE])
   await assert.rejects(calls.call('answers'), {
-    code: 'bad_message', message: 'data[0]: lone surrogates cannot be sent'
+    code: 'handler_error',
+    message: "TypeError: the answer can't be sent: data[0]: lone surrogates cannot be sent"
   })
 })
 

@@ -12,11 +12,11 @@ use latzero::{
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString};
+use pyo3::types::PyDict;
 use serde_json::Value;
 
 use crate::block;
-use crate::codec;
+use crate::codec::{self, Given};
 use crate::errors::{self, exception, wait};
 use crate::event_loop::Loop;
 use crate::handlers::{Trigger, answer, hand_over, run_on};
@@ -305,12 +305,12 @@ impl PyApp {
     /// Calls, and waits on this thread.
     fn call<'py>(
         &self,
-        name: &Bound<'py, PyString>,
+        name: Given<&str>,
         data: &Bound<'py, PyAny>,
         options: &Bound<'py, PyDict>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let py = name.py();
-        let (call, lent) = self.calling(name.to_str()?, data, options)?;
+        let py = data.py();
+        let (call, lent) = self.calling(name.0, data, options)?;
         let call = latzero::blocking::Call::from(call);
         let answer = wait(py, || {
             let answer = call.send::<Data>();
@@ -323,12 +323,12 @@ impl PyApp {
     /// Like `call`, with the headers.
     fn reply(
         &self,
-        name: &Bound<'_, PyString>,
+        name: Given<&str>,
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Py<PyAny>> {
-        let py = name.py();
-        let (call, lent) = self.calling(name.to_str()?, data, options)?;
+        let py = data.py();
+        let (call, lent) = self.calling(name.0, data, options)?;
         let call = latzero::blocking::Call::from(call);
         let reply = wait(py, || {
             let reply = call.reply();
@@ -340,33 +340,33 @@ impl PyApp {
 
     fn call_op(
         &self,
-        name: &str,
+        name: Given<&str>,
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Op> {
-        let (call, lent) = self.calling(name, data, options)?;
+        let (call, lent) = self.calling(name.0, data, options)?;
         let read = |py: Python<'_>, data| Ok(codec::read(py, &data)?.unbind());
         Ok(op(&self.app, ending(call.send::<Data>(), lent), read).short())
     }
 
     fn reply_op(
         &self,
-        name: &str,
+        name: Given<&str>,
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Op> {
-        let (call, lent) = self.calling(name, data, options)?;
+        let (call, lent) = self.calling(name.0, data, options)?;
         Ok(op(&self.app, ending(call.reply(), lent), read_reply).short())
     }
 
     fn park(
         &self,
-        name: &str,
+        name: Given<&str>,
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Op> {
         // Stored even if a handler is free, as the caller may end after this has returned.
-        let call = self.calling(name, data, options)?.0.always_park();
+        let call = self.calling(name.0, data, options)?.0.always_park();
         let parking = call.send_parked();
         let app = self.app.clone();
         Ok(op(&self.app, parking, move |py, parked| {
@@ -397,27 +397,27 @@ impl PyApp {
 
     fn stream(
         &self,
-        name: &str,
+        name: Given<&str>,
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
-        window: u64,
+        window: Given<u64>,
     ) -> PyResult<PyItems> {
-        let call = self.calling(name, data, options)?.0.window(window);
+        let call = self.calling(name.0, data, options)?.0.window(window.0);
         Ok(PyItems::new(&self.app, call.stream()))
     }
 
     /// Emits, and waits on this thread until it is sent.
     fn emit(
         &self,
-        name: &Bound<'_, PyString>,
+        name: Given<&str>,
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
         one: bool,
         count: bool,
     ) -> PyResult<Option<u64>> {
-        let emit = self.emitting(name.to_str()?, data, options, one)?;
+        let emit = self.emitting(name.0, data, options, one)?;
         let emit = latzero::blocking::Emit::from(emit);
-        wait(name.py(), || match count {
+        wait(data.py(), || match count {
             true => emit.counted().map(Some),
             false => emit.send().map(|()| None),
         })
@@ -425,13 +425,13 @@ impl PyApp {
 
     fn emit_op(
         &self,
-        name: &str,
+        name: Given<&str>,
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
         one: bool,
         count: bool,
     ) -> PyResult<Op> {
-        let emit = self.emitting(name, data, options, one)?;
+        let emit = self.emitting(name.0, data, options, one)?;
         Ok(match count {
             true => plain(&self.app, emit.counted()).short(),
             false => done(&self.app, emit.into_future()).short(),
@@ -443,7 +443,7 @@ impl PyApp {
     fn serve(
         &self,
         py: Python<'_>,
-        name: &str,
+        name: Given<&str>,
         handler: Py<PyAny>,
         options: &Bound<'_, PyDict>,
         on_loop: Option<&Loop>,
@@ -451,7 +451,7 @@ impl PyApp {
         let strategy: String = codec::option(options, "strategy")?;
         let strategy = Strategy::parse(&strategy)
             .ok_or_else(|| PyValueError::new_err(format!("no such strategy: {strategy:?}")))?;
-        let mut serving = self.app.handler(name).strategy(strategy);
+        let mut serving = self.app.handler(name.0).strategy(strategy);
         let concurrency: Option<u32> = codec::option(options, "concurrency")?;
         if let Some(concurrency) = concurrency {
             serving = serving.concurrency(concurrency);
@@ -500,35 +500,35 @@ impl PyApp {
         })
     }
 
-    fn unserve(&self, name: String) -> Op {
+    fn unserve(&self, name: Given<String>) -> Op {
         let app = self.app.clone();
-        done(&self.app, async move { app.unserve(&name).await })
+        done(&self.app, async move { app.unserve(&name.0).await })
     }
 
-    fn events(&self, name: String) -> Op {
+    fn events(&self, name: Given<String>) -> Op {
         let (app, theirs) = (self.app.clone(), self.app.clone());
-        let listen = async move { app.on(&name).await };
+        let listen = async move { app.on(&name.0).await };
         op(&self.app, listen, move |py, events| {
             Inflow::emissions(&theirs, events).into_py_any(py)
         })
     }
 
-    fn watch(&self, pool: String) -> Op {
+    fn watch(&self, pool: Given<String>) -> Op {
         let (app, theirs) = (self.app.clone(), self.app.clone());
-        let watch = async move { app.watch(&pool).await };
+        let watch = async move { app.watch(&pool.0).await };
         op(&self.app, watch, move |py, events| {
             Inflow::presences(&theirs, events).into_py_any(py)
         })
     }
 
-    fn join(&self, pool: String) -> Op {
+    fn join(&self, pool: Given<String>) -> Op {
         let app = self.app.clone();
-        done(&self.app, async move { app.join(&pool).await })
+        done(&self.app, async move { app.join(&pool.0).await })
     }
 
-    fn leave(&self, pool: String) -> Op {
+    fn leave(&self, pool: Given<String>) -> Op {
         let app = self.app.clone();
-        done(&self.app, async move { app.leave(&pool).await })
+        done(&self.app, async move { app.leave(&pool.0).await })
     }
 
     fn request(&self, py: Python<'_>, message: &Bound<'_, PyAny>) -> PyResult<Op> {
@@ -548,13 +548,13 @@ impl PyApp {
     }
 
     /// Opens a block.
-    fn block(&self, id: &str, options: &Bound<'_, PyDict>) -> PyResult<Op> {
-        block::open(&self.app, id, options)
+    fn block(&self, id: Given<&str>, options: &Bound<'_, PyDict>) -> PyResult<Op> {
+        block::open(&self.app, id.0, options)
     }
 
     /// The blocks of a pool, as the server describes them.
-    fn blocks(&self, pool: Option<String>) -> Op {
-        let app = self.app.clone();
+    fn blocks(&self, pool: Option<Given<String>>) -> Op {
+        let (app, pool) = (self.app.clone(), pool.map(|pool| pool.0));
         let list = async move { app.blocks(pool.as_deref()).await };
         op(&self.app, list, |py, blocks| {
             read_value(py, &Value::Array(blocks))

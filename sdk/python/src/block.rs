@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::app::{seconds, text};
 use crate::buffer::{Form, PySlot, PyView, write_into};
-use crate::codec;
+use crate::codec::{self, Given};
 use crate::errors::{exception, raised, wait};
 use crate::gil::detach;
 use crate::handlers::Face;
@@ -237,10 +237,9 @@ impl PyBlock {
 
     /// Copies a version from `offset` on into a buffer, on this thread and without the GIL; returns
     /// the version.
-    fn read_into(&self, py: Python<'_>, offset: u64, out: &Bound<'_, PyAny>) -> PyResult<u64> {
-        let _ = py;
+    fn read_into(&self, offset: Given<u64>, out: &Bound<'_, PyAny>) -> PyResult<u64> {
         let block = latzero::blocking::Block::from(self.block.clone());
-        write_into(out, |py, to| wait(py, || block.read_into(offset, to.0)))
+        write_into(out, |py, to| wait(py, || block.read_into(offset.0, to.0)))
     }
 
     fn view(&self) -> Op {
@@ -263,17 +262,17 @@ impl PyBlock {
         )
     }
 
-    fn write_at(&self, offset: u64, bytes: Vec<u8>, if_version: Option<u64>) -> Op {
+    fn write_at(&self, offset: Given<u64>, bytes: Vec<u8>, if_version: Option<Given<u64>>) -> Op {
         let write = async move |block: Block| match if_version {
-            Some(version) => block.write_if(version, offset, &bytes).await,
-            None => block.write_at(offset, &bytes).await,
+            Some(version) => block.write_if(version.0, offset.0, &bytes).await,
+            None => block.write_at(offset.0, &bytes).await,
         };
         self.op(write, |py, version| version.into_py_any(py))
     }
 
     /// `None` if the bytes were swapped, else the present bytes.
-    fn cas(&self, offset: u64, expected: Vec<u8>, bytes: Vec<u8>) -> Op {
-        let swap = async move |block: Block| block.cas(offset, &expected, &bytes).await;
+    fn cas(&self, offset: Given<u64>, expected: Vec<u8>, bytes: Vec<u8>) -> Op {
+        let swap = async move |block: Block| block.cas(offset.0, &expected, &bytes).await;
         self.op(swap, |py, swapped| match swapped {
             Ok(_) => Ok(py.None()),
             Err(found) => PyBytes::new(py, &found).into_py_any(py),
@@ -281,15 +280,15 @@ impl PyBlock {
     }
 
     /// Waits for a version beyond `beyond` on this thread.
-    fn wait_here(&self, py: Python<'_>, beyond: u64, timeout: f64) -> PyResult<u64> {
+    fn wait_here(&self, py: Python<'_>, beyond: Given<u64>, timeout: f64) -> PyResult<u64> {
         let block = latzero::blocking::Block::from(self.block.clone());
         let timeout = seconds(timeout)?;
-        wait(py, || block.wait_for(beyond, timeout))
+        wait(py, || block.wait_for(beyond.0, timeout))
     }
 
-    fn wait(&self, beyond: u64, timeout: f64) -> PyResult<Op> {
+    fn wait(&self, beyond: Given<u64>, timeout: f64) -> PyResult<Op> {
         let timeout = seconds(timeout)?;
-        let wait = async move |block: Block| block.wait_for(beyond, timeout).await;
+        let wait = async move |block: Block| block.wait_for(beyond.0, timeout).await;
         Ok(self.op(wait, |py, version| version.into_py_any(py)))
     }
 
@@ -343,9 +342,9 @@ impl PyBlock {
         ))
     }
 
-    fn resize(&self, size: u64) -> Op {
+    fn resize(&self, size: Given<u64>) -> Op {
         let block = self.block.clone();
-        done(self.block.app(), async move { block.resize(size).await })
+        done(self.block.app(), async move { block.resize(size.0).await })
     }
 
     fn flush(&self) -> Op {

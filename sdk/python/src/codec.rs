@@ -262,7 +262,7 @@ fn append(object: &Bound<'_, PyAny>, out: &mut Out, place: &Place<'_>) -> PyResu
             Ok(plain) => append(&plain, out, place)?,
             Err(e) if e.is_instance_of::<PyTypeError>(py) => {
                 let name = object.get_type().name()?;
-                return Err(place.refuse(py, &format!("a {name} can't be written as JSON")));
+                return Err(place.refuse(py, &format!("'{name}' can't be written as JSON")));
             }
             // Such as that of a model which pydantic can't write.
             Err(e) if e.is_instance_of::<PyException>(py) => {
@@ -326,6 +326,17 @@ pub(crate) fn write(object: &Bound<'_, PyAny>) -> PyResult<Data> {
         true => Ok(data),
         false => Err(no_blocks(object.py())),
     }
+}
+
+/// What a handler answers. The caller's request is not to blame if that can't be written.
+pub(crate) fn write_answer(object: &Bound<'_, PyAny>) -> PyResult<Data> {
+    write(object).map_err(|error| {
+        let raised = error.value(object.py());
+        match raised.getattr("message") {
+            Ok(why) => PyValueError::new_err(format!("the answer can't be sent: {why}")),
+            Err(_) => error,
+        }
+    })
 }
 
 /// The payload of a call, and the blocks that are passed with it.
@@ -570,21 +581,40 @@ pub(crate) fn read_request<'py>(
     read_text(py, request.json().unwrap_or("null"), lender)
 }
 
+/// An argument by position. What is out of range, or no text that can be sent, is a `BadRequest`.
+pub(crate) struct Given<T>(pub(crate) T);
+
+impl<'a, 'py, T: FromPyObject<'a, 'py>> FromPyObject<'a, 'py> for Given<T> {
+    type Error = PyErr;
+
+    fn extract(value: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        let given = value.extract().map(Given);
+        given.map_err(|e: T::Error| refused(&value, "", e.into()).unwrap_or_else(|e| e))
+    }
+}
+
+/// The error for a value that Rust's type can't take. The error itself if its kind was wrong.
+fn refused(value: &Bound<'_, PyAny>, name: &str, error: PyErr) -> Result<PyErr, PyErr> {
+    let py = value.py();
+    if error.is_instance_of::<PyOverflowError>(py) {
+        Ok(bad_request(py, &format!("{name}{value} is out of range")))
+    } else if error.is_instance_of::<PyUnicodeEncodeError>(py) {
+        let why = "the text has lone surrogates, which UTF-8 has not";
+        Ok(bad_request(py, &format!("{name}{why}")))
+    } else {
+        Err(error)
+    }
+}
+
 /// The value of an option; an error names the option.
 pub(crate) fn named<'py, T: FromPyObjectOwned<'py>>(
     name: &str,
     value: &Bound<'py, PyAny>,
 ) -> PyResult<T> {
     value.extract().map_err(|e: T::Error| {
-        let (py, e) = (value.py(), e.into());
-        if e.is_instance_of::<PyOverflowError>(py) {
-            PyValueError::new_err(format!("{name} is out of range: {value}"))
-        } else if e.is_instance_of::<PyUnicodeEncodeError>(py) {
-            let why = "the text has lone surrogates, which UTF-8 has not";
-            bad_request(py, &format!("{name}: {why}"))
-        } else {
-            PyTypeError::new_err(format!("{name}: {}", e.value(py)))
-        }
+        let prefix = format!("{name}: ");
+        refused(value, &prefix, e.into())
+            .unwrap_or_else(|e| PyTypeError::new_err(format!("{prefix}{}", e.value(value.py()))))
     })
 }
 

@@ -82,6 +82,17 @@ pub(crate) fn raised(py: Python<'_>, code: Code, message: &str, ran: Option<&str
     make().unwrap_or_else(|e| e)
 }
 
+/// An error that a handler answers with its own code, instead of `handler_error`.
+pub(crate) fn refusal(py: Python<'_>, error: PyErr) -> PyErr {
+    let make = || -> PyResult<PyErr> {
+        let raised = error.value(py);
+        let arguments = (raised.getattr("code")?, raised.getattr("message")?);
+        let class = py.import("latzero._errors")?.getattr("Failure")?;
+        Ok(PyErr::from_value(class.call1(arguments)?))
+    };
+    make().unwrap_or(error)
+}
+
 /// How much of a traceback is sent, as in `latzero._errors`.
 const TRACEBACK_BYTES_MAX: usize = 16 * 1024;
 

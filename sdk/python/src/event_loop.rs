@@ -18,10 +18,10 @@ use latzero::{Calling, Data, Driver, Error};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString};
+use pyo3::types::PyDict;
 
 use crate::app::{PyApp, ending};
-use crate::codec;
+use crate::codec::{self, Given};
 use crate::errors::exception;
 use crate::gil::detach;
 use crate::handlers::{Incoming, PyAnswer, Trigger};
@@ -498,13 +498,13 @@ impl Loop {
     fn call(
         &self,
         app: &PyApp,
-        name: &Bound<'_, PyString>,
+        name: Given<&str>,
         data: &Bound<'_, PyAny>,
         options: &Bound<'_, PyDict>,
         future: Py<PyAny>,
     ) -> PyResult<u64> {
-        let py = name.py();
-        let (call, lent) = app.calling(name.to_str()?, data, options)?;
+        let py = data.py();
+        let (call, lent) = app.calling(name.0, data, options)?;
         let calling = call.send::<Data>();
         let work = match lent.is_empty() {
             true => Work::Call(calling),

@@ -11,8 +11,8 @@ use pyo3::types::{PyDict, PyIterator, PyTuple, PyType};
 
 use crate::app::headers_dict;
 use crate::block::PyBlock;
-use crate::codec;
-use crate::errors::{exception, handler_error};
+use crate::codec::{self, Given};
+use crate::errors::{exception, handler_error, refusal};
 use crate::event_loop::{Loop, Mailbox};
 use crate::gil::{attach, call, detach};
 use crate::op::{Op, done, lock};
@@ -37,7 +37,7 @@ pub(crate) fn answer(request: Arc<Request>, trigger: &Trigger) -> Result<Data, H
         let result = call(trigger.handler.bind(py), arguments)?;
         match result.cast::<PyIterator>() {
             Ok(items) if is_generator(&result)? => stream_items(items, &request),
-            _ => codec::write(&result),
+            _ => codec::write_answer(&result),
         }
     };
     let ended = || HandlerError::new("handler_error", "the handler's process is ending");
@@ -59,7 +59,7 @@ fn arrive<'py>(
     trigger: &Trigger,
     face: Face,
 ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-    let data = codec::read_request(py, &request, face)?;
+    let data = codec::read_request(py, &request, face).map_err(|e| refusal(py, e))?;
     let object = PyRequest {
         request: request.clone(),
         owner: trigger.owner.clone_ref(py),
@@ -91,7 +91,7 @@ fn stream_items(items: &Bound<'_, PyIterator>, request: &Request) -> PyResult<Da
         let item = match call(&next, PyTuple::empty(py)) {
             Ok(item) => item,
             Err(e) if e.is_instance_of::<PyStopIteration>(py) => {
-                return codec::write(&e.value(py).getattr("value")?);
+                return codec::write_answer(&e.value(py).getattr("value")?);
             }
             Err(e) => return Err(e),
         };
@@ -101,7 +101,7 @@ fn stream_items(items: &Bound<'_, PyIterator>, request: &Request) -> PyResult<Da
                 app.run(None, &mut Box::pin(request.progress(&report)))
             })
         } else {
-            let item = codec::write(&item)?;
+            let item = codec::write_answer(&item)?;
             detach(py, || app.run(None, &mut Box::pin(request.partial(&item))))
         };
         // Without an interrupt it waits until it is sent or cancelled.
@@ -202,8 +202,8 @@ impl PyRequest {
     }
 
     /// A block that was passed with the call, for use during the call.
-    fn block<'py>(&self, py: Python<'py>, id: &str) -> PyResult<Bound<'py, PyAny>> {
-        let block = self.request.block(id).map_err(|e| exception(py, &e))?;
+    fn block<'py>(&self, py: Python<'py>, id: Given<&str>) -> PyResult<Bound<'py, PyAny>> {
+        let block = self.request.block(id.0).map_err(|e| exception(py, &e))?;
         PyBlock::new(block).wrapped(py, self.face)
     }
 
@@ -236,7 +236,7 @@ impl PyAioRequest {
 
     /// The operation that sends one item of a streamed answer.
     fn _item(slf: PyRef<'_, Self>, item: &Bound<'_, PyAny>) -> PyResult<Op> {
-        let (request, item) = (slf.into_super().request.clone(), codec::write(item)?);
+        let (request, item) = (slf.into_super().request.clone(), codec::write_answer(item)?);
         Ok(done(
             &request.app(),
             async move { request.partial(&item).await },
@@ -348,7 +348,7 @@ impl PyAnswer {
 
     /// Answers.
     pub(crate) fn send(&self, result: &Bound<'_, PyAny>) {
-        match codec::write(result) {
+        match codec::write_answer(result) {
             Ok(data) => self.end(Ok(data)),
             Err(error) => self.end(Err(handler_error(result.py(), &error, self.tracebacks))),
         }

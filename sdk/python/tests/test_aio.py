@@ -112,11 +112,14 @@ def test_a_refusal_is_raised_later(on_loop):
     @on_loop
     async def test(serves, calls):
         serves.serve("not a name\n", lambda: None)
-        with pytest.raises(latzero.BadRequest):
-            await serves.ready()
-        serves.serve("not a name\n", lambda: None)
-        with pytest.raises(latzero.BadRequest):
-            await serves.run()
+        for later in (
+            serves.ready, serves.run, serves.ping,
+            lambda: serves.call("x"), lambda: serves.emit("x"),
+        ):
+            with pytest.raises(latzero.BadRequest, match="invalid_name"):
+                await later()
+        await serves.unserve("not a name\n")
+        await serves.ping()
 
 
 def test_run_serves_until_the_app_is_closed(on_loop):
@@ -135,6 +138,20 @@ def test_run_serves_until_the_app_is_closed(on_loop):
         serves.serve("late", lambda: None)
         await serves.close()
         await asyncio.wait_for(runs, 10)
+
+
+def test_a_handler_closes_its_app_and_answers(on_loop):
+    @on_loop
+    async def test(serves, calls):
+        @serves.serve
+        async def stop():
+            await serves.close()
+            return "bye"
+
+        runs = asyncio.create_task(serves.run())
+        assert await calls.call("stop", timeout=20) == "bye"
+        await runs
+        assert not serves.is_connected
 
 
 def test_cancelling_a_task_cancels_the_call_and_its_handler(on_loop):

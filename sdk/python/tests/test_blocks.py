@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array as numbers
 
 import latzero
 import latzero.testing
@@ -507,6 +508,36 @@ def test_share_uses_a_block_again_once_its_call_was_answered(pair):
     assert calls.share(np.ones(100, "f4")).id != first_id
     assert view.array.sum() == 0 and view.valid
     assert calls.share(b"bytes").nbytes == 5
+
+
+@pytest.mark.parametrize("shared, dtype, shape", [
+    (numbers("f", [1, 2, 3]), "<f4", (3,)),
+    (numbers("l", [1, 2]), "<i8", (2,)),
+    (memoryview(numbers("h", range(6))).cast("B").cast("h", (2, 3)), "<i2", (2, 3)),
+    (memoryview(numbers("i", range(6)))[::2], "<i4", (3,)),
+    (np.float32(1.5), "<f4", ()),
+    (b"bytes", None, None),
+    (memoryview(b"bytes")[::2], None, None),
+])
+def test_share_keeps_the_type_and_shape_of_any_buffer(pair, shared, dtype, shape):
+    serves, calls = pair
+    serves.serve("read", lambda frame: [frame.dtype, frame.shape, frame.read().tolist()])
+    expected = np.array(shared).tolist() if dtype else list(bytes(shared))
+    shape = None if shape is None else list(shape)
+    assert calls.call("read", frame=calls.share(shared)) == [dtype, shape, expected]
+
+
+@pytest.mark.parametrize("number", [-1, 2**64])
+def test_offsets_and_sizes_out_of_range_are_bad_requests(pair, number):
+    block = pair[0].block("small", size=8, create=True)
+    for use in (
+        lambda: block.read_at(number, 1), lambda: block.write_at(number, b"x"),
+        lambda: block.write_at(0, b"x", if_version=number), lambda: block.cas(number, b"x", b"y"),
+        lambda: block.wait(number, 0), lambda: block.resize(number),
+        lambda: pair[0].stream("x", window=number),
+    ):
+        with pytest.raises(latzero.BadRequest, match=f"{number} is out of range"):
+            use()
 
 
 def test_share_leaves_a_block_alone_that_a_handler_may_still_read(pair):

@@ -116,6 +116,80 @@ def test_an_exception_of_a_handler_reaches_the_caller(pair):
     assert (raised.value.code, raised.value.data) == ("zero", {"a": 0})
 
 
+def test_an_answer_that_cannot_be_sent_is_a_failure_of_the_handler(pair):
+    serves, calls = pair
+    serves.serve("answers", lambda: {"v": [float("nan")]})
+
+    @serves.serve
+    def streams():
+        yield 1
+        yield object()
+
+    @serves.serve
+    async def waits():
+        return 2**64
+
+    for call, why in (
+        (lambda: calls.call("answers"), r"data\.v\[0\]: NaN"),
+        (lambda: list(calls.stream("streams")), "data: 'object' can't be written as JSON"),
+        (lambda: calls.call("waits"), "data: integers reach"),
+    ):
+        match = f"the answer can't be sent: {why}"
+        with pytest.raises(latzero.HandlerFailed, match=match) as raised:
+            call()
+        assert (raised.value.code, raised.value.type) == ("handler_error", "ValueError")
+
+
+def test_the_error_of_a_handlers_own_call_is_an_exception_like_any_other(pair):
+    serves, calls = pair
+    serves.serve("late", lambda: serves.call("nothing"))
+    with pytest.raises(latzero.HandlerFailed) as raised:
+        calls.call("late")
+    assert raised.value.type == "Unavailable" and "in call" in raised.value.remote_traceback
+
+    @serves.serve
+    def passes_on():
+        try:
+            serves.call("nothing")
+        except latzero.LatZeroError as error:
+            raise latzero.Failure(error.code, error.message) from error
+
+    with pytest.raises(latzero.Unavailable):
+        calls.call("passes_on")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_handler_closes_its_app_and_answers(pair, is_async):
+    serves, calls = pair
+
+    def stop():
+        serves.close()
+        return "bye"
+
+    async def stop_on_loop():
+        return stop()
+
+    serves.serve("stop", stop_on_loop if is_async else stop)
+    assert calls.call("stop", timeout=20) == "bye"
+    serves.wait()
+    for thread in threading.enumerate():
+        if thread.name == "latzero-close":
+            thread.join()
+    assert not serves.is_connected
+
+
+@pytest.mark.parametrize("use", [
+    lambda app, name: app.call(name), lambda app, name: app.emit(name),
+    lambda app, name: app.submit(name), lambda app, name: app.park(name),
+    lambda app, name: app.stream(name), lambda app, name: app.serve(name, lambda: None),
+    lambda app, name: app.on(name, print), lambda app, name: app.join(name),
+    lambda app, name: app.block(name), lambda app, name: app.watch(name),
+])
+def test_a_name_with_lone_surrogates_is_a_bad_request(pair, use):
+    with pytest.raises(latzero.BadRequest, match="lone surrogates"):
+        use(pair[0], "\ud800")
+
+
 def test_errors_have_their_families(pair):
     _, calls = pair
     with pytest.raises(latzero.Unavailable) as raised:
@@ -756,8 +830,8 @@ def test_the_server_of_a_test_takes_no_settings_from_the_environment(monkeypatch
 
 
 @pytest.mark.parametrize("options, error, message", [
-    ({"attempts": -1}, ValueError, "attempts is out of range: -1"),
-    ({"attempts": 2**40}, ValueError, "attempts is out of range"),
+    ({"attempts": -1}, ValueError, "attempts: -1 is out of range"),
+    ({"attempts": 2**40}, ValueError, "attempts: 1099511627776 is out of range"),
     ({"to": ("a",)}, TypeError, "to: "),
     ({"to": ["a", "b"]}, TypeError, "to: "),
     ({"key": "\ud800"}, latzero.BadRequest, "key: the text has lone surrogates"),

@@ -363,7 +363,8 @@ impl Request {
     /// # Errors
     /// `bad_message` if it is not a `T`; handlers return it to the caller with `?`.
     pub fn data<T: FromPayload>(&self) -> Result<T, HandlerError> {
-        payload::read_body(self.body()).map_err(HandlerError::from)
+        let refuse = |e: Error| HandlerError::new(e.kind().as_str(), e.message());
+        payload::read_body(self.body()).map_err(refuse)
     }
 
     /// The payload's JSON text, if it is JSON.
@@ -455,7 +456,7 @@ impl Unanswered {
 
     /// Answers the call. The answer of an emit, and of a call that was cancelled, goes nowhere.
     pub fn answer<T: IntoPayload>(mut self, answer: Result<T, HandlerError>) {
-        let answer = answer.and_then(|answer| Ok(payload::write(&answer)?));
+        let answer = answer.and_then(|answer| write_answer(&answer));
         self.end(answer);
     }
 
@@ -485,6 +486,16 @@ const ENVELOPE_BYTES_MAX: usize = 512;
 
 /// A handler's answer.
 pub(crate) type Outcome = Result<Payload, HandlerError>;
+
+/// The payload of an answer. The caller hears that the handler failed if it is not JSON: a code of
+/// the server would say that the call was wrong.
+pub(crate) fn write_answer<T: IntoPayload>(answer: &T) -> Outcome {
+    let failed = |error: Error| {
+        let text = format!("the answer can't be sent: {}", error.message());
+        HandlerError::new("handler_error", text)
+    };
+    payload::write(answer).map_err(failed)
+}
 
 /// Seals a handler's answer.
 fn seal(sealed: &SealedReply, outcome: Outcome) -> Outcome {

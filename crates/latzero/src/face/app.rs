@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::drive::core::{Core, Owner};
 use crate::drive::events::{Emission, Presence, Queue};
 use crate::drive::handlers::{Entry, Kind, Registered, Spec, listener};
-use crate::drive::request::{Request, Unanswered};
+use crate::drive::request::{Request, Unanswered, write_answer};
 use crate::error::{Error, HandlerError};
 use crate::face::answers::Answers;
 use crate::face::block::BlockName;
@@ -27,7 +27,7 @@ use crate::face::outgoing::Calling;
 use crate::face::states::States;
 use crate::face::stream::Stream;
 use crate::keys::Keys;
-use crate::payload::{self, FromPayload, IntoPayload, Payload, Reply};
+use crate::payload::{FromPayload, IntoPayload, Reply};
 use crate::sync::lock;
 use crate::wire::message::Message;
 use crate::wire::outbox::Phase;
@@ -620,7 +620,7 @@ fn blocking_kind<T: IntoPayload>(
     handler: impl Fn(blocking::Request) -> Result<T, HandlerError> + Send + Sync + 'static,
 ) -> Kind {
     Kind::Blocking(Box::new(move |request| {
-        write(&handler(blocking::Request(request))?)
+        write_answer(&handler(blocking::Request(request))?)
     }))
 }
 
@@ -679,7 +679,7 @@ impl Handler {
     {
         let kind = Kind::Async(Box::new(move |request| {
             let running = handler(request);
-            Box::pin(async move { write(&running.await?) })
+            Box::pin(async move { write_answer(&running.await?) })
         }));
         self.register(kind).await
     }
@@ -729,8 +729,4 @@ impl Handler {
         }
         registered
     }
-}
-
-fn write<T: IntoPayload>(answer: &T) -> Result<Payload, HandlerError> {
-    payload::write(answer).map_err(HandlerError::from)
 }

@@ -1094,7 +1094,10 @@ fn read_error(id: &str, error: latzero_shm::ReadError) -> Error {
 }
 
 fn read_only(id: &str) -> Error {
-    let text = format!("block '{id}' was attached, or passed, for reading only");
+    let text = format!(
+        "block '{id}' is open for reading only: open it for writing, or have the caller pass it as \
+         writable"
+    );
     Error::new(Code::Forbidden, text).with_ran(Ran::No)
 }
 

@@ -9,11 +9,11 @@ import sys
 import weakref
 
 from . import _latzero
-from ._arrays import flat, numpy
+from ._arrays import dtype_of, flat, numpy
 from ._block import (
     Block, Listening, Shares, _same, _seconds, is_ours_alone, options as _block_options,
 )
-from ._errors import BadRequest, Cancelled, Disconnected, LatZeroError
+from ._errors import BadRequest, Cancelled, Disconnected, Failure, LatZeroError
 from ._lean import TYPE_CHECKING, F, Generic, T, overload
 
 if TYPE_CHECKING:
@@ -46,6 +46,12 @@ _GENERATOR: type = type(_ for _ in ())
 def request() -> _latzero.Request:
     """The request that the running handler answers; `LookupError` outside of a handler."""
     return _current.get()
+
+
+def is_handled_by(app: Any) -> bool:
+    """Whether this runs in a handler of `app`."""
+    incoming = _current.get(None)
+    return incoming is not None and incoming.app is app
 
 
 class Progress:
@@ -160,8 +166,8 @@ def _payload(data: Any, fields: dict[str, Any]) -> Any:
     return data
 
 
-def _refuse(message: str) -> BadRequest:
-    return BadRequest("bad_message", message, "no", None, "Fix what the message names.")
+def _refuse(message: str) -> Failure:
+    return Failure("bad_message", message)
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
@@ -880,8 +886,14 @@ class App:
             self.close()
 
     def close(self) -> None:
-        """Closes the connection, after waiting up to five seconds for running handlers."""
-        self._close(None)
+        """Closes the connection, after waiting up to five seconds for running handlers. In a
+        handler of this app it returns at once, and the app closes when the handler has answered."""
+        if is_handled_by(self):
+            import threading
+
+            threading.Thread(target=self._close, args=(None,), name="latzero-close").start()
+        else:
+            self._close(None)
 
     def _end(self) -> None:
         """At the end of the process."""
@@ -923,8 +935,11 @@ def _shared(array: Any, pool: str | None) -> tuple[_ShareKey, memoryview]:
         array = module.ascontiguousarray(array)
         data = memoryview(array.reshape(-1).view("u1"))
         return (pool, array.shape, array.dtype, len(data)), data
-    data = memoryview(array).cast("B")
-    return (pool, None, None, len(data)), data
+    view = memoryview(array)
+    data = (view if view.c_contiguous else memoryview(view.tobytes())).cast("B")
+    dtype = dtype_of(view)
+    shape = None if dtype is None else view.shape
+    return (pool, shape, dtype, len(data)), data
 
 
 def _new_share(key: _ShareKey) -> tuple[str, dict[str, Any]]:

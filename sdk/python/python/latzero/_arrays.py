@@ -31,6 +31,17 @@ def numpy() -> Any:
     return numpy
 
 
+# The kinds of numbers of the formats of buffers.
+_KINDS = {"?": "b"} | dict.fromkeys("hilqn", "i") | dict.fromkeys("HILQN", "u")
+_KINDS |= dict.fromkeys("efd", "f")
+
+
+def dtype_of(view: memoryview) -> str | None:
+    """The dtype of a buffer's elements; `None` for bytes, and for what is no number."""
+    kind = _KINDS.get(view.format)
+    return kind and f"{kind}{view.itemsize}"
+
+
 def layout_of(shape: Any, dtype: Any) -> tuple[tuple[str, list[int], list[str]], int] | None:
     """The layout as it is sent, with the names of the last dimension; and its size in bytes.
     `None` if neither is given."""

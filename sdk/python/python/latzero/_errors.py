@@ -119,7 +119,7 @@ class Failure(Exception):
 
 def describe(error: BaseException, tracebacks: bool) -> tuple[str, str, Any]:
     """Code, message and data of the answer of a handler that raised `error`."""
-    if isinstance(error, (Failure, LatZeroError)):
+    if isinstance(error, Failure):
         return error.code, error.message, error.data
     data = {"type": _sendable(type(error).__qualname__), "message": _sendable(str(error))}
     if tracebacks:

@@ -20,7 +20,7 @@ from . import _latzero
 from ._app import (
     _MISSING, _NO_OPTIONS, Answer, Event, Presence, Progress, Reply, _calling, _close_quietly,
     _current, _described, _describing, _into, _is_async, _live, _new_share, _options, _payload,
-    _serving, _shared,
+    _serving, _shared, is_handled_by,
 )
 from ._arrays import flat
 from ._block import BlockInfo, Filling, Shares, _same, _seconds, begin, is_ours_alone
@@ -756,7 +756,8 @@ class App:
         self._work = _of_running_loop()
         self._work.drive(inner)
         self._shares = Shares()
-        self._registering: set[asyncio.Future[Any]] = set()
+        # What is being registered under which name, and what was refused.
+        self._registering: dict[asyncio.Future[Any], str] = {}
         _live.add(self)
 
     def _forked(self, descriptor: int | None) -> None:
@@ -992,39 +993,46 @@ class App:
                 self, function, is_async, pools, strategy, concurrency, doc, schema, privileged
             )
             on_loop = self._work.inner if inline or is_async else None
-            self._register(
-                self._inner.serve(name or function.__name__, run, options, on_loop)
-            )
+            served = name or function.__name__
+            self._register(served, self._inner.serve(served, run, options, on_loop))
             return function
 
         return register if function is None else register(function)
 
-    def _register(self, op: _latzero.Op) -> None:
-        self._registering.add(self._work.start(op))
+    def _register(self, name: str, op: _latzero.Op) -> asyncio.Future[Any]:
+        self._forget_refusal(name)
+        future = self._work.start(op)
+        self._registering[future] = name
+        return future
+
+    def _forget_refusal(self, name: str) -> None:
+        for future in [f for f, of in self._registering.items() if of == name and f.done()]:
+            del self._registering[future]
 
     async def ready(self) -> None:
-        """Waits until everything is registered; raises the error if the server refuses."""
+        """Waits until everything is registered; raises the error if the server refuses. So does all
+        else that is awaited later, until the name is registered again or `unserve` gives it up."""
         # Several tasks may wait for that, and one that no longer does leaves it to the others.
         while self._registering:
             await asyncio.wait(self._registering)
             self._raise_refusal()
 
     def _start(self, op: _latzero.Op) -> Coroutine[Any, Any, Any]:
-        # A refusal is raised by the next thing that is awaited.
         if self._registering:
             self._raise_refusal()
         return self._work.run(op)
 
     def _raise_refusal(self) -> None:
         for future in [f for f in self._registering if f.done()]:
-            self._registering.discard(future)
             error = None if future.cancelled() else future.exception()
             # What the end of the app ended is no refusal.
             if error is not None and not self._closed.is_set():
-                raise error
+                raise error.with_traceback(None)
+            del self._registering[future]
 
     async def unserve(self, name: str) -> None:
         """Stops serving `name`. Running calls are finished."""
+        self._forget_refusal(name)
         await self.ready()
         await self._start(self._inner.unserve(name))
 
@@ -1044,8 +1052,7 @@ class App:
         registered in the background; `await app.ready()` waits for that."""
 
         def register(function: F) -> F:
-            listening = self._work.start(self._inner.events(name))
-            self._registering.add(listening)
+            listening = self._register(name, self._inner.events(name))
 
             async def run() -> None:
                 try:
@@ -1184,7 +1191,14 @@ class App:
         await self.wait()
 
     async def close(self) -> None:
-        """Closes the connection, after waiting up to five seconds for running handlers."""
+        """Closes the connection, after waiting up to five seconds for running handlers. In a
+        handler of this app it returns at once, and the app closes when the handler has answered."""
+        if is_handled_by(self):
+            self._work.spawn(self._close())
+        else:
+            await self._close()
+
+    async def _close(self) -> None:
         if not self._closed.is_set():
             self._closed.set()
             self._shares.clear()
