@@ -212,7 +212,7 @@ const commands = {
     else await thing.return?.()
   },
   emit: (command, app) => app.emit(command.name, read(command.data),
-    optionsOf(command, ['to', 'headers', 'one', 'count', 'privileged'])),
+    optionsOf(command, ['to', 'pool', 'headers', 'one', 'count', 'privileged'])),
   async events (command, app) {
     const events = app.events(command.name)
     await events.ready

@@ -240,8 +240,8 @@ class Peer:
         del self.things[command["of"]]
 
     async def do_emit(self, command: Any, app: Any) -> Any:
-        given = {name: command[name] for name in ("to", "headers", "one", "count", "privileged")
-                 if name in command}
+        names = ("to", "pool", "headers", "one", "count", "privileged")
+        given = {name: command[name] for name in names if name in command}
         return await got(app.emit(command["name"], self.read(command.get("data")), **given))
 
     async def do_events(self, command: Any, app: Any) -> Any:

@@ -341,6 +341,9 @@ impl Peer {
         if let Some(to) = command["to"].as_str() {
             emit = emit.to(to);
         }
+        if let Some(pool) = command["pool"].as_str() {
+            emit = emit.pool(pool);
+        }
         for (name, value) in command["headers"].as_object().into_iter().flatten() {
             emit = emit.header(name, value.as_str().unwrap());
         }

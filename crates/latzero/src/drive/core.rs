@@ -13,6 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use latzero_protocol::limits::DEFAULT_POOL;
 use latzero_protocol::{Code, Ran};
 use serde_json::{Value, json};
 
@@ -345,6 +346,25 @@ impl Core {
     /// Whether this process itself named a pool.
     pub(crate) fn has_named(&self, pool: &str) -> bool {
         lock(&self.named).iter().any(|named| named == pool)
+    }
+
+    /// Checks that the app is in the pool that a message names, or else goes to, or is joining it.
+    /// The server's refusal of an emit would reach nobody.
+    ///
+    /// # Errors
+    /// `not_member`.
+    pub(crate) fn check_member(&self, pool: Option<&str>) -> Result<(), Error> {
+        let pools = lock(&self.pools);
+        let pool = match (pool, &pools[..]) {
+            (Some(pool), _) => pool,
+            (None, [_]) => return Ok(()),
+            (None, _) => DEFAULT_POOL,
+        };
+        if pools.iter().any(|known| known == pool) || self.has_named(pool) {
+            return Ok(());
+        }
+        let text = format!("this app is not in pool '{pool}': join it, or name one of the app's");
+        Err(Error::new(Code::NotMember, text).with_ran(Ran::No))
     }
 
     /// The app is about to join a pool. Answers that wait there arrive before the reply.

@@ -304,61 +304,85 @@ fn may_outlive_window(parking: &ParkOptions) -> bool {
 /// An emit that has not been sent yet; awaiting it sends it.
 #[derive(Debug)]
 #[must_use = "an emit is sent when it is awaited"]
-pub struct Emit(Box<Unsent>);
+pub struct Emit {
+    unsent: Box<Unsent>,
+    names_pool: bool,
+}
 
 impl Emit {
     pub(crate) fn new<T: IntoPayload + ?Sized>(app: &App, name: &str, data: &T) -> Self {
-        let mut unsent = Unsent::with_data(app, "emit", name, data);
-        // The server's refusal of an emit reaches nobody.
-        unsent.failure = unsent.failure.or(check_name(name).err());
-        Emit(unsent)
+        let mut emit = Emit {
+            unsent: Unsent::with_data(app, "emit", name, data),
+            names_pool: false,
+        };
+        emit.check(check_name(name));
+        emit
+    }
+
+    /// Keeps the first failure. The server's refusal of an emit reaches nobody.
+    fn check(&mut self, checked: Result<(), Error>) {
+        if let Err(error) = checked {
+            self.unsent.failure.get_or_insert(error);
+        }
+    }
+
+    fn finish(&mut self) {
+        if !self.names_pool {
+            let checked = self.unsent.app.core().check_member(None);
+            self.check(checked);
+        }
+        self.unsent.seal(Act::Emit, None);
+        self.unsent.finish();
     }
 
     /// Sends it only to this app.
     pub fn to(mut self, app_id: &str) -> Self {
-        self.0.set_app(app_id);
+        self.unsent.set_app(app_id);
         self
     }
 
     /// Sends it only to this instance of an app.
     pub fn to_instance(mut self, app_id: &str, instance: InstanceId) -> Self {
-        self.0.set_instance(app_id, instance);
+        self.unsent.set_instance(app_id, instance);
         self
     }
 
     /// Sends it to one handler rather than to all.
     pub fn one(mut self) -> Self {
-        self.0.message.string("deliver", "one");
+        self.unsent.message.string("deliver", "one");
         self
     }
 
     /// Sends it in this pool. Required if the app is in several pools.
     pub fn pool(mut self, pool: &str) -> Self {
-        self.0.set_pool(pool);
+        let checked = self.unsent.app.core().check_member(Some(pool));
+        self.check(checked);
+        self.unsent.set_pool(pool);
+        self.names_pool = true;
         self
     }
 
     /// The key by which a sticky trigger chooses a handler.
     pub fn key(mut self, key: &str) -> Self {
-        self.0.set_key(key);
+        self.unsent.set_key(key);
         self
     }
 
     /// Signs it, for [privileged](crate::Handler::privileged) handlers; see [`Call::privileged`].
     pub fn privileged(mut self) -> Self {
-        self.0.is_privileged = true;
+        self.unsent.is_privileged = true;
         self
     }
 
     /// Adds a header, which the handlers receive unchanged.
     pub fn header(mut self, name: &str, value: &str) -> Self {
-        self.0.header(name, value);
+        self.unsent.header(name, value);
         self
     }
 
     /// Sends these bytes unchanged instead of the data, next to the JSON.
     pub fn raw_bytes(mut self, bytes: Vec<u8>) -> Self {
-        self.0.set_bytes(bytes);
+        self.unsent.set_bytes(bytes);
         self
     }
 
@@ -368,10 +392,9 @@ impl Emit {
         struct Delivered {
             delivered: u64,
         }
-        self.0.seal(Act::Emit, None);
-        self.0.finish();
+        self.finish();
         Calling {
-            outgoing: Outgoing(Stage::Unsent(self.0)),
+            outgoing: Outgoing(Stage::Unsent(self.unsent)),
             read: |reply| reply.into::<Delivered>().map(|d| d.delivered),
             result: PhantomData,
         }
@@ -383,9 +406,8 @@ impl IntoFuture for Emit {
     type IntoFuture = Emitting;
 
     fn into_future(mut self) -> Emitting {
-        self.0.seal(Act::Emit, None);
-        self.0.finish();
-        Emitting(Some(self.0))
+        self.finish();
+        Emitting(Some(self.unsent))
     }
 }
 

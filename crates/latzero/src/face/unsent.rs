@@ -131,7 +131,9 @@ impl Unsent {
 
     pub(super) fn set_bytes(&mut self, bytes: Vec<u8>) {
         self.message.replace_body("data", bytes);
-        self.failure = None;
+        // The data, which could not be written, is not sent.
+        self.failure
+            .take_if(|error| error.kind() == Code::BadMessage);
     }
 
     pub(super) fn set_pool(&mut self, pool: &str) {

@@ -323,7 +323,16 @@ fn headers_and_fields_reach_the_wire() {
         (&call["headers"], &call["ttl"]),
         (&json!({"traceparent":"t\"1"}), &json!(9000))
     );
-    app.emit("y", &2).one().header("a", "b").send().unwrap();
+    // The server's refusal would reach nobody: neither of two pools is `default`.
+    for lost in [app.emit("y", &2), app.emit("y", &2).pool("gamma")] {
+        let error = lost.raw_bytes(vec![1]).send().unwrap_err();
+        assert_eq!(
+            (error.kind(), error.ran()),
+            (Code::NotMember, Some(latzero::Ran::No))
+        );
+    }
+    let emit = app.emit("y", &2).one().pool("beta").header("a", "b");
+    emit.send().unwrap();
     let emit = rx.recv().unwrap();
     assert_eq!(
         (&emit["deliver"], &emit["headers"], emit.get("id")),

@@ -756,8 +756,8 @@ class App:
         self._work = _of_running_loop()
         self._work.drive(inner)
         self._shares = Shares()
-        # What is being registered under which name, and what was refused.
-        self._registering: dict[asyncio.Future[Any], str] = {}
+        # What is being registered, or was refused: the method and the name.
+        self._registering: dict[asyncio.Future[Any], tuple[str, str]] = {}
         _live.add(self)
 
     def _forked(self, descriptor: int | None) -> None:
@@ -994,19 +994,19 @@ class App:
             )
             on_loop = self._work.inner if inline or is_async else None
             served = name or function.__name__
-            self._register(served, self._inner.serve(served, run, options, on_loop))
+            self._register(("serve", served), self._inner.serve(served, run, options, on_loop))
             return function
 
         return register if function is None else register(function)
 
-    def _register(self, name: str, op: _latzero.Op) -> asyncio.Future[Any]:
-        self._forget_refusal(name)
+    def _register(self, what: tuple[str, str], op: _latzero.Op) -> asyncio.Future[Any]:
+        self._forget_refusal(what)
         future = self._work.start(op)
-        self._registering[future] = name
+        self._registering[future] = what
         return future
 
-    def _forget_refusal(self, name: str) -> None:
-        for future in [f for f, of in self._registering.items() if of == name and f.done()]:
+    def _forget_refusal(self, what: tuple[str, str]) -> None:
+        for future in [f for f, of in self._registering.items() if of == what and f.done()]:
             del self._registering[future]
 
     async def ready(self) -> None:
@@ -1032,7 +1032,7 @@ class App:
 
     async def unserve(self, name: str) -> None:
         """Stops serving `name`. Running calls are finished."""
-        self._forget_refusal(name)
+        self._forget_refusal(("serve", name))
         await self.ready()
         await self._start(self._inner.unserve(name))
 
@@ -1052,7 +1052,7 @@ class App:
         registered in the background; `await app.ready()` waits for that."""
 
         def register(function: F) -> F:
-            listening = self._register(name, self._inner.events(name))
+            listening = self._register(("on", name), self._inner.events(name))
 
             async def run() -> None:
                 try:
