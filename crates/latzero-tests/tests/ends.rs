@@ -7,7 +7,7 @@
 
 use std::io::{Read, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 
 use latzero::blocking::{self, App};
 use latzero::{Code, HandlerError, Ran};
@@ -329,4 +329,46 @@ fn what_does_not_fit_fails_its_own_call_only() {
     }
     assert_eq!(serving.lost(), 0);
     assert!(serving.is_connected());
+}
+
+#[test]
+fn handlers_that_block_leave_a_thread_that_reads() {
+    let server = Server::start();
+    let handler = App::connect(&server.0.url("handler")).unwrap();
+    let gate = Arc::new((Mutex::new(true), Condvar::new()));
+    let its_gate = gate.clone();
+    let hold = move |_| {
+        let is_open = its_gate.0.lock().unwrap();
+        let wait = its_gate
+            .1
+            .wait_timeout_while(is_open, TIMEOUT, |is_open| !*is_open);
+        Ok(*wait.unwrap().0)
+    };
+    handler.serve("hold", hold).unwrap();
+    let set = move |request: blocking::Request| {
+        *gate.0.lock().unwrap() = request.data()?;
+        gate.1.notify_all();
+        Ok(())
+    };
+    handler.serve("set", set).unwrap();
+    let mut caller = server.app(Via::Unix, json!({"app_id": "caller"}));
+    let set =
+        |is_open| json!({"action": "trigger", "id": "set", "process": "set", "data": is_open});
+    for count in (2..8).cycle().take(60) {
+        // Its last run was short, so nobody expects that it blocks.
+        caller.request(json!({"action": "trigger", "process": "hold"}));
+        caller.request(set(false));
+        let hold = |n| json!({"action": "trigger", "id": format!("h{n}"), "process": "hold"});
+        caller.send_bytes(&frames((0..count).map(hold)));
+        caller.send(&set(true));
+        for _ in 0..=count {
+            let answer = receive(&mut caller);
+            let expected = if answer["in_reply_to"] == "set" {
+                Value::Null
+            } else {
+                true.into()
+            };
+            assert_eq!(answer["response"], expected, "{answer}");
+        }
+    }
 }

@@ -86,3 +86,18 @@ fn an_app_with_many_large_schemas_reconnects() {
     }
     assert_eq!(other.call("t39", &()).send::<u64>().unwrap(), 1);
 }
+
+#[test]
+fn a_refused_registration_leaves_the_earlier_handler_in_its_place() {
+    let server = Server::start();
+    let app = App::connect(&server.0.url("worker")).unwrap();
+    app.serve("t", |_| Ok(1)).unwrap();
+    let huge = json!({"description": "x".repeat(5000)});
+    let refused = app.handler("t").schema(huge.clone()).serve(|_| Ok(2));
+    assert_eq!(refused.unwrap_err().kind(), Code::TooLarge);
+    assert_eq!(app.call("t", &()).send::<u8>().unwrap(), 1);
+    let refused = app.handler("new").schema(huge).serve(|_| Ok(2));
+    assert_eq!(refused.unwrap_err().kind(), Code::TooLarge);
+    let error = app.call("new", &()).send::<u8>().unwrap_err();
+    assert_eq!(error.kind(), Code::NoHandler);
+}

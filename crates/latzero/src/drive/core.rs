@@ -2,8 +2,8 @@
 //!
 //! An app is driven by a caller that blocks, a background thread, a task on the caller's runtime,
 //! or the program's own loop. They share one role, reading, which a [`Handover`] passes on.
-//! Lock order: followers → outbox → pending → job queue; except wakers, no user code runs
-//! under any of them.
+//! Lock order: followers → outbox → pending → job queue → running calls; and listeners → handlers.
+//! Except wakers, no user code runs under any of them.
 
 use std::any::Any;
 use std::borrow::Cow;
@@ -671,28 +671,28 @@ impl Core {
         };
         link.end();
         wake.into_iter().for_each(Waker::wake);
+        // A forked child would be a second instance of the app, with its parent's triggers.
+        let then = if self.process != std::process::id() {
+            Some("this process was forked from the one that connected")
+        } else if !self.config.reconnect.enabled {
+            Some("reconnecting is off")
+        } else {
+            None
+        };
+        let then_text = then.unwrap_or("the app reconnects by itself");
         let error = match is_closing {
             true => Self::closed_error(),
             false => Error::new(
                 Code::Disconnected,
-                format!(
-                    "the connection to the server was lost ({why}); the app reconnects by itself"
-                ),
+                format!("the connection to the server was lost ({why}); {then_text}"),
             ),
         };
         self.end_calls(link.epoch, attempted, &error);
         if self.is_ended() {
             return;
         }
-        if is_closing {
-            self.end(&Core::closed_error());
-            return;
-        }
-        if !self.config.reconnect.enabled {
-            self.end(&Error::new(
-                Code::Disconnected,
-                format!("the connection to the server was lost ({why}), and reconnecting is off"),
-            ));
+        if is_closing || then.is_some() {
+            self.end(&error);
         } else if let Err(error) = crate::drive::reconnect::spawn(self) {
             self.end(&error);
         }

@@ -229,17 +229,30 @@ impl Handlers {
             .cloned()
     }
 
-    pub(crate) fn add(&self, entry: Entry) {
+    /// Adds a handler; returns the one whose place it takes.
+    pub(crate) fn add(&self, entry: &Arc<Entry>) -> Option<Arc<Entry>> {
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
-        entries.insert(entry.name.clone(), Arc::new(entry));
+        entries.insert(entry.name.clone(), entry.clone())
+    }
+
+    /// The server has refused `entry`: the one whose place it took serves on.
+    pub(crate) fn take_back(&self, entry: &Arc<Entry>, earlier: Option<Arc<Entry>>) {
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let is_there = entries
+            .get(&entry.name)
+            .is_some_and(|now| Arc::ptr_eq(now, entry));
+        match earlier {
+            Some(earlier) if is_there => drop(entries.insert(entry.name.clone(), earlier)),
+            None if is_there => drop(entries.remove(&entry.name)),
+            _ => {}
+        }
     }
 
     pub(crate) fn remove(&self, name: &str) -> bool {
-        self.entries
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(name)
-            .is_some()
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let removed = entries.remove(name);
+        drop(entries);
+        removed.is_some()
     }
 
     pub(crate) fn listen(&self, name: &str, queue: &Arc<Queue<Emission>>) -> Registered {
@@ -296,16 +309,24 @@ impl Handlers {
 
     /// All served and listened triggers, in the form of a handshake.
     pub(crate) fn specs(&self) -> Vec<Value> {
-        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         let listeners = self
             .listeners
             .read()
             .unwrap_or_else(PoisonError::into_inner);
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         let listened = listeners.keys().filter(|name| !entries.contains_key(*name));
         let served = entries
             .values()
             .map(|entry| entry.spec.to_json(&entry.name));
         served.chain(listened.map(|name| listener(name))).collect()
+    }
+
+    /// What `name` is served or listened to as, in the form of a handshake.
+    pub(crate) fn spec(&self, name: &str) -> Option<Value> {
+        match self.find(name) {
+            Some(entry) => Some(entry.spec.to_json(name)),
+            None => self.is_listened(name).then(|| listener(name)),
+        }
     }
 
     /// Whether nothing is served or listened to.
@@ -455,8 +476,12 @@ pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instan
     }
 }
 
-/// Begins a call or an emit, and runs it to its end if its handler blocks.
+/// Begins a call or an emit, which was noted, and runs it to its end if its handler blocks.
 fn start(core: &Arc<Core>, entry: &Entry, mut request: Request, started: Instant) -> Instant {
+    if request.ticket.is_cancelled() {
+        core.handlers.finish(&request.ticket);
+        return started;
+    }
     let mut open = None;
     if request.is_emit() && !matches!(entry.kind, Kind::Blocking(_)) {
         let Some((taken, lost)) = entry.emits.take() else {
@@ -468,7 +493,6 @@ fn start(core: &Arc<Core>, entry: &Entry, mut request: Request, started: Instant
     match &entry.kind {
         Kind::Blocking(handler) => {
             let ticket = request.ticket.clone();
-            core.handlers.begin_blocking(&ticket);
             let outcome = catch_unwind(AssertUnwindSafe(|| handler(request)));
             let ended = Instant::now();
             entry
@@ -479,7 +503,6 @@ fn start(core: &Arc<Core>, entry: &Entry, mut request: Request, started: Instant
             ended
         }
         Kind::Detached(handler) => {
-            core.handlers.begin(&request.ticket);
             let unanswered = Unanswered::new(request, open);
             // Dropped by a panic, it says so.
             let _ = catch_unwind(AssertUnwindSafe(|| handler(unanswered)));
@@ -487,12 +510,7 @@ fn start(core: &Arc<Core>, entry: &Entry, mut request: Request, started: Instant
         }
         Kind::Async(handler) => {
             let ticket = request.ticket.clone();
-            // If one task reads and runs, no message about the call can arrive before its first
-            // poll ends.
-            let is_noted = ticket.has_window() || core.driver_kind() == DriverKind::Threads;
-            if is_noted {
-                core.handlers.begin(&ticket);
-            }
+            let is_noted = core.notes_at_start(&ticket);
             match catch_unwind(AssertUnwindSafe(|| handler(request))) {
                 Ok(future) => {
                     let future: Running = match open {
@@ -515,13 +533,34 @@ fn start(core: &Arc<Core>, entry: &Entry, mut request: Request, started: Instant
 }
 
 impl Core {
+    /// Notes the call that a job starts, so that a cancel finds it from now on.
+    pub(super) fn note(&self, job: &HandlerJob) {
+        let HandlerJob::Start(entry, request) = job else {
+            return;
+        };
+        let ticket = &request.ticket;
+        match &entry.kind {
+            Kind::Blocking(_) => self.handlers.begin_blocking(ticket),
+            Kind::Detached(_) => self.handlers.begin(ticket),
+            Kind::Async(_) if self.notes_at_start(ticket) => self.handlers.begin(ticket),
+            Kind::Async(_) => {}
+        }
+    }
+
+    /// Whether the call of a task is noted before its first poll. If one task reads and runs, no
+    /// message about the call can arrive before that ends.
+    fn notes_at_start(&self, ticket: &Ticket) -> bool {
+        ticket.has_window() || self.driver_kind() == DriverKind::Threads
+    }
+
     /// Runs `jobs` and those that are queued now, for a driver that runs handlers itself; returns
     /// whether there were any. A task that wakes itself waits for the next turn.
     pub(super) fn run_jobs(self: &Arc<Self>, jobs: &mut Vec<HandlerJob>) -> bool {
-        let queued = (0..self.workers.queued()).map_while(|_| self.workers.pop());
+        let queued = (0..self.workers.queued()).map_while(|_| self.workers.pop(self));
         let mut has_run = false;
         let mut now = Instant::now();
-        for job in jobs.drain(..).chain(queued) {
+        let arrived = jobs.drain(..).inspect(|job| self.note(job));
+        for job in arrived.chain(queued) {
             now = run(self, job, now);
             has_run = true;
         }

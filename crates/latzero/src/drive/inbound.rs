@@ -36,6 +36,7 @@ impl Core {
                 let processed = self.process(input, jobs);
                 // Here, so that they are taken in the order that they came in.
                 for job in jobs.extract_if(.., |job| job.is_detached()) {
+                    self.note(&job);
                     handlers::run(self, job, Instant::now());
                 }
                 processed.err().or_else(|| input.lost.take())
@@ -196,6 +197,12 @@ impl Batch<'_> {
         // Under one lock: a call is detached either before or after this, so the answer is not
         // lost.
         if let Some(key) = pending.find_lasting(&id) {
+            // Only the answer to a stored call names the pool. It overtakes the acknowledgement if
+            // the handler fails before the call is on disk.
+            let has_run = matches!(&word, CallEvent::End(Err(e)) if e.ran() != Some(Ran::No));
+            if has_run && e.pool.is_some() {
+                pending.parked(key, &mut self.wake);
+            }
             self.notify(&mut pending, key, word);
             return;
         }

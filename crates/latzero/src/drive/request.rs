@@ -209,8 +209,7 @@ impl Request {
         let json = e.data.filter(|_| bytes.is_none());
         let data = place(e.text, json.map(Raw::text));
         let (text, id) = match id {
-            // Servers do not write ids with escapes. If there are any, the decoded id is appended
-            // to the
+            // Servers write no escapes in ids. If there are any, the decoded id is appended to the
             // text.
             Some(Cow::Owned(id)) => {
                 let range = e.text.len()..e.text.len() + id.len();

@@ -132,17 +132,20 @@ impl Workers {
     }
 
     /// The next job.
-    pub(crate) fn pop(&self) -> Option<HandlerJob> {
+    pub(crate) fn pop(&self, core: &Core) -> Option<HandlerJob> {
         if self.queued.load(Ordering::Acquire) == 0 {
             return None;
         }
-        self.pop_from(&mut lock(&self.state))
+        self.pop_from(&mut lock(&self.state), core)
     }
 
-    fn pop_from(&self, state: &mut State) -> Option<HandlerJob> {
-        let job = state.queue.pop_front();
+    /// A call is noted under the lock, so that its cancel finds it here or there.
+    fn pop_from(&self, state: &mut State, core: &Core) -> Option<HandlerJob> {
+        let job = state.queue.pop_front()?;
+        // Before the count, which says whether a cancel has to look here.
+        core.note(&job);
         self.queued.store(state.queue.len(), Ordering::Release);
-        job
+        Some(job)
     }
 
     /// How many jobs wait.
@@ -292,11 +295,15 @@ fn work(core: &Arc<Core>) {
             state = lock(&workers.state);
             continue;
         }
-        if let Some(job) = workers.pop_from(&mut state) {
+        if let Some(job) = workers.pop_from(&mut state, core) {
             let has_more = !state.queue.is_empty();
             drop(state);
-            // One wakeup may be for several jobs.
-            if has_more {
+            if std::mem::take(&mut is_watching) {
+                workers.is_watched.store(false, Ordering::Release);
+            }
+            // One wakeup may be for several jobs. And it may have been meant for a thread that
+            // watches the leader: nobody reads while that runs a slow handler.
+            if has_more || !workers.is_watched.load(Ordering::Acquire) {
                 workers.another(core);
             }
             run(core, job, Instant::now());
@@ -378,7 +385,7 @@ fn lead(core: &Arc<Core>, lease: u64) {
             resign(workers, lease);
             return;
         }
-        while let Some(job) = workers.pop() {
+        while let Some(job) = workers.pop(core) {
             if !run_as_leader(core, lease, job) {
                 return;
             }
@@ -408,12 +415,20 @@ fn lead(core: &Arc<Core>, lease: u64) {
         let received = receive(core, &mut input, is_quiet);
         is_quiet = matches!(received, Received::Nothing);
         core.settle(&mut input, received, &mut jobs);
-        drop(input);
         // A single job is run directly; several are queued, so that other threads can take them if
-        // one is stuck.
-        if jobs.len() > 1 {
-            workers.push(&mut jobs);
-        } else if let Some(job) = jobs.pop()
+        // one is stuck. Before another thread reads: a cancel must find them.
+        let job = match jobs.len() {
+            0 | 1 => jobs.pop(),
+            _ => {
+                workers.push(&mut jobs);
+                None
+            }
+        };
+        if let Some(job) = &job {
+            core.note(job);
+        }
+        drop(input);
+        if let Some(job) = job
             && !run_as_leader(core, lease, job)
         {
             return;
@@ -508,12 +523,13 @@ fn run_as_leader(core: &Arc<Core>, lease: u64, job: HandlerJob) -> bool {
             core.flush();
             return false;
         }
-        if !workers.is_watched.load(Ordering::Acquire) && workers.threads_max > 1 {
-            workers.another(core);
-        }
         workers.runs.fetch_add(1, Ordering::Relaxed);
         let began = workers.at(now);
         workers.busy_since.store(began, Ordering::Release);
+        // After that: a thread that sees nothing to watch goes to sleep.
+        if !workers.is_watched.load(Ordering::Acquire) && workers.threads_max > 1 {
+            workers.another(core);
+        }
         now = run(core, job, now);
         let _ = workers
             .busy_since
@@ -522,7 +538,7 @@ fn run_as_leader(core: &Arc<Core>, lease: u64, job: HandlerJob) -> bool {
             core.flush();
             return false;
         }
-        next = workers.pop();
+        next = workers.pop(core);
     }
     core.flush();
     true

@@ -291,9 +291,21 @@ impl App {
     /// # Errors
     /// If the server refuses.
     pub async fn unserve(&self, name: &str) -> Result<(), Error> {
-        match self.unserving(name) {
-            Some(calling) => calling.await,
-            None => Ok(()),
+        let Some(calling) = self.unserving(name) else {
+            return Ok(());
+        };
+        let ended = calling.await;
+        self.renew(name);
+        ended
+    }
+
+    /// Registers a name again that another thread began to serve or to listen to while it was being
+    /// unregistered: its message may have been the earlier one.
+    pub(super) fn renew(&self, name: &str) {
+        if let Some(spec) = self.core().handlers.spec(name) {
+            let mut message = Message::new("trigger_register");
+            message.json("triggers", json!([spec]).to_string().as_bytes());
+            self.core().send_oneway(message);
         }
     }
 
@@ -714,18 +726,19 @@ impl Handler {
         check_name(&name)?;
         let triggers = json!([spec.to_json(&name)]);
         // Registered before the request is sent: the first call may follow right after its reply.
-        app.core().handlers.add(Entry {
+        let entry = Arc::new(Entry {
             name: name.as_str().into(),
             spec,
             kind,
             emits: Arc::default(),
             is_slow: AtomicBool::new(true),
         });
+        let earlier = app.core().handlers.add(&entry);
         let registered = app
             .ask_until_answered(|| app.triggers("trigger_register", &triggers))
             .await;
         if registered.is_err() {
-            app.core().handlers.remove(&name);
+            app.core().handlers.take_back(&entry, earlier);
         }
         registered
     }

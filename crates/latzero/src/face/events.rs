@@ -100,6 +100,7 @@ fn forget_emissions(app: &App, queue: &Arc<Queue<Emission>>) {
         let mut message = Message::new("trigger_unregister");
         message.json("triggers", json!(gone).to_string().as_bytes());
         app.core().send_oneway(message);
+        gone.iter().for_each(|name| app.renew(name));
     }
 }
 
@@ -121,5 +122,11 @@ fn forget_presence(app: &App, queue: &Arc<Queue<Presence>>) {
         let mut message = Message::new("unwatch");
         message.string("pool", &pool);
         app.core().send_oneway(message);
+        // Another thread may have begun to watch it, with an earlier message.
+        if lock(&app.core().watchers).contains_key(&pool) {
+            let mut message = Message::new("watch");
+            message.string("pool", &pool);
+            app.core().send_oneway(message);
+        }
     }
 }

@@ -209,10 +209,13 @@ impl BlockLock {
         if self.is_inherited() {
             return Ok(());
         }
-        self.is_given_back = true;
         self.block.shared().unlocked(self.fence);
         let more = json!({"lock": self.fence.to_string()});
-        self.block.ask("memory_unlock", &more).await.map(drop)
+        let unlocked = self.block.ask("memory_unlock", &more).await.map(drop);
+        // What was not sent is sent when this is dropped.
+        let is_unsent = |e: &Error| e.ran() == Some(Ran::No) && e.kind() != Code::LockLost;
+        self.is_given_back = !unlocked.as_ref().is_err_and(is_unsent);
+        unlocked
     }
 }
 
