@@ -1,13 +1,13 @@
 'use strict'
 
-// One connection. Operations of the binding are numbered; what they come to arrives in batches,
-// one for each time that the event loop is woken.
+// One connection. Operations of the binding are numbered; their results arrive in batches, one for
+// each time that the event loop is woken.
 
 const { basename, extname } = require('node:path')
 
 const { load, mayLoop } = require('./addon.cjs')
 const { Block, blockOptions } = require('./block.cjs')
-const { badRequest, errorOf, own, thrown, warn } = require('./errors.cjs')
+const { Failure, badRequest, errorOf, own, thrown, warn } = require('./errors.cjs')
 const { Request, handle } = require('./handlers.cjs')
 const { encode, parseExactly } = require('./json.cjs')
 const { onAbort, options, pick, textFrom, textOf } = require('./options.cjs')
@@ -15,14 +15,10 @@ const { Inflow, Parked, Stream } = require('./streams.cjs')
 
 const addon = load()
 
-// What an item of a batch is; the addon has the same numbers.
-const JSON_VALUE = 0
-const EXTRA = 1
-const ERROR = 2
-const END_EXTRA = 4
-const OVER = 7
-const REQUEST_JSON = 8
-const REQUEST_EXTRA = 9
+const {
+  Json: JSON_VALUE, Extra: EXTRA, Error: ERROR, EndExtra: END_EXTRA, Over: OVER,
+  RequestJson: REQUEST_JSON, RequestExtra: REQUEST_EXTRA
+} = addon.What
 
 const INTERNAL = Symbol('internal')
 const UNCLONEABLE = Symbol('an App of latzero: each thread and process connects by itself')
@@ -40,7 +36,7 @@ const CONNECT = [
 ]
 const OURS = ['bigint', 'strict', 'tracebacks']
 
-/** What operations come to that an app is closed before. */
+/** The result of operations that the end of the app cuts short. */
 const CLOSED = { what: ERROR, meta: 0, payload: own('disconnected', 'the app was closed', 'no') }
 
 /** What is done after the code that runs now. */
@@ -49,7 +45,7 @@ const SOON = Promise.resolve()
 /** Apps that have something pending: they are not collected before that has ended. */
 const busy = new Set()
 
-/** What an operation came to; its error is thrown. */
+/** The value of an item; throws if it is an error. */
 function valueOf (item) {
   if (item.what === ERROR) throw errorOf(item.payload)
   return item.payload
@@ -78,18 +74,15 @@ function answerOf ({ what, meta, payload }) {
 
 /** A trigger that an app serves. */
 class Served {
-  #app
   #end
 
-  constructor (app, name, end) {
-    this.#app = app
+  constructor (name, end) {
     this.#end = end
     this.name = name
   }
 
   async close () {
-    if (!this.#end()) return
-    if (this.#app[INTERNAL].isOpen) await this.#app[INTERNAL].run((n, t) => n.unserve(t, this.name))
+    await this.#end()
   }
 
   [Symbol.asyncDispose] () {
@@ -304,8 +297,12 @@ class Connection {
   #receive (number, meta, payload) {
     const trigger = this.triggers.get(meta[0])
     const request = new Request(this, trigger?.name, number, meta)
+    if (trigger === undefined) {
+      request.fail(new Failure('no_handler', 'the trigger is no longer served here'))
+      return
+    }
     this.running.set(number, request)
-    SOON.then(() => handle(this, request, trigger?.handler, payload))
+    SOON.then(() => handle(this, request, trigger.handler, payload))
   }
 
   async serve (name, handler, json) {
@@ -325,14 +322,24 @@ class Connection {
       this.unhold()
       const isNewest = this.served.get(name) === end
       if (isNewest) this.served.delete(name)
+      // A newer one has its requests.
+      else this.triggers.delete(number)
       return isNewest
     }
     const before = this.served.get(name)
     this.served.set(name, end)
     before?.()
-    // It may have ended while it was being registered.
-    if (!this.isOpen) end()
-    return new Served(this.app, name, end)
+    // The app may have ended meanwhile.
+    if (this.hasEnded) end()
+    return new Served(name, async () => {
+      if (!end() || !this.isOpen) return
+      try {
+        await this.run((native, token) => native.unserve(token, name))
+      } finally {
+        // Requests may come until then.
+        this.triggers.delete(number)
+      }
+    })
   }
 
   /** Calls `listener` with each change of the connection. That keeps nothing alive. */
@@ -370,7 +377,7 @@ class Connection {
     for (const end of [...this.served.values()]) end()
   }
 
-  /** Lets go of everything. */
+  /** Releases everything; operations in progress are dropped. */
   release () {
     if (!this.isOpen) return
     this.isOpen = false

@@ -7,11 +7,11 @@ const { isSharedArrayBuffer } = require('node:util').types
 const addon = require('./addon.cjs').load()
 const { badRequest, errorOf, own, thrown } = require('./errors.cjs')
 const { Sent, bytesOf, isBytes } = require('./json.cjs')
-const { check, checkWhole, pick, textFrom } = require('./options.cjs')
+const { check, checkWhole, pick, refuse, textFrom } = require('./options.cjs')
 const { Inflow } = require('./streams.cjs')
 
-const ERROR = 2
-const OVER = { what: 7, meta: 0, payload: undefined }
+const ERROR = addon.What.Error
+const OVER = { what: addon.What.Over, meta: 0, payload: undefined }
 
 const UNCLONEABLE = Symbol('a Block of latzero: send block.handle, for app.block(handle)')
 
@@ -134,7 +134,7 @@ function rowsOf (part, nbytes, layout) {
   const [start, end] = part
   const isRange = Number.isSafeInteger(start) && Number.isSafeInteger(end) &&
     start >= 0 && start <= end && end <= rows
-  if (!isRange) throw new RangeError(`a part is [start, end] of the ${rows} rows`)
+  if (!isRange) refuse('part', part, { what: `[start, end] of the ${rows} rows` })
   const row = rows > 0 ? nbytes / rows : 0
   return {
     offset: start * row,
@@ -299,7 +299,7 @@ class Block extends Sent {
   #mapping = -1
   #reads = 0
   #layout = { json: null, layout: null, size: undefined }
-  /** The layout of what was read in place last, and the mapping where that lay. */
+  /** The layout of the newest read in place, and its mapping. */
   #read = { layout: null, mapping: -1 }
 
   constructor (connection, native) {
@@ -438,18 +438,14 @@ class Block extends Sent {
     const bytes = ArrayBuffer.isView(target)
       ? new Uint8Array(target.buffer, target.byteOffset, target.byteLength)
       : new Uint8Array(target)
-    const { nbytes } = this
-    if (bytes.length !== nbytes) {
-      throw new RangeError(`the target has ${bytes.length} bytes, and the block ${nbytes}`)
-    }
+    checkTarget(bytes, this.nbytes)
     if (!isShared && this.isMapped) {
       const version = this.#readNow(bytes, 0)
       if (version !== null) return version
     }
     const { buffer, version } = await this.#copy()
-    if (buffer.byteLength !== bytes.length) {
-      throw new RangeError(`the block was resized to ${buffer.byteLength} bytes meanwhile`)
-    }
+    // The block may have been resized meanwhile.
+    checkTarget(bytes, buffer.byteLength)
     bytes.set(new Uint8Array(buffer))
     return version
   }
@@ -480,7 +476,7 @@ class Block extends Sent {
     }
   }
 
-  /** The newest version where it lies. */
+  /** The newest version in place. */
   async #take () {
     let native
     try {
@@ -506,7 +502,7 @@ class Block extends Sent {
     return buffer
   }
 
-  /** One version where it lies, for as long as the view is referred to. */
+  /** One version in place, for as long as the view is referred to. */
   async view () {
     for (let tries = 0; tries < TRIES_MAX; tries++) {
       const native = await this.#take()
@@ -621,7 +617,7 @@ class Block extends Sent {
     return this.#connection.run((native, token) => this.#native.info(native, token))
   }
 
-  /** Lets go of it here. */
+  /** Detaches from the block. */
   close () {
     this.#memory.clear()
     this.#handle?.close()
@@ -632,6 +628,11 @@ class Block extends Sent {
   [Symbol.dispose ?? Symbol.for('Symbol.dispose')] () {
     this.close()
   }
+}
+
+function checkTarget (bytes, nbytes) {
+  if (bytes.length === nbytes) return
+  throw new TypeError(`the target has ${bytes.length} bytes, and the block has ${nbytes}`)
 }
 
 function checkBytes (data) {

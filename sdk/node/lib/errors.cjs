@@ -148,7 +148,7 @@ function describe (error, tracebacks) {
   return { code: 'handler_error', message: `${type}: ${message}`, data }
 }
 
-/** Says on the process what nobody waits for. */
+/** Reports an error that no caller receives, as a process warning. */
 function warn (message, error) {
   const stack = tried(() => error?.stack)
   const detail = typeof stack === 'string' ? stack : text(() => error)

@@ -2,16 +2,16 @@
 
 // Functions as handlers: what they get, what they answer, and items that they stream.
 
+const addon = require('./addon.cjs').load()
 const { LatZeroError, describe, errorOf, own, text, thrown, warn } = require('./errors.cjs')
 const { encode, mend, withBlocks } = require('./json.cjs')
 
-const ERROR = 2
-const OVER = 7
+const { Error: ERROR, Over: OVER } = addon.What
 
-/** What the sending of an item fails with when nobody waits for it any more. */
+/** The codes with which sending an item fails once the caller is gone. */
 const GONE = ['cancelled', 'disconnected']
 
-/** Instead of what a promise resolves to, when the caller is gone. */
+/** The value of `orGone` when the caller is gone. */
 const LEFT = Symbol('left')
 
 /** What a handler answers. The caller's request is not to blame if that can't be encoded. */
@@ -92,25 +92,29 @@ class Request {
     return errorOf(own('cancelled', 'the caller does not want the answer any more'))
   }
 
+  // Getters, so that handlers may take these functions out of the request.
+
   /** Reports how far the work is. */
-  async progress (report) {
-    await this.send(report, true)
+  get progress () {
+    return async (report) => { await this.send(report, true) }
   }
 
   /** A block that came with the call, for as long as the call lasts. */
-  block (id) {
-    const { Block } = require('./block.cjs')
-    try {
-      return new Block(this.#connection, this.#connection.native.requestBlock(this.#number, id))
-    } catch (error) {
-      throw thrown(error)
+  get block () {
+    return (id) => {
+      const { Block } = require('./block.cjs')
+      try {
+        return new Block(this.#connection, this.#connection.native.requestBlock(this.#number, id))
+      } catch (error) {
+        throw thrown(error)
+      }
     }
   }
 
   /** The payload, with blocks in the places of their references. */
   arrived (payload) {
     return this.#blocks.length > 0
-      ? withBlocks(payload, this.#blocks, (id) => this.block(id))
+      ? withBlocks(payload, this.#blocks, this.block)
       : payload
   }
 
@@ -180,6 +184,15 @@ function iteratorOf (result) {
   return isIterator && typeof result[Symbol.iterator] === 'function' ? result : undefined
 }
 
+/** Closes an iterator before its end. What that throws, the caller does not hear. */
+async function close (iterator, { name }) {
+  try {
+    await iterator.return?.()
+  } catch (error) {
+    warn(`a handler of '${name}' failed when its stream was closed`, error)
+  }
+}
+
 /** Streams what an iterator gives; what it returned is the end. */
 async function stream (request, iterator) {
   let isOver = false
@@ -201,7 +214,7 @@ async function stream (request, iterator) {
     }
   } finally {
     // Not awaited: a generator that waits itself returns after that. It has `signal` to end it.
-    if (!isOver) Promise.resolve(iterator.return?.()).catch(() => {})
+    if (!isOver) close(iterator, request)
   }
 }
 

@@ -189,9 +189,9 @@ export interface Answer<T = unknown> {
 export interface Parked<T = unknown> {
   /** By which `answers()` knows the call, also after a restart. */
   readonly id: string
-  /** Waits for the answer. If `signal` ends the wait, the call goes on. */
+  /** Waits for the answer. A `signal` ends only the wait, which may be repeated. */
   answer(options?: { signal?: AbortSignal }): Promise<T>
-  /** Lets go of it: the call goes on, and its answer goes to `answers()`. */
+  /** Leaves the call, which goes on: its answer goes to `answers()`. */
   leave(): void
   /** Ends the call. */
   cancel(): void
@@ -272,9 +272,9 @@ export interface Request {
   /** Fires when the caller does not want the answer any more. */
   readonly signal: AbortSignal
   /** Reports how far the work is. */
-  progress(report: unknown): Promise<void>
+  readonly progress: (report: unknown) => Promise<void>
   /** A block that came with the call, for as long as the call lasts. */
-  block(id: string): Block
+  readonly block: (id: string) => Block
 }
 
 /** Answers a value, a promise of one, or an iterator, whose items are streamed. */
@@ -437,7 +437,7 @@ export interface Block {
   readInto(target: Bytes): Promise<number>
   /** Some bytes of the newest version. */
   readAt(offset: number, length: number): Promise<Buffer>
-  /** One version where it lies, for as long as the view is referred to. */
+  /** One version in place, for as long as the view is referred to. */
   view(): Promise<View>
   /** Hands the next version to `fn` and publishes it; its number. */
   write<A extends BlockArray = any>(
@@ -465,7 +465,7 @@ export interface Block {
   remove(): Promise<void>
   /** All about it, as the server describes it. */
   info(): Promise<Record<string, any>>
-  /** Lets go of it here. */
+  /** Detaches from the block. */
   close(): void
 }
 
@@ -524,7 +524,7 @@ export interface Lock {
  * the same place, and `valid` is false from then on. Writing the array changes nothing for others.
  */
 export interface View {
-  /** The memory where it lies. */
+  /** Its memory. */
   readonly buffer: ArrayBuffer
   /** The number of the version. */
   readonly version: number

@@ -185,4 +185,4 @@ function onAbort (signal, abort) {
   return () => signal.removeEventListener('abort', abort)
 }
 
-module.exports = { check, checkWhole, onAbort, options, pick, textFrom, textOf }
+module.exports = { check, checkWhole, onAbort, options, pick, refuse, textFrom, textOf }

@@ -2,14 +2,16 @@
 
 // What comes bit by bit, as async iterables.
 
+const addon = require('./addon.cjs').load()
 const { errorOf, own } = require('./errors.cjs')
 const { onAbort, pick } = require('./options.cjs')
 
-const ERROR = 2
-const END_JSON = 3
-const END_EXTRA = 4
-const PROGRESS = 5
-const OVER = 7
+const {
+  Error: ERROR, EndJson: END_JSON, EndExtra: END_EXTRA, Progress: PROGRESS, Over: OVER
+} = addon.What
+
+/** Ends what listens to the signal of a stream that is not referred to any more. */
+const forgotten = new FinalizationRegistry((off) => off())
 
 const DONE = { done: true, value: undefined }
 
@@ -33,6 +35,7 @@ class Stream {
     const weak = new WeakRef(native)
     const abort = () => weak.deref()?.close()
     this.#off = onAbort(signal, abort)
+    forgotten.register(this, this.#off)
     if (signal.aborted) abort()
   }
 
@@ -177,7 +180,7 @@ class Parked {
     this.id = native.id
   }
 
-  /** Waits for the answer; with a signal the wait may end, and the call goes on. */
+  /** Waits for the answer. A signal ends only the wait, which may be repeated. */
   async answer (given) {
     const { signal } = pick(given, ['signal'])
     const item = await this.#connection.op((native, token) => this.#native.answer(native, token),
@@ -186,7 +189,7 @@ class Parked {
     return item.payload
   }
 
-  /** Lets go of it: the call goes on, and its answer goes to `answers()`. */
+  /** Leaves the call, which goes on: its answer goes to `answers()`. */
   leave () {
     this.#end(this.#native.leave(), 'the answer is left to answers()')
   }

@@ -1,4 +1,4 @@
-//! One connection: what it has under way, and calls, emits, handlers, events and requests.
+//! One connection: its operations, and calls, emits, handlers, events and requests.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{HashMap, VecDeque};
@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 
-use latzero::{App, Bytes, Call, Code, Data, Driver, Error};
+use latzero::{App, Bytes, Call, Code, Data, Driver, Error, HandlerError, Ran};
 use napi::bindgen_prelude::{Array, Either, Function, FunctionRef, Uint8ArraySlice};
 use napi::{Env, Result};
 use napi_derive::napi;
 use serde_json::{Value, json};
 
-use crate::batch::{Batch, Outcome, Payload};
+use crate::batch::{self, Batch, Outcome, Payload};
 use crate::block::{NativeBlock, Open};
 use crate::errors::{self, misuse};
 use crate::handlers::{Active, Incoming, hand_over};
@@ -24,10 +24,10 @@ use crate::options;
 use crate::streams::{Inflow, NativeStream, Parking};
 use crate::uv::{self, Looping};
 
-/// An operation under way. It stays on the JavaScript thread.
+/// An operation in progress. It stays on the JavaScript thread.
 pub(crate) type Running = Pin<Box<dyn Future<Output = std::result::Result<Outcome, Error>>>>;
 
-/// Text of one batch at about most, in bytes. What is left has its turn after other events.
+/// About how long the text of one batch may be. The rest has its turn after other events.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
 
 struct Task {
@@ -36,7 +36,7 @@ struct Task {
     waker: Waker,
 }
 
-/// A payload as the face passes it: JSON text, or bytes.
+/// A payload as `lib/` passes it: JSON text, or bytes.
 pub(crate) type Given<'a> = Either<String, Uint8ArraySlice<'a>>;
 
 /// The payload to send.
@@ -54,14 +54,14 @@ pub struct NativeApp {
     mailbox: Arc<Mailbox>,
     tasks: RefCell<HashMap<u64, Task>>,
     requests: RefCell<HashMap<u64, Active>>,
-    /// Operations that were done at once.
+    /// Results of operations that were done at once.
     done: RefCell<Vec<(u64, std::result::Result<Outcome, Error>)>>,
     news: RefCell<VecDeque<News>>,
     extras: RefCell<Vec<Extra>>,
     /// Blocks that travel with the next call.
     lent: RefCell<Vec<(latzero::Block, bool)>>,
     is_released: Cell<bool>,
-    /// What drives it, once it is connected and if that is the event loop.
+    /// The driver, once it is connected and if the event loop drives it.
     driver: Rc<RefCell<Option<Driver>>>,
     wake: RefCell<Option<FunctionRef<(), ()>>>,
     looping: RefCell<Option<Rc<Looping>>>,
@@ -80,12 +80,11 @@ impl NativeApp {
     pub(crate) fn app(&self) -> Result<&App> {
         match self.place.get() {
             Some(app) if !self.is_released.get() => Ok(app),
-            _ => {
-                let closed = errors::own(Code::Disconnected, "the app was closed");
-                let mut closed = closed;
-                closed["ran"] = json!("no");
-                Err(napi::Error::from_reason(closed.to_string()))
-            }
+            _ => Err(errors::refused(
+                Code::Disconnected,
+                "the app was closed",
+                Some(Ran::No),
+            )),
         }
     }
 
@@ -173,11 +172,19 @@ impl NativeApp {
                     batch.add(token, result);
                 }
             }
-            // Of what was cancelled before it could begin nobody waits for an answer.
-            News::Request(Incoming::Begin(_, active)) if active.request().is_cancelled() => {}
-            News::Request(Incoming::Begin(number, active)) => {
-                batch.add_request(number, &active.meta(), active.request());
-                self.requests.borrow_mut().insert(number, *active);
+            News::Request(Incoming::Begin(number, arriving)) => {
+                let Some(active) = arriving.take() else {
+                    return;
+                };
+                match batch.add_request(number, &active.meta(), active.request()) {
+                    true => {
+                        self.requests.borrow_mut().insert(number, active);
+                    }
+                    false => {
+                        let code = Code::TooLarge.as_str();
+                        active.end(Err(HandlerError::new(code, batch::TOO_LONG)));
+                    }
+                }
             }
             News::Request(Incoming::Cancel(number)) => {
                 let active = self.requests.borrow_mut().remove(&number);
@@ -273,7 +280,7 @@ impl NativeApp {
         text
     }
 
-    /// What the last batch had that is not JSON.
+    /// The values of the last batch that are not JSON.
     #[napi]
     pub fn extras<'env>(&self, env: &'env Env) -> Result<Array<'env>> {
         let extras = self.extras.take();
@@ -291,7 +298,7 @@ impl NativeApp {
         drop(task);
     }
 
-    /// Lets go of everything: what is under way is dropped.
+    /// Releases everything; operations in progress are dropped.
     #[napi]
     pub fn release(&self) {
         self.is_released.set(true);
@@ -503,7 +510,7 @@ impl NativeApp {
         }))
     }
 
-    /// What a request says of itself besides its payload; nothing once it has ended.
+    /// The details of a request; `null` once it has ended.
     #[napi]
     pub fn request_info(&self, number: i64) -> Option<String> {
         let request = self.request(number)?;

@@ -1,25 +1,30 @@
-//! What operations come to, and the text that carries it to JavaScript.
+//! Results of operations, and the JSON text that carries them to JavaScript.
 //!
-//! A batch is one JSON array: for each item its number, what it is, what else there is to say, and
-//! a payload. Payloads are spliced in as they came. What JSON has no word for is in a second array,
-//! and its place there in the text.
+//! A batch is one JSON array: for each item its number, what it is, details, and a payload.
+//! Payloads are copied into the text as they were received. Values that JSON cannot express are in
+//! a second array; the text has their index.
 
 use std::fmt::Write as _;
 
 use latzero::{Code, Data, Emission, Error, Reply};
+use napi_derive::napi;
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::errors;
 use crate::memory::Extra;
 
-/// JSON text of one payload at most; V8 has no longer strings than twice that.
+/// The longest JSON text of one payload. V8's strings are at most about twice as long.
 const PAYLOAD_BYTES_MAX: usize = 256 * 1024 * 1024;
 
-/// What an item of a batch is. The face has the same numbers.
-#[derive(Debug, Clone, Copy)]
-#[repr(u8)]
-pub(crate) enum What {
+/// Why a longer one does not arrive.
+pub(crate) const TOO_LONG: &str = "the payload is too long for a string of JavaScript";
+
+/// What an item of a batch is.
+#[napi]
+#[derive(Debug)]
+#[allow(unreachable_pub, reason = "the macro asks for it")]
+pub enum What {
     /// An operation's result, as JSON.
     Json = 0,
     /// An operation's result among the extras.
@@ -42,7 +47,7 @@ pub(crate) enum What {
     Cancel = 10,
 }
 
-/// A payload, as what had it keeps it.
+/// A payload, in the form in which it was received.
 pub(crate) enum Payload {
     Reply(Reply),
     Data(Data),
@@ -51,9 +56,9 @@ pub(crate) enum Payload {
     Extra(Extra),
 }
 
-/// What an operation came to.
+/// The result of an operation.
 pub(crate) enum Outcome {
-    /// A value, and what else there is to say.
+    /// A value, and details.
     Value(Payload, Option<Value>),
     /// The end of a streamed answer.
     End(Option<Reply>),
@@ -123,8 +128,7 @@ impl Batch {
 
     fn add_json(&mut self, token: u64, what: What, meta: Option<&Value>, json: &str) {
         if json.len() > PAYLOAD_BYTES_MAX {
-            let text = "the payload is too long for a string of JavaScript";
-            self.add_description(token, &errors::own(Code::TooLarge, text));
+            self.add_description(token, &errors::own(Code::TooLarge, TOO_LONG, None));
             return;
         }
         self.begin(token, what, meta);
@@ -158,7 +162,7 @@ impl Batch {
         }
     }
 
-    /// What an operation came to.
+    /// Adds the result of an operation.
     pub(crate) fn add(&mut self, token: u64, result: Result<Outcome, Error>) {
         const VALUE: (What, What) = (What::Json, What::Extra);
         match result {
@@ -204,17 +208,26 @@ impl Batch {
         }
     }
 
-    /// A request that is to be answered.
-    pub(crate) fn add_request(&mut self, number: u64, meta: &Value, request: &latzero::Request) {
+    /// Adds a request that is to be answered; false if its payload is too long.
+    pub(crate) fn add_request(
+        &mut self,
+        number: u64,
+        meta: &Value,
+        request: &latzero::Request,
+    ) -> bool {
         let body = match (request.bytes(), request.json()) {
             (Some(bytes), _) => Body::Bytes(bytes),
             (None, json) => Body::Json(json.unwrap_or("null")),
         };
+        if matches!(body, Body::Json(json) if json.len() > PAYLOAD_BYTES_MAX) {
+            return false;
+        }
         let whats = (What::RequestJson, What::RequestExtra);
         self.add_body(number, whats, Some(meta), body);
+        true
     }
 
-    /// The caller of a request is gone.
+    /// Adds that the caller of a request is gone.
     pub(crate) fn add_cancel(&mut self, number: u64) {
         self.add_json(number, What::Cancel, None, "0");
     }

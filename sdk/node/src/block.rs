@@ -1,4 +1,4 @@
-//! Memory blocks: handles, versions under way, and locks.
+//! Memory blocks: handles, versions that are being written, and locks.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -156,7 +156,7 @@ impl NativeBlock {
     }
 }
 
-/// How many places a mapping has, which follow each other: more than a block has slots.
+/// How many numbers each mapping reserves for its slots; a block has fewer slots.
 #[napi]
 #[allow(unreachable_pub, reason = "the macro asks for it")]
 pub const PLACES: u32 = 16;
@@ -211,15 +211,15 @@ impl NativeBlock {
         Ok(self.get()?.layout().map(|layout| layout.to_string()))
     }
 
-    /// Lets go of it here.
+    /// Detaches from the block.
     #[napi]
     pub fn close(&self) {
         self.block.take();
         self.mapped.take();
     }
 
-    /// Copies the newest version from `offset` on into `target`; the version. Nothing where it
-    /// would have to wait, or where the block got another size or generation: read it anew then.
+    /// Copies the newest version from `offset` on into `target`; the version. `null` if it
+    /// would have to wait, or if the block got another size or generation: read it anew then.
     #[napi]
     pub fn read_now(&self, mut target: Uint8ArraySlice<'_>, offset: i64) -> Result<Option<f64>> {
         let block = self.get()?;
@@ -338,9 +338,9 @@ impl NativeBlock {
         }))
     }
 
-    /// Begins to read the newest version where it lies, as the read of this number: its memory, its
-    /// number, and how many mappings there were: in one mapping the layout is the same. Nothing
-    /// where there is no such memory, or that would have to wait.
+    /// Begins to read the newest version in place, as the read of this number: its memory, its
+    /// number, and how many mappings there were: in one mapping the layout is the same. `null` if
+    /// there is no such memory, or that would have to wait.
     #[napi]
     pub fn begin_read<'env>(&self, env: &'env Env, number: u32) -> Result<Option<Array<'env>>> {
         let block = self.get()?;
@@ -373,7 +373,7 @@ impl NativeBlock {
         Ok(view.is_some_and(|view| view.get().is_valid()))
     }
 
-    /// The newest version where it lies; nothing where that would have to wait.
+    /// The newest version in place; `null` if that would have to wait.
     #[napi]
     pub fn view_now(&self) -> Result<Option<NativeView>> {
         let block = self.get()?;
@@ -384,7 +384,7 @@ impl NativeBlock {
     }
 
     /// Where a view lies among the memory that arrays may have: the same number for the same
-    /// memory. What was written there by mistake is gone. Nothing where arrays can't have it.
+    /// memory. What was written there by mistake is gone. `null` if arrays can't have it.
     #[napi]
     pub fn place(&self, view: &NativeView) -> Option<u32> {
         let mapping = self.mapping(&view.0).filter(|_| may_share())?;
@@ -406,7 +406,7 @@ impl NativeBlock {
         }
     }
 
-    /// The newest version where it lies.
+    /// The newest version in place.
     #[napi]
     pub fn view(&self, app: &NativeApp, token: i64) -> Result<bool> {
         let block = self.get()?;
@@ -498,7 +498,7 @@ impl NativeBlock {
     }
 }
 
-/// One version of a block, where it lies.
+/// One version of a block, in place.
 #[napi(js_name = "View")]
 pub struct NativeView(OwnedView);
 
@@ -555,7 +555,7 @@ impl Drop for Draftable {
     }
 }
 
-/// A version under way, under a lock of its own. Dropped, it is discarded.
+/// A version that is being written, under a lock of its own. Dropped, it is discarded.
 #[napi(js_name = "Draft")]
 pub struct NativeDraft(Rc<Draftable>);
 
@@ -565,7 +565,7 @@ fn ended() -> napi::Error {
 
 #[napi]
 impl NativeDraft {
-    /// The bytes in place; nothing where there are none that JavaScript can have.
+    /// The bytes in place; `null` if there are none that JavaScript can have.
     #[napi]
     pub fn expose<'env>(
         &self,
@@ -608,9 +608,9 @@ impl NativeDraft {
     }
 }
 
-/// What has a block's lock.
+/// An owner of a block's lock.
 trait Locking {
-    /// What is wrong where it is used after its end.
+    /// The error for using it after it was closed.
     const ENDED: &'static str;
 
     fn lock(&self) -> &BlockLock;
@@ -692,7 +692,7 @@ impl NativeWriter {
         Ok(NativeVersion(RefCell::new(version)))
     }
 
-    /// Gives the lock back, at the end of a version that is under way.
+    /// Gives the lock back, at the end of a version that is being written.
     #[napi]
     pub fn close(&self) {
         // One that was closed before stays closed.
@@ -707,7 +707,7 @@ enum Bytes {
     Waiting(Vec<(u64, Vec<u8>)>),
 }
 
-/// A version under way, under the lock of a writer. Dropped, it is discarded.
+/// A version that is being written, under the lock of a writer. Dropped, it is discarded.
 #[napi(js_name = "Version")]
 pub struct NativeVersion(RefCell<Option<(Rc<BlockWriter>, Bytes)>>);
 

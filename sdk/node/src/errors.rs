@@ -1,6 +1,6 @@
-//! Errors of the client as the face reads them, and what a handler answers.
+//! Errors of the client as `lib/` reads them, and the errors that handlers answer.
 
-use latzero::{Code, Error, HandlerError};
+use latzero::{Code, Error, HandlerError, Ran};
 use serde_json::{Value, json};
 
 /// The family of each code: the name of the error's class without its ending. A new code without a
@@ -42,7 +42,7 @@ pub(crate) fn family(code: Code) -> &'static str {
     }
 }
 
-/// What the face makes an error of.
+/// The description that `lib/errors.cjs` makes an error of.
 pub(crate) fn describe(error: &Error) -> Value {
     let kind = error.kind();
     let is_own = error.code() != kind.as_str();
@@ -50,25 +50,30 @@ pub(crate) fn describe(error: &Error) -> Value {
         "family": family(kind),
         "code": error.code(),
         "message": error.message(),
-        "ran": error.ran().map(latzero::Ran::as_str),
+        "ran": error.ran().map(Ran::as_str),
         "data": error.data(),
         "hint": (!is_own).then(|| kind.remedy()),
     })
 }
 
 /// An error of this binding, described as those of the client are.
-pub(crate) fn own(code: Code, message: &str) -> Value {
+pub(crate) fn own(code: Code, message: &str, ran: Option<Ran>) -> Value {
     json!({
         "family": family(code),
         "code": code.as_str(),
         "message": message,
-        "ran": null,
+        "ran": ran.map(Ran::as_str),
         "data": null,
         "hint": code.remedy(),
     })
 }
 
-/// An exception for what only a mistake in a program brings about.
+/// As an exception; `lib/errors.cjs` makes the error of it.
+pub(crate) fn refused(code: Code, message: &str, ran: Option<Ran>) -> napi::Error {
+    napi::Error::from_reason(own(code, message, ran).to_string())
+}
+
+/// An exception for an error in the calling program.
 pub(crate) fn misuse(message: impl Into<String>) -> napi::Error {
     napi::Error::new(napi::Status::InvalidArg, message.into())
 }

@@ -1,10 +1,10 @@
 //! The private half of the npm package `latzero`: connections, calls, handlers, events and blocks.
-//! The documented face is `lib/`.
+//! The documented interface is `lib/`.
 //!
-//! Everything here runs on the JavaScript thread that made the connection, but for wakers. In Node
-//! its event loop also reads the socket; elsewhere a thread of the client does. Operations that
-//! take time are futures: they are polled on that thread, and what they come to travels to
-//! JavaScript in batches, as one JSON text for each wake.
+//! Everything except wakers runs on the JavaScript thread that made the connection. In Node its
+//! event loop also reads the socket; elsewhere a thread of the client does. Operations that take
+//! time are futures: they are polled on that thread, and their results are passed to JavaScript in
+//! batches, as one JSON text for each wake.
 
 mod app;
 mod batch;
@@ -19,7 +19,7 @@ mod uv;
 
 use napi_derive::napi;
 
-/// The version of the addon, which its face must have too.
+/// The version of the addon, which `lib/` must have too.
 #[napi]
 pub fn version() -> &'static str {
     env!("CARGO_PKG_VERSION")

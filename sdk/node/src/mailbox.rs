@@ -27,9 +27,21 @@ pub(crate) enum News {
     Request(Incoming),
 }
 
+impl News {
+    /// Whether it is a request that was cancelled.
+    fn is_void(&self) -> bool {
+        matches!(self, News::Request(Incoming::Begin(_, arriving)) if arriving.is_empty())
+    }
+}
+
+/// A queue shorter than this is not swept.
+const SWEPT_MIN: usize = 1024;
+
 #[derive(Default)]
 struct Queue {
     news: VecDeque<News>,
+    /// How many there were after the last sweep.
+    swept: usize,
     is_signalled: bool,
     is_closed: bool,
 }
@@ -63,6 +75,11 @@ impl Mailbox {
                 return;
             }
             queue.news.push_back(news);
+            // The places of cancelled requests would fill a queue that nobody looks into.
+            if queue.news.len() > 2 * queue.swept.max(SWEPT_MIN) {
+                queue.news.retain(|news| !news.is_void());
+                queue.swept = queue.news.len();
+            }
             std::mem::replace(&mut queue.is_signalled, true)
         };
         if !is_signalled {
@@ -98,6 +115,7 @@ impl Mailbox {
     pub(crate) fn take(&self) -> VecDeque<News> {
         let mut queue = lock(&self.queue);
         queue.is_signalled = false;
+        queue.swept = 0;
         std::mem::take(&mut queue.news)
     }
 

@@ -1,5 +1,5 @@
 //! Memory that JavaScript gets: copies, the slot of a block that is being written, and private
-//! mappings of what is only read.
+//! mappings of memory that is only read.
 //!
 //! Whatever JavaScript can read it can also write. A write into a private mapping reaches nobody,
 //! while one into the mapping that readers share would be seen by everybody or end the process.
@@ -122,6 +122,6 @@ pub fn detach(buffer: ArrayBuffer<'_>) -> Result<()> {
 /// The bytes of an array, to be filled. It must be the only use of them for that time.
 pub(crate) fn bytes_of<'a>(target: &'a mut Uint8ArraySlice<'_>) -> &'a mut [u8] {
     // SAFETY: JavaScript runs on this thread, so nothing else uses the memory before the call that
-    // it was passed to returns. The face passes no memory that is shared with other threads.
+    // it was passed to returns. `lib/` passes no memory that is shared with other threads.
     unsafe { target.as_mut() }
 }

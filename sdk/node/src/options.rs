@@ -1,4 +1,4 @@
-//! Options, as the face passes them: one JSON text.
+//! Options, as `lib/` passes them: one JSON text.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -21,8 +21,11 @@ pub(crate) fn read<T: DeserializeOwned>(json: &str) -> Result<T> {
 
 /// A time in milliseconds.
 pub(crate) fn time(milliseconds: f64) -> Result<Duration> {
-    Duration::try_from_secs_f64(milliseconds / 1000.0)
-        .map_err(|_| misuse(format!("{milliseconds} ms is no time to wait")))
+    Duration::try_from_secs_f64(milliseconds / 1000.0).map_err(|_| {
+        misuse(format!(
+            "a time is a number of milliseconds from 0 on, not {milliseconds}"
+        ))
+    })
 }
 
 /// How an app connects.
@@ -89,7 +92,7 @@ enum To {
     },
 }
 
-/// How a call or an emit goes out.
+/// The options of a call or an emit.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub(crate) struct Send {
@@ -112,24 +115,34 @@ fn instance_id(text: &str) -> Result<InstanceId> {
     InstanceId::parse(text).ok_or_else(|| misuse(format!("'{text}' is no id of an instance")))
 }
 
-impl Send {
-    pub(crate) fn call(&self, mut call: Call) -> Result<Call> {
-        match &self.to {
+/// What calls and emits have in common: they are of two types.
+macro_rules! address {
+    ($sending:ident, $options:ident) => {
+        match &$options.to {
             None => {}
-            Some(To::App(app_id)) => call = call.to(app_id),
+            Some(To::App(app_id)) => $sending = $sending.to(app_id),
             Some(To::Instance { app_id, instance }) => {
-                call = call.to_instance(app_id, instance_id(instance)?);
+                $sending = $sending.to_instance(app_id, instance_id(instance)?);
             }
         }
-        if let Some(pool) = &self.pool {
-            call = call.pool(pool);
+        if let Some(pool) = &$options.pool {
+            $sending = $sending.pool(pool);
         }
-        if let Some(key) = &self.key {
-            call = call.key(key);
+        if let Some(key) = &$options.key {
+            $sending = $sending.key(key);
         }
-        for (name, value) in &self.headers {
-            call = call.header(name, value);
+        for (name, value) in &$options.headers {
+            $sending = $sending.header(name, value);
         }
+        if $options.privileged {
+            $sending = $sending.privileged();
+        }
+    };
+}
+
+impl Send {
+    pub(crate) fn call(&self, mut call: Call) -> Result<Call> {
+        address!(call, self);
         if let Some(timeout) = self.timeout_ms {
             call = call.timeout(time(timeout)?);
         }
@@ -138,9 +151,6 @@ impl Send {
         }
         if self.redeliver {
             call = call.redeliver();
-        }
-        if self.privileged {
-            call = call.privileged();
         }
         if let Some(attempts) = self.attempts {
             call = call.attempts(attempts);
@@ -152,25 +162,7 @@ impl Send {
     }
 
     pub(crate) fn emit(&self, mut emit: Emit) -> Result<Emit> {
-        match &self.to {
-            None => {}
-            Some(To::App(app_id)) => emit = emit.to(app_id),
-            Some(To::Instance { app_id, instance }) => {
-                emit = emit.to_instance(app_id, instance_id(instance)?);
-            }
-        }
-        if let Some(pool) = &self.pool {
-            emit = emit.pool(pool);
-        }
-        if let Some(key) = &self.key {
-            emit = emit.key(key);
-        }
-        for (name, value) in &self.headers {
-            emit = emit.header(name, value);
-        }
-        if self.privileged {
-            emit = emit.privileged();
-        }
+        address!(emit, self);
         Ok(if self.one { emit.one() } else { emit })
     }
 }

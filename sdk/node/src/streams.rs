@@ -5,11 +5,11 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::Poll;
+use std::task::{Poll, ready};
 
 use latzero::{
-    Answer, Answers, Calling, Data, Emission, Events, ItemOrProgress, Parked, Presence, Reply,
-    States,
+    Answer, Answers, Calling, Code, Data, Emission, Events, ItemOrProgress, Parked, Presence,
+    Reply, States,
 };
 use napi::Result;
 use napi_derive::napi;
@@ -17,7 +17,7 @@ use serde_json::json;
 
 use crate::app::NativeApp;
 use crate::batch::{Outcome, Payload};
-use crate::errors::misuse;
+use crate::errors::{self, misuse};
 
 /// A source that one operation at a time reads.
 struct Source<T>(Rc<RefCell<State<T>>>);
@@ -235,13 +235,13 @@ pub struct Parking {
     id: String,
     waiting: Waiting,
     /// The operation that waits for the answer.
-    token: Cell<Option<i64>>,
+    token: Rc<Cell<Option<i64>>>,
 }
 
-/// Lets go of the call when the wait ends early.
-struct LeftAtDrop(Waiting);
+/// Notes that no operation waits any more, also if that one ended early.
+struct EndOfWait(Rc<Cell<Option<i64>>>);
 
-impl Drop for LeftAtDrop {
+impl Drop for EndOfWait {
     fn drop(&mut self) {
         self.0.take();
     }
@@ -252,7 +252,7 @@ impl Parking {
         Parking {
             id: parked.id().to_owned(),
             waiting: Rc::new(RefCell::new(Some(parked.reply()))),
-            token: Cell::default(),
+            token: Rc::default(),
         }
     }
 }
@@ -265,30 +265,39 @@ impl Parking {
         self.id.clone()
     }
 
-    /// Waits for the answer.
+    /// Waits for the answer. A wait that ends early may be repeated.
     #[napi]
     pub fn answer(&self, app: &NativeApp, token: i64) -> Result<bool> {
         if self.waiting.borrow().is_none() {
-            return Err(misuse(
-                "it was answered, left (also by a signal) or cancelled before",
-            ));
+            let message = format!(
+                "the answer of the parked call '{}' was taken, or the call left or cancelled: \
+                 keep what the first answer() gave",
+                self.id
+            );
+            return Err(errors::refused(Code::BadMessage, &message, None));
         }
         if self.token.get().is_some() {
             return Err(misuse("its answer is waited for already"));
         }
         self.token.set(Some(token));
-        let waits = LeftAtDrop(self.waiting.clone());
+        let (waiting, end) = (self.waiting.clone(), EndOfWait(self.token.clone()));
         Ok(app.begin(token, async move {
-            let reply = poll_fn(|cx| match waits.0.borrow_mut().as_mut() {
-                Some(calling) => Pin::new(calling).poll(cx),
-                // The operation is being ended.
-                None => Poll::Pending,
+            let _end = end;
+            let reply = poll_fn(|cx| {
+                let mut waiting = waiting.borrow_mut();
+                let Some(calling) = waiting.as_mut() else {
+                    // The operation is being ended.
+                    return Poll::Pending;
+                };
+                let reply = ready!(Pin::new(calling).poll(cx));
+                *waiting = None;
+                Poll::Ready(reply)
             });
             Ok(Outcome::Value(Payload::Reply(reply.await?), None))
         }))
     }
 
-    /// Lets go of it: the call goes on, and its answer goes to `answers`. Returns the operation
+    /// Leaves the call, which goes on: its answer goes to `answers`. Returns the operation
     /// that waits for it, which is then to be ended.
     #[napi]
     pub fn leave(&self) -> Option<i64> {

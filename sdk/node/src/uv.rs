@@ -2,7 +2,7 @@
 //! JavaScript once for all that arrived at a time.
 //!
 //! The functions of libuv are looked up when they are needed. The addon loads without them, and
-//! where they are missing a thread drives the app. The face asks for the loop only in Node: other
+//! where they are missing a thread drives the app. `lib/` asks for the loop only in Node: other
 //! runtimes have functions of these names that abort.
 
 #![allow(

@@ -74,6 +74,52 @@ test('an app that has ended wakes nobody', { skip: !counts }, async (t) => {
   assert.ok(turns() - before < 100, `${turns() - before} turns of the event loop`)
 })
 
+test('a busy thread keeps no requests that were cancelled', async (t) => {
+  const script = `
+    const { execFileSync } = await import('node:child_process')
+    const app = await connect(url)
+    let runs = 0
+    await app.serve('take', () => { runs++ })
+    const before = process.memoryUsage().rss
+    execFileSync(process.execPath, ['--input-type=module', '--eval', process.argv[2]])
+    const grown = process.memoryUsage().rss - before
+    await app.ping()
+    console.log(grown < 50e6 ? 'small' : grown, runs)
+    await app.close()`
+  const caller = `
+    import { connect } from 'latzero'
+    const app = await connect(${JSON.stringify(place.server.url('cancels'))})
+    for (let i = 0; i < 1000; i++) {
+      const controller = new AbortController()
+      const call = app.call('take', Buffer.alloc(200_000), { signal: controller.signal })
+      call.catch(() => {})
+      await app.ping()
+      controller.abort()
+    }
+    await app.close()`
+  const env = { LATZERO_NODE_DRIVER: 'thread' }
+  const ended = await run(place.server.url('takes'), script, { env, rest: [caller] })
+  assert.deepEqual(ended, { status: 0, signal: null, stdout: 'small 0\n', stderr: '' })
+})
+
+test('a trigger that is served when its app ends does not keep the process alive', async () => {
+  // Both the server's answer and the end of the app come while the thread is busy.
+  const script = `
+    setTimeout(() => process.exit(5), 20_000).unref()
+    const { execFileSync } = await import('node:child_process')
+    const app = await connect(url, { reconnect: false })
+    const serving = app.serve('f', () => 1)
+    execFileSync(process.execPath, ['--input-type=module', '--eval', process.argv[2]])
+    await serving`
+  const url = place.server.url('served')
+  const other = `
+    import { connect } from 'latzero'
+    await (await connect(${JSON.stringify(url)}, { takeover: true })).close()`
+  const env = { LATZERO_NODE_DRIVER: 'thread' }
+  const ended = await run(url, script, { env, rest: [other] })
+  assert.deepEqual(ended, { status: 0, signal: null, stdout: '', stderr: '' })
+})
+
 test('messages larger than a socket takes are sent and received', async (t) => {
   const [serves, calls] = await place.pair(t)
   await serves.serve('echo', (data) => data)

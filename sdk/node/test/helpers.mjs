@@ -4,6 +4,8 @@ import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { after, before } from 'node:test'
 import { fileURLToPath } from 'node:url'
+import { setFlagsFromString } from 'node:v8'
+import { runInNewContext } from 'node:vm'
 
 import { connect } from 'latzero'
 import { server as start } from 'latzero/testing'
@@ -39,10 +41,10 @@ export function withServer (...args) {
 const here = fileURLToPath(new URL('.', import.meta.url))
 
 /** Runs a script, which has `connect` and `url`; what it wrote and how it ended. */
-export async function run (url, script, { args = [], onLine, env } = {}) {
+export async function run (url, script, { args = [], rest = [], onLine, env } = {}) {
   const begin = "import { connect } from 'latzero'; const url = process.argv[1];"
   const child = spawn(process.execPath,
-    [...args, '--input-type=module', '--eval', `${begin}\n${script}`, '--', url],
+    [...args, '--input-type=module', '--eval', `${begin}\n${script}`, '--', url, ...rest],
     { cwd: here, env: { ...process.env, ...env }, stdio: ['ignore', 'pipe', 'pipe'] })
   const out = { stdout: '', stderr: '' }
   for (const name of ['stdout', 'stderr']) {
@@ -61,6 +63,17 @@ export function promised () {
   let settle
   const promise = new Promise((resolve, reject) => { settle = { resolve, reject } })
   return { promise, ...settle }
+}
+
+/** Collects garbage again and again until `isDone()`. */
+export async function collectUntil (isDone) {
+  setFlagsFromString('--expose-gc')
+  const collect = runInNewContext('gc')
+  while (!isDone()) {
+    // What `isDone` looked at is kept until the end of its turn.
+    await new Promise((resolve) => setImmediate(resolve))
+    collect()
+  }
 }
 
 /** What an async iterable gives, as an array. */
