@@ -107,7 +107,8 @@ fn errors_page() -> String {
          list is closed: a code never changes its meaning and is never reused. *Ran* says whether\n\
          the handler of a call that ended with the code may have run. After `no` it is safe to\n\
          repeat the call. The message of an error says what happened in the specific case. If an\n\
-         error has its own `ran`, that one counts.\n",
+         error has its own `ran`, that one counts. Python and Node have a class of exceptions for\n\
+         each *family*: `Block` is `BlockError` in both, and the others end in `Error` in Node.\n",
     );
     for (title, by) in [
         ("Sent by the server", RaisedBy::Server),
@@ -115,7 +116,8 @@ fn errors_page() -> String {
     ] {
         let _ = write!(
             page,
-            "\n## {title}\n\n| code | ran | meaning | what to do |\n|---|---|---|---|\n"
+            "\n## {title}\n\n\
+             | code | family | ran | meaning | what to do |\n|---|---|---|---|---|\n"
         );
         for code in Code::ALL.iter().filter(|code| code.raised_by() == by) {
             let ran = match code.ran() {
@@ -124,7 +126,8 @@ fn errors_page() -> String {
             };
             let _ = writeln!(
                 page,
-                "| `{code}` | {ran} | {} | {} |",
+                "| `{code}` | {} | {ran} | {} | {} |",
+                code.family().as_str(),
                 code.meaning(),
                 code.remedy()
             );

@@ -65,9 +65,7 @@ Other:
   help        Show the help of a command
 
 Options:
-{options}
-
-{after-help}";
+{options}{after-help}";
 
 const ABOUT: &str =
     "LatZero: call functions of other programs, send them events, and share memory with them";
@@ -239,10 +237,10 @@ Examples:
   latzero answers --app shop
   latzero answers --app shop --pool orders --wait 1h --count 1     wait for one
 
-One JSON line per answer: id, pool, and data or error. Without --pool, the app joins every pool that
-has answers for it, and encrypted pools in which a command of this user parked calls with --app. The
-server deletes an answer once this command has it, so --count may be exceeded: what has arrived is
-printed.
+One JSON line per answer: id, pool, and data, hex (raw bytes) or error. Without --pool, the app
+joins every pool that has answers for it, and encrypted pools in which a command of this user parked
+calls with --app. The server deletes an answer once this command has it, so --count may be exceeded:
+what has arrived is printed.
 Exit code 6 if --wait was given and too few answers arrived.")]
     Answers(AnswersArgs),
     /// Send an event to the apps that handle it
@@ -287,6 +285,7 @@ Examples:
 
 One JSON line per event: trigger, pool, from and data, and lost (how many) if events before it were
 dropped. If no event follows the dropped ones, the line {\"trigger\":…,\"lost\":N} reports them.
+The data of raw bytes is {\"hex\":\"…\"}.
 Exit code 1 if one of its pools is removed or gets other keys.")]
     On(OnArgs),
     /// List the apps that the server knows, and forget offline ones
@@ -307,7 +306,7 @@ An offline app gets its pools and triggers back when it returns, and parked call
 Examples:
   latzero parked ls                        all parked calls and waiting answers
   latzero parked ls --dead                 those whose attempts have all failed
-  latzero parked show 17                   one of them, with its payload
+  latzero parked show 17                   one of them, with its payload if that is JSON
   latzero parked retry --dead --pool lab   run the dead calls of a pool again
   latzero parked cancel 17 18
   latzero parked purge --dead              delete the dead calls
@@ -347,7 +346,7 @@ It prints apps that join and leave, triggers that are added and removed, and cha
     /// Work with memory blocks: create, read, write, watch, lock, dump, load
     #[command(after_help = "\
 Examples:
-  latzero block create alpha/frame 8MiB --dtype '<f4' --shape 1080,1920
+  latzero block create alpha/frame --dtype f4 --shape 1080,1920
   latzero block ls alpha
   latzero block write alpha/frame --offset 16 @pixels.bin
   latzero block read alpha/frame --offset 16 --length 64 | xxd
@@ -667,7 +666,7 @@ impl PayloadArgs {
 #[derive(Args, Debug)]
 pub(crate) struct CountArgs {
     /// Stop after this many
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", value_parser = parse::count)]
     pub(crate) count: Option<u64>,
 }
 
@@ -990,8 +989,13 @@ pub(crate) struct ParkedArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum ParkedCommand {
     /// List parked calls
+    #[command(after_help = "\
+Examples:
+  latzero parked ls
+  latzero parked ls --trigger jobs/run --dead
+  latzero parked ls --json | jq '.parked[].number'")]
     Ls(ParkedListArgs),
-    /// Show a parked call with its payload
+    /// Show a parked call with its payload: JSON of at most 64 KiB; of others only the size
     Show(ParkedShowArgs),
     /// Cancel parked calls; their callers get the error `cancelled`
     Cancel(ParkedNumbersArgs),
@@ -1053,6 +1057,7 @@ pub(crate) struct ParkedListArgs {
 #[derive(Args, Debug)]
 pub(crate) struct ParkedShowArgs {
     /// The number of the call, as `latzero parked ls` prints it
+    #[arg(value_parser = parse::parked_number)]
     pub(crate) number: u64,
     #[command(flatten)]
     pub(crate) reach: ServerArgs,
@@ -1063,6 +1068,7 @@ pub(crate) struct ParkedNumbersArgs {
     /// The numbers of the calls, as `latzero parked ls` prints them
     #[arg(
         value_name = "NUMBER",
+        value_parser = parse::parked_number,
         conflicts_with_all = ["pool", "trigger", "caller", "state", "dead"]
     )]
     pub(crate) numbers: Vec<u64>,
@@ -1084,6 +1090,11 @@ pub(crate) struct ParkedRetryArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum PoolsCommand {
     /// Create a pool that stays until it is removed
+    #[command(after_help = "\
+Examples:
+  latzero pools create lab --durable
+  latzero pools create lab --policy join=alice,bob --policy serve=alice --deny call=bob
+  latzero pools create vault --encrypted            `latzero keys new vault` created its keys")]
     Create(PoolCreateArgs),
     /// Show a pool with its members and triggers, or one trigger with its schema
     Info(PoolInfoArgs),
@@ -1262,12 +1273,26 @@ pub(crate) enum BlockCommand {
     /// Show a block's sizes, who is attached, and who holds its lock
     Info(BlockOne),
     /// Create a block
+    #[command(after_help = "\
+Examples:
+  latzero block create alpha/buffer 64KiB
+  latzero block create alpha/frame --dtype f4 --shape 1080,1920     the size follows
+  latzero block create alpha/table 1MiB --persistent --writer alice")]
     Create(BlockCreateArgs),
     /// Print a block's bytes: unchanged, or as hex on a terminal
     Read(BlockReadArgs),
     /// Write bytes into a block, as one version
+    #[command(after_help = "\
+Examples:
+  latzero block write alpha/buffer hello
+  latzero block write alpha/buffer @part.bin --offset 4096
+  date | latzero block write alpha/buffer - --if-version 7")]
     Write(BlockWriteArgs),
     /// Write DATA only if the block has the EXPECTED bytes; exit code 4 if not
+    #[command(after_help = "\
+Examples:
+  latzero block cas alpha/state idle busy
+  latzero block cas alpha/state @old.bin @new.bin --offset 16")]
     Cas(BlockCasArgs),
     /// Print each new version's number as it appears
     Watch(BlockWatchArgs),
@@ -1298,7 +1323,9 @@ Examples:
   latzero block dump alpha/frame - | sha256sum
 
 A regular file is replaced atomically once the whole block is written; it keeps its mode, and
-symbolic links are followed. Devices and pipes are written to directly.")]
+symbolic links are followed. Devices and pipes are written to directly.
+A .npy file has named fields as the fields of a record, and bf16, for which numpy has no name, as
+<V2: two bytes each.")]
     Dump(BlockFileArgs),
     /// Replace a block's content with a file's; the block is created if necessary
     #[command(after_help = "\
@@ -1306,7 +1333,8 @@ Examples:
   latzero block load alpha/frame frame.npy
   latzero block load alpha/frame part.bin --offset 4096     write a part
 
-The block gets the size of the file, unless --offset is given. A .npy file sets the layout too.")]
+The block gets the size of the file, unless --offset is given. A .npy file sets the layout too;
+fields of records must all have the same type. <V2 becomes bf16.")]
     Load(BlockLoadArgs),
 }
 
@@ -1365,7 +1393,7 @@ pub(crate) struct BlockCreateArgs {
     /// The size, like 4096, 64KiB or 1GiB; not needed with --shape
     #[arg(value_parser = parse::block_size, required_unless_present = "shape")]
     pub(crate) size: Option<u64>,
-    /// The type of the elements, in numpy's notation: <f4, |u1, <i8 …
+    /// The type of the elements, in numpy's notation: f4, u1, >i8, …; or bf16
     #[arg(long, value_name = "DTYPE", requires = "shape")]
     pub(crate) dtype: Option<String>,
     /// The length of each dimension, like 1080,1920

@@ -619,6 +619,8 @@ impl ServerArgs {
                     .with_help("correct the address, or leave it out to use that server");
             }
             let start = match (self.port, &self.socket) {
+                // An unprivileged user cannot listen there.
+                (Some(..1024), _) => return failure.with_help("correct the address"),
                 (Some(port), _) => format!(" with `latzero start --port {port}`"),
                 (_, Some(socket)) => {
                     let socket = shell(&socket.to_string_lossy());

@@ -133,6 +133,18 @@ pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// How many are wanted.
+pub(crate) fn count(text: &str) -> Result<u64, String> {
+    let count = text.parse().ok().filter(|count| *count > 0);
+    count.ok_or_else(|| format!("a count is at least 1, not '{text}'"))
+}
+
+/// The number of a parked call.
+pub(crate) fn parked_number(text: &str) -> Result<u64, String> {
+    let expected = |_| "expected the number that `latzero parked ls` shows".to_owned();
+    text.parse().map_err(expected)
+}
+
 /// A port.
 pub(crate) fn port(text: &str) -> Result<u16, String> {
     let expected = |_| "expected a number from 0 to 65535".to_owned();
@@ -181,9 +193,10 @@ pub(crate) fn payload(argument: Option<&str>) -> Result<Box<RawValue>, Failure> 
     };
     RawValue::from_string(text.trim().to_owned()).map_err(|error| {
         let failure = Failure::usage(format!("{place} is not JSON: {error}"));
-        match argument {
-            Some(text) if place == "the argument" => failure.with_help(suggest_quoting(text)),
-            _ => failure,
+        let help = argument.filter(|_| place == "the argument");
+        match help.and_then(suggest_quoting) {
+            Some(help) => failure.with_help(help),
+            None => failure,
         }
     })
 }
@@ -213,18 +226,20 @@ fn read(source: impl std::io::Read, name: &str) -> Result<String, Failure> {
 }
 
 /// A hint at what the text may have been meant to be.
-fn suggest_quoting(text: &str) -> String {
-    // What is left of {"x":42} if it is not quoted in a shell.
-    let looks_stripped = text.starts_with(['{', '[']);
-    if looks_stripped {
-        return "the shell removes double quotes; put the whole value in single quotes: '{\"x\":42}'"
-            .to_owned();
+fn suggest_quoting(text: &str) -> Option<String> {
+    if text.trim_start().starts_with(['{', '[', '"']) {
+        // What is left of {"x":42} if it is not quoted in a shell.
+        let looks_stripped = !text.contains(['"', '\'']) && text.contains(char::is_alphabetic);
+        return looks_stripped.then(|| {
+            "the shell removes double quotes; put the whole value in single quotes: '{\"x\":42}'"
+                .to_owned()
+        });
     }
     let as_json = serde_json::Value::from(text).to_string();
-    format!(
+    Some(format!(
         "write text as a JSON string, in double quotes: {}",
         shell(&as_json)
-    )
+    ))
 }
 
 /// Text as one word of a shell's command line.
@@ -288,13 +303,17 @@ mod tests {
 
     #[test]
     fn payloads_say_how_to_quote() {
-        let help = |text: &str| payload(Some(text)).unwrap_err().help.unwrap();
+        let no_help = |text: &str| payload(Some(text)).unwrap_err().help;
+        let help = |text: &str| no_help(text).unwrap();
         assert_eq!(
             payload(Some(r#" {"x": 42} "#)).unwrap().get(),
             r#"{"x": 42}"#
         );
         assert_eq!(payload(None).unwrap().get(), "null");
         assert!(help("{x:42}").contains(r#"'{"x":42}'"#));
+        for broken in [r#"{"x":1"#, r#""x"#, "[1,", "{'x':1}"] {
+            assert_eq!(no_help(broken), None, "{broken}");
+        }
         assert!(help("it's me").ends_with(r#"'"it'\''s me"'"#));
         assert!(payload(Some("@/nowhere/at/all")).is_err());
     }

@@ -5,12 +5,14 @@ use std::ffi::OsString;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use clap::error::ErrorKind;
-use clap::{ColorChoice, CommandFactory as _, FromArgMatches as _};
+use clap::builder::PossibleValue;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{ColorChoice, Command, CommandFactory as _, FromArgMatches as _};
 use latzero_crypto::text::redact;
 
 use crate::args::Cli;
 use crate::exit::{Exit, Failure};
+use crate::names::nearest;
 use crate::output::{Color, Output};
 
 /// Lines of the help of `start` that are shown if `-h` may have been meant as help.
@@ -28,7 +30,7 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
     let parsed = command
         .try_get_matches_from(&args)
         .and_then(|matches| Cli::from_arg_matches(&matches));
-    let error = match parsed {
+    let mut error = match parsed {
         Ok(cli) => return Ok(cli),
         Err(error) => error,
     };
@@ -46,6 +48,7 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
     if is_bare_host(&args) {
         return Err(explain_host(&flags));
     }
+    add_tips(&mut error, &args);
     if flags.json {
         let output = Output::new(true, flags.color);
         return Err(output.failure(&failure(&error)).into());
@@ -89,6 +92,65 @@ impl GlobalFlags {
                 .fold(None, |_, color| Some(color))
                 .unwrap_or(Color::Auto),
         }
+    }
+}
+
+/// Adds what clap does not say: where a command is, and the values of an argument that is missing.
+fn add_tips(error: &mut clap::Error, args: &[OsString]) {
+    let wrong = match error.get(ContextKind::InvalidSubcommand) {
+        Some(ContextValue::String(wrong)) => Some(wrong.clone()),
+        _ => None,
+    };
+    let mut root = Cli::command();
+    root.build();
+    let (mut command, mut path) = (&root, String::new());
+    let words = args.iter().skip(1).filter_map(|arg| arg.to_str());
+    for word in words.take_while(|word| Some(*word) != wrong.as_deref()) {
+        if let Some(found) = command.find_subcommand(word) {
+            command = found;
+            path = format!("{path}{word} ");
+        }
+    }
+    if let Some(wrong) = wrong {
+        let names = command.get_subcommands().map(Command::get_name);
+        let mut similar: Vec<String> = nearest(&wrong, names).into_iter().map(Into::into).collect();
+        find(&wrong, command, &path, &mut similar);
+        error.remove(ContextKind::SuggestedSubcommand);
+        // Even if it has no tips, clap shows it: as an empty line.
+        error.remove(ContextKind::Suggested);
+        if !similar.is_empty() {
+            let similar = ContextValue::Strings(similar);
+            error.insert(ContextKind::SuggestedSubcommand, similar);
+        }
+    }
+    if error.kind() == ErrorKind::MissingRequiredArgument
+        && let Some(ContextValue::Strings(missing)) = error.get(ContextKind::InvalidArg)
+    {
+        let missing = command
+            .get_arguments()
+            .filter(|arg| missing.contains(&arg.to_string()));
+        let tips = missing.filter_map(|arg| {
+            let values = arg.get_possible_values();
+            let values: Vec<&str> = values.iter().map(PossibleValue::get_name).collect();
+            (!values.is_empty()).then(|| format!("{arg} is one of {}", values.join(", ")).into())
+        });
+        let tips: Vec<_> = tips.collect();
+        if !tips.is_empty() {
+            error.insert(ContextKind::Suggested, ContextValue::StyledStrs(tips));
+        }
+    }
+}
+
+/// Adds the commands below `group` that have this name.
+fn find(name: &str, group: &Command, path: &str, found: &mut Vec<String>) {
+    let commands = group.get_subcommands();
+    // `help` has every command once more.
+    for command in commands.filter(|command| command.get_name() != "help") {
+        let path = format!("{path}{} ", command.get_name());
+        if command.get_name() == name {
+            found.push(path.trim_end().to_owned());
+        }
+        find(name, command, &path, found);
     }
 }
 
@@ -204,5 +266,47 @@ mod tests {
             missing.errors
         );
         assert_eq!(failure("latzero").errors, ["a command is missing"]);
+    }
+
+    #[test]
+    fn tips_name_commands_and_values() {
+        use clap::Parser as _;
+        let tip = |text: &str| {
+            let mut error = Cli::try_parse_from(words(text)).unwrap_err();
+            add_tips(&mut error, &words(text));
+            assert!(!error.to_string().contains("\n\n\n"), "{error}");
+            failure(&error).help.unwrap()
+        };
+        let check = |text: &str, expected: &str| {
+            let tip = tip(text);
+            assert!(tip.contains(expected), "{text}: {tip}");
+        };
+        check("latzero nosuch", "`latzero help` lists the commands");
+        check("latzero sttaus", "'status'");
+        check("latzero --json app show x", "exists: 'app key show'");
+        check("latzero purge", "exists: 'parked purge'");
+        check("latzero bench", "<MEASURED> is one of call, emit");
+        check("latzero completion", "<SHELL> is one of bash, ");
+        check("latzero keys export p", "--role <ROLE> is one of join, ");
+        check("latzero call", "`latzero help` lists the commands");
+    }
+
+    #[test]
+    fn values_say_what_they_are() {
+        use clap::Parser as _;
+        let check = |text: &str, expected: &str| {
+            let failure = failure(&Cli::try_parse_from(words(text)).unwrap_err());
+            assert!(failure.errors[0].ends_with(expected), "{failure:?}");
+        };
+        check("latzero on x --count 0", "a count is at least 1, not '0'");
+        let number = "expected the number that `latzero parked ls` shows";
+        check("latzero parked show x", number);
+        check("latzero parked cancel 1 x", number);
+    }
+
+    #[test]
+    fn the_help_has_no_gaps() {
+        let help = Cli::command().render_long_help().to_string();
+        assert!(!help.contains("\n\n\n"), "{help}");
     }
 }

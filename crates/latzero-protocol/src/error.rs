@@ -35,6 +35,93 @@ pub enum RaisedBy {
     Client,
 }
 
+/// What kind of failure a code is. Python and Node have a class of exceptions for each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// Nobody can take the call now.
+    Unavailable,
+    /// The time ended before the answer came.
+    Timeout,
+    /// The call was cancelled.
+    Cancelled,
+    /// The connection ended, or that of the handler.
+    Disconnected,
+    /// The handler failed, or answered with a code of its own.
+    HandlerFailed,
+    /// The server does not allow it.
+    Forbidden,
+    /// The request is wrong as it is.
+    BadRequest,
+    /// Something about a memory block.
+    Block,
+    /// The server cannot do it.
+    ServerFailed,
+    /// Keys or sealed data are wrong.
+    CryptoFailed,
+}
+
+impl Family {
+    /// Its name, of which the names of the classes are made.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Family::Unavailable => "Unavailable",
+            Family::Timeout => "Timeout",
+            Family::Cancelled => "Cancelled",
+            Family::Disconnected => "Disconnected",
+            Family::HandlerFailed => "HandlerFailed",
+            Family::Forbidden => "Forbidden",
+            Family::BadRequest => "BadRequest",
+            Family::Block => "Block",
+            Family::ServerFailed => "ServerFailed",
+            Family::CryptoFailed => "CryptoFailed",
+        }
+    }
+}
+
+impl Code {
+    /// Its family. A new code without one does not compile.
+    #[must_use]
+    pub fn family(self) -> Family {
+        use Code as C;
+        match self {
+            C::NoHandler | C::NoApp | C::Offline | C::Draining | C::Overloaded => {
+                Family::Unavailable
+            }
+            C::Timeout => Family::Timeout,
+            C::Cancelled => Family::Cancelled,
+            C::Disconnected | C::HandlerGone | C::AttemptsExhausted => Family::Disconnected,
+            C::HandlerError => Family::HandlerFailed,
+            C::Forbidden | C::Unauthenticated | C::NotMember | C::AppInUse => Family::Forbidden,
+            C::BadFrame
+            | C::FrameTooLarge
+            | C::BadMessage
+            | C::TooDeep
+            | C::UnknownAction
+            | C::InvalidName
+            | C::NotReady
+            | C::AlreadyReady
+            | C::UnsupportedProtocol
+            | C::NoPool
+            | C::PoolExists
+            | C::NoCall
+            | C::TooLarge => Family::BadRequest,
+            C::NoBlock
+            | C::BlockExists
+            | C::OutOfRange
+            | C::VersionConflict
+            | C::LayoutMismatch
+            | C::Contended
+            | C::Locked
+            | C::LockLost => Family::Block,
+            C::Quota | C::Storage | C::Internal => Family::ServerFailed,
+            C::KeyFormat | C::Integrity | C::Rollback | C::Fork | C::Downgrade | C::StaleEpoch => {
+                Family::CryptoFailed
+            }
+        }
+    }
+}
+
 macro_rules! codes {
     ($($name:ident $wire:literal $ran:ident $by:ident $meaning:literal $remedy:literal;)*) => {
         /// An error code of the protocol.
@@ -123,17 +210,17 @@ codes! {
         "Stop the other instance, or take over with `\"takeover\":true`.";
     Unauthenticated "unauthenticated" No Server
         "The server could not identify the client."
-        "Connect over the Unix socket, or prove the app's key.";
+        "Check what the message names: the keys of the pool or of the app, or the certificate.";
     StaleEpoch "stale_epoch" No Server
         "The encrypted pool has another epoch than the sender or the content."
         "Prove the pool again, and use its newest descriptor.";
     Forbidden "forbidden" No Server
         "The client is not allowed to do this."
-        "Connect over the Unix socket as the server's user, or prove the admin token of its \
-         data directory.";
+        "Use an app, a key or a token that may. Over the Unix socket, the server's own user may \
+         do everything that needs no key of a pool.";
     NotMember "not_member" No Server
         "The caller or the destination is not in the pool."
-        "Join the pool first: name it in the handshake or send `pool_join`.";
+        "Join the pool first, or name it when connecting.";
     NoPool "no_pool" No Server
         "The pool does not exist."
         "Check the name; `latzero pools` lists all pools.";
@@ -161,7 +248,7 @@ codes! {
          parked retry` runs one again.";
     Timeout "timeout" Unknown Server
         "The call's ttl expired before it was answered."
-        "Use a longer ttl, or find out why the handler is slow.";
+        "Allow more time, or find out what is slow.";
     Cancelled "cancelled" Unknown Server
         "The caller cancelled the call."
         "Nothing: this was requested.";
@@ -206,15 +293,14 @@ codes! {
         "A quota is exhausted."
         "Remove what is no longer needed, or raise the quota that the message names.";
     Storage "storage" Unknown Server
-        "The server could not write to its storage."
-        "Check the server's log and the free space of its data directory.";
+        "The server could not write to its storage, or a block's memory cannot be used in place."
+        "Do what the message says. If the disk failed: check the server's log and its free space.";
     Internal "internal" Unknown Server
         "The server has a bug."
         "Report it, with the server's log.";
     Disconnected "disconnected" Unknown Client
         "The connection ended while a call was in flight."
-        "Check the error for whether the call may have run. The client libraries reconnect \
-         automatically.";
+        "Check that the server runs. The error says whether the call may have run.";
     KeyFormat "key_format" No Client
         "A key or token is malformed."
         "Check the path, and that the key was copied completely.";

@@ -3,51 +3,12 @@
 use latzero::{Code, Error, HandlerError, Ran};
 use serde_json::{Value, json};
 
-/// The family of each code: the name of the error's class without its ending. A new code without a
-/// family does not compile.
-pub(crate) fn family(code: Code) -> &'static str {
-    use Code as C;
-    match code {
-        C::NoHandler | C::NoApp | C::Offline | C::Draining | C::Overloaded => "Unavailable",
-        C::Timeout => "Timeout",
-        C::Cancelled => "Cancelled",
-        C::Disconnected | C::HandlerGone | C::AttemptsExhausted => "Disconnected",
-        C::HandlerError => "HandlerFailed",
-        C::Forbidden | C::Unauthenticated | C::NotMember | C::AppInUse => "Forbidden",
-        C::BadFrame
-        | C::FrameTooLarge
-        | C::BadMessage
-        | C::TooDeep
-        | C::UnknownAction
-        | C::InvalidName
-        | C::NotReady
-        | C::AlreadyReady
-        | C::UnsupportedProtocol
-        | C::NoPool
-        | C::PoolExists
-        | C::NoCall
-        | C::TooLarge => "BadRequest",
-        C::NoBlock
-        | C::BlockExists
-        | C::OutOfRange
-        | C::VersionConflict
-        | C::LayoutMismatch
-        | C::Contended
-        | C::Locked
-        | C::LockLost => "Block",
-        C::Quota | C::Storage | C::Internal => "ServerFailed",
-        C::KeyFormat | C::Integrity | C::Rollback | C::Fork | C::Downgrade | C::StaleEpoch => {
-            "CryptoFailed"
-        }
-    }
-}
-
 /// The description that `lib/errors.cjs` makes an error of.
 pub(crate) fn describe(error: &Error) -> Value {
     let kind = error.kind();
     let is_own = error.code() != kind.as_str();
     json!({
-        "family": family(kind),
+        "family": kind.family().as_str(),
         "code": error.code(),
         "message": error.message(),
         "ran": error.ran().map(Ran::as_str),
@@ -59,7 +20,7 @@ pub(crate) fn describe(error: &Error) -> Value {
 /// An error of this binding, described as those of the client are.
 pub(crate) fn own(code: Code, message: &str, ran: Option<Ran>) -> Value {
     json!({
-        "family": family(code),
+        "family": code.family().as_str(),
         "code": code.as_str(),
         "message": message,
         "ran": ran.map(Ran::as_str),

@@ -30,6 +30,6 @@ pub fn version() -> &'static str {
 pub fn codes() -> Vec<Vec<&'static str>> {
     let codes = latzero::Code::ALL.iter();
     codes
-        .map(|&code| vec![code.as_str(), errors::family(code), code.remedy()])
+        .map(|&code| vec![code.as_str(), code.family().as_str(), code.remedy()])
         .collect()
 }

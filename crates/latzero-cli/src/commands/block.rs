@@ -240,8 +240,9 @@ fn info(args: &BlockOne, output: &Output) -> CommandResult {
 fn create(args: &BlockCreateArgs, output: &Output) -> CommandResult {
     let at = BlockHandle::to_make(&args.at, &args.reach)?;
     let array = args.dtype.as_ref().map(|dtype| Array {
-        dtype: dtype.clone(),
+        dtype: npy::with_order(dtype),
         shape: args.shape.clone(),
+        ..Array::default()
     });
     let size = match (args.size, &array) {
         (Some(size), _) => size,
@@ -265,7 +266,7 @@ fn make(
 ) -> Result<Block, Failure> {
     let mut name = at.name();
     if let Some(array) = array {
-        name = name.layout(&array.dtype, &array.shape);
+        name = array.layout_of(name);
     }
     let mut create = name.create(size);
     if kind.persistent {
@@ -295,10 +296,13 @@ fn texts(names: &[String]) -> Vec<&str> {
 
 fn array_bytes(array: &Array) -> Result<u64, Failure> {
     let digits: String = array.dtype.chars().filter(char::is_ascii_digit).collect();
-    let item: u64 = digits.parse().map_err(|_| {
-        Failure::usage(format!("'{}' is not a valid data type", array.dtype))
-            .with_help("use numpy's notation: <f4, |u1, <i8")
-    })?;
+    let item: u64 = match array.dtype.as_str() {
+        "bf16" => 2,
+        dtype => digits.parse().map_err(|_| {
+            Failure::usage(format!("'{dtype}' is not a valid data type"))
+                .with_help("use numpy's notation: f4, u1, >i8, or bf16")
+        })?,
+    };
     if array.shape.contains(&0) {
         return Ok(0);
     }
@@ -512,11 +516,13 @@ mod tests {
             let array = Array {
                 dtype: dtype.into(),
                 shape: shape.to_vec(),
+                ..Array::default()
             };
             assert_eq!(array_bytes(&array).ok(), expected, "{dtype} {shape:?}");
         };
         check("<f4", &[2, 3], Some(24));
         check("|u1", &[], Some(1));
+        check("bf16", &[3], Some(6));
         check("<f8", &[0], Some(0));
         check("float", &[2], None);
         check("<f8", &[u64::MAX, 2], None);

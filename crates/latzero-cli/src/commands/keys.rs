@@ -38,6 +38,11 @@ pub(crate) struct KeysArgs {
 #[derive(Debug, Subcommand)]
 enum KeysCommand {
     /// Create the keys of a new encrypted pool
+    #[command(after_help = "\
+Examples:
+  latzero keys new vault                        in ~/.config/latzero/keys/vault
+  latzero keys new vault --owner-key            only the holder of the owner key can rotate
+  latzero keys new vault --file ./vault.keys")]
     New(NewArgs),
     /// Show which keys a file has, without printing them
     Show(FileArgs),
@@ -46,6 +51,10 @@ enum KeysCommand {
     /// Check that a key file is well formed and private; exit code 4 if not
     Check(FileArgs),
     /// Start the next epoch of a pool, with new keys to remove readers or writers
+    #[command(after_help = "\
+Examples:
+  latzero keys rotate vault --remove-reader                 former readers read nothing new
+  latzero keys rotate vault --remove-writer --cut-history")]
     Rotate(RotateArgs),
     /// Accept an older state of a pool once, after a backup was restored
     AcceptRestore(FileArgs),

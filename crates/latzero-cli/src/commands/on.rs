@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::thread;
 
-use latzero::{Emission, Events, Presence};
+use latzero::{Bytes, Data, Emission, Events, Presence};
 use serde_json::{Map, Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -15,7 +15,7 @@ use crate::args::OnArgs;
 use crate::connect::{ConnectOptions, Connection};
 use crate::executor::block_on;
 use crate::exit::{CommandResult, Exit, Failure};
-use crate::output::{Output, compact, count};
+use crate::output::{Output, compact, count, hex};
 use crate::parse::Target;
 
 use super::trigger::POOL_DEFAULT;
@@ -74,7 +74,7 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> CommandResult {
         match block_on(next(&listening, &mut departures)) {
             Next::Event(emission) => {
                 seen += 1;
-                output.json_line(&line(&emission))?;
+                output.json_line(&line(&emission)?)?;
             }
             Next::Lost(target, lost) => {
                 let lost = json!({"trigger": target.trigger, "pool": target.pool, "lost": lost});
@@ -182,7 +182,7 @@ fn report_at_signal(listening: &Arc<Mutex<Vec<Listening>>>) -> Result<(), Failur
     spawned.map(drop).map_err(failed)
 }
 
-fn line(emission: &Emission) -> String {
+fn line(emission: &Emission) -> Result<String, Failure> {
     let origin = emission.origin();
     let mut head = json!({
         "trigger": emission.name(),
@@ -202,8 +202,11 @@ fn line(emission: &Emission) -> String {
     }
     let mut line = head.to_string();
     line.pop();
-    // The payload's own text: its fields keep their order and its numbers their digits.
-    let data = emission.json().map_or_else(|| "null".to_owned(), compact);
+    let data = match emission.data()? {
+        // The payload's own text: its fields keep their order and its numbers their digits.
+        Data::Json(json) => compact(&json),
+        Data::Bytes(Bytes(raw)) => json!({"hex": hex(&raw)}).to_string(),
+    };
     line.push_str(&format!(",\"data\":{data}}}"));
-    line
+    Ok(line)
 }

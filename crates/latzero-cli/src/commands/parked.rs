@@ -136,6 +136,9 @@ fn show(connection: &Connection, number: u64, output: &Output) -> CommandResult 
             ("parked", _) => ("parked", ago(number())),
             ("expires", _) => continue,
             ("bytes", _) => ("size", bytes(number())),
+            // The server does not send these payloads.
+            ("attachment_bytes", _) => ("data", format!("{} of raw bytes", bytes(number()))),
+            ("data_bytes", _) => ("data", format!("{} of JSON", bytes(number()))),
             (name, Ok(text)) if name != "data" => (name, text),
             (name, _) => (name, raw.get().to_owned()),
         };

@@ -9,7 +9,7 @@ fn a_block_is_created_written_read_and_removed() {
     let server = Server::start();
     let ok = |args: &[&str]| server.run(&[&["block"], args].concat()).ended_with(0);
     let made = ok(&[
-        "create", "alpha/f", "--dtype", "<f4", "--shape", "2,3", "--json",
+        "create", "alpha/f", "--dtype", "f4", "--shape", "2,3", "--json",
     ])
     .json();
     assert_eq!(
@@ -192,6 +192,52 @@ fn arrays_go_to_files_and_come_back() {
         .run(&["block", "dump", "alpha/bytes", back.to_str().unwrap()])
         .ended_with(0);
     assert_eq!(std::fs::read(back).unwrap(), vec![7; 100_000]);
+}
+
+#[test]
+fn layouts_that_numpy_has_no_type_for_go_to_files_and_come_back() {
+    let server = Server::start();
+    let ok = |args: &[&str]| server.run(&[&["block"], args].concat()).ended_with(0);
+    let file = server.home().join("array.npy");
+    let path = file.to_str().unwrap();
+    let load_fails = |said: &str| {
+        let ran = server.run(&["block", "load", "alpha/wrong", path]);
+        ran.ended_with(2).said(said);
+    };
+    let save = |descr: &str, data: &[u8]| {
+        let text = format!("{{'descr': {descr}, 'fortran_order': False, 'shape': (1,), }}\n");
+        let length = (text.len() as u16).to_le_bytes();
+        let parts = [b"\x93NUMPY\x01\x00", &length[..], text.as_bytes(), data];
+        std::fs::write(&file, parts.concat()).unwrap();
+    };
+    let check = |name: &str, descr: &str, layout: serde_json::Value| {
+        ok(&["dump", name, path]);
+        let dumped = std::fs::read(&file).unwrap();
+        let header = String::from_utf8_lossy(&dumped);
+        assert!(header.contains(&format!("'descr': {descr},")), "{header}");
+        let back = format!("{name}-back");
+        ok(&["load", &back, path]);
+        let info = ok(&["info", &back]).json();
+        assert_eq!((&info["layout"], &info["size"]), (&layout, &6.into()));
+    };
+    ok(&["create", "alpha/bf16", "--dtype", "bf16", "--shape", "3"]);
+    check(
+        "alpha/bf16",
+        "'<V2'",
+        serde_json::json!({"dtype": "bf16", "shape": [3]}),
+    );
+    let fields = "[('x', '<i2'), ('y', '<i2'), ('z', '<i2')]";
+    save(fields, &[1; 5]);
+    load_fails("is truncated");
+    save("[('x', '<i2'), ('y', '<i4')]", &[1; 6]);
+    load_fails("the same simple type");
+    save(fields, &[1; 6]);
+    ok(&["load", "alpha/named", path]);
+    check(
+        "alpha/named",
+        fields,
+        serde_json::json!({"dtype": "<i2", "shape": [1, 3], "fields": ["x", "y", "z"]}),
+    );
 }
 
 #[test]

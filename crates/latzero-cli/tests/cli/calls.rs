@@ -200,7 +200,7 @@ fn calls_never_reach_an_event_listener() {
 #[test]
 fn events_are_printed_as_they_arrive() {
     let server = Server::start();
-    let mut command = server.command(&["on", "alpha/saved", "alpha/other", "--count", "3"]);
+    let mut command = server.command(&["on", "alpha/saved", "alpha/other", "--count", "4"]);
     let mut listening = Running::start(&mut command);
     let watching = Running::start(&mut server.command(&["watch", "alpha", "--count", "100"]));
     // An emit reaches who listens; how many did says when they do.
@@ -215,8 +215,9 @@ fn events_are_printed_as_they_arrive() {
     assert_eq!(emit(&["alpha/other", "1", "--header", "a=b"]), 1);
     assert_eq!(emit(&["alpha/saved", "--to", "nobody"]), 0);
     assert_eq!(emit(&["alpha/saved", "\"x\"", "--one"]), 1);
+    assert_eq!(emit(&["alpha/saved", "raw", "--bytes"]), 1);
 
-    let lines: Vec<String> = (0..3).map(|_| listening.line()).collect();
+    let lines: Vec<String> = (0..4).map(|_| listening.line()).collect();
     assert!(lines[0].ends_with(",\"data\":{\"id\":7}}"), "{}", lines[0]);
     let events: Vec<serde_json::Value> = lines
         .iter()
@@ -237,6 +238,7 @@ fn events_are_printed_as_they_arrive() {
         (&"other".into(), &"b".into())
     );
     assert_eq!(events[2]["data"], "x");
+    assert_eq!(events[3]["data"], serde_json::json!({"hex": "726177"}));
     assert_eq!(listening.exit_code(), 0);
 
     // Who watches sees them come and go.

@@ -275,6 +275,25 @@ fn a_parked_call_has_a_unique_app() {
 }
 
 #[test]
+fn a_payload_that_is_not_shown_has_a_size() {
+    let server = Server::start();
+    let big = server.home().join("big.json");
+    std::fs::write(&big, format!("\"{}\"", "x".repeat(70 << 10))).unwrap();
+    let big = format!("@{}", big.display());
+    for (n, payload, shown) in [
+        (1, &["[7]"][..], "data\t[7]\n"),
+        (2, &["raw", "--bytes"], "data\t3 B of raw bytes\n"),
+        (3, &[&big], "data\t70.0 KiB of JSON\n"),
+    ] {
+        let park = [&["call", "alpha/job", "--park", "--no-wait"], payload].concat();
+        server.run(&park).ended_with(0);
+        let ran = server.run(&["parked", "show", &n.to_string()]);
+        let text = ran.ended_with(0).out;
+        assert!(text.contains(shown), "{text}");
+    }
+}
+
+#[test]
 fn only_answers_takes_answers() {
     let server = Server::start();
     let _serving = server.serve(&["alpha/job", "--app", "worker", "--", "cat"]);

@@ -350,6 +350,17 @@ fn a_closed_pipe_is_not_an_error() {
 }
 
 #[test]
+fn no_server_is_advised_on_a_privileged_port() {
+    let home = tempfile::tempdir().unwrap();
+    let ran = run(&mut latzero(home.path(), &["ping", "--port", "1"])).ended_with(3);
+    assert!(
+        ran.err.ends_with("help: correct the address\n"),
+        "{}",
+        ran.err
+    );
+}
+
+#[test]
 fn wrong_usage_ends_with_2() {
     let home = tempfile::tempdir().unwrap();
     let check = |args: &[&str], text: &str| {

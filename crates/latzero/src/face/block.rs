@@ -544,7 +544,8 @@ impl Block {
         if let Some(sealed) = self.sealed() {
             return self.view_opened(sealed, f).await;
         }
-        let Some(attachment) = self.readable().await?.attachment else {
+        let attachment = self.readable().await?.attachment;
+        let Some(attachment) = attachment.filter(|a| a.is_mapped()) else {
             return Err(not_mapped(self.id(), "read"));
         };
         for _ in 0..TRIES_MAX {
@@ -565,7 +566,7 @@ impl Block {
     /// use [`Block::read`] instead.
     pub async fn owned_view(&self) -> Result<OwnedView, Error> {
         let attachment = self.readable().await?.attachment;
-        let attachment = attachment.filter(|_| self.sealed().is_none());
+        let attachment = attachment.filter(|a| a.is_mapped() && self.sealed().is_none());
         let attachment = attachment.ok_or_else(|| not_mapped(self.id(), "read"))?;
         attachment
             .owned_view()
@@ -1064,10 +1065,11 @@ fn removed(id: &str) -> Error {
 
 /// The error for in-place access to a block that is not mapped in this process.
 fn not_mapped(id: &str, verb: &str) -> Error {
-    Error::new(
-        Code::Storage,
-        format!("block '{id}' is not mapped here; {verb} it by copying"),
-    )
+    let text = format!(
+        "block '{id}' is not mapped in this process: {verb} it by copying, with `{verb}`. Persistent \
+         and encrypted blocks are never mapped, and no block is over TCP"
+    );
+    Error::new(Code::Storage, text).with_ran(Ran::No)
 }
 
 pub(crate) fn timed_out(id: &str) -> Error {

@@ -160,16 +160,19 @@ fn npy_header(block: &Block) -> Vec<u8> {
         None => Array {
             dtype: "|u1".into(),
             shape: vec![block.size()],
+            ..Array::default()
         },
     };
     array.header()
 }
 
 fn array_of(layout: &Value) -> Array {
-    let shape = layout["shape"].as_array().into_iter().flatten();
+    let items = |name: &str| layout[name].as_array().into_iter().flatten();
+    let fields = items("fields").filter_map(Value::as_str);
     Array {
         dtype: layout["dtype"].as_str().unwrap_or("|u1").to_owned(),
-        shape: shape.filter_map(Value::as_u64).collect(),
+        shape: items("shape").filter_map(Value::as_u64).collect(),
+        fields: fields.map(str::to_owned).collect(),
     }
 }
 
@@ -399,7 +402,7 @@ fn whole(args: &BlockLoadArgs, source: &Source) -> Result<(BlockHandle, Block), 
     let at = BlockHandle::to_make(&args.at, &args.reach)?;
     let mut name = at.name();
     if let Some(array) = &source.array {
-        name = name.layout(&array.dtype, &array.shape);
+        name = array.layout_of(name);
     }
     let block = match name.attach_writable() {
         Ok(block) => block,
@@ -430,7 +433,12 @@ fn write_in(
         let step = source
             .reader
             .read_exact(&mut piece[..n])
-            .map_err(|error| file_failure(file, "read", &error))
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::UnexpectedEof => {
+                    Failure::usage(format!("the file '{}' is truncated", file.display()))
+                }
+                _ => file_failure(file, "read", &error),
+            })
             .and_then(|()| Ok(draft.write(offset + done, &piece[..n])?));
         if let Err(failure) = step {
             draft.abandon();
