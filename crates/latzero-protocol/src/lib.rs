@@ -23,7 +23,7 @@ pub mod proof;
 pub mod scan;
 
 pub use envelope::{Body, Envelope, Raw, Salvaged, salvage};
-pub use error::{Code, Ran, Refusal};
+pub use error::{Code, Family, Ran, Refusal};
 pub use frame::{Frame, FrameError};
 pub use id::{CallId, InstanceId};
 pub use message::Request;

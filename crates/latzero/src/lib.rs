@@ -84,7 +84,7 @@ pub use latzero_protocol::limits::SCHEMA_BYTES_MAX;
 pub use latzero_protocol::memory::LockMode;
 pub use latzero_protocol::message::Strategy;
 pub use latzero_protocol::policy::Right;
-pub use latzero_protocol::{Code, InstanceId, Ran};
+pub use latzero_protocol::{Code, Family, InstanceId, Ran};
 pub use payload::{Bytes, Data, FromPayload, IntoPayload, Reply, check_json};
 pub use wire::known_hosts;
 pub use wire::wait::HandshakeTimeout;

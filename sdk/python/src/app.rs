@@ -19,7 +19,7 @@ use crate::block;
 use crate::codec::{self, Given};
 use crate::errors::{self, exception, wait};
 use crate::event_loop::Loop;
-use crate::handlers::{Trigger, answer, hand_over, run_on};
+use crate::handlers::{Begun, Incoming, Trigger, answer};
 use crate::op::{Op, cancelled, done, lock, op, plain};
 use crate::pool::Pool;
 use crate::share::Lent;
@@ -442,7 +442,6 @@ impl PyApp {
     /// `on_loop` as a task of the app's event loop.
     fn serve(
         &self,
-        py: Python<'_>,
         name: Given<&str>,
         handler: Py<PyAny>,
         options: &Bound<'_, PyDict>,
@@ -480,15 +479,17 @@ impl PyApp {
             tracebacks: self.tracebacks,
             is_async: codec::take(options, "is_async")?.is_truthy()?,
         });
-        let _ = py;
         Ok(match (on_loop, self.pool.clone()) {
             (Some(on_loop), _) => {
                 let mailbox = on_loop.mailbox.clone();
-                let take = move |call| hand_over(call, trigger.clone(), &mailbox);
+                let take = move |call| {
+                    let begun = Begun::new(call, trigger.clone());
+                    mailbox.push_incoming(Incoming::Begin(begun));
+                };
                 done(&self.app, serving.serve_detached(take))
             }
             (None, Some(pool)) => {
-                let take = move |call| run_on(&pool, call, trigger.clone());
+                let take = move |call| pool.run(Begun::new(call, trigger.clone()));
                 done(&self.app, serving.serve_detached(take))
             }
             (None, None) => {

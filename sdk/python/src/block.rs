@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use serde_json::Value;
 
-use crate::app::{seconds, text};
+use crate::app::{check_process, seconds, text};
 use crate::buffer::{Form, PySlot, PyView, write_into};
 use crate::codec::{self, Given};
 use crate::errors::{exception, raised, wait};
@@ -238,6 +238,9 @@ impl PyBlock {
     /// Copies a version from `offset` on into a buffer, on this thread and without the GIL; returns
     /// the version.
     fn read_into(&self, offset: Given<u64>, out: &Bound<'_, PyAny>) -> PyResult<u64> {
+        if !self.block.is_viewable() {
+            check_process(out.py(), self.block.app(), false)?;
+        }
         let block = latzero::blocking::Block::from(self.block.clone());
         write_into(out, |py, to| wait(py, || block.read_into(offset.0, to.0)))
     }
@@ -281,6 +284,7 @@ impl PyBlock {
 
     /// Waits for a version beyond `beyond` on this thread.
     fn wait_here(&self, py: Python<'_>, beyond: Given<u64>, timeout: f64) -> PyResult<u64> {
+        check_process(py, self.block.app(), false)?;
         let block = latzero::blocking::Block::from(self.block.clone());
         let timeout = seconds(timeout)?;
         wait(py, || block.wait_for(beyond.0, timeout))
@@ -480,8 +484,12 @@ impl PyVersion {
     }
 
     fn publish(&self, py: Python<'_>) -> PyResult<u64> {
-        let version = lock(&self.0).take();
-        let (writer, writing) = version.ok_or_else(|| not_open(py))?;
+        let mut version = lock(&self.0);
+        if let Some((writer, _)) = &*version {
+            check_process(py, writer.lock().block().app(), true)?;
+        }
+        let (writer, writing) = version.take().ok_or_else(|| not_open(py))?;
+        drop(version);
         detach(py, || writer.publish(writing)).map_err(|e| exception(py, &e))
     }
 

@@ -191,8 +191,8 @@ impl PyView {
             return Ok(());
         }
         let message = format!(
-            "version {} of block '{}' was written over during the view: what was computed of it is \
-             not to be used",
+            "version {} of block '{}' was overwritten during the view: discard what was computed \
+             from it",
             self.version(),
             self.id
         );

@@ -23,11 +23,16 @@ use crate::share::Share;
 /// How many levels the data may nest.
 const DEPTH_MAX: usize = 128;
 
+/// How often one object is converted, such as an enum to a `UUID`, and that to text.
+const CONVERSIONS_MAX: usize = 8;
+
 /// The path of an object in the payload, for messages.
 enum Place<'a> {
     Top,
     Key(&'a Place<'a>, &'a str),
     Index(&'a Place<'a>, usize),
+    /// The same place, with what an object there was converted to.
+    Converted(&'a Place<'a>),
 }
 
 impl Place<'_> {
@@ -42,6 +47,7 @@ impl Place<'_> {
                 outer.append(out);
                 let _ = write!(out, "[{index}]");
             }
+            Place::Converted(outer) => outer.append(out),
         }
     }
 
@@ -49,6 +55,15 @@ impl Place<'_> {
         match self {
             Place::Top => 0,
             Place::Key(outer, _) | Place::Index(outer, _) => outer.depth() + 1,
+            Place::Converted(outer) => outer.depth(),
+        }
+    }
+
+    /// How often the object at this place was converted.
+    fn conversions(&self) -> usize {
+        match self {
+            Place::Converted(outer) => outer.conversions() + 1,
+            Place::Top | Place::Key(..) | Place::Index(..) => 0,
         }
     }
 
@@ -56,6 +71,13 @@ impl Place<'_> {
         let mut text = String::new();
         self.append(&mut text);
         bad_request(py, &format!("{text}: {why}"))
+    }
+
+    fn refuse_type(&self, object: &Bound<'_, PyAny>) -> PyErr {
+        match object.get_type().name() {
+            Ok(name) => self.refuse(object.py(), &format!("'{name}' can't be written as JSON")),
+            Err(error) => error,
+        }
     }
 }
 
@@ -83,11 +105,13 @@ fn append_str(out: &mut String, text: &str) {
     out.push('"');
 }
 
+const LONE_SURROGATES: &str = "the text has lone surrogates, which UTF-8 can't encode";
+
 fn text<'a>(object: &'a Bound<'_, PyString>, place: &Place<'_>) -> PyResult<&'a str> {
     let py = object.py();
     object
         .to_str()
-        .map_err(|_| place.refuse(py, "the text has lone surrogates, which UTF-8 has not"))
+        .map_err(|_| place.refuse(py, LONE_SURROGATES))
 }
 
 /// The JSON that is being written, and the blocks that it refers to.
@@ -225,7 +249,15 @@ fn append(object: &Bound<'_, PyAny>, out: &mut Out, place: &Place<'_>) -> PyResu
     } else if let Ok(dict) = object.cast::<PyDict>() {
         check_depth(py, place)?;
         out.json.push('{');
-        for (i, (key, value)) in dict.iter().enumerate() {
+        // Another thread, or what converts a value, may change it: then the next step would panic.
+        let (length, mut items) = (dict.len(), dict.iter());
+        for i in 0..=length {
+            let item = (dict.len() == length).then(|| items.next());
+            let (key, value) = match item {
+                Some(Some(item)) if i < length => item,
+                Some(None) if i == length => break,
+                _ => return Err(place.refuse(py, "the dict changed while it was written")),
+            };
             if i > 0 {
                 out.json.push(',');
             }
@@ -259,10 +291,13 @@ fn append(object: &Bound<'_, PyAny>, out: &mut Out, place: &Place<'_>) -> PyResu
         static PLAIN: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
         let plain = PLAIN.import(py, "latzero._encode", "plain")?;
         match plain.call1((object,)) {
-            Ok(plain) => append(&plain, out, place)?,
+            // Such as an enum whose value is itself has no end.
+            Ok(plain) if place.conversions() < CONVERSIONS_MAX => {
+                append(&plain, out, &Place::Converted(place))?;
+            }
+            Ok(_) => return Err(place.refuse_type(object)),
             Err(e) if e.is_instance_of::<PyTypeError>(py) => {
-                let name = object.get_type().name()?;
-                return Err(place.refuse(py, &format!("'{name}' can't be written as JSON")));
+                return Err(place.refuse_type(object));
             }
             // Such as that of a model which pydantic can't write.
             Err(e) if e.is_instance_of::<PyException>(py) => {
@@ -599,8 +634,7 @@ fn refused(value: &Bound<'_, PyAny>, name: &str, error: PyErr) -> Result<PyErr, 
     if error.is_instance_of::<PyOverflowError>(py) {
         Ok(bad_request(py, &format!("{name}{value} is out of range")))
     } else if error.is_instance_of::<PyUnicodeEncodeError>(py) {
-        let why = "the text has lone surrogates, which UTF-8 has not";
-        Ok(bad_request(py, &format!("{name}{why}")))
+        Ok(bad_request(py, &format!("{name}{LONE_SURROGATES}")))
     } else {
         Err(error)
     }

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use latzero::{Code, Error, HandlerError};
+use latzero::{Code, Error, Family, HandlerError};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 use serde_json::{Value, json};
@@ -10,42 +10,12 @@ use serde_json::{Value, json};
 use crate::codec;
 use crate::gil::{attach, detach};
 
-/// The family of each code: the name of the exception's class. A new code without a family does not
-/// compile.
+/// The name of the exception's class of a code's family. `BlockError` has another name because
+/// `Block` is taken.
 pub(crate) fn family(code: Code) -> &'static str {
-    use Code as C;
-    match code {
-        C::NoHandler | C::NoApp | C::Offline | C::Draining | C::Overloaded => "Unavailable",
-        C::Timeout => "Timeout",
-        C::Cancelled => "Cancelled",
-        C::Disconnected | C::HandlerGone | C::AttemptsExhausted => "Disconnected",
-        C::HandlerError => "HandlerFailed",
-        C::Forbidden | C::Unauthenticated | C::NotMember | C::AppInUse => "Forbidden",
-        C::BadFrame
-        | C::FrameTooLarge
-        | C::BadMessage
-        | C::TooDeep
-        | C::UnknownAction
-        | C::InvalidName
-        | C::NotReady
-        | C::AlreadyReady
-        | C::UnsupportedProtocol
-        | C::NoPool
-        | C::PoolExists
-        | C::NoCall
-        | C::TooLarge => "BadRequest",
-        C::NoBlock
-        | C::BlockExists
-        | C::OutOfRange
-        | C::VersionConflict
-        | C::LayoutMismatch
-        | C::Contended
-        | C::Locked
-        | C::LockLost => "BlockError",
-        C::Quota | C::Storage | C::Internal => "ServerFailed",
-        C::KeyFormat | C::Integrity | C::Rollback | C::Fork | C::Downgrade | C::StaleEpoch => {
-            "CryptoFailed"
-        }
+    match code.family() {
+        Family::Block => "BlockError",
+        family => family.as_str(),
     }
 }
 

@@ -24,7 +24,7 @@ use crate::app::{PyApp, ending};
 use crate::codec::{self, Given};
 use crate::errors::exception;
 use crate::gil::detach;
-use crate::handlers::{Incoming, PyAnswer, Trigger};
+use crate::handlers::{Incoming, Line, PyAnswer, Trigger};
 use crate::op::{Make, Op, Running, State, lock, taken};
 
 /// What the event loop has to do.
@@ -32,7 +32,7 @@ use crate::op::{Make, Op, Running, State, lock, taken};
 struct Ready {
     /// The indices of operations that can continue.
     woken: Vec<u32>,
-    incoming: Vec<Incoming>,
+    incoming: Line<Incoming>,
     /// Apps whose driver was woken.
     drivers: Vec<u64>,
     /// Whether the loop will look here without being woken.

@@ -1,5 +1,6 @@
 //! Python functions as handlers: on threads that the client runs, and as tasks of an event loop.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::task::{Wake, Waker};
 
@@ -16,7 +17,6 @@ use crate::errors::{exception, handler_error, refusal};
 use crate::event_loop::{Loop, Mailbox};
 use crate::gil::{attach, call, detach};
 use crate::op::{Op, done, lock};
-use crate::pool::Pool;
 
 /// The state that the requests of one trigger share.
 pub(crate) struct Trigger {
@@ -249,10 +249,127 @@ impl PyAioRequest {
     }
 }
 
-/// A call that a task of an event loop answers.
+/// A call until its handler begins. It is dropped, with its payload, when it is cancelled.
+#[derive(Default)]
+struct Unbegun(Mutex<Option<Unanswered>>);
+
+impl Unbegun {
+    fn take(&self) -> Option<Unanswered> {
+        lock(&self.0).take()
+    }
+}
+
+impl Wake for Unbegun {
+    fn wake(self: Arc<Self>) {
+        drop(self.take());
+    }
+}
+
+/// A call that waits for the beginning of its handler.
 pub(crate) struct Begun {
-    call: Unanswered,
+    call: Arc<Unbegun>,
     trigger: Arc<Trigger>,
+}
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        // The call refers to its place.
+        drop(self.call.take());
+    }
+}
+
+impl Begun {
+    pub(crate) fn new(call: Unanswered, trigger: Arc<Trigger>) -> Self {
+        let (place, request) = (Arc::<Unbegun>::default(), call.request().clone());
+        call.on_cancel(&Waker::from(place.clone()));
+        *lock(&place.0) = Some(call);
+        if request.is_cancelled() {
+            // It may have been before the call was there.
+            drop(place.take());
+        }
+        Begun {
+            call: place,
+            trigger,
+        }
+    }
+
+    /// Runs a plain function on this thread, unless its call was cancelled: nobody waits for it.
+    pub(crate) fn run(self) {
+        if let Some(call) = self.call.take() {
+            let request = call.request().clone();
+            call.answer(answer(request, &self.trigger));
+        }
+    }
+}
+
+/// What waits in a [`Line`].
+pub(crate) trait Waits {
+    /// Whether it is no longer wanted.
+    fn is_over(&self) -> bool;
+}
+
+impl Waits for Begun {
+    fn is_over(&self) -> bool {
+        lock(&self.call.0).is_none()
+    }
+}
+
+impl Waits for Incoming {
+    fn is_over(&self) -> bool {
+        matches!(self, Incoming::Begin(begun) if begun.is_over())
+    }
+}
+
+/// What waits for its turn, in order. What is no longer wanted is removed whenever the line has
+/// doubled, so that it costs little and is not longer than twice what the server allows.
+pub(crate) struct Line<T> {
+    entries: VecDeque<T>,
+    length_max: usize,
+}
+
+impl<T> Default for Line<T> {
+    fn default() -> Self {
+        Line {
+            entries: VecDeque::new(),
+            length_max: LINE_LENGTH_MIN,
+        }
+    }
+}
+
+/// The length up to which a line is left as it is.
+const LINE_LENGTH_MIN: usize = 64;
+
+impl<T: Waits> Line<T> {
+    pub(crate) fn push(&mut self, entry: T) {
+        if self.entries.len() >= self.length_max {
+            self.entries.retain(|entry| !entry.is_over());
+            self.length_max = LINE_LENGTH_MIN.max(2 * self.entries.len());
+        }
+        self.entries.push_back(entry);
+    }
+}
+
+impl<T> Line<T> {
+    pub(crate) fn pop(&mut self) -> Option<T> {
+        self.entries.pop_front()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}
+
+impl<T> IntoIterator for Line<T> {
+    type Item = T;
+    type IntoIter = std::collections::vec_deque::IntoIter<T>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.entries.into_iter()
+    }
 }
 
 /// Cancels the task of a handler when its caller no longer wants the answer.
@@ -277,34 +394,19 @@ pub(crate) enum Incoming {
     Cancel(Py<PyAny>),
 }
 
-/// Passes a request to an event loop.
-pub(crate) fn hand_over(call: Unanswered, trigger: Arc<Trigger>, mailbox: &Mailbox) {
-    mailbox.push_incoming(Incoming::Begin(Begun { call, trigger }));
-}
-
-/// Runs a plain function on a thread of `pool`.
-pub(crate) fn run_on(pool: &Arc<Pool>, call: Unanswered, trigger: Arc<Trigger>) {
-    pool.run(Box::new(move || {
-        let request = call.request().clone();
-        // Nobody waits for the answer of a call that was cancelled before it began.
-        if !request.is_cancelled() {
-            call.answer(answer(request, &trigger));
-        }
-    }));
-}
-
 impl Incoming {
     /// Begins or cancels the task.
     pub(crate) fn begin(self, py: Python<'_>, on: &Loop) -> PyResult<()> {
-        let Begun { call, trigger } = match self {
+        let begun = match self {
             Incoming::Begin(begun) => begun,
             Incoming::Cancel(task) => return on.cancel_handler(task.bind(py)),
         };
-        let request = call.request().clone();
-        if request.is_cancelled() {
+        let trigger = &begun.trigger;
+        let Some(call) = begun.call.take() else {
             return Ok(());
-        }
-        let arrived = arrive(py, request, &trigger, Face::Asyncio);
+        };
+        let request = call.request().clone();
+        let arrived = arrive(py, request, trigger, Face::Asyncio);
         let (request, data) = match arrived {
             Ok(arrived) => arrived,
             Err(error) => {
@@ -317,7 +419,7 @@ impl Incoming {
             tracebacks: trigger.tracebacks,
         };
         let place = Bound::new(py, place)?;
-        let task = on.begin(&trigger, request, data, &place)?;
+        let task = on.begin(trigger, request, data, &place)?;
         if let Some(call) = &*lock(&place.get().call)
             && !task.is_none()
         {

@@ -177,12 +177,15 @@ impl Op {
         Ok(self.wait_for(py, deadline)?.map(|result| (result,)))
     }
 
-    /// Ends it early, also while a thread waits for it: a call is cancelled.
-    fn drop(&self, py: Python<'_>) {
+    /// Ends it early, also while a thread waits for it: a call is cancelled. Returns whether it did
+    /// that: what is done stays.
+    fn drop(&self, py: Python<'_>) -> PyResult<bool> {
         // A forked child leaves the parent's as it is.
-        if self.check(py).is_ok() {
-            detach(py, || self.end());
+        if self.check(py).is_err() || self.poll(py)? {
+            return Ok(false);
         }
+        detach(py, || self.end());
+        Ok(true)
     }
 }
 

@@ -1,22 +1,21 @@
 //! Threads for the plain functions that an app on an event loop serves: the loop's own thread must
 //! not run them, because they may block.
 
-use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::handlers::{Begun, Line};
 use crate::op::lock;
 
 /// How long a thread waits for work before it ends.
 const IDLE: Duration = Duration::from_secs(10);
 
-type Job = Box<dyn FnOnce() + Send>;
-
 #[derive(Default)]
 struct State {
     /// At most as many as calls that the server lets be under way, and emits that the client lets
     /// wait.
-    queue: VecDeque<Job>,
+    queue: Line<Begun>,
     threads: usize,
     idle: usize,
     is_stopped: bool,
@@ -38,13 +37,13 @@ impl Pool {
         })
     }
 
-    /// Runs `job` on a thread. A job that no thread can run is dropped.
-    pub(crate) fn run(self: &Arc<Self>, job: Job) {
+    /// Runs the plain function of `call` on a thread. A call that no thread can take is dropped.
+    pub(crate) fn run(self: &Arc<Self>, call: Begun) {
         let mut state = lock(&self.state);
         if state.is_stopped {
             return;
         }
-        state.queue.push_back(job);
+        state.queue.push(call);
         if state.queue.len() <= state.idle {
             drop(state);
             self.wake.notify_one();
@@ -61,30 +60,31 @@ impl Pool {
             let mut state = lock(&self.state);
             state.threads -= 1;
             if state.threads == 0 {
-                let jobs = std::mem::take(&mut state.queue);
+                let calls = std::mem::take(&mut state.queue);
                 drop(state);
-                drop(jobs);
+                drop(calls);
             }
         }
     }
 
     /// Ends the threads, after what they run now.
     pub(crate) fn stop(&self) {
-        let jobs = {
+        let calls = {
             let mut state = lock(&self.state);
             state.is_stopped = true;
             std::mem::take(&mut state.queue)
         };
         self.wake.notify_all();
-        drop(jobs);
+        drop(calls);
     }
 
     fn work(&self) {
         let mut state = lock(&self.state);
         loop {
-            if let Some(job) = state.queue.pop_front() {
+            if let Some(call) = state.queue.pop() {
                 drop(state);
-                job();
+                // What panics fails its own call only: its place is dropped.
+                let _ = catch_unwind(AssertUnwindSafe(|| call.run()));
                 state = lock(&self.state);
                 continue;
             }

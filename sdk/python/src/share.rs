@@ -21,7 +21,7 @@ impl Share {
         !self.0.load(Ordering::Relaxed)
     }
 
-    /// A handler may read the block, nobody knows until when.
+    /// A handler may still read the block, for an unknown time.
     fn spoil(&self) {
         self.0.store(true, Ordering::Release);
     }

@@ -122,6 +122,44 @@ def test_a_refusal_is_raised_later(on_loop):
         await serves.ping()
 
 
+def test_a_refusal_is_raised_by_all_that_waits(on_loop):
+    @on_loop
+    async def test(serves, calls):
+        calls.serve("one", lambda: 1)
+        await calls.ready()
+        block = await serves.block("b", size=8, create=True)
+        pending, stream = serves.submit("one"), serves.stream("one")
+        held = await serves.park("one")
+        states = []
+        serves.on_state(states.append)
+        serves.serve("not a name\n", lambda: None)
+        for later in (
+            pending.result, lambda: anext(stream), held.answer, block.read, block.info,
+            block.view, block.write().__aenter__, lambda: anext(block.changes()),
+            lambda: anext(serves.answers()), lambda: anext(serves.events("e")),
+            lambda: anext(serves.watch(serves.joined[0])),
+        ):
+            with pytest.raises(latzero.BadRequest, match="invalid_name"):
+                await later()
+        await serves.unserve("not a name\n")
+        assert (await pending.result(), await held.answer()) == (1, 1)
+        await serves.close()
+        while not states:
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("name, doc, error", [
+    ("not a name\n", None, "invalid_name"), ("name", "x" * 100_000, "too_large"),
+], ids=["name", "doc"])
+def test_leaving_an_app_raises_a_refusal(latzero_server, name, doc, error):
+    async def main():
+        async with latzero.aio.connect(latzero_server.url("leaves"), transient=True) as app:
+            app.serve(name, lambda: None, doc=doc)
+
+    with pytest.raises(latzero.BadRequest, match=error):
+        asyncio.run(main())
+
+
 def test_run_serves_until_the_app_is_closed(on_loop):
     @on_loop
     async def test(serves, calls):

@@ -516,7 +516,16 @@ def test_share_uses_a_block_again_once_its_call_was_answered(pair):
     (memoryview(numbers("h", range(6))).cast("B").cast("h", (2, 3)), "<i2", (2, 3)),
     (memoryview(numbers("i", range(6)))[::2], "<i4", (3,)),
     (np.float32(1.5), "<f4", ()),
+    (np.array(3.5), "<f8", ()),
+    (numbers("b", [-1, 2]), "|i1", (2,)),
+    ((ctypes.c_int * 2)(1, 2), "<i4", (2,)),
+    ((ctypes.c_double * 2 * 1)((1, 2)), "<f8", (1, 2)),
+    ((ctypes.c_bool * 2)(True, False), "|b1", (2,)),
+    (memoryview(np.array([1, 2], ">i4")), ">i4", (2,)),
+    (memoryview(np.array([1, 2], "c8").real), "<f4", (2,)),
+    (memoryview(np.array([[1, 2]], "u1")), "|u1", (1, 2)),
     (b"bytes", None, None),
+    (bytearray(b"bytes"), None, None),
     (memoryview(b"bytes")[::2], None, None),
 ])
 def test_share_keeps_the_type_and_shape_of_any_buffer(pair, shared, dtype, shape):
@@ -525,6 +534,22 @@ def test_share_keeps_the_type_and_shape_of_any_buffer(pair, shared, dtype, shape
     expected = np.array(shared).tolist() if dtype else list(bytes(shared))
     shape = None if shape is None else list(shape)
     assert calls.call("read", frame=calls.share(shared)) == [dtype, shape, expected]
+
+
+@pytest.mark.parametrize("dtype", ["c8", "c16"])
+def test_share_keeps_complex_numbers(latzero_app, dtype):
+    for numbers in (np.array([1, 2j], dtype), memoryview(np.array([1, 2j], dtype))):
+        assert latzero_app.share(numbers).read().tolist() == [1, 2j]
+
+
+@pytest.mark.parametrize("array, why", [
+    (np.array([{}]), "an array of object"), (np.ma.masked_equal([1, 2], 2), "a masked array"),
+    (np.datetime64("2026-11-28"), r"an array of datetime64\[D\]"),
+    (np.str_("a"), "an array of <U1"), (np.array(["a", "b"]), "an array of <U1"),
+])
+def test_share_refuses_what_is_no_number(latzero_app, array, why):
+    with pytest.raises(TypeError, match=f"{why} can't be shared"):
+        latzero_app.share(array)
 
 
 @pytest.mark.parametrize("number", [-1, 2**64])
@@ -650,9 +675,26 @@ def test_read_fills_no_array_of_another_type(latzero_server):
         for wrong in ["f4", ">i4"]:
             with pytest.raises(ValueError, match="has the type"):
                 block.read(out=np.zeros(3, wrong))
+        with pytest.raises(ValueError, match="has the type"):
+            block.read(out=numbers("f", [0] * 3))
+        assert block.read(out=numbers("i", [0] * 3)) == numbers("i", [0] * 3)
         assert block.read(out=np.zeros(3, "i4")).dtype == "i4"
         assert block.read(out=np.zeros(12, "u1")).nbytes == 12
         assert block.read(out=bytearray(12)) == bytes(12)
+
+
+def test_read_fills_no_array_of_another_shape(latzero_server):
+    with latzero.connect(latzero_server.url("fills"), transient=True) as app:
+        block = app.block("shaped", shape=(2, 3), dtype="i4", create=True)
+        with pytest.raises(ValueError, match=r"has the shape \(3, 2\)"):
+            block.read(out=np.zeros((3, 2), "i4"))
+        for out in (np.zeros((2, 3), "i4"), np.zeros(6, "i4"), np.zeros((24, 1), "u1")):
+            assert block.read(out=out) is out
+
+
+def test_a_part_is_a_slice(blocks):
+    with pytest.raises(TypeError, match="part is a slice of rows"):
+        blocks[0].write(part=1).__enter__()
 
 
 @pytest.mark.parametrize("options", [

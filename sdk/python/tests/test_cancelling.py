@@ -95,6 +95,20 @@ def test_a_thread_that_waits_gets_the_answer_though_another_asks_for_it(pair):
     assert outcome == [True] and pending.result() is True
 
 
+def test_every_result_of_a_pending_call_is_the_same(pair):
+    serves, calls = pair
+    serves.serve("text", lambda: "text")
+    call = calls.submit("text", into=int)
+    for _ in range(2):
+        with pytest.raises(latzero.BadRequest, match="the answer is str, not int"):
+            call.result(SOON)
+    call = calls.submit("text")
+    while not call.done():
+        calls.ping()
+    call.cancel()
+    assert [call.result(), call.result()] == ["text", "text"]
+
+
 def test_a_stream_is_cancelled_while_another_thread_waits_for_its_next_item(held):
     calls, notes = held
     stream = calls.stream("holds")
@@ -244,6 +258,62 @@ def test_an_iterator_of_asyncio_is_closed_while_a_task_waits_for_its_next_item(
             assert not await app.emit("quiet", count=True)
 
     run_on_loop(latzero_server, f"closes-{kind}", test)
+
+
+def memory():
+    """Bytes of this process."""
+    with open("/proc/self/statm") as of:
+        return int(of.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("face", ["a busy thread", "a busy loop"])
+def test_a_call_that_is_cancelled_before_its_handler_begins_leaves_nothing(
+    latzero_server, pair, face
+):
+    serves, calls = pair
+    inside, go = threading.Event(), threading.Event()
+
+    def hold(data, /):
+        inside.set()
+        go.wait(RUNS)
+
+    async def hold_loop(data, /):
+        hold(data)
+
+    def cancel_many(ping):
+        held = calls.submit("hold", to=served)
+        assert inside.wait(RUNS)
+        before = memory()
+        for _ in range(200):
+            call = calls.submit("hold", bytes(1 << 20), to=served)
+            calls.ping(), ping()  # It has arrived.
+            call.cancel()
+        calls.ping()
+        grown = memory() - before
+        go.set()
+        held.result(RUNS)
+        return grown
+
+    async def main():
+        url = latzero_server.url(served, calls.joined[0])
+        async with latzero.aio.connect(url, handler_threads=1) as app:
+            app.serve("hold", hold, concurrency=4)
+            await app.ready()
+            loop = asyncio.get_running_loop()
+
+            def ping():
+                asyncio.run_coroutine_threadsafe(app.ping(), loop).result(RUNS)
+
+            return await asyncio.to_thread(cancel_many, ping)
+
+    if face == "a busy thread":
+        served = "busy-thread"
+        grown = asyncio.run(main())
+    else:
+        served = serves.app_id
+        serves.serve("hold", hold_loop, concurrency=4)
+        grown = cancel_many(serves.ping)
+    assert grown < 50 << 20
 
 
 def test_an_iterator_that_is_closed_as_it_begins_does_not_listen(latzero_server):

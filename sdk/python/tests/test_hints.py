@@ -2,6 +2,7 @@
 
 import asyncio
 import collections.abc
+import dataclasses
 import enum
 import threading
 import typing
@@ -58,6 +59,55 @@ def test_keys_become_what_their_hint_names():
     assert kind(dict[str, int]).schema == {
         "type": "object", "additionalProperties": {"type": "integer"},
     }
+
+
+def test_what_is_no_element_of_a_set_is_a_bad_message(pair):
+    serves, calls = pair
+
+    @serves.serve
+    def takes(values: set[list[int]]):
+        return len(values)
+
+    assert calls.call("takes", values=[]) == 0
+    with pytest.raises(latzero.BadRequest, match="values can't be a set"):
+        calls.call("takes", values=[[1]])
+
+
+T = typing.TypeVar("T")
+S = typing.TypeVar("S")
+
+
+@dataclasses.dataclass
+class Two(typing.Generic[T, S]):
+    first: T
+    rest: list[S]
+    next: "Two[T, S] | None" = None
+
+
+@dataclasses.dataclass
+class Lists(Two[list[T], S]):
+    last: T | None = None
+
+
+class Named(typing.TypedDict, typing.Generic[T]):
+    name: T
+
+
+def test_the_arguments_of_generic_classes_are_checked():
+    decode = decoder(Two[int, str])
+    found = decode({"first": 1, "rest": ["a"], "next": {"first": 2, "rest": []}}, "x")
+    assert found == Two(1, ["a"], Two(2, []))
+    for wrong, place in (
+        ({"first": "a", "rest": []}, "x.first is str, not int"),
+        ({"first": 1, "rest": [1]}, r"x.rest\[0\] is int, not str"),
+        ({"first": 1, "rest": [], "next": {"first": "a", "rest": []}}, "x.next"),
+    ):
+        with pytest.raises(Mismatch, match=place):
+            decode(wrong, "x")
+    with pytest.raises(Mismatch, match="x.name is int, not str"):
+        decoder(Named[str])({"name": 1}, "x")
+    # One parameter with two meanings is left open.
+    assert decoder(Lists[int, str])({"first": [1], "rest": []}, "x") == Lists([1], [])
 
 
 def test_the_keys_of_answers_and_arguments_are_checked(pair):

@@ -96,6 +96,28 @@ def test_blocks_in_a_child(pair):
     assert block.read().tolist() == [1, 7, 7, 7]
 
 
+def test_what_needs_the_parent_s_connection_raises_in_a_child(pair):
+    makes, _ = pair
+    mapped = makes.block("mapped", size=4, create=True)
+    stored = makes.block("stored", size=4, create=True, kind="persistent")
+
+    def ran(use):
+        with pytest.raises(latzero.Disconnected) as raised:
+            use()
+        return raised.value.ran
+
+    def publish():
+        writing.__exit__(None, None, None)
+
+    with mapped.writer() as writer:
+        writing = writer.write()
+        writing.__enter__()
+        told = in_child(lambda: [ran(use) for use in (stored.read, mapped.wait, publish)])
+        assert told == "['no', 'no', 'unknown']"
+        publish()
+    assert mapped.version == writing.version == 1
+
+
 def _double(n):
     return _double.app.call("double", n=n, timeout=10)
 
@@ -175,6 +197,34 @@ def test_a_child_shares_no_session_and_no_nonce(latzero_server, tmp_path, monkey
     assert [len(parent), *map(len, others)] == [40, 20, 20]
     sessions, ids, nonces = map(set, zip(*parent, *others[0], *others[1], strict=True))
     assert (len(sessions), len(ids), len(nonces)) == (3, 80, 80)
+
+
+def test_threads_that_fork_at_the_same_time(latzero_server):
+    """No child keeps its parent's connection."""
+    script = """
+import latzero, os, sys, threading
+sys.setswitchinterval(1e-5)
+apps = [latzero.connect(sys.argv[1] + str(n), transient=True) for n in range(3)]
+kept = []
+def fork():
+    for _ in range(150):
+        child = os.fork()
+        if child == 0:
+            os._exit(sum(app._connection is not None for app in apps))
+        kept.append(os.waitpid(child, 0)[1])
+threads = [threading.Thread(target=fork) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(kept), sum(kept))
+"""
+    ran = subprocess.run(
+        # Newer Pythons warn of a fork beside threads.
+        [sys.executable, "-W", "ignore", "-c", script, latzero_server.url("forks-")], timeout=60,
+        capture_output=True, text=True,
+    )
+    assert (ran.stdout, ran.stderr) == ("450 0\n", "")
 
 
 def test_a_fork_while_other_threads_call(pair):
@@ -317,6 +367,38 @@ def test_wait_ends_by_ctrl_c_and_closes(latzero_server):
         capture_output=True, text=True,
     )
     assert "closed" in ran.stdout and (ran.stderr, ran.returncode) == ("", 0)
+
+
+@pytest.mark.parametrize("handler", [
+    "def stop():\n    app.close()\n    return 7",
+    "async def stop():\n    app.close()\n    return 7",
+    "def stop():\n    yield 6\n    app.close()\n    return 7",
+], ids=["plain", "async", "generator"])
+def test_a_handler_that_closes_the_app_answers_before_the_process_ends(
+    latzero_server, pair, handler
+):
+    _, calls = pair
+    [pool] = calls.joined
+    script = f"""
+import latzero, sys
+app = latzero.connect(sys.argv[1])
+@app.serve
+{handler}
+print("ready", flush=True)
+app.wait()
+"""
+    for n in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, latzero_server.url(f"stops-{n}", pool)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        assert process.stdout.readline() == "ready\n"
+        if "yield" in handler:
+            stream = calls.stream("stop")
+            assert (list(stream), stream.end) == ([6], 7)
+        else:
+            assert calls.call("stop") == 7
+        assert (*process.communicate(timeout=30), process.returncode) == ("", "", 0)
 
 
 def test_an_exception_ends_a_script_with_everything_open(latzero_server):

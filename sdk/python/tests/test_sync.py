@@ -48,6 +48,51 @@ def nested(levels):
     return data
 
 
+class Endless(enum.Enum):
+    SELF = 1
+
+
+Endless.SELF._value_ = Endless.SELF
+
+
+def test_an_object_that_is_converted_to_itself_is_refused(latzero_app):
+    with pytest.raises(latzero.BadRequest, match="data.a: 'Endless' can't be written as JSON"):
+        latzero_app.call("nobody", a=Endless.SELF)
+
+
+class Changes:
+    """An iterator that changes a dict as it is written."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.change()
+        raise StopIteration
+
+
+@pytest.mark.parametrize("change", [
+    lambda data: data.update(more=1), lambda data: data.pop("b"),
+    lambda data: data.update(more=data.pop("a")),
+], ids=["grows", "shrinks", "has another key"])
+def test_a_dict_that_changes_while_it_is_written_is_refused(pair, change):
+    serves, calls = pair
+
+    def changing():
+        data = {"a": Changes(lambda: change(data)), "b": 1}
+        return data
+
+    with pytest.raises(latzero.BadRequest, match="data: the dict changed while it was written"):
+        calls.call("nobody", changing())
+    serves.serve("changing", changing)
+    for _ in range(2):
+        with pytest.raises(latzero.HandlerFailed, match="the dict changed"):
+            calls.call("changing")
+
+
 def test_data_nests_as_deep_as_a_message_has_room_for(latzero_server):
     with latzero.connect(latzero_server.url("deep", "system"), transient=True) as app:
         assert app.call("echo", nested(128)) == nested(128)
@@ -488,6 +533,49 @@ def test_async_handlers_of_a_blocking_app(pair, is_stream):
             return n
         pending = [calls.submit("f", n=n) for n in (1, 2)]
         assert [call.result(10) for call in pending] == [1, 2]
+
+
+def test_a_task_that_a_handler_left_ends_with_the_app(latzero_server):
+    import asyncio
+
+    ended = threading.Event()
+
+    async def stays():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    with latzero.connect(latzero_server.url("leaves-tasks"), transient=True) as app:
+        @app.serve
+        async def leaves():
+            app.task = asyncio.ensure_future(stays())
+            await asyncio.sleep(0)
+
+        app.call("leaves")
+    assert ended.is_set()
+    assert "latzero-leaves-tasks" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_a_task_that_exits_does_not_end_the_loop(latzero_server, monkeypatch, error):
+    import asyncio
+
+    seen = queue.Queue()
+    monkeypatch.setattr(threading, "excepthook", lambda given: seen.put(given.exc_value))
+
+    async def exits():
+        raise error
+
+    with latzero.connect(latzero_server.url("exits-in-task"), transient=True) as app:
+        @app.serve
+        async def leaves():
+            app.task = asyncio.ensure_future(exits())
+
+        app.call("leaves")
+        assert seen.get(timeout=20) is error
+        app.call("leaves", timeout=20)
+        assert app.task.exception() is error or seen.get(timeout=20) is error
 
 
 @dataclasses.dataclass

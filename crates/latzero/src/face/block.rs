@@ -1066,8 +1066,8 @@ fn removed(id: &str) -> Error {
 /// The error for in-place access to a block that is not mapped in this process.
 fn not_mapped(id: &str, verb: &str) -> Error {
     let text = format!(
-        "block '{id}' is not mapped in this process: {verb} it by copying, with `{verb}`. Persistent \
-         and encrypted blocks are never mapped, and no block is over TCP"
+        "block '{id}' is not mapped in this process: {verb} it by copying, with `{verb}`. \
+         Persistent and encrypted blocks are never mapped, and no block is over TCP"
     );
     Error::new(Code::Storage, text).with_ran(Ran::No)
 }

@@ -7,6 +7,7 @@ import contextvars
 import os
 import sys
 import weakref
+from _thread import get_ident
 
 from . import _latzero
 from ._arrays import dtype_of, flat, numpy
@@ -277,7 +278,7 @@ class Pending(Generic[T]):
 
     def __init__(self, op: _latzero.Op, decode: Callable[[Any], T]) -> None:
         self._op, self._decode = op, decode
-        self._result: tuple[Any, LatZeroError | None] | None = None
+        self._result: tuple[Any, Exception | None] | None = None
         op.poll()
 
     def done(self) -> bool:
@@ -292,11 +293,14 @@ class Pending(Generic[T]):
             try:
                 waited = (self._op.wait(),) if seconds is None else self._op.wait_within(seconds)
             except LatZeroError as raised:
-                outcome: tuple[Any, LatZeroError | None] = None, raised
+                outcome: tuple[Any, Exception | None] = None, raised
             else:
                 if waited is None:
                     raise TimeoutError("the answer did not come in this time")
-                outcome = self._decode(waited[0]), None
+                try:
+                    outcome = self._decode(waited[0]), None
+                except Exception as raised:
+                    outcome = None, raised
             # Another thread may have cancelled the call in the meantime.
             if self._result is None:
                 self._result = outcome
@@ -311,10 +315,10 @@ class Pending(Generic[T]):
         return f"<latzero.Pending {'done' if self.done() else 'waits for its answer'}>"
 
     def cancel(self) -> None:
-        """Cancels the call. A thread that waits for its answer gets `Cancelled` at once."""
-        if self._result is None:
+        """Cancels the call, unless it is done. A thread that waits for its answer gets `Cancelled`
+        at once."""
+        if self._result is None and self._op.drop():
             self._result = None, Cancelled("cancelled", "the call was cancelled", "unknown", None)
-            self._op.drop()
 
 
 class Parked:
@@ -507,6 +511,8 @@ class App:
         import threading
 
         self._closed = threading.Event()
+        # The thread that closes the app, once one does, in a list of one.
+        self._closing: dict[str, list[int]] = {}
         self._loop: Any = None
         self._shares = Shares()
 
@@ -517,7 +523,7 @@ class App:
             # In a forked child, which opens its own connection when it needs one.
             with self._lock:
                 if self._connection is None:
-                    if self._closed.is_set():
+                    if self._closing:
                         raise Disconnected("disconnected", "the app is closed", "no", None)
                     self._connection = _latzero.connect(*self._arguments)
                 found = self._connection
@@ -532,12 +538,12 @@ class App:
             inner.leak()
             if descriptor is not None:
                 _close_quietly(descriptor)
-        was_closed = self._closed.is_set()
+        was_closed = bool(self._closing)
         self._lock = threading.RLock()
         self._connection = None
         self._open()
         if was_closed:
-            self._closed.set()
+            self._close(None)
 
     @property
     def app_id(self) -> str:
@@ -880,7 +886,7 @@ class App:
         try:
             while not self._closed.wait(_WAIT_SECONDS):
                 ended = self._inner.end_error
-                if ended is not None and not self._closed.is_set():
+                if ended is not None and not self._closing:
                     raise ended
         except KeyboardInterrupt:
             self.close()
@@ -891,7 +897,10 @@ class App:
         if is_handled_by(self):
             import threading
 
-            threading.Thread(target=self._close, args=(None,), name="latzero-close").start()
+            # The process does not end before that, though threads of handlers are daemons.
+            threading.Thread(
+                target=self._close, args=(None,), name="latzero-close", daemon=False
+            ).start()
         else:
             self._close(None)
 
@@ -900,15 +909,23 @@ class App:
         self._close(_END_SECONDS)
 
     def _close(self, within: float | None) -> None:
-        if not self._closed.is_set():
-            self._closed.set()
-            self._shares.clear()
+        this = [get_ident()]
+        first = self._closing.setdefault("by", this)
+        if first is not this:
+            # A signal may close it again on the thread that does so already.
+            if first != this:
+                self._closed.wait(within)
+            return
+        self._shares.clear()
+        try:
+            if self._connection is not None:
+                self._connection.close(within)
+        finally:
             try:
-                if self._connection is not None:
-                    self._connection.close(within)
-            finally:
                 if self._loop is not None:
                     self._loop.close(_CLOSE_SECONDS if within is None else within)
+            finally:
+                self._closed.set()
 
     def __enter__(self) -> App:
         return self
@@ -931,13 +948,21 @@ def _shared(array: Any, pool: str | None) -> tuple[_ShareKey, memoryview]:
     """The key of the blocks that an array, bytes or another buffer can be shared in, and its
     bytes."""
     module = numpy()
-    if module is not None and isinstance(array, module.ndarray):
-        array = module.ascontiguousarray(array)
-        data = memoryview(array.reshape(-1).view("u1"))
-        return (pool, array.shape, array.dtype, len(data)), data
+    is_bytes = isinstance(array, bytes)  # As numpy's are too.
+    if module is not None and not is_bytes and isinstance(array, (module.ndarray, module.generic)):
+        if isinstance(array, module.ma.MaskedArray):
+            raise TypeError("a masked array can't be shared: share its `data`, or its `filled()`")
+        whole = module.asarray(array)
+        if whole.dtype.hasobject or whole.dtype.kind in "MmU":
+            raise TypeError(f"an array of {whole.dtype} can't be shared: it has no numbers")
+        data = memoryview(module.ascontiguousarray(whole).reshape(-1).view("u1"))
+        return (pool, whole.shape, whole.dtype, len(data)), data
     view = memoryview(array)
     data = (view if view.c_contiguous else memoryview(view.tobytes())).cast("B")
     dtype = dtype_of(view)
+    # Such as bytes.
+    if dtype == "u1" and view.ndim == 1:
+        dtype = None
     shape = None if dtype is None else view.shape
     return (pool, shape, dtype, len(data)), data
 
@@ -989,11 +1014,11 @@ def connect(
 
 def open_apps() -> list[App]:
     """The apps of this process that are open."""
-    return [app for app in list(_live) if isinstance(app, App) and not app._closed.is_set()]
+    return [app for app in list(_live) if isinstance(app, App) and not app._closing]
 
 
-# The apps of both APIs that may be open, and their descriptors while the process forks.
-_forking: list[tuple[Any, int | None]] = []
+# The apps of both APIs that may be open, and their descriptors, for each thread that forks.
+_forking: dict[int, list[tuple[Any, int | None]]] = {}
 
 
 def _close_quietly(descriptor: int) -> None:
@@ -1004,18 +1029,19 @@ def _close_quietly(descriptor: int) -> None:
 
 
 def _before_fork() -> None:
+    found = _forking[get_ident()] = []
     for app in list(_live):
         connection = app._connection
-        _forking.append((app, connection and connection.descriptor))
+        found.append((app, connection and connection.descriptor))
 
 
 def _after_fork_in_parent() -> None:
-    _forking.clear()
+    _forking.pop(get_ident(), None)
 
 
 def _after_fork_in_child() -> None:
     _latzero.forked()
-    for app, descriptor in _forking:
+    for app, descriptor in _forking.pop(get_ident(), ()):
         app._forked(descriptor)
     _forking.clear()
 

@@ -32,14 +32,15 @@ def numpy() -> Any:
 
 
 # The kinds of numbers of the formats of buffers.
-_KINDS = {"?": "b"} | dict.fromkeys("hilqn", "i") | dict.fromkeys("HILQN", "u")
-_KINDS |= dict.fromkeys("efd", "f")
+_KINDS = {"?": "b"} | dict.fromkeys("bhilqn", "i") | dict.fromkeys("BHILQN", "u")
+_KINDS |= dict.fromkeys("efd", "f") | {"Zf": "c", "Zd": "c"}
 
 
 def dtype_of(view: memoryview) -> str | None:
-    """The dtype of a buffer's elements; `None` for bytes, and for what is no number."""
-    kind = _KINDS.get(view.format)
-    return kind and f"{kind}{view.itemsize}"
+    """The dtype of a buffer's elements; `None` for what is no number."""
+    kind = _KINDS.get(view.format.lstrip("@=<>!"))
+    is_swapped = view.format[0] in ">!" and view.itemsize > 1
+    return kind and f"{'>' if is_swapped else ''}{kind}{view.itemsize}"
 
 
 def layout_of(shape: Any, dtype: Any) -> tuple[tuple[str, list[int], list[str]], int] | None:
@@ -53,7 +54,7 @@ def layout_of(shape: Any, dtype: Any) -> tuple[tuple[str, list[int], list[str]],
 
     shape = [shape] if isinstance(shape, int) else [int(length) for length in shape]
     fields: list[str] = []
-    found = re.fullmatch(r"([<|]?)([biufc])(\d+)", dtype) if isinstance(dtype, str) else None
+    found = re.fullmatch(r"([<>|]?)([biufc])(\d+)", dtype) if isinstance(dtype, str) else None
     called = dtype if isinstance(dtype, str) else getattr(dtype, "name", None)
     # That of ml_dtypes may also be the class of its elements.
     if (called or getattr(dtype, "__name__", None)) in ("bf16", "bfloat16"):
@@ -140,15 +141,26 @@ def flat(target: Any) -> Any:
 
 
 def check_type(target: Any, nbytes: int, layout: Layout | None) -> None:
-    """Refuses an array of numbers of another type than the layout's. Bytes take anything."""
-    module = numpy()
-    if layout is None or module is None or not isinstance(target, module.ndarray):
+    """Refuses an array of numbers of another type or shape than the layout's. Bytes take anything,
+    and one dimension takes all numbers of the type."""
+    if target is None or layout is None:
         return
-    wanted = _dtype(module, layout, nbytes)
-    if wanted is None or "V" in (wanted.kind, target.dtype.kind):
-        return
-    if target.dtype not in (wanted, module.dtype("u1")):
-        raise ValueError(f"`out` has the type {target.dtype.str}, the block has {wanted.str}")
+    module, shape = numpy(), tuple(layout[1])
+    if module is None:
+        target = memoryview(target)
+        name = layout[0] if isinstance(layout[0], str) else ""
+        has, wanted = dtype_of(target), name.lstrip("<|")
+        is_bytes = has in (None, "u1") or wanted not in _FORMATS
+    else:
+        if not isinstance(target, module.ndarray):
+            target = module.asarray(memoryview(target))
+        has, wanted = target.dtype, _dtype(module, layout, nbytes)
+        is_bytes = wanted is None or "V" in (wanted.kind, has.kind) or has in ("u1", "S1")
+    if has != wanted:
+        if not is_bytes:
+            raise ValueError(f"`out` has the type {has}, the block has {wanted}")
+    elif target.ndim > 1 and target.shape != shape:
+        raise ValueError(f"`out` has the shape {target.shape}, the block has {shape}")
 
 
 def close(target: Any) -> None:
@@ -169,6 +181,8 @@ def part_of(part: slice | None, nbytes: int, layout: Layout | None) -> tuple[
     """The offset, length and layout of the rows of `part`."""
     if part is None:
         return 0, nbytes, layout
+    if not isinstance(part, slice):
+        raise TypeError(f"part is a slice of rows, such as slice(0, 10), not {part!r}")
     rows = layout[1][0] if layout and layout[1] else nbytes
     start, stop, step = part.indices(rows)
     if step != 1:

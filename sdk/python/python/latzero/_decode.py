@@ -160,7 +160,7 @@ def _make(hint: Any) -> Kind:
     if origin in (set, frozenset):
         return _set(origin, kind(arguments[0]) if arguments else _ANY)
     if typing.is_typeddict(origin):
-        return _typed_dict(origin)
+        return _typed_dict(origin, arguments)
     if issubclass(origin, dict) or origin.__module__ == "collections.abc":
         if len(arguments) != 2:
             return _dict(_ANY, _ANY)
@@ -168,7 +168,7 @@ def _make(hint: Any) -> Kind:
         # The keys of JSON's objects are of this type anyway.
         is_checked = is_mapping and arguments[0] is not str
         return _dict(kind(arguments[0]) if is_checked else _ANY, kind(arguments[1]))
-    return _class(origin)
+    return _class(origin, arguments)
 
 
 # Raw bytes are not JSON.
@@ -262,7 +262,15 @@ def _tuple(arguments: tuple[Any, ...]) -> Kind:
 
 def _set(of: Any, item: Kind) -> Kind:
     items, schema = _list(item)
-    return Kind(lambda value, place: of(items(value, place)), schema)
+
+    def decode(value: Any, place: str) -> Any:
+        try:
+            return of(items(value, place))
+        except TypeError as error:
+            # A list or an object is no element of a set.
+            raise Mismatch(f"{place} can't be a {of.__name__}: {error}") from None
+
+    return Kind(decode, schema)
 
 
 def _dict(keys: Kind, values: Kind) -> Kind:
@@ -303,26 +311,47 @@ def _fields(
         for key, one in value.items():
             field = known.get(key)
             if field is None:
-                raise Mismatch(f"{place} has the field {key!r}, which {name} has not")
+                raise Mismatch(f"{place} has the field {key!r}, but {name} has no such field")
             decoded[key] = field(one, f"{place}.{key}")
         return make(decoded)
 
     return Kind(decode, _object({key: one.schema for key, one in fields.items()}, required))
 
 
-def _typed_dict(of: Any) -> Kind:
+def _hints(of: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """The hints of a class, with `arguments` in place of its parameters. Those of a class with
+    generic bases are left open: there one parameter may have several meanings."""
     hints = typing.get_type_hints(of)
+    bases = [*of.__mro__[1:], *(typing.get_origin(b) or b for b in of.__dict__.get(_BASES, ()))]
+    if any(base is not typing.Generic and _BASES in base.__dict__ for base in bases):
+        return hints
+    given: dict[Any, Any] = dict(zip(getattr(of, "__parameters__", ()), arguments))
+
+    def fill(hint: Any) -> Any:
+        if typing.get_origin(hint) is None:
+            return given.get(hint, hint) if isinstance(hint, typing.TypeVar) else hint
+        inside = getattr(hint, "__parameters__", ())
+        return hint[tuple(given.get(one, one) for one in inside)] if inside else hint
+
+    return {name: fill(hint) for name, hint in hints.items()}
+
+
+_BASES = "__orig_bases__"
+
+
+def _typed_dict(of: Any, arguments: tuple[Any, ...]) -> Kind:
+    hints = _hints(of, arguments)
     fields = {key: kind(hint) for key, hint in hints.items()}
     required = [key for key in hints if key in of.__required_keys__]
     return _fields(lambda given: given, fields, required, of.__name__)
 
 
-def _class(of: Any) -> Kind:
+def _class(of: Any, arguments: tuple[Any, ...]) -> Kind:
     module = of.__module__
     if hasattr(of, "__dataclass_fields__") and not hasattr(of, "model_validate"):
         import dataclasses
 
-        hints = typing.get_type_hints(of)
+        hints = _hints(of, arguments)
         fields = [f for f in dataclasses.fields(of) if f.init]
         kinds = {f.name: kind(hints[f.name]) for f in fields}
         required = [

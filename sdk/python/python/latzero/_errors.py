@@ -131,5 +131,5 @@ def describe(error: BaseException, tracebacks: bool) -> tuple[str, str, Any]:
 
 
 def _sendable(text: str) -> str:
-    """`text` without surrogates, which UTF-8 has not."""
+    """`text` with its surrogates replaced, because UTF-8 can't encode them."""
     return text.encode(errors="replace").decode()

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import _latzero
 from ._app import (
-    _MISSING, _NO_OPTIONS, Answer, Event, Presence, Progress, Reply, _calling, _close_quietly,
-    _current, _described, _describing, _into, _is_async, _live, _new_share, _options, _payload,
-    _serving, _shared, is_handled_by,
+    _CLOSE_SECONDS, _MISSING, _NO_OPTIONS, Answer, Event, Presence, Progress, Reply, _calling,
+    _close_quietly, _current, _described, _describing, _into, _is_async, _live, _new_share,
+    _options, _payload, _serving, _shared, is_handled_by,
 )
 from ._arrays import flat
 from ._block import BlockInfo, Filling, Shares, _same, _seconds, begin, is_ours_alone
@@ -206,6 +206,45 @@ class _Loop:
             task.cancel()
 
 
+class _Work:
+    """The operations of an app on its event loop. All raise the refusal of a registration that was
+    begun before them."""
+
+    __slots__ = ("loop", "registering", "is_over")
+
+    def __init__(self, loop: _Loop) -> None:
+        self.loop = loop
+        # What is being registered, or was refused: the method and the name.
+        self.registering: dict[asyncio.Future[Any], tuple[str, str]] = {}
+        # Whether the app is closed. What that ended is no refusal.
+        self.is_over = False
+
+    def check(self) -> asyncio.AbstractEventLoop:
+        """The event loop, on which this must be called."""
+        if self.registering:
+            self.raise_refusal()
+        return self.loop.check()
+
+    def start(self, op: _latzero.Op) -> asyncio.Future[Any]:
+        """Like `_Loop.start`."""
+        self.check()
+        return self.loop.start(op)
+
+    def run(self, op: _latzero.Op) -> Coroutine[Any, Any, Any]:
+        """Like `_Loop.run`."""
+        if self.registering:
+            self.raise_refusal()
+        return self.loop.run(op)
+
+    def raise_refusal(self) -> None:
+        """Raises the error of a registration that the server or the client refused."""
+        for future in [f for f in self.registering if f.done()]:
+            error = None if future.cancelled() else future.exception()
+            if error is not None and not self.is_over:
+                raise error.with_traceback(None)
+            del self.registering[future]
+
+
 _loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = weakref.WeakKeyDictionary()
 
 
@@ -299,6 +338,7 @@ class LoopThread:
     def __init__(self, name: str) -> None:
         self.inner: _latzero.Loop
         self._ready = threading.Event()
+        self._is_ended = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -309,15 +349,30 @@ class LoopThread:
         loop = _loops[self._loop] = _Loop(self._loop, is_own=True)
         self.inner = loop.inner
         self._ready.set()
-        self._loop.run_forever()
+        while not self._is_ended:
+            try:
+                self._loop.run_forever()
+            except BaseException:
+                # Such as a SystemExit in a task that a handler left: the handlers run on.
+                threading.excepthook(
+                    threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread()))
+                )
         loop.close()
-        tasks = asyncio.all_tasks(self._loop)
-        if tasks:
-            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        self._loop.close()
+        try:
+            # Also those that handlers left.
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        finally:
+            self._loop.close()
 
     def close(self, within: float) -> None:
         """Ends the loop and everything that runs on it; waits for that for so many seconds."""
+        self._is_ended = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         if threading.current_thread() is not self._thread:
             self._thread.join(within)
@@ -330,7 +385,7 @@ class Listening(Generic[T]):
     __slots__ = ("_work", "_begin", "_make", "_beginning", "_inflow")
 
     def __init__(
-        self, work: _Loop, begin: Callable[[], Coroutine[Any, Any, Any]] | None,
+        self, work: _Work, begin: Callable[[], Coroutine[Any, Any, Any]] | None,
         make: Callable[[Any], T], inflow: _latzero.Inflow | None = None,
     ) -> None:
         self._work, self._begin, self._make, self._inflow = work, begin, make, inflow
@@ -379,7 +434,7 @@ class Stream(Generic[T]):
 
     __slots__ = ("_work", "_items", "_decode")
 
-    def __init__(self, work: _Loop, items: _latzero.Items, decode: Callable[[Any], T]) -> None:
+    def __init__(self, work: _Work, items: _latzero.Items, decode: Callable[[Any], T]) -> None:
         self._work, self._items, self._decode = work, items, decode
 
     @property
@@ -415,10 +470,12 @@ class Stream(Generic[T]):
 class Pending(Generic[T]):
     """A call that was sent. Dropping it cancels the call."""
 
-    __slots__ = ("_future", "_decode", "__weakref__")
+    __slots__ = ("_work", "_future", "_decode", "__weakref__")
 
-    def __init__(self, future: asyncio.Future[Any], decode: Callable[[Any], T]) -> None:
-        self._future, self._decode = future, decode
+    def __init__(
+        self, work: _Work, future: asyncio.Future[Any], decode: Callable[[Any], T]
+    ) -> None:
+        self._work, self._future, self._decode = work, future, decode
         weakref.finalize(self, future.cancel).atexit = False
 
     def done(self) -> bool:
@@ -430,6 +487,7 @@ class Pending(Generic[T]):
         longer than `timeout`; the call then continues."""
         if not self._future.done():
             await asyncio.wait([self._future], timeout=_seconds(timeout))
+        self._work.check()
         if not self._future.done():
             raise TimeoutError("the answer did not come in this time")
         if self._future.cancelled():
@@ -450,7 +508,7 @@ class Parked:
 
     __slots__ = ("_work", "_inner")
 
-    def __init__(self, work: _Loop, inner: _latzero.Parked) -> None:
+    def __init__(self, work: _Work, inner: _latzero.Parked) -> None:
         self._work, self._inner = work, inner
 
     @property
@@ -475,7 +533,7 @@ class Write:
     __slots__ = ("_work", "_inner", "_keep", "_wait", "_part", "_draft", "_filling", "version")
 
     def __init__(
-        self, work: _Loop, inner: _latzero.Block, keep: bool, wait: float, part: slice | None
+        self, work: _Work, inner: _latzero.Block, keep: bool, wait: float, part: slice | None
     ) -> None:
         self._work, self._inner = work, inner
         self._keep, self._wait, self._part = keep, wait, part
@@ -523,7 +581,7 @@ class WriterWrite:
     )
 
     def __init__(
-        self, work: _Loop, inner: _latzero.Block, writer: _latzero.Writer, keep: bool,
+        self, work: _Work, inner: _latzero.Block, writer: _latzero.Writer, keep: bool,
         part: slice | None,
     ) -> None:
         self._work, self._inner, self._writer = work, inner, writer
@@ -560,7 +618,7 @@ class Writer:
 
     __slots__ = ("_work", "_inner", "_wait", "_writer")
 
-    def __init__(self, work: _Loop, inner: _latzero.Block, wait: float) -> None:
+    def __init__(self, work: _Work, inner: _latzero.Block, wait: float) -> None:
         self._work, self._inner, self._wait = work, inner, wait
         self._writer: _latzero.Writer | None = None
 
@@ -586,7 +644,7 @@ class Lock:
     __slots__ = ("_work", "_inner", "_arguments", "_lock")
 
     def __init__(
-        self, work: _Loop, inner: _latzero.Block, shared: bool, wait: float, lease: float | None
+        self, work: _Work, inner: _latzero.Block, shared: bool, wait: float, lease: float | None
     ) -> None:
         self._work, self._inner, self._arguments = work, inner, (shared, wait, lease)
         self._lock: _latzero.Lock | None = None
@@ -628,7 +686,7 @@ class _View:
 
     __slots__ = ("_work", "_inner", "_view")
 
-    def __init__(self, work: _Loop, inner: _latzero.Block) -> None:
+    def __init__(self, work: _Work, inner: _latzero.Block) -> None:
         self._work, self._inner = work, inner
 
     def __await__(self) -> Generator[Any, None, _latzero.View]:
@@ -647,9 +705,10 @@ class Block(BlockInfo):
 
     __slots__ = ("_work",)
 
-    def __init__(self, handle: _latzero.Block) -> None:
+    def __init__(self, handle: _latzero.Block, work: _Work | None = None) -> None:
         super().__init__(handle)
-        self._work = _of_running_loop()
+        # A block that came with a request has no app here.
+        self._work = work or _Work(_of_running_loop())
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -753,17 +812,15 @@ class App:
         self._connection: _latzero.App = inner
         self._loop = asyncio.get_running_loop()
         self._closed = asyncio.Event()
-        self._work = _of_running_loop()
-        self._work.drive(inner)
+        self._work = _Work(_of_running_loop())
+        self._work.loop.drive(inner)
         self._shares = Shares()
-        # What is being registered, or was refused: the method and the name.
-        self._registering: dict[asyncio.Future[Any], tuple[str, str]] = {}
         _live.add(self)
 
     def _forked(self, descriptor: int | None) -> None:
         """In a forked child: releases the parent's connection without a message to the server."""
         self._connection.leak()
-        self._work.inner.leak()
+        self._work.loop.inner.leak()
         if descriptor is not None:
             _close_quietly(descriptor)
         self._closed.set()
@@ -773,7 +830,7 @@ class App:
 
     @property
     def _inner(self) -> _latzero.App:
-        self._work.check()
+        self._work.loop.check()
         return self._connection
 
     @property
@@ -852,10 +909,10 @@ class App:
         elif fields:
             data = _payload(data, fields)
         read = None if into is None else _into(into)
-        if self._registering:
-            self._raise_refusal()
         # Like `_Loop.run`, which would cost another coroutine.
-        work = self._work
+        if self._work.registering:
+            self._work.raise_refusal()
+        work = self._work.loop
         future = work.check().create_future()
         token = work.inner.call(self._connection, name, data, options, future)
         try:
@@ -877,7 +934,7 @@ class App:
             timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, attempts
         )
         op = self._inner.reply_op(name, _payload(data, fields), options)
-        return Reply(*await self._start(op))
+        return Reply(*await self._work.run(op))
 
     @overload
     def submit(
@@ -905,7 +962,7 @@ class App:
             timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, attempts
         )
         op = self._inner.call_op(name, _payload(data, fields), options)
-        return Pending(self._work.start(op), _into(into))
+        return Pending(self._work, self._work.loop.start(op), _into(into))
 
     async def park(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
@@ -920,7 +977,7 @@ class App:
             timeout, to, pool, key, headers, privileged, idempotency_key, redeliver, attempts, id
         )
         op = self._inner.park(name, _payload(data, fields), options)
-        return Parked(self._work, await self._start(op))
+        return Parked(self._work, await self._work.run(op))
 
     def answers(self) -> Listening[Answer]:
         """Answers to parked calls that nobody in this process waits for, including calls of
@@ -962,7 +1019,7 @@ class App:
             "to": to, "pool": pool, "key": key, "headers": headers, "privileged": privileged,
         }
         op = self._inner.emit_op(name, _payload(data, fields), options, one, count)
-        return await self._start(op)
+        return await self._work.run(op)
 
     @overload
     def serve(self, name: F, /) -> F: ...
@@ -992,7 +1049,7 @@ class App:
             run, options = _serving(
                 self, function, is_async, pools, strategy, concurrency, doc, schema, privileged
             )
-            on_loop = self._work.inner if inline or is_async else None
+            on_loop = self._work.loop.inner if inline or is_async else None
             served = name or function.__name__
             self._register(("serve", served), self._inner.serve(served, run, options, on_loop))
             return function
@@ -1001,45 +1058,33 @@ class App:
 
     def _register(self, what: tuple[str, str], op: _latzero.Op) -> asyncio.Future[Any]:
         self._forget_refusal(what)
-        future = self._work.start(op)
-        self._registering[future] = what
+        future = self._work.loop.start(op)
+        self._work.registering[future] = what
         return future
 
     def _forget_refusal(self, what: tuple[str, str]) -> None:
-        for future in [f for f, of in self._registering.items() if of == what and f.done()]:
-            del self._registering[future]
+        known = self._work.registering
+        for future in [f for f, of in known.items() if of == what and f.done()]:
+            del known[future]
 
     async def ready(self) -> None:
         """Waits until everything is registered; raises the error if the server refuses. So does all
         else that is awaited later, until the name is registered again or `unserve` gives it up."""
         # Several tasks may wait for that, and one that no longer does leaves it to the others.
-        while self._registering:
-            await asyncio.wait(self._registering)
-            self._raise_refusal()
-
-    def _start(self, op: _latzero.Op) -> Coroutine[Any, Any, Any]:
-        if self._registering:
-            self._raise_refusal()
-        return self._work.run(op)
-
-    def _raise_refusal(self) -> None:
-        for future in [f for f in self._registering if f.done()]:
-            error = None if future.cancelled() else future.exception()
-            # What the end of the app ended is no refusal.
-            if error is not None and not self._closed.is_set():
-                raise error.with_traceback(None)
-            del self._registering[future]
+        while self._work.registering:
+            await asyncio.wait(self._work.registering)
+            self._work.raise_refusal()
 
     async def unserve(self, name: str) -> None:
         """Stops serving `name`. Running calls are finished."""
         self._forget_refusal(("serve", name))
         await self.ready()
-        await self._start(self._inner.unserve(name))
+        await self._work.run(self._inner.unserve(name))
 
     def events(self, name: str) -> Listening[Event]:
         """An async iterator over emits of `name` as they arrive. Listening begins with the first
         read, or now if this is awaited, and stops when it is dropped."""
-        return Listening(self._work, lambda: self._start(self._inner.events(name)), Event)
+        return Listening(self._work, lambda: self._work.run(self._inner.events(name)), Event)
 
     @overload
     def on(self, name: str, function: None = None) -> Callable[[F], F]: ...
@@ -1059,19 +1104,20 @@ class App:
                     inflow = await asyncio.shield(listening)
                 except LatZeroError:
                     return  # `ready` raises it.
-                events = Listening(self._work, None, Event, inflow)
-                await self._listen(events, function, repr(name))
+                await self._listen(inflow, Event, function, repr(name))
 
-            self._work.spawn(run())
+            self._work.loop.spawn(run())
             return function
 
         return register if function is None else register(function)
 
     async def _listen(
-        self, items: Listening[Any], function: Callable[..., Any], what: str
+        self, inflow: _latzero.Inflow, make: Callable[[Any], Any], function: Callable[..., Any],
+        what: str,
     ) -> None:
         """Calls `function` with each item."""
-        async for item in items:
+        # Goes on after a refusal, which the program's own waits raise.
+        async for item in Listening(_Work(self._work.loop), None, make, inflow):
             try:
                 result = function(item)
                 if inspect.isawaitable(result):
@@ -1093,8 +1139,8 @@ class App:
         is a decorator. Exceptions are reported to the loop's exception handler."""
 
         def register(function: F) -> F:
-            states = Listening(self._work, None, _same, self._inner.states())
-            self._work.spawn(self._listen(states, function, "the state"))
+            listening = self._listen(self._inner.states(), _same, function, "the state")
+            self._work.loop.spawn(listening)
             return function
 
         return register if function is None else register(function)
@@ -1102,7 +1148,7 @@ class App:
     def watch(self, pool: str) -> Listening[Presence]:
         """An async iterator over apps and triggers of a pool that appear and disappear, from the
         first read on, or from now on if this is awaited."""
-        return Listening(self._work, lambda: self._start(self._inner.watch(pool)), Presence)
+        return Listening(self._work, lambda: self._work.run(self._inner.watch(pool)), Presence)
 
     async def block(
         self, id: str, *, shape: int | Iterable[int] | None = None, dtype: Any = None,
@@ -1118,11 +1164,11 @@ class App:
             shape, dtype, size, create, write, pool, kind, consistency, slots, readable_by,
             writable_by, lifetime,
         )
-        return Block(await self._start(self._inner.block(id, options)))
+        return Block(await self._work.run(self._inner.block(id, options)), self._work)
 
     async def blocks(self, pool: str | None = None) -> list[dict[str, Any]]:
         """The memory blocks of a pool, as the server describes them."""
-        return await self._start(self._inner.blocks(pool))
+        return await self._work.run(self._inner.blocks(pool))
 
     async def share(self, array: Any, *, pool: str | None = None) -> Block:
         """Copies an array into a block with a generated name, as an argument of calls. Once the
@@ -1132,15 +1178,15 @@ class App:
         kept = self._shares.take(key)
         if kept is not None:
             try:
-                if is_ours_alone(await self._start(kept.info())):
+                if is_ours_alone(await self._work.run(kept.info())):
                     return await self._fill(key, kept, data)
             except LatZeroError:
                 pass  # It ended with an earlier connection.
-        made = await self._start(self._inner.block(*_new_share(key)))
+        made = await self._work.run(self._inner.block(*_new_share(key)))
         return await self._fill(key, made.kept(), data)
 
     async def _fill(self, key: Any, kept: _latzero.Block, data: memoryview) -> Block:
-        block = Block(kept.lend())
+        block = Block(kept.lend(), self._work)
         async with block.write(keep=False) as target:
             flat(target)[:] = data
         self._shares.keep(key, kept)
@@ -1148,15 +1194,15 @@ class App:
 
     async def join(self, pool: str) -> None:
         """Joins a pool."""
-        await self._start(self._inner.join(pool))
+        await self._work.run(self._inner.join(pool))
 
     async def leave(self, pool: str) -> None:
         """Leaves a pool."""
-        await self._start(self._inner.leave(pool))
+        await self._work.run(self._inner.leave(pool))
 
     async def request(self, message: dict[str, Any]) -> Any:
         """Sends any request to the server: a message of the protocol, without an `id`."""
-        return await self._start(self._inner.request(message))
+        return await self._work.run(self._inner.request(message))
 
     async def apps(self) -> Any:
         """The apps that the server knows."""
@@ -1173,14 +1219,14 @@ class App:
 
     async def ping(self) -> float:
         """How many seconds the server took to respond."""
-        return await self._start(self._inner.ping())
+        return await self._work.run(self._inner.ping())
 
     async def wait(self) -> None:
         """Waits until the app is closed. It raises the error if the server refuses a registration.
         If the app ended otherwise, because another instance took it over or it does not reconnect,
         it raises the reason."""
         await self.ready()
-        await self._work.run(self._connection.ended())
+        await self._work.loop.run(self._connection.ended())
         ended = self._connection.end_error
         if ended is not None and not self._closed.is_set():
             raise ended
@@ -1194,23 +1240,30 @@ class App:
         """Closes the connection, after waiting up to five seconds for running handlers. In a
         handler of this app it returns at once, and the app closes when the handler has answered."""
         if is_handled_by(self):
-            self._work.spawn(self._close())
+            self._work.loop.spawn(self._close())
         else:
             await self._close()
 
     async def _close(self) -> None:
         if not self._closed.is_set():
             self._closed.set()
+            self._work.is_over = True
             self._shares.clear()
-            for future in self._registering:
+            for future in self._work.registering:
                 future.cancel()
-            await self._work.run(self._inner.close_op())
+            await self._work.loop.run(self._inner.close_op())
 
     async def __aenter__(self) -> App:
         return self
 
-    async def __aexit__(self, *raised: object) -> None:
-        await self.close()
+    async def __aexit__(self, kind: Any, *raised: object) -> None:
+        try:
+            if kind is None and self._work.registering and not self._closed.is_set():
+                # While it is not connected, nobody answers.
+                await asyncio.wait(self._work.registering, timeout=_CLOSE_SECONDS)
+                self._work.raise_refusal()
+        finally:
+            await self.close()
 
 
 class Connecting:
@@ -1232,7 +1285,7 @@ class Connecting:
         return self._app
 
     async def __aexit__(self, *raised: object) -> None:
-        await self._app.close()
+        await self._app.__aexit__(*raised)
 
 
 def connect(
