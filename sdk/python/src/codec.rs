@@ -74,7 +74,7 @@ impl Place<'_> {
     }
 
     fn refuse_type(&self, object: &Bound<'_, PyAny>) -> PyErr {
-        match object.get_type().name() {
+        match object.get_type().fully_qualified_name() {
             Ok(name) => self.refuse(object.py(), &format!("'{name}' can't be written as JSON")),
             Err(error) => error,
         }

@@ -56,7 +56,7 @@ Endless.SELF._value_ = Endless.SELF
 
 
 def test_an_object_that_is_converted_to_itself_is_refused(latzero_app):
-    with pytest.raises(latzero.BadRequest, match="data.a: 'Endless' can't be written as JSON"):
+    with pytest.raises(latzero.BadRequest, match=r"data\.a: '.*Endless' can't be written as JSON"):
         latzero_app.call("nobody", a=Endless.SELF)
 
 

@@ -197,12 +197,6 @@ impl Batch<'_> {
         // Under one lock: a call is detached either before or after this, so the answer is not
         // lost.
         if let Some(key) = pending.find_lasting(&id) {
-            // Only the answer to a stored call names the pool. It overtakes the acknowledgement if
-            // the handler fails before the call is on disk.
-            let has_run = matches!(&word, CallEvent::End(Err(e)) if e.ran() != Some(Ran::No));
-            if has_run && e.pool.is_some() {
-                pending.parked(key, &mut self.wake);
-            }
             self.notify(&mut pending, key, word);
             return;
         }

@@ -257,6 +257,12 @@ pub(crate) struct Pending {
 
 const NONE: u32 = u32::MAX;
 
+/// Whether a handler answered with this error: those of the server say whether the handler ran. It
+/// overtakes the word that the call is parked if the handler fails before that is on disk.
+fn is_answer(error: &Error) -> bool {
+    error.ran().is_none()
+}
+
 impl Pending {
     pub(crate) fn new() -> Self {
         Pending {
@@ -388,7 +394,9 @@ impl Pending {
     ) -> Poll<Result<(), Error>> {
         match self.find(key).map(|slot| &mut slot.state) {
             Some(State::Waiting(call)) if call.is_parked => Poll::Ready(Ok(())),
-            Some(State::Done { result, was_parked }) if *was_parked || result.is_ok() => {
+            Some(State::Done { result, was_parked })
+                if *was_parked || result.as_ref().map_or_else(is_answer, |_| true) =>
+            {
                 Poll::Ready(Ok(()))
             }
             _ => self.poll(key, cx).map(|result| result.map(drop)),
@@ -765,6 +773,11 @@ mod tests {
         let refused = p.insert(call(2, None, Name::Durable));
         p.complete(refused, failed(), &mut wake);
         assert!(matches!(p.poll_parked(refused, cx), Poll::Ready(Err(_))));
+        let answered = p.insert(call(3, None, Name::Durable));
+        let error = Error::from_wire(r#"{"code":"timeout","message":"of the handler's own"}"#);
+        p.complete(answered, Err(error), &mut wake);
+        assert!(matches!(p.poll_parked(answered, cx), Poll::Ready(Ok(()))));
+        assert!(poll(&mut p, answered).unwrap().is_err());
     }
 
     #[test]

@@ -608,7 +608,13 @@ class App:
         privileged: bool = False, **fields: Any,
     ) -> Any:
         """Calls the trigger `name` with `data`, or with the fields as an object; returns the
-        answer, as a value of the type `into`."""
+        answer, as a value of the type `into`.
+
+        `timeout` is seconds or a `timedelta`. `to` is an AppID, or an AppID and an instance. `pool`
+        is needed where the app is in several. `key` is that of a sticky trigger. The handler gets
+        `headers` unchanged. Calls of one app with the same `idempotency_key` run once. With
+        `redeliver` another handler gets the call if its handler is lost, `attempts` times in all.
+        `privileged` signs it, for privileged triggers of encrypted pools."""
         # The shortest way for the most frequent calls: each function that is called costs.
         if (
             timeout is None and to is None and pool is None and key is None and headers is None
@@ -742,7 +748,12 @@ class App:
         """Serves a trigger: `@app.serve`, `@app.serve("name")` or `app.serve("name", function)`.
         Plain functions and generators run on threads; `async` ones on one event loop, on a thread
         that the app starts for them. The trigger's `doc` and `schema`, which other apps see, come
-        from the docstring and the hints, unless they are given here; `schema=False` is none."""
+        from the docstring and the hints, unless they are given here; `schema=False` is none.
+
+        `pools` are those in which it is served, all by default. `strategy` says which handler gets
+        a call: `round_robin`, `random`, `least_busy`, or `sticky` by the call's `key`.
+        `concurrency` is how many calls this process takes at a time. A `privileged` trigger takes
+        only calls that a writer of an encrypted pool signed."""
         if callable(name):
             name, function = None, name
 
@@ -817,7 +828,13 @@ class App:
     ) -> Block:
         """Attaches to the memory block `id`. With `create` the block is created, unless there is
         one of this size and layout; with `create="new"` it must not exist. `write=False` attaches
-        for reading, `True` for writing too, and `None` for writing if that is allowed."""
+        for reading, `True` for writing too, and `None` for writing if that is allowed.
+
+        A layout is a `shape` and a `dtype`; else `size` is in bytes. `kind` is `shared`, or
+        `persistent`: a file that outlives the machine's restarts. `consistency` is `snapshot`, with
+        a number of `slots` for versions, or `raw`: one slot, written in place. `readable_by` and
+        `writable_by` are the apps that may. The `lifetime` is that of the `pool`, or ends with the
+        last that is `attached`."""
         options = _block_options(
             shape, dtype, size, create, write, pool, kind, consistency, slots, readable_by,
             writable_by, lifetime,
@@ -1004,8 +1021,13 @@ def connect(
     connect_timeout: float | timedelta = 5.0, call_timeout: float | timedelta = 30.0,
     tracebacks: bool = True,
 ) -> App:
-    """Connects. Without `url`: `$LATZERO_URL`, else a transient AppID of the script's name and
-    pid."""
+    """Connects. Without `url`: `$LATZERO_URL`, else a transient AppID of the script's name and pid.
+
+    `pools` are further pools to join. An `exclusive` app is the only instance; `takeover` displaces
+    others. `rehydrate` takes the pools and triggers that the server remembers, and of a `transient`
+    app it remembers nothing. `meta` is shown in listings of apps. `reconnect` connects again after
+    a loss. `handler_threads` is how many plain functions run at a time. `connect_timeout` and
+    `call_timeout` are seconds or a `timedelta`. `tracebacks` sends those of handlers to callers."""
     return App(_options(
         url, pools, exclusive, takeover, rehydrate, transient, meta, reconnect, handler_threads,
         connect_timeout, call_timeout, tracebacks,

@@ -894,7 +894,8 @@ class App:
         privileged: bool = False, **fields: Any,
     ) -> Any:
         """Calls the trigger `name` with `data`, or with the fields as an object; returns the
-        answer. Cancelling the task cancels the call."""
+        answer. Cancelling the task cancels the call. The options are those of
+        `latzero.App.call`."""
         if (
             timeout is None and to is None and pool is None and key is None and headers is None
             and idempotency_key is None and attempts is None and not redeliver and not privileged
@@ -1040,7 +1041,8 @@ class App:
         `async` functions run as tasks of the loop, others on threads, or with `inline` on the
         loop, which also awaits what they return. It is registered in the background; `await
         app.ready()` waits for that. The trigger's `doc` and `schema`, which other apps see, come
-        from the docstring and the hints, unless they are given here; `schema=False` is none."""
+        from the docstring and the hints, unless they are given here; `schema=False` is none. The
+        other options are those of `latzero.App.serve`."""
         if callable(name):
             name, function = None, name
 
@@ -1159,7 +1161,8 @@ class App:
     ) -> Block:
         """Attaches to the memory block `id`. With `create` the block is created, unless there is
         one of this size and layout; with `create="new"` it must not exist. `write=False` attaches
-        for reading, `True` for writing too, and `None` for writing if that is allowed."""
+        for reading, `True` for writing too, and `None` for writing if that is allowed. The other
+        options are those of `latzero.App.block`."""
         options = _block_options(
             shape, dtype, size, create, write, pool, kind, consistency, slots, readable_by,
             writable_by, lifetime,
@@ -1296,7 +1299,8 @@ def connect(
     tracebacks: bool = True,
 ) -> Connecting:
     """Connects: `app = await connect(…)`, or `async with connect(…) as app:`. Without `url`:
-    `$LATZERO_URL`, else a transient AppID of the script's name and pid."""
+    `$LATZERO_URL`, else a transient AppID of the script's name and pid. The options are those of
+    `latzero.connect`."""
     return Connecting(_options(
         url, pools, exclusive, takeover, rehydrate, transient, meta, reconnect, handler_threads,
         connect_timeout, call_timeout, tracebacks,
