@@ -552,13 +552,17 @@ fn an_answer_that_nobody_waits_for_is_sealed_too() {
     let worker = member(&server, "worker", keys(&set, WRITE));
     let fails = |_| Err::<(), _>(HandlerError::new("no_money", "try later"));
     worker.serve("pay", fails).unwrap();
-    let error = app.call("pay", &1).send_parked().unwrap_err();
+    let failure = || {
+        let parked = app.call("pay", &1).send_parked().unwrap();
+        parked.answer::<Value>().unwrap_err()
+    };
+    let error = failure();
     assert_eq!((error.code(), error.is_authenticated()), ("no_money", true));
     relay.change("response", |(mut answer, _)| {
         answer["error"] = json!({"code": "no_money", "message": "try later"});
         vec![(answer, None)]
     });
-    let error = app.call("pay", &1).send_parked().unwrap_err();
+    let error = failure();
     assert_eq!(
         (error.code(), error.is_authenticated()),
         ("no_money", false)
