@@ -213,11 +213,11 @@ class _Work:
     __slots__ = ("loop", "registering", "is_over")
 
     def __init__(self, loop: _Loop) -> None:
-        self.loop = loop
+        self.loop: _Loop = loop
         # What is being registered, or was refused: the method and the name.
         self.registering: dict[asyncio.Future[Any], tuple[str, str]] = {}
         # Whether the app is closed. What that ended is no refusal.
-        self.is_over = False
+        self.is_over: bool = False
 
     def check(self) -> asyncio.AbstractEventLoop:
         """The event loop, on which this must be called."""
