@@ -110,6 +110,8 @@ impl Shell {
             )
             .unwrap();
         }
+        // The terminal is a session of its own, which the end of this group does not reach.
+        script.push_str("kill $(jobs -p) 2> /dev/null\n");
         std::fs::write(path.join("script"), script).unwrap();
         assert!(
             Command::new("mkfifo")
